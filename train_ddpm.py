@@ -1,0 +1,312 @@
+"""Train a denoising diffusion model (DDPM, Ho et al. 2020, arXiv:2006.11239) on images.
+
+    accelerate launch --config_file accelerate_config.yaml train_ddpm.py --dataset_name digits
+
+draws digits after about 4 minutes on 2 CPU cores. The output folder is a DDPMPipeline:
+
+    DDPMPipeline.from_pretrained("outputs/ddpm")
+
+An image is noised step by step, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise; a UNet that is told t learns
+what undoes it; samples start from noise and follow its predictions back.
+"""
+
+from utils.args import (
+    Parser,
+    add_data_arguments,
+    add_run_arguments,
+    add_training_arguments,
+    check_common,
+    integer,
+    real,
+)
+
+UNETS = {  # --unet: keyword arguments of UNet2DModel
+    "tiny": dict(  # 0.9 M parameters: for tests and first looks
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        add_attention=False,
+    ),
+    "small": dict(  # 4.2 M: 8 to 32 pixels, on a CPU; attention would cost more than it gives in minutes
+        block_out_channels=(64, 128, 128),
+        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        add_attention=False,
+    ),
+    "base": dict(  # 27 M: 32 to 64 pixels, on a GPU; attention at a quarter of the resolution
+        block_out_channels=(128, 256, 256),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        attention_head_dim=64,
+    ),
+    "large": dict(  # 114 M, as google/ddpm-celebahq-256: 128 to 256 pixels, on several GPUs
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        attention_head_dim=64,
+    ),
+}
+NOISE = dict(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__.splitlines()[0])
+    add_data_arguments(parser)
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--unet", choices=UNETS, default="small", help="architecture, see UNETS in this script")
+    group.add_argument("--dropout", type=real(0, 1), default=0.0, help="in the residual blocks of --unet")
+    group.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet; random weights")
+    group.add_argument(
+        "--pretrained_model_name_or_path", help="pipeline whose weights and schedule training starts from"
+    )
+
+    group = parser.add_argument_group("diffusion (defaults: NOISE in this script, or the pretrained pipeline's)")
+    group.add_argument("--num_train_timesteps", type=integer(2, 10_000), help="T, number of noise levels")
+    group.add_argument(
+        "--beta_schedule",
+        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+        help="how noise grows with t",
+    )
+    group.add_argument(
+        "--prediction_type",
+        choices=("epsilon", "sample", "v_prediction"),
+        help="predict the noise, the clean image, or v (arXiv:2202.00512)",
+    )
+    parser.switch(group, "--rescale_betas_zero_snr", None, "make the last noise level pure noise (arXiv:2305.08891)")
+    group.add_argument(
+        "--snr_gamma", type=real(1e-6), help="min-SNR loss weighting (arXiv:2303.09556); the paper uses 5"
+    )
+    group.add_argument(
+        "--timestep_sampling",
+        choices=("uniform", "stratified"),
+        default="stratified",
+        help="independent, or one from each equal part of [0, T)",
+    )
+
+    add_training_arguments(parser)
+    add_run_arguments(parser, output_dir="outputs/ddpm")
+    args = parser.parse(argv)
+    check_common(parser, args)
+    if args.model_config_name_or_path and args.pretrained_model_name_or_path:
+        parser.error(
+            "--model_config_name_or_path means random weights, --pretrained_model_name_or_path trained ones; give one"
+        )
+    return args
+
+
+def main(args):
+    # Imports that take seconds come after parsing, so that --help answers at once
+    import torch
+    import torch.nn.functional as F
+    from accelerate.utils import set_seed
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from diffusers.optimization import get_scheduler
+
+    from utils import UserError, run
+    from utils.cards import write_card
+    from utils.checkpoints import save_checkpoint
+    from utils.curves import TrainingCurves
+    from utils.datasets import load_train_data
+    from utils.ema import EMA
+    from utils.models import check_fit, count_parameters, image_format, load_config, load_pretrained
+    from utils.randomness import sample_noise, uniform
+    from utils.sampling import sample_images, save_grid
+    from utils.schedulers import (
+        make_sampler,
+        min_snr_weights,
+        pipeline_scheduler,
+        signal_to_noise_ratio,
+        total_train_steps,
+    )
+
+    # Accelerator
+    accelerator = run.make_accelerator(args)
+    output_dir, finished_at = run.claim_output_dir(accelerator, args)
+    set_seed(args.seed)
+
+    # Data
+    pretrained = None
+    if args.pretrained_model_name_or_path:
+        pretrained = load_pretrained(args.pretrained_model_name_or_path)
+    train_data = load_train_data(args, accelerator, **(image_format(pretrained.unet) if pretrained else {}))
+    global_batch_size = train_data.global_batch_size  # over processes and accumulation
+    max_train_steps = total_train_steps(
+        train_data.length, global_batch_size, args.num_train_epochs, args.max_train_steps
+    )
+    if finished_at is not None and finished_at >= max_train_steps:
+        run.say_finished(accelerator, args, finished_at, again=True)
+        return 0
+
+    # Model
+    image_shape = (train_data.channels, train_data.resolution, train_data.resolution)
+    shape = dict(sample_size=train_data.resolution, in_channels=train_data.channels, out_channels=train_data.channels)
+    if pretrained:
+        unet = pretrained.unet
+        unet.register_to_config(sample_size=train_data.resolution)
+    elif args.model_config_name_or_path:
+        unet = UNet2DModel.from_config(load_config(args.model_config_name_or_path, **shape))
+    else:
+        unet = UNet2DModel(**shape, dropout=args.dropout, **UNETS[args.unet])
+    check_fit(unet, train_data.resolution, train_data.channels)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if accelerator.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)  # on a CPU it costs
+    ema_model = EMA(unet, args.ema_max_decay, args.ema_inv_gamma, args.ema_power, enabled=args.use_ema)
+
+    # Noise scheduler
+    given = {
+        name: getattr(args, name) for name in (*NOISE, "rescale_betas_zero_snr") if getattr(args, name) is not None
+    }
+    noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config if pretrained else NOISE, **given)
+    num_train_timesteps, prediction_type = (
+        noise_scheduler.config.num_train_timesteps,
+        noise_scheduler.config.prediction_type,
+    )
+    if noise_scheduler.config.rescale_betas_zero_snr and prediction_type == "epsilon":
+        raise UserError(
+            "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: pure noise says nothing of the image"
+        )
+    sampler = make_sampler(args.sampler, noise_scheduler)
+
+    # Optimizer and learning rate; the schedule counts optimizer steps
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
+
+    # Prepare
+    if args.compile:
+        unet.compile()
+    model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    ema_model.to(accelerator.device)
+
+    # Resume
+    facts = dict(images=train_data.length, global_batch_size=global_batch_size, image_shape=list(image_shape))
+    state = run.resume(accelerator, args, facts)
+    global_step = state["global_step"] if state else 0
+    if state:
+        ema_model.load(state["path"] / "unet", UNet2DModel, state["ema_step"])
+    settings = {**args._asdict(), **facts}
+
+    # Trackers
+    facts |= dict(data=train_data.name, parameters=count_parameters(unet), max_train_steps=max_train_steps)
+    run.start(accelerator, args, "train_ddpm", global_step, **facts)
+    curves = TrainingCurves(
+        accelerator,
+        global_step,
+        max_train_steps,
+        args.logging_steps,
+        global_batch_size,
+        num_train_timesteps,
+        train_data.label_names,
+    )
+
+    def sample(path):
+        with curves.pause(), ema_model.swapped_in(unet):
+            images = sample_images(
+                unet,
+                sampler,
+                accelerator,
+                args.num_samples,
+                image_shape,
+                args.num_inference_steps,
+                args.sample_batch_size,
+                args.seed,
+            )
+        save_grid(images, path, accelerator, global_step)
+
+    def save_pipeline(folder):
+        with ema_model.swapped_in(unet):
+            scheduler = pipeline_scheduler(sampler, noise_scheduler)
+            DDPMPipeline(accelerator.unwrap_model(model), scheduler).save_pretrained(folder)
+
+    def save():
+        curves.check(global_step)
+        with curves.pause():
+            state = dict(settings=settings, ema_step=ema_model.optimization_step)
+            save_checkpoint(accelerator, output_dir, global_step, save_pipeline, state, args.checkpoints_total_limit)
+
+    # Train
+    model.train()
+    stop_signal = run.StopSignal(accelerator)
+    for batch in train_data.batches(global_step, max_train_steps):
+        clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
+        numbers = batch["sample_numbers"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        torch.manual_seed(args.seed + int(numbers[0]))  # dropout
+
+        # Noise and timesteps, in float32 whatever the UNet computes in
+        noise = sample_noise(args.seed, "noise", numbers, image_shape, accelerator.device)
+        fractions = uniform(args.seed, "timesteps", numbers)  # of T, in [0, 1)
+        if args.timestep_sampling == "stratified":
+            fractions = (numbers % global_batch_size + fractions) / global_batch_size
+        timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device)
+        noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
+
+        with accelerator.accumulate(model):
+            model_output = model(noisy_images, timesteps).sample.float()
+            if prediction_type == "epsilon":
+                target = noise
+            elif prediction_type == "sample":
+                target = clean_images
+            else:
+                target = noise_scheduler.get_velocity(clean_images, noise, timesteps)
+            losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+            loss = losses.mean()
+            if args.snr_gamma is not None:
+                snr = signal_to_noise_ratio(noise_scheduler, timesteps)
+                loss = (min_snr_weights(snr, args.snr_gamma, prediction_type) * losses).mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        curves.add(losses, timesteps, batch.get("labels"))
+        if not accelerator.sync_gradients:
+            continue
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        ema_model.step(unet.parameters())
+        global_step += 1
+
+        # Once in N steps
+        curves.step(
+            global_step, grad_norm, {"learning_rate": learning_rate, "ema_decay": ema_model.cur_decay_value or 0}
+        )
+        stop = stop_signal.check(global_step)
+        if stop or global_step % args.checkpointing_steps == 0 or global_step == max_train_steps:
+            save()
+        if stop:
+            return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
+        if global_step % args.sample_steps == 0 and global_step < max_train_steps:
+            sample(output_dir / "samples" / f"step-{global_step:06}.png")
+
+    # Save
+    sample(output_dir / "samples.png")
+    if accelerator.is_main_process:
+        save_pipeline(output_dir)
+        write_card(output_dir, "DDPM", args, "samples.png", **facts)
+    run.finish(accelerator, args, global_step, **facts)
+    curves.close()
+    stop_signal.restore()
+    run.say_finished(accelerator, args, global_step)
+    return 0
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    from utils.run import run_script
+
+    run_script(main, arguments)

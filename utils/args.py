@@ -1,0 +1,208 @@
+"""Command-line flags that every training script has, and the checks that need no heavy import.
+
+Flags that change the mathematics stand in the scripts; here are data, optimizer, run and checkpoint flags. Names are
+those of diffusers' examples. Only the standard library and PyYAML are imported, so that ``--help`` answers at once.
+"""
+
+import argparse
+import math
+from collections import namedtuple
+from pathlib import Path
+
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
+
+
+def integer(low: int, high: float = math.inf):
+    """An argparse type: an int in [low, high]."""
+    return _number(int, low, high, "a whole number")
+
+
+def real(low: float, high: float = math.inf):
+    """An argparse type: a finite float in [low, high]."""
+    return _number(float, low, high, "a number")
+
+
+def _number(kind, low, high, noun):
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high):
+            limits = f"from {low} up" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {limits}")
+        return value
+
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that shows defaults, takes ``--config file.yaml`` and returns read-only arguments."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
+        self.add_argument("--config", metavar="FILE", help="YAML file of flags and values; the command line wins")
+
+    def switch(self, group, name: str, default: bool, help: str) -> None:
+        """Add the pair of flags ``--name`` and ``--no-name``."""
+        group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+    def parse(self, argv: list[str] | None = None):
+        """Parse ``argv`` into a named tuple: attributes to read, none to assign. Mistakes exit with code 2."""
+        known, rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False), None
+        known.add_argument("--config")
+        config, rest = known.parse_known_args(argv)
+        values = self.parse_args(self._read_config(config.config) + rest)
+        values.config = config.config
+        return namedtuple("Arguments", vars(values))(**vars(values))
+
+    def _read_config(self, path: str | None) -> list[str]:
+        """The flags in a YAML file as a list of arguments, so that they are checked as typed ones are."""
+        if path is None:
+            return []
+        import yaml
+
+        try:
+            entries = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}")
+        if not isinstance(entries, dict):
+            self.error(f"--config {path}: expected lines of `flag: value`, got {type(entries).__name__}")
+        actions = {action.dest: action for action in self._actions}
+        argv = []
+        for name, value in entries.items():
+            if name not in actions or name in ("help", "config"):
+                self.error(f"--config {path}: there is no flag --{name}; --help lists them")
+            if isinstance(actions[name], argparse.BooleanOptionalAction):
+                if not isinstance(value, bool):
+                    self.error(f"--config {path}: {name} is {value!r}; expected true or false")
+                argv.append(f"--{name}" if value else f"--no-{name}")
+            elif value is not None:
+                argv.append(f"--{name}={value}")
+        return argv
+
+
+def add_data_arguments(parser: Parser) -> None:
+    """Where the images come from and how they are shaped."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset_name",
+        help="Hub id, local folder or parquet/arrow file, or: mnist, digits and faces (8x8 and 25x25, embedded). "
+        "With neither this nor --train_data_dir: MNIST, or the embedded digits where it cannot be had",
+    )
+    group.add_argument("--dataset_config_name", help="configuration of the data set, where it has several")
+    group.add_argument("--dataset_split", default="train", help="split to train on; slices such as train[:1%%] work")
+    group.add_argument("--train_data_dir", metavar="DIR", help="folder of image files, instead of --dataset_name")
+    group.add_argument("--image_column", help="column with the images (default: the only one of type Image)")
+    group.add_argument("--label_column", help="column with class labels; adds a loss curve for each class")
+    group.add_argument("--max_train_samples", type=integer(1), help="use only the first N images")
+    group.add_argument(
+        "--resolution",
+        type=integer(4),
+        help="side of the training images, pixels (default: the images' own size, at most 64)",
+    )
+    group.add_argument(
+        "--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L), colour, or as found"
+    )
+    parser.switch(
+        group, "--center_crop", False, "crop the middle of images that are not square instead of a random part"
+    )
+    parser.switch(group, "--random_flip", False, "mirror half of the images, left to right")
+    group.add_argument(
+        "--interpolation", choices=("lanczos", "bicubic", "bilinear", "box", "nearest"), default="bicubic",
+        help="filter that resizes the images",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache_images", choices=("auto", "always", "never"), default="auto",
+        help="keep decoded images in memory; auto: up to 4 GiB on this machine, and on the GPU up to a quarter of it",
+    )  # fmt: skip
+    group.add_argument("--dataloader_num_workers", type=integer(0), default=4, help="decoders, when not cached")
+    parser.switch(group, "--streaming", False, "read the data set as it goes, for sets that fit on no disk")
+    group.add_argument("--shuffle_buffer_size", type=integer(1), default=10_000, help="images, with --streaming")
+    group.add_argument(
+        "--bad_images", choices=("error", "skip"), default="error", help="what to do about unreadable images"
+    )
+    group.add_argument("--max_bad_images", type=integer(0), default=100, help="with --bad_images skip: stop above this")
+
+
+def add_training_arguments(parser: Parser, **defaults) -> None:
+    """Batch, length, optimizer and precision. ``defaults`` are the script's own."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--train_batch_size", type=integer(1), default=64, help="images per process and micro-step")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=integer(1), default=1, help="micro-steps per optimizer step"
+    )
+    group.add_argument("--num_train_epochs", type=integer(1), default=40, help="passes over the data")
+    group.add_argument("--max_train_steps", type=integer(1), help="optimizer steps; overrides --num_train_epochs")
+    group.add_argument("--learning_rate", type=real(0), default=1e-3, help="peak rate of AdamW")
+    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="shape of the rate over the run")
+    group.add_argument("--lr_warmup_steps", type=integer(0), default=50, help="optimizer steps from 0 to the peak rate")
+    group.add_argument("--adam_beta1", type=real(0, 0.999999), default=0.9, help="decay of the first moment")
+    group.add_argument("--adam_beta2", type=real(0, 0.999999), default=0.99, help="decay of the second moment")
+    group.add_argument("--adam_weight_decay", type=real(0), default=0.01, help="decoupled weight decay")
+    group.add_argument("--adam_epsilon", type=real(1e-16), default=1e-8, help="added to the denominator")
+    group.add_argument("--max_grad_norm", type=real(0), default=1.0, help="clip the gradient's norm; 0: do not clip")
+    parser.switch(group, "--use_ema", True, "sample and save the exponential moving average of the weights")
+    group.add_argument("--ema_max_decay", type=real(0, 1), default=0.999, help="upper limit of the average's decay")
+    group.add_argument(
+        "--ema_inv_gamma", type=real(1e-9), default=1.0, help="warm-up: decay = 1-(1+step/inv_gamma)^-power"
+    )
+    group.add_argument(
+        "--ema_power", type=real(0, 10), default=0.75, help="warm-up: larger follows longer histories sooner"
+    )
+    group.add_argument(
+        "--mixed_precision", choices=("no", "fp16", "bf16"),
+        help="precision of the UNet's arithmetic (default: what the accelerate config says)",
+    )  # fmt: skip
+    parser.switch(group, "--allow_tf32", True, "TF32 matrix products on GPUs that have them")
+    parser.switch(group, "--gradient_checkpointing", False, "trade a quarter of the speed for memory")
+    parser.switch(group, "--compile", False, "torch.compile the UNet; pays on a GPU, after minutes")
+    parser.set_defaults(**defaults)
+
+
+def add_run_arguments(parser: Parser, output_dir: str) -> None:
+    """Output folder, seed, logging, sample grids, checkpoints and resuming."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", metavar="DIR", default=output_dir, help="everything that the run makes")
+    group.add_argument(
+        "--seed", type=integer(0, 2**31), default=0, help="seed of weights, order, crops, noise and samples"
+    )
+    group.add_argument(
+        "--report_to",
+        default="tensorboard",
+        help="tracker: tensorboard, wandb, trackio, another of accelerate's, all or none",
+    )
+    group.add_argument("--logging_dir", default="logs", help="TensorBoard folder, inside --output_dir")
+    group.add_argument("--logging_steps", type=integer(1), default=10, help="optimizer steps between points of a curve")
+    group.add_argument(
+        "--checkpointing_steps", type=integer(1), default=500, help="optimizer steps between checkpoints"
+    )
+    group.add_argument(
+        "--checkpoints_total_limit", type=integer(1), default=2, help="checkpoints to keep, newest first"
+    )
+    group.add_argument(
+        "--resume_from_checkpoint", metavar="latest|DIR",
+        help="latest, or one checkpoint (default: latest if --output_dir holds an unfinished run, otherwise from scratch)",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("samples")
+    group.add_argument("--sample_steps", type=integer(1), default=500, help="optimizer steps between sample grids")
+    group.add_argument("--num_samples", type=integer(1), default=64, help="images in a grid")
+    group.add_argument("--sample_batch_size", type=integer(1), default=64, help="images sampled at once, per process")
+    group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
+    group.add_argument("--num_inference_steps", type=integer(1, 1000), default=25, help="UNet calls per sample")
+
+
+def check_common(parser: Parser, args) -> None:
+    """Refuse combinations that cannot work, before anything is imported or written."""
+    if args.dataset_name and args.train_data_dir:
+        parser.error("--dataset_name and --train_data_dir are both given; choose one source of images")
+    if args.streaming and args.max_train_steps is None:
+        parser.error("--streaming needs --max_train_steps: a stream has no known length to count epochs in")
+    if args.streaming and args.cache_images == "always":
+        parser.error("--streaming and --cache_images always exclude each other: a stream is not kept")
+    if args.streaming and not (args.dataset_name or args.train_data_dir):
+        parser.error("--streaming needs --dataset_name or --train_data_dir")

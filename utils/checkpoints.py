@@ -1,0 +1,228 @@
+"""Checkpoints that are complete or not there.
+
+``checkpoint-N`` is a pipeline that ``from_pretrained`` loads, plus ``training_state/`` to resume from. It is written to
+a staging folder beside its place; a manifest with the size and SHA-256 of every file comes last; then one rename
+publishes it. Older checkpoints are removed after that, never before. Nothing in it runs code when it is loaded: weights
+are safetensors, the optimizer and the random state are read with ``weights_only=True``, the rest is JSON.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list, gather_object
+
+from . import UserError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or is not complete."""
+
+
+def save_checkpoint(
+    accelerator, output_dir: Path, step: int, save_pipeline: Callable[[Path], None], state: dict, total_limit: int
+) -> Path:
+    """Publish ``checkpoint-<step>``. Call it on all processes, at an optimizer step's end.
+
+    Args:
+        save_pipeline: writes what ``from_pretrained`` loads into the folder it gets; called on the main process.
+        state: JSON-ready, returned by ``load_checkpoint``.
+        total_limit: complete checkpoints to keep, the newest first.
+
+    Raises:
+        CheckpointError: on every process if any of them failed; earlier checkpoints are untouched.
+    """
+    final, staging = (output_dir / f"checkpoint-{step}", output_dir / f".tmp-checkpoint-{step}")
+
+    def stage():
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+            _check_space(output_dir)
+            staging.mkdir(parents=True)
+
+    def publish():
+        if accelerator.is_main_process:
+            save_pipeline(staging)
+            _write_json(staging / STATE, {"global_step": step, "num_processes": accelerator.num_processes, **state})
+            _write_manifest(staging)
+            if final.exists():  # a damaged one; a complete one would have been resumed from
+                shutil.rmtree(final)
+            os.rename(staging, final)
+            _sync(output_dir)
+            _prune(output_dir, total_limit)
+
+    try:
+        _together(accelerator, f"{final} cannot be saved", stage)
+        save_state = lambda: accelerator.save_state(str(staging / "training_state"))  # noqa: E731
+        _together(accelerator, f"{final} cannot be saved", save_state)
+        _together(accelerator, f"{final} cannot be saved", publish)
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+    logger.info(f"Saved {final}")
+    return final
+
+
+def find_checkpoint(accelerator, output_dir: Path, request: str | None) -> Path | None:
+    """The checkpoint to resume from, the same on every process.
+
+    Args:
+        request: ``latest``, a path, or None, which is latest if there is any.
+
+    Returns:
+        None only if ``request`` is None and there is no complete checkpoint.
+
+    Raises:
+        CheckpointError: the requested one does not exist or is not complete.
+    """
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = _find(output_dir, request)
+        except CheckpointError as error:
+            answer[1] = str(error)
+    path, problem = broadcast_object_list(answer)
+    if problem:
+        raise CheckpointError(problem)
+    return path
+
+
+def _find(output_dir: Path, request: str | None) -> Path | None:
+    if request not in (None, "latest"):
+        verify_checkpoint(Path(request))
+        return Path(request)
+    for path in reversed(list_checkpoints(output_dir)):
+        try:
+            verify_checkpoint(path)
+            return path
+        except CheckpointError as error:
+            logger.warning(f"Skipping a damaged checkpoint. {error}")
+    if request == "latest":
+        raise CheckpointError(
+            f"--resume_from_checkpoint latest: {output_dir} has no complete checkpoint. Check --output_dir, or leave "
+            "the flag out to start from scratch"
+        )
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders named ``checkpoint-<number>``, by number, complete or not."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing or damaged.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"--resume_from_checkpoint {path}: there is no such folder; expected .../checkpoint-N")
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {MANIFEST} is missing or damaged") from error
+    for name, (size, digest) in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path} is not a complete checkpoint: {name} is missing")
+        if file.stat().st_size != size or _digest(file) != digest:
+            raise CheckpointError(f"{path} is damaged: {name} is not what was saved")
+
+
+def read_state(path: Path) -> dict:
+    """What ``save_checkpoint`` was given as ``state``, with ``global_step`` and ``num_processes``."""
+    return json.loads((path / STATE).read_text())
+
+
+def load_checkpoint(accelerator, path: Path, state: dict) -> None:
+    """Load weights, optimizer, schedule and random state into what ``accelerator`` prepared.
+
+    Args:
+        path: a checkpoint that ``find_checkpoint`` returned.
+        state: what ``read_state`` returned.
+    """
+    if state["num_processes"] != accelerator.num_processes:
+        logger.warning(
+            f"{path} was saved by {state['num_processes']} processes, this run has {accelerator.num_processes}: "
+            "same samples and learning rates, sums in another order"
+        )
+    accelerator.load_state(str(path / "training_state"))
+    accelerator.step = 0  # micro-steps: a checkpoint stands at an optimizer step's end
+
+
+def _together(accelerator, problem: str, action: Callable[[], None]) -> None:
+    """Run ``action`` on every process; if it fails on one, fail on all, so that nobody waits for ever."""
+    try:
+        action()
+        failure = None
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    failures = [message for message in gather_object([failure]) if message]
+    if failures:
+        raise CheckpointError(f"{problem}: {failures[0]}. Earlier checkpoints are intact")
+
+
+def _check_space(output_dir: Path) -> None:
+    earlier = list_checkpoints(output_dir)
+    if earlier:
+        needed = sum(file.stat().st_size for file in earlier[-1].rglob("*") if file.is_file()) * 1.1
+        free = shutil.disk_usage(output_dir).free
+        if free < needed:
+            raise OSError(f"{needed / 2**20:.0f} MiB are needed on the disk, {free / 2**20:.0f} MiB are free")
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            files[file.relative_to(folder).as_posix()] = [file.stat().st_size, _digest(file)]
+        _sync(file)
+    _write_json(folder / MANIFEST, {"files": files})
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(output_dir: Path, total_limit: int) -> None:
+    complete = [path for path in list_checkpoints(output_dir) if (path / MANIFEST).is_file()]
+    for path in complete[:-total_limit]:
+        try:
+            doomed = path.with_name(f".tmp-removed-{path.name}")  # at no moment half a checkpoint by its name
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning(f"{path} cannot be removed: {error}")
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a killed run left half-written or half-removed."""
+    for path in output_dir.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,143 @@
+"""What a run shows while it trains: one progress bar, and curves in the trackers.
+
+Losses stay on the device between two points of the curves, so that no step waits for the device.
+"""
+
+import itertools
+import time
+
+import torch
+from tqdm.auto import tqdm
+
+from . import UserError
+
+NOISE_LEVELS = 4  # equal ranges of timesteps, each with its own loss curve
+
+
+class NonFiniteLoss(UserError):
+    """The loss or the gradient is not a finite number."""
+
+
+class TrainingCurves:
+    """Collects losses, and every ``logging_steps`` optimizer steps writes their means to bar and trackers.
+
+    Args:
+        accelerator: with its trackers initialized.
+        first_step, last_step: optimizer steps done before, and at the end of, this run.
+        logging_steps: optimizer steps between points.
+        images_per_step: the global batch size.
+        num_train_timesteps: T; timesteps are in [0, T).
+        label_names: classes, for a loss curve each.
+    """
+
+    def __init__(
+        self, accelerator, first_step, last_step, logging_steps, images_per_step, num_train_timesteps, label_names=()
+    ):
+        self.accelerator, self.logging_steps, self.images_per_step = (accelerator, logging_steps, images_per_step)
+        self.num_train_timesteps, self.label_names = (num_train_timesteps, list(label_names))
+        self.last_written, self.written_at = first_step, time.perf_counter()
+        self.bar = tqdm(
+            total=last_step, initial=first_step, desc="Training", unit="step", dynamic_ncols=True,
+            disable=not accelerator.is_local_main_process,
+        )  # fmt: skip
+        self._clear()
+
+    def _clear(self) -> None:
+        self.losses, self.grad_norms = [], []
+        bins = NOISE_LEVELS + len(self.label_names)
+        self.sums, self.counts = torch.zeros(2, bins, device=self.accelerator.device)
+
+    def add(self, losses: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None = None) -> None:
+        """Collect one micro-step: loss of each sample, unweighted, (B,); its timestep (B,); its class (B,)."""
+        losses = losses.detach().float()
+        bins = timesteps * NOISE_LEVELS // self.num_train_timesteps
+        self.losses.append(losses.mean())
+        for index in [bins] if labels is None else [bins, labels + NOISE_LEVELS]:
+            self.sums.index_add_(0, index, losses)
+            self.counts.index_add_(0, index, torch.ones_like(losses))
+
+    def step(self, global_step: int, grad_norm: torch.Tensor, values: dict[str, float]) -> None:
+        """Note the end of an optimizer step; at a multiple of ``logging_steps``, write. Call it on all processes.
+
+        Args:
+            global_step: optimizer steps done.
+            grad_norm: before clipping, 0-d.
+            values: further curves, such as the learning rate.
+
+        Raises:
+            NonFiniteLoss: see ``check``.
+        """
+        self.grad_norms.append(grad_norm.detach())
+        self.bar.update(global_step - self.bar.n)
+        if global_step % self.logging_steps:
+            return
+        losses, grad_norms = self.check(global_step)
+        sums, counts = self.accelerator.reduce(torch.stack([self.sums, self.counts]), "sum").tolist()
+        seconds = time.perf_counter() - self.written_at
+        images_per_second = (global_step - self.last_written) * self.images_per_step / seconds
+        means = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+        curves = {"loss": losses.mean().item(), "grad_norm": grad_norms.mean().item(), **values}
+        curves["images_per_second"] = images_per_second
+        curves["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
+        edges = [k * self.num_train_timesteps // NOISE_LEVELS for k in range(NOISE_LEVELS + 1)]
+        names = [f"loss_by_timestep/{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
+        names += [f"loss_by_label/{name}" for name in self.label_names]
+        curves |= {name: mean for name, mean in zip(names, means, strict=True) if mean is not None}
+        self.accelerator.log(curves, step=global_step)
+        self.bar.set_postfix_str(f"loss {curves['loss']:.4f}, {images_per_second:.0f} images/s")
+        self.last_written, self.written_at = global_step, time.perf_counter()
+        self._clear()
+
+    def check(self, global_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean losses and gradient norms of the steps since the last point, over all processes, (steps,) on the CPU.
+
+        Raises:
+            NonFiniteLoss: on every process, if one of them is not finite. In fp16 a gradient that overflows is not an
+                error: the scaler skips that step.
+        """
+        if not self.grad_norms:
+            return torch.zeros(0), torch.zeros(0)
+        losses = torch.stack(self.losses).reshape(len(self.grad_norms), -1).mean(1)
+        losses, grad_norms = self.accelerator.reduce(torch.stack([losses, torch.stack(self.grad_norms)]), "mean").cpu()
+        finite = losses.isfinite()
+        if self.accelerator.mixed_precision != "fp16":
+            finite = finite & grad_norms.isfinite()
+        if not finite.all():
+            first = int((~finite).nonzero()[0])
+            step = global_step - len(losses) + 1 + first
+            raise NonFiniteLoss(
+                f"step {step}: loss {losses[first]:g}, gradient norm {grad_norms[first]:g}; expected finite numbers. "
+                "No checkpoint was made of it. Resume from the last one with a lower --learning_rate, with "
+                "--max_grad_norm 1, or with --mixed_precision no"
+            )
+        return losses, grad_norms[grad_norms.isfinite()]
+
+    def pause(self):
+        """A context manager for sampling and saving: their time does not count as training."""
+        return _Pause(self)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class _Pause:
+    def __init__(self, curves: TrainingCurves):
+        self.curves = curves
+
+    def __enter__(self):
+        self.started = time.perf_counter()
+
+    def __exit__(self, *exception):
+        self.curves.written_at += time.perf_counter() - self.started
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most in use so far: of the GPU, or of this process on a CPU; 0 where neither is known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,330 @@
+"""Images to train on: where they come from, how they are shaped, and in what order they arrive.
+
+    train_data = load_train_data(args, accelerator)
+    for batch in train_data.batches(first_step, last_step):
+        batch["images"]   # float32 (B, C, H, W) in [-1, 1], on the device
+
+The order, the crops and the flips are functions of (seed, sample number); see ``randomness``. They are the same with
+and without the cache, with any number of workers, after a resume, and for any split of a global batch into processes
+and micro-steps.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+from . import UserError, randomness
+from .images import GREY_MODES, BadImage, augment, decode_image, flips, prepare_image, to_uint8
+from .sources import load_source
+from .streaming import Stream
+
+logger = logging.getLogger(__name__)
+
+MAX_DEFAULT_RESOLUTION = 64  # pixels
+CACHE_LIMIT = 4 * 2**30  # bytes of decoded images in memory, per machine
+INSPECTED = 64  # images that are looked at to find mode and size
+
+
+def load_train_data(args, accelerator, resolution: int | None = None, image_mode: str | None = None) -> "TrainData":
+    """Everything between the flags and the batches.
+
+    Args:
+        args: the flags of ``args.add_data_arguments``, the batch geometry and the seed.
+        accelerator: says which process this is, and where batches go.
+        resolution: side in pixels where ``--resolution`` is not given, for example a pretrained model's.
+        image_mode: ``L`` or ``RGB`` where ``--image_mode`` is auto.
+
+    Raises:
+        UserError: see ``load_source``; also an empty data set, or one with fewer images than a global batch.
+    """
+    dataset, name = load_source(args, accelerator)
+    return TrainData(dataset, name, args, accelerator, resolution, image_mode)
+
+
+class TrainData:
+    """Batches of training images, by optimizer step.
+
+    Attributes:
+        name: of the source.
+        length: number of images; None for a stream.
+        resolution: side of the images, pixels.
+        channels: 1 or 3.
+        label_names: names of the classes, if ``--label_column`` is given.
+        global_batch_size: images per optimizer step, over all processes and micro-steps.
+    """
+
+    def __init__(self, dataset, name: str, args, accelerator, resolution=None, image_mode=None):
+        self.name, self.args, self.accelerator = name, args, accelerator
+        self.global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        label = dataset.features.get("label")
+        self.label_names = label.names if label else []
+        self.length = None if args.streaming else len(dataset)
+        if self.length is not None and self.length < self.global_batch_size:
+            raise UserError(
+                f"{name} has {self.length} images, fewer than one global batch of {self.global_batch_size} "
+                f"({args.train_batch_size} per process and micro-step x {args.gradient_accumulation_steps} micro-steps "
+                f"x {accelerator.num_processes} processes). Lower --train_batch_size, or add images"
+            )
+        self._inspect(dataset, resolution, image_mode)
+        prepare = partial(prepare_image, resolution=self.resolution, interpolation=args.interpolation)
+        self._images = PreparedImages(dataset, name, args, self.mode, partial(prepare, center_crop=args.center_crop))
+        self._cache = None
+        if self._wants_cache():
+            self._cache = _Cache(self._images, self.resolution, accelerator)
+            self.length = len(self._cache)
+            if self.length < self.global_batch_size:
+                raise UserError(f"{name} has {self.length} readable images, fewer than one global batch")
+
+    def _inspect(self, dataset, resolution: int | None, image_mode: str | None) -> None:
+        """Find mode and resolution from some of the images; the same ones on every process."""
+        if self.length is None:
+            rows = dataset.take(INSPECTED)
+        else:
+            rows = dataset.select(sorted({int(i) for i in np.linspace(0, self.length - 1, INSPECTED)}))
+        sizes, modes = [], set()
+        for k, row in enumerate(rows):
+            try:
+                image = decode_image(*locate(row, self.name, k))
+            except BadImage:
+                if self.args.bad_images == "error":
+                    raise
+                continue
+            sizes.append(image.size)
+            modes.add(image.mode)
+        if not sizes:
+            raise UserError(f"{self.name}: no readable image found; expected a data set of images")
+        grey = modes <= set(GREY_MODES)
+        self.mode = self.args.image_mode if self.args.image_mode != "auto" else image_mode or ("L" if grey else "RGB")
+        self.found_grey = grey
+        self.channels = len(self.mode)
+        shorter = min(min(size) for size in sizes)
+        # A multiple of 4, so that a UNet that halves twice fits; larger nets ask for more and say so.
+        self.resolution = self.args.resolution or resolution or max(4, min(shorter, MAX_DEFAULT_RESOLUTION) // 4 * 4)
+        if shorter < self.resolution:
+            small = sum(min(size) < self.resolution for size in sizes)
+            logger.warning(
+                f"{small} of {len(sizes)} images looked at are smaller than {self.resolution} pixels (the smallest "
+                f"side is {shorter}) and will be enlarged. --resolution sets the size"
+            )
+        areas = [self.resolution**2 * (1 if self.args.center_crop else max(s) / min(s)) for s in sizes]
+        self.bytes_per_image = self.channels * float(np.mean(areas))
+
+    def _wants_cache(self) -> bool:
+        if self.args.streaming or self.args.cache_images == "never":
+            return False
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each keeps its own copy
+        needed = self.length * self.bytes_per_image * processes_here
+        limit = min(CACHE_LIMIT, psutil.virtual_memory().available / 2)
+        if self.args.cache_images == "auto" and needed > limit:
+            logger.info(f"{needed / 2**30:.1f} GiB of images are too many to keep in memory; decoding as they come.")
+            return False
+        return True
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[dict]:
+        """This process's micro-batches of the optimizer steps ``first_step`` up to but not including ``last_step``.
+
+        Yields:
+            ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_numbers`` int64 (B,) NumPy array;
+            ``labels`` int64 (B,) on the device, if ``--label_column`` is given.
+        """
+        source = self._stream if self.length is None else self._from_memory if self._cache else self._from_loader
+        for numbers, images, labels in source(self._numbers(first_step, last_step)):
+            batch = {"sample_numbers": numbers, "images": images.to(self.accelerator.device, non_blocking=True)}
+            batch["images"] = batch["images"].float() / 127.5 - 1
+            if self.label_names:
+                batch["labels"] = labels.to(self.accelerator.device, non_blocking=True)
+            yield batch
+
+    def _numbers(self, first_step: int, last_step: int) -> Iterator[np.ndarray]:
+        """Sample numbers of each micro-batch: step * global batch + place in the global batch."""
+        size = self.args.train_batch_size
+        for step in range(first_step, last_step):
+            for micro_step in range(self.args.gradient_accumulation_steps):
+                chunk = micro_step * self.accelerator.num_processes + self.accelerator.process_index
+                yield step * self.global_batch_size + chunk * size + np.arange(size)
+
+    def _from_memory(self, batches):
+        for numbers in batches:
+            indices = randomness.shuffled_indices(self.args.seed, numbers, self.length)
+            images = self._cache.take(indices, numbers, self.args)
+            yield numbers, images, self._cache.labels[torch.from_numpy(indices)]
+
+    def _from_loader(self, batches):
+        def keys():
+            for numbers in batches:
+                indices = randomness.shuffled_indices(self.args.seed, numbers, self.length)
+                yield list(zip(indices.tolist(), numbers.tolist(), strict=True))
+
+        workers = self.args.dataloader_num_workers
+        loader = torch.utils.data.DataLoader(
+            self._images,
+            batch_sampler=_Once(keys()),
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # its seed is not drawn from the global generator, which stays as it was
+        )
+        yield from self._checked(loader)
+
+    def _stream(self, batches):
+        loader = torch.utils.data.DataLoader(
+            Stream(self._images, list(batches), self.args, self.accelerator),
+            batch_size=None,
+            collate_fn=collate,
+            num_workers=min(1, self.args.dataloader_num_workers),
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        yield from self._checked(loader)
+
+    def _checked(self, loader):
+        """Turn what went wrong in a worker into this process's error, and count the skipped images."""
+        skipped, loaded = set(), iter(loader)
+        while True:
+            try:
+                batch = next(loaded)
+            except StopIteration:
+                return
+            except UserError as error:  # torch puts a worker's traceback before the message
+                raise UserError(str(error).strip().split("UserError: ")[-1]) from None
+            for index, message in batch["bad"]:
+                if self.args.bad_images == "error":
+                    raise BadImage(f"{message}. --bad_images skip goes on without it")
+                if index not in skipped:
+                    skipped.add(index)
+                    logger.warning(f"skipped ({len(skipped)} so far): {message}")
+                _check_bad_count(len(skipped), self.args)
+            yield batch["numbers"].numpy(), batch["images"], batch["labels"]
+
+
+def locate(row: dict, source: str, index: int) -> tuple[bytes | str, str]:
+    """Bytes or path of a row's image, and its name for messages."""
+    record = row["image"] or {"bytes": b"", "path": None}
+    where = f"image {index} of {source}" if not record["path"] else f"{record['path']} (image {index} of {source})"
+    return (record["path"] if record["bytes"] is None else record["bytes"]), where
+
+
+def _check_bad_count(count: int, args) -> None:
+    if count > args.max_bad_images:
+        raise UserError(
+            f"more than --max_bad_images {args.max_bad_images} images are unreadable; the lines above name them. "
+            "Mend or remove the files, or raise the limit"
+        )
+
+
+class PreparedImages(torch.utils.data.Dataset):
+    """Decoded and prepared images by row. Knows nothing of processes, so that it travels to workers."""
+
+    def __init__(self, dataset, name: str, args, mode: str, prepare):
+        self.dataset, self.name, self.args, self.mode, self.prepare = (dataset, name, args, mode, prepare)
+
+    def prepared(self, row: dict, index: int) -> np.ndarray:
+        """uint8 (C, H, W), the shorter side at the training resolution."""
+        source, where = locate(row, self.name, index)
+        image = decode_image(source, where)
+        if self.mode == "L" and self.args.image_mode == "auto" and image.mode not in GREY_MODES:
+            raise UserError(
+                f"{where} has colour (mode {image.mode}), but the images looked at before training were all grey. "
+                "Choose with --image_mode L or --image_mode RGB"
+            )
+        return self.prepare(to_uint8(image, self.mode, where))
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """The image at an index, cropped and flipped for a sample number; a bad one is replaced by the next good one."""
+        index, number = key
+        bad = []
+        for candidate in range(index, index + len(self.dataset)):
+            candidate %= len(self.dataset)
+            row = self.dataset[candidate]
+            try:
+                image = augment(self.prepared(row, candidate), number, self.args)
+                return {"image": image, "label": row.get("label", 0), "number": number, "bad": bad}
+            except BadImage as error:
+                bad.append((candidate, str(error)))
+                if self.args.bad_images == "error" or len(bad) > self.args.max_bad_images:
+                    size = self.prepare.keywords["resolution"]
+                    blank = np.zeros((len(self.mode), size, size), np.uint8)
+                    return {"image": blank, "label": 0, "number": number, "bad": bad}
+        raise UserError(f"{self.name} has no readable image")
+
+
+def collate(items: list[dict]) -> dict:
+    return {
+        "images": torch.from_numpy(np.stack([item["image"] for item in items])),
+        "labels": torch.tensor([item["label"] for item in items]),
+        "numbers": torch.tensor([item["number"] for item in items]),
+        "bad": [entry for item in items for entry in item["bad"]],
+    }
+
+
+class _Once:
+    """A batch sampler around an iterator."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class _Cache:
+    """All prepared images in memory: one tensor, on the device if it fits there, or a list if sizes differ."""
+
+    def __init__(self, images: PreparedImages, resolution: int, accelerator):
+        prepared, labels, skipped, total = [], [], 0, len(images.dataset)
+        progress = tqdm(
+            total=total, desc="Decoding images", unit="image", delay=2, disable=not accelerator.is_main_process
+        )
+
+        def attempt(job):
+            try:
+                return images.prepared(*job)
+            except BadImage as error:
+                return error
+
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, total, 1024):
+                rows = images.dataset[start : start + 1024]
+                jobs = [({"image": record}, start + k) for k, record in enumerate(rows["image"])]
+                for k, image in enumerate(pool.map(attempt, jobs)):
+                    if isinstance(image, BadImage):
+                        if images.args.bad_images == "error":
+                            raise BadImage(f"{image}. --bad_images skip goes on without it")
+                        skipped += 1
+                        logger.warning(f"skipped ({skipped} so far): {image}")
+                        _check_bad_count(skipped, images.args)
+                        continue
+                    prepared.append(image)
+                    labels.append(rows["label"][k] if "label" in rows else 0)
+                progress.update(len(jobs))
+        progress.close()
+        self.labels = torch.tensor(labels)
+        self.images, self.square = prepared, None
+        if all(image.shape[1:] == (resolution, resolution) for image in prepared):
+            self.square = torch.from_numpy(np.stack(prepared))
+            self.images = None
+            if accelerator.device.type == "cuda":
+                if self.square.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
+                    self.square = self.square.to(accelerator.device)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray, numbers: np.ndarray, args) -> torch.Tensor:
+        """uint8 (B, C, S, S): the images at ``indices``, cropped and flipped for their sample numbers."""
+        if self.square is None:
+            augmented = [augment(self.images[i], n, args) for i, n in zip(indices, numbers, strict=True)]
+            return torch.from_numpy(np.stack(augmented))
+        images = self.square[torch.from_numpy(indices).to(self.square.device)]
+        if args.random_flip:
+            mirrored = torch.from_numpy(flips(args.seed, numbers)).to(images.device)
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        return images

@@ -1,0 +1,143 @@
+"""One image, from bytes to a uint8 array of the training size; and many images, in one grid.
+
+Pillow's ``convert`` turns 16-bit images white and float images black without a word, drops alpha and with it uncovers
+what transparent pixels hide. Here ranges are scaled, alpha is laid over white and EXIF rotation is applied.
+"""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from . import UserError, randomness
+
+FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box", "nearest")}
+GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class BadImage(UserError):
+    """An image that cannot be used; the message names it."""
+
+
+def decode_image(source: bytes | str, name: str) -> Image.Image:
+    """Open, fully load and upright an image.
+
+    Args:
+        source: the file's bytes, or its path.
+        name: what to call it in errors (a path, or a row of a data set).
+
+    Returns:
+        The first frame, in the mode of the file, rotated as its EXIF orientation says.
+
+    Raises:
+        BadImage: empty, truncated, not an image, or over Pillow's limit of 89 megapixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image.load()
+        return ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
+        raise BadImage(f"{name}: more than {limit}, which is taken for an attack; shrink the file") from error
+    except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ValueError ...
+        if isinstance(source, bytes) and not source:
+            reason = "the file is empty"
+        else:  # Pillow names the memory buffer, which helps nobody
+            reason = str(error).split(" <_io")[0].split(" '")[0] or type(error).__name__
+        raise BadImage(f"{name}: {reason}. Expected a complete image file that Pillow reads") from error
+
+
+def to_uint8(image: Image.Image, mode: str, name: str) -> Image.Image:
+    """Convert to 8 bits per channel by the range of the file's format.
+
+    Args:
+        image: in any Pillow mode. 16-bit values are divided by 257; mode ``I`` counts as 16 bits if it fits, else as
+            31; float values are taken as [0, 1], or as [0, 255] where one exceeds 1.
+        mode: ``L`` or ``RGB``, the mode of the result.
+        name: what to call the image in errors.
+
+    Raises:
+        BadImage: float values that are not finite, negative or above 255; negative integers.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        low, high = values.min(), values.max()
+        if image.mode == "F":
+            limit, scale, expected = (255, 255 if high <= 1 else 1, "floats in [0, 1] or [0, 255]")
+        else:
+            limit = 65535 if high <= 65535 else 2**31 - 1
+            scale, expected = 255 / limit, "integers from 0 up"
+        if not (low >= 0 and high <= limit):  # also refuses NaN
+            raise BadImage(f"{name}: values from {low:g} to {high:g}; expected {expected}. Rescale the file")
+        image = Image.fromarray(np.rint(values * scale).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def prepare_image(image: Image.Image, resolution: int, interpolation: str, center_crop: bool) -> np.ndarray:
+    """Resize the shorter side to ``resolution`` pixels; crop the middle, or leave the longer side for a random crop.
+
+    Returns:
+        uint8 (C, H, W) with min(H, W) == resolution.
+    """
+    shorter = min(image.size)
+    size = tuple(max(resolution, round(side * resolution / shorter)) for side in image.size)
+    if image.size != size:
+        image = image.resize(size, FILTERS[interpolation], reducing_gap=3.0)
+    if center_crop:
+        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+        image = image.crop((left, top, left + resolution, top + resolution))
+    array = np.array(image, dtype=np.uint8)
+    return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def augment(image: np.ndarray, number: int, args) -> np.ndarray:
+    """Random crop to a square and, with ``--random_flip``, a mirroring; a function of (seed, sample number).
+
+    Args:
+        image: uint8 (C, H, W).
+        number: sample number.
+
+    Returns:
+        uint8 (C, S, S) with S = min(H, W); may share memory with ``image``.
+    """
+    size = min(image.shape[1:])
+    top, left = 0, 0
+    if image.shape[1] != image.shape[2]:
+        room = max(image.shape[1:]) - size
+        offset = int(randomness.uniform(args.seed, "crop", np.array(number)) * (room + 1))
+        top, left = (offset, 0) if image.shape[1] > image.shape[2] else (0, offset)
+    image = image[:, top : top + size, left : left + size]
+    if args.random_flip and flips(args.seed, np.array(number)):
+        image = image[:, :, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def flips(seed: int, numbers: np.ndarray) -> np.ndarray:
+    """Whether each sample is mirrored: bool, the shape of ``numbers``."""
+    return randomness.uniform(seed, "flip", numbers) < 0.5
+
+
+def make_grid(images: np.ndarray, min_cell: int = 64) -> Image.Image:
+    """Lay images out in rows, as square as it gets, with gaps, small ones enlarged without smoothing.
+
+    Args:
+        images: uint8 (N, C, H, W) with C of 1 or 3.
+        min_cell: pixels; smaller images are enlarged by a whole factor to at least about this.
+    """
+    count, channels, height, width = images.shape
+    factor = max(1, round(min_cell / height))
+    images = images.repeat(factor, axis=2).repeat(factor, axis=3)
+    height, width, gap = height * factor, width * factor, max(2, height * factor // 16)
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    grid = np.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 96, dtype=np.uint8)
+    for k, image in enumerate(images):
+        y, x = (gap + (k // columns) * (height + gap), gap + (k % columns) * (width + gap))
+        grid[:, y : y + height, x : x + width] = image
+    return Image.fromarray(grid[0] if channels == 1 else grid.transpose(1, 2, 0))

@@ -1,0 +1,79 @@
+"""UNets that come from elsewhere, and whether they fit the images."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+
+from . import UserError
+
+
+def load_pretrained(name_or_path: str) -> DDPMPipeline:
+    """An unconditional pipeline with its weights, from a folder or the Hub.
+
+    Raises:
+        UserError: it cannot be loaded, or is not a UNet2DModel that predicts one value per channel.
+    """
+    flag = f"--pretrained_model_name_or_path {name_or_path}"
+    try:
+        pipeline = DDPMPipeline.from_pretrained(name_or_path)
+    except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors
+        raise UserError(
+            f"{flag}: cannot be loaded as a DDPMPipeline: {type(error).__name__}: {' '.join(str(error).split())}. "
+            "Expected a Hub id, or a folder with model_index.json, such as the output of train_ddpm.py"
+        ) from error
+    unet = pipeline.unet
+    if not isinstance(unet, UNet2DModel):
+        raise UserError(f"{flag}: its unet is a {type(unet).__name__}; expected a UNet2DModel (unconditional)")
+    if unet.config.out_channels != unet.config.in_channels:
+        raise UserError(
+            f"{flag}: {unet.config.in_channels} channels in, {unet.config.out_channels} out; a learned variance is not "
+            "supported here"
+        )
+    return pipeline
+
+
+def load_config(name_or_path: str, **overrides) -> dict:
+    """The config of a UNet2DModel (a JSON file, a folder with config.json, or a Hub id), without weights."""
+    try:
+        path = Path(name_or_path)
+        config = UNet2DModel._dict_from_json_file(path) if path.is_file() else UNet2DModel.load_config(name_or_path)
+    except Exception as error:
+        raise UserError(
+            f"--model_config_name_or_path {name_or_path}: {type(error).__name__}: {' '.join(str(error).split())}. "
+            "Expected a JSON file, a folder with config.json, or a Hub id"
+        ) from error
+    return {**config, **overrides}
+
+
+def image_format(unet: UNet2DModel) -> dict:
+    """The images that a model was made for, as ``load_train_data`` takes them."""
+    modes = {1: "L", 3: "RGB"}
+    if unet.config.in_channels not in modes:
+        raise UserError(f"the pretrained model takes {unet.config.in_channels} channels; expected 1 or 3")
+    return {"resolution": unet.config.sample_size, "image_mode": modes[unet.config.in_channels]}
+
+
+def check_fit(unet: UNet2DModel, resolution: int, channels: int) -> None:
+    """Refuse images that the model cannot take.
+
+    Raises:
+        UserError: wrong number of channels, or a resolution that cannot be halved as often as the model halves it.
+    """
+    if unet.config.in_channels != channels:
+        raise UserError(
+            f"the images have {channels} channels, the model takes {unet.config.in_channels}; --image_mode "
+            f"{ {1: 'L', 3: 'RGB'}.get(unet.config.in_channels, '?') } converts them"
+        )
+    factor = 2 ** (len(unet.config.block_out_channels) - 1)
+    if resolution % factor:
+        near = max(factor, round(resolution / factor) * factor)
+        raise UserError(
+            f"images of {resolution} pixels: this UNet halves them {len(unet.config.block_out_channels) - 1} times, so "
+            f"it needs a multiple of {factor}; try --resolution {near}"
+        )
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in model.parameters())

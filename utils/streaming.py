@@ -1,0 +1,66 @@
+"""Training batches from a data set that fits on no disk."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+
+from . import UserError
+from .images import BadImage, augment
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Micro-batches from a stream: this process's shards, shuffled in a buffer, decoded by threads.
+
+    A resumed run reads past the images that it has already used, without decoding them.
+    """
+
+    def __init__(self, images, batches, args, accelerator):
+        self.images, self.batches, self.args = images, list(batches), args
+        self.shard = split_dataset_by_node(images.dataset, accelerator.process_index, accelerator.num_processes)
+        per_step = args.train_batch_size * args.gradient_accumulation_steps
+        global_batch_size = per_step * accelerator.num_processes
+        self.used = int(self.batches[0][0]) // global_batch_size * per_step if self.batches else 0
+
+    def _rows(self) -> Iterator[tuple[dict, int]]:
+        shard = self.shard.shuffle(seed=self.args.seed, buffer_size=self.args.shuffle_buffer_size)
+        count, epoch = 0, 0
+        while True:
+            shard.set_epoch(epoch)
+            before = count
+            for row in shard:
+                if count >= self.used:
+                    yield row, count
+                count += 1
+            if count == before:
+                raise UserError(f"{self.images.name}: the stream holds no images for this process")
+            epoch += 1
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        rows, bad, bad_count = self._rows(), [], 0
+        with ThreadPoolExecutor(max(1, self.args.dataloader_num_workers)) as pool:
+            for numbers in self.batches:
+                items = []
+                while len(items) < len(numbers):
+                    wanted = [next(rows) for _ in range(len(numbers) - len(items))]
+                    for (row, index), image in zip(wanted, pool.map(self._attempt, wanted), strict=True):
+                        if isinstance(image, BadImage):
+                            bad.append((index, str(image)))
+                            bad_count += 1
+                            if self.args.bad_images == "error" or bad_count > self.args.max_bad_images:
+                                yield [{"image": np.zeros(0), "label": 0, "number": 0, "bad": bad}]
+                                return
+                            continue
+                        number = int(numbers[len(items)])
+                        image = augment(image, number, self.args)
+                        items.append({"image": image, "label": row.get("label", 0), "number": number, "bad": bad})
+                        bad = []
+                yield items
+
+    def _attempt(self, job):
+        try:
+            return self.images.prepared(*job)
+        except BadImage as error:
+            return error
