@@ -23,12 +23,13 @@ from tqdm.auto import tqdm
 from . import UserError, randomness
 from .images import GREY_MODES, BadImage, augment, decode_image, flips, prepare_image, to_uint8
 from .sources import load_source
-from .streaming import Stream
+from .streaming import Stream, read_ahead
 
 logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_RESOLUTION = 64  # pixels
 CACHE_LIMIT = 4 * 2**30  # bytes of decoded images in memory, per machine
+SKIP_HINT = "--bad_images skip goes on without it"
 INSPECTED = 64  # images that are looked at to find mode and size
 
 
@@ -74,7 +75,9 @@ class TrainData:
             )
         self._inspect(dataset, resolution, image_mode)
         prepare = partial(prepare_image, resolution=self.resolution, interpolation=args.interpolation)
-        self._images = PreparedImages(dataset, name, args, self.mode, partial(prepare, center_crop=args.center_crop))
+        self._images = PreparedImages(
+            dataset, name, args, self.mode, self._refuse_colour, partial(prepare, center_crop=args.center_crop)
+        )
         self._cache = None
         if self._wants_cache():
             self._cache = _Cache(self._images, self.resolution, accelerator)
@@ -92,17 +95,18 @@ class TrainData:
         for k, row in enumerate(rows):
             try:
                 image = decode_image(*locate(row, self.name, k))
-            except BadImage:
+            except BadImage as error:
                 if self.args.bad_images == "error":
-                    raise
+                    raise BadImage(f"{error}. {SKIP_HINT}") from None
                 continue
             sizes.append(image.size)
             modes.add(image.mode)
         if not sizes:
             raise UserError(f"{self.name}: no readable image found; expected a data set of images")
         grey = modes <= set(GREY_MODES)
-        self.mode = self.args.image_mode if self.args.image_mode != "auto" else image_mode or ("L" if grey else "RGB")
-        self.found_grey = grey
+        chosen = image_mode if self.args.image_mode == "auto" else self.args.image_mode
+        self.mode = chosen or ("L" if grey else "RGB")
+        self._refuse_colour = chosen is None and grey  # found to be grey from some images: the others had better be
         self.channels = len(self.mode)
         shorter = min(min(size) for size in sizes)
         # A multiple of 4, so that a UNet that halves twice fits; larger nets ask for more and say so.
@@ -175,15 +179,7 @@ class TrainData:
         yield from self._checked(loader)
 
     def _stream(self, batches):
-        loader = torch.utils.data.DataLoader(
-            Stream(self._images, list(batches), self.args, self.accelerator),
-            batch_size=None,
-            collate_fn=collate,
-            num_workers=min(1, self.args.dataloader_num_workers),
-            pin_memory=self.accelerator.device.type == "cuda",
-            generator=torch.Generator(),
-        )
-        yield from self._checked(loader)
+        yield from self._checked(map(collate, read_ahead(Stream(self._images, batches, self.args, self.accelerator))))
 
     def _checked(self, loader):
         """Turn what went wrong in a worker into this process's error, and count the skipped images."""
@@ -197,7 +193,7 @@ class TrainData:
                 raise UserError(str(error).strip().split("UserError: ")[-1]) from None
             for index, message in batch["bad"]:
                 if self.args.bad_images == "error":
-                    raise BadImage(f"{message}. --bad_images skip goes on without it")
+                    raise BadImage(f"{message}. {SKIP_HINT}")
                 if index not in skipped:
                     skipped.add(index)
                     logger.warning(f"skipped ({len(skipped)} so far): {message}")
@@ -223,14 +219,15 @@ def _check_bad_count(count: int, args) -> None:
 class PreparedImages(torch.utils.data.Dataset):
     """Decoded and prepared images by row. Knows nothing of processes, so that it travels to workers."""
 
-    def __init__(self, dataset, name: str, args, mode: str, prepare):
-        self.dataset, self.name, self.args, self.mode, self.prepare = (dataset, name, args, mode, prepare)
+    def __init__(self, dataset, name: str, args, mode: str, refuse_colour: bool, prepare):
+        self.dataset, self.name, self.args, self.mode = dataset, name, args, mode
+        self.refuse_colour, self.prepare = refuse_colour, prepare
 
     def prepared(self, row: dict, index: int) -> np.ndarray:
         """uint8 (C, H, W), the shorter side at the training resolution."""
         source, where = locate(row, self.name, index)
         image = decode_image(source, where)
-        if self.mode == "L" and self.args.image_mode == "auto" and image.mode not in GREY_MODES:
+        if self.refuse_colour and image.mode not in GREY_MODES:
             raise UserError(
                 f"{where} has colour (mode {image.mode}), but the images looked at before training were all grey. "
                 "Choose with --image_mode L or --image_mode RGB"
@@ -238,7 +235,7 @@ class PreparedImages(torch.utils.data.Dataset):
         return self.prepare(to_uint8(image, self.mode, where))
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """The image at an index, cropped and flipped for a sample number; a bad one is replaced by the next good one."""
+        """The image at an index, cropped and flipped for a sample number; instead of a bad one the next good one."""
         index, number = key
         bad = []
         for candidate in range(index, index + len(self.dataset)):
@@ -297,7 +294,7 @@ class _Cache:
                 for k, image in enumerate(pool.map(attempt, jobs)):
                     if isinstance(image, BadImage):
                         if images.args.bad_images == "error":
-                            raise BadImage(f"{image}. --bad_images skip goes on without it")
+                            raise BadImage(f"{image}. {SKIP_HINT}")
                         skipped += 1
                         logger.warning(f"skipped ({skipped} so far): {image}")
                         _check_bad_count(skipped, images.args)
@@ -311,9 +308,9 @@ class _Cache:
         if all(image.shape[1:] == (resolution, resolution) for image in prepared):
             self.square = torch.from_numpy(np.stack(prepared))
             self.images = None
-            if accelerator.device.type == "cuda":
-                if self.square.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
-                    self.square = self.square.to(accelerator.device)
+            on_gpu = accelerator.device.type == "cuda"
+            if on_gpu and self.square.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
+                self.square = self.square.to(accelerator.device)
 
     def __len__(self):
         return len(self.labels)

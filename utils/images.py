@@ -5,6 +5,7 @@ what transparent pixels hide. Here ranges are scaled, alpha is laid over white a
 """
 
 import io
+import os
 import warnings
 
 import numpy as np
@@ -43,7 +44,8 @@ def decode_image(source: bytes | str, name: str) -> Image.Image:
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
         raise BadImage(f"{name}: more than {limit}, which is taken for an attack; shrink the file") from error
     except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ValueError ...
-        if isinstance(source, bytes) and not source:
+        size = len(source) if isinstance(source, bytes) else os.path.getsize(source) if os.path.exists(source) else None
+        if size == 0:
             reason = "the file is empty"
         else:  # Pillow names the memory buffer, which helps nobody
             reason = str(error).split(" <_io")[0].split(" '")[0] or type(error).__name__

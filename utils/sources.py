@@ -29,7 +29,7 @@ def load_source(args, accelerator) -> tuple[datasets.Dataset | datasets.Iterable
         UserError: not found, no such split or column, no images, ambiguous columns.
     """
     name = args.train_data_dir or args.dataset_name
-    if name is None:  # one process decides, or the processes might train on different data
+    if not name:  # one process decides, or the processes might train on different data
         choice = [_default_source(args) if accelerator.is_main_process else None]
         name = broadcast_object_list(choice)[0]
     with accelerator.main_process_first():

@@ -1,20 +1,20 @@
 """Training batches from a data set that fits on no disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
 from datasets.distributed import split_dataset_by_node
 
 from . import UserError
 from .images import BadImage, augment
 
 
-class Stream(torch.utils.data.IterableDataset):
+class Stream:
     """Micro-batches from a stream: this process's shards, shuffled in a buffer, decoded by threads.
 
-    A resumed run reads past the images that it has already used, without decoding them.
+    A resumed run reads past the images that it has already used, without decoding them. Threads, not DataLoader
+    workers: ``datasets`` deals shards to workers, so that the order would depend on their number.
     """
 
     def __init__(self, images, batches, args, accelerator):
@@ -64,3 +64,13 @@ class Stream(torch.utils.data.IterableDataset):
             return self.images.prepared(*job)
         except BadImage as error:
             return error
+
+
+def read_ahead(iterable: Iterable) -> Iterator:
+    """The same items, each prepared in a thread while the one before is used."""
+    iterator, end = iter(iterable), object()
+    with ThreadPoolExecutor(1) as pool:
+        item = pool.submit(next, iterator, end)
+        while (ready := item.result()) is not end:
+            item = pool.submit(next, iterator, end)
+            yield ready

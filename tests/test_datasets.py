@@ -1,0 +1,216 @@
+"""utils/datasets.py, sources.py, streaming.py: the same samples in the same order however they are loaded."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import parse
+from PIL import Image
+
+from utils import UserError
+from utils.datasets import load_train_data
+
+
+def batches(accelerator, *flags, steps=(0, 3), **options):
+    data = load_train_data(parse(*flags), accelerator, **options)
+    return data, list(data.batches(*steps))
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        np.array_equal(a["sample_numbers"], b["sample_numbers"]) and torch.equal(a["images"], b["images"])
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+class Process:
+    """Stands for one of several processes; what the loaders ask an accelerator for."""
+
+    def __init__(self, index, count):
+        self.process_index, self.num_processes, self.is_main_process = index, count, index == 0
+        self.device = torch.device("cpu")
+
+    def main_process_first(self):
+        import contextlib
+
+        return contextlib.nullcontext()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve wide colour images and a text file."""
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        Image.fromarray(rng.integers(0, 255, (20, 36, 3), dtype=np.uint8)).save(tmp_path / f"{k:02}.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_embedded_sets(accelerator):
+    data, (first, *_) = batches(accelerator)
+    assert (data.length, data.channels, data.resolution) == (1797, 1, 8)
+    assert first["images"].shape == (8, 1, 8, 8) and first["images"].dtype == torch.float32
+    assert first["images"].min() == -1 and first["images"].max() == 1
+    data, _ = batches(accelerator, "--dataset_name=faces")
+    assert (data.length, data.channels, data.resolution) == (100, 1, 24)
+
+
+@pytest.mark.parametrize("source", ["digits", "folder"])
+def test_cache_and_workers_change_nothing(accelerator, folder, source):
+    where = ["--random_flip"] + (["--train_data_dir", folder, "--resolution=16"] if source == "folder" else [])
+    if source == "folder":  # parse() names the digits
+        where = ["--dataset_name=", *where]
+    _, cached = batches(accelerator, *where, "--cache_images=always")
+    for workers in (0, 2):
+        _, loaded = batches(accelerator, *where, "--cache_images=never", f"--dataloader_num_workers={workers}")
+        assert same(cached, loaded)
+    assert not torch.equal(cached[0]["images"], cached[1]["images"])
+
+
+def test_starting_later_continues_the_same_order(accelerator):
+    _, whole = batches(accelerator, "--train_batch_size=500", steps=(0, 9))  # crosses two epochs
+    _, tail = batches(accelerator, "--train_batch_size=500", steps=(5, 9))
+    assert same(whole[5:], tail)
+    numbers = np.concatenate([batch["sample_numbers"] for batch in whole])
+    assert np.array_equal(numbers, np.arange(4500))
+
+
+def test_two_processes_see_what_one_sees_with_accumulation():
+    _, alone = batches(Process(0, 1), "--gradient_accumulation_steps=2", "--random_flip")
+    parts = [batches(Process(index, 2), "--random_flip")[1] for index in (0, 1)]
+    interleaved = [batch for pair in zip(*parts, strict=True) for batch in pair]
+    assert same(alone, interleaved)
+
+
+def test_labels_travel_with_their_images(accelerator):
+    data, (batch, *_) = batches(accelerator, "--label_column=label", "--train_batch_size=1797", steps=(0, 1))
+    assert data.label_names == [str(k) for k in range(10)]
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    zero = batch["images"][batch["labels"] == 0].mean(0)[0]
+    expected = torch.tensor(bunch.images[bunch.target == 0].mean(0) / 8 - 1)
+    assert torch.allclose(zero.double(), expected, atol=0.02)
+
+
+def test_colour_and_grey(accelerator, folder, tmp_path_factory):
+    flags = ["--dataset_name=", "--train_data_dir", folder]
+    assert batches(accelerator, *flags)[0].channels == 3
+    data, (batch, *_) = batches(accelerator, *flags, "--image_mode=L", "--resolution=12")
+    assert batch["images"].shape == (8, 1, 12, 12) and data.resolution == 12
+    grey = tmp_path_factory.mktemp("grey")
+    for k in range(200):
+        Image.new("RGB" if k == 100 else "L", (8, 8)).save(grey / f"{k:03}.png")
+    with pytest.raises(UserError, match=r"100\.png.*has colour.*--image_mode L or --image_mode RGB"):
+        batches(accelerator, "--dataset_name=", "--train_data_dir", grey)
+
+
+def test_local_parquet_arrow_and_saved_sets(accelerator, tmp_path):
+    from utils.sources import _embedded_digits
+
+    digits = _embedded_digits().select(range(64))
+    digits.to_parquet(tmp_path / "digits.parquet")
+    digits.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": digits, "test": digits.select(range(16))}).save_to_disk(tmp_path / "splits")
+    expected = batches(accelerator, "--max_train_samples=64")[1]
+    for path in (tmp_path / "digits.parquet", tmp_path / "saved", tmp_path / "splits"):
+        assert same(expected, batches(accelerator, "--dataset_name", path)[1])
+    data, _ = batches(accelerator, "--dataset_name", tmp_path / "splits", "--dataset_split=test")
+    assert data.length == 16
+
+
+def test_unnamed_source_falls_back_to_digits_with_one_warning(accelerator, caplog):
+    data, _ = batches(accelerator, "--dataset_name=")  # offline, and not in the cache
+    assert data.name == "digits"
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "ylecun/mnist cannot be had" in warnings[0] and "--dataset_name" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--dataset_name=nobody/nothing"], "--dataset_name nobody/nothing cannot be loaded"),
+        (["--dataset_name=./missing"], "there is no such file or folder"),
+        (["--dataset_name=", "--train_data_dir=missing"], "--train_data_dir missing: there is no such folder"),
+        (["--dataset_name=", "--train_data_dir={tmp}"], "cannot be loaded"),
+        (["--dataset_name={tmp}/notes.txt"], "expected a .parquet or .arrow file"),
+        (["--image_column=picture"], r"--image_column picture: .*image \(Image\), label \(ClassLabel\)"),
+        (["--label_column=image"], r"--label_column image: not a column of type ClassLabel"),
+        (["--dataset_split=test"], "--dataset_split test: digits has the one split train"),
+        (["--max_train_samples=5"], "digits has 5 images, fewer than one global batch of 8"),
+    ],
+)
+def test_bad_sources_are_refused_by_name(accelerator, tmp_path, flags, message):
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(UserError, match=message):
+        batches(accelerator, *[flag.format(tmp=tmp_path) for flag in flags])
+
+
+def test_ambiguous_image_columns_are_listed(accelerator, tmp_path):
+    image = Image.new("L", (8, 8))
+    features = datasets.Features({"a": datasets.Image(), "b": datasets.Image()})
+    two = datasets.Dataset.from_dict({"a": [image] * 9, "b": [image] * 9}, features=features)
+    two.save_to_disk(tmp_path / "two")
+    with pytest.raises(UserError, match=r"2 columns of images: a, b. Name one with --image_column"):
+        batches(accelerator, "--dataset_name", tmp_path / "two")
+    assert batches(accelerator, "--dataset_name", tmp_path / "two", "--image_column=b")[0].length == 9
+
+
+@pytest.mark.parametrize("cache", ["always", "never"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_stop_or_are_skipped(accelerator, tmp_path, cache, workers, caplog):
+    for k in range(70):
+        Image.new("L", (8, 8), k).save(tmp_path / f"{k:02}.png")
+    (tmp_path / "67.png").write_bytes(b"")  # not among those that are looked at first
+    flags = ["--dataset_name=", "--train_data_dir", tmp_path, f"--cache_images={cache}"]
+    flags += [f"--dataloader_num_workers={workers}", "--train_batch_size=64"]
+    with pytest.raises(UserError, match=r"67\.png.*the file is empty.*--bad_images skip"):
+        batches(accelerator, *flags)
+    with pytest.raises(UserError, match="more than --max_bad_images 0"):
+        batches(accelerator, *flags, "--bad_images=skip", "--max_bad_images=0")
+    caplog.clear()
+    first, second = (batches(accelerator, *flags, "--bad_images=skip")[1] for _ in range(2))
+    assert same(first, second)
+    assert sum("67.png" in record.message for record in caplog.records) == 2  # once a run
+
+
+def test_streaming_gives_each_process_its_own_images_and_resumes(tmp_path):
+    for k in range(64):
+        Image.new("L", (8, 8), k).save(tmp_path / f"{k:02}.png")
+    flags = ["--dataset_name=", "--train_data_dir", tmp_path, "--streaming", "--shuffle_buffer_size=16"]
+    seen = []
+    for index in (0, 1):
+        _, found = batches(Process(index, 2), *flags, "--dataloader_num_workers=0", steps=(0, 4))
+        values = torch.cat([batch["images"][:, 0, 0, 0] for batch in found])
+        seen.append({round((value.item() + 1) * 127.5) for value in values})
+        for workers in (1, 3):
+            assert same(
+                found, batches(Process(index, 2), *flags, f"--dataloader_num_workers={workers}", steps=(0, 4))[1]
+            )
+        _, tail = batches(Process(index, 2), *flags, "--dataloader_num_workers=0", steps=(2, 4))
+        assert same(found[2:], tail)
+    assert len(seen[0]) == len(seen[1]) == 32
+    assert seen[0].isdisjoint(seen[1])
+
+
+def test_streaming_skips_and_stops_at_bad_images(accelerator, tmp_path):
+    for k in range(80):
+        Image.new("L", (8, 8), k).save(tmp_path / f"{k:02}.png")
+    (tmp_path / "77.png").write_bytes(b"junk")
+    flags = ["--dataset_name=", "--train_data_dir", tmp_path, "--streaming", "--train_batch_size=40"]
+    with pytest.raises(UserError, match=r"77\.png"):
+        batches(accelerator, *flags, steps=(0, 2))
+    _, found = batches(accelerator, *flags, "--bad_images=skip", steps=(0, 2))
+    assert [len(batch["images"]) for batch in found] == [40, 40]
+
+
+def test_small_images_are_enlarged_with_a_warning(accelerator, caplog):
+    _, (batch, *_) = batches(accelerator, "--resolution=16")
+    assert batch["images"].shape[-1] == 16
+    assert any("smaller than 16 pixels" in record.message for record in caplog.records)
+
+
+def test_defaults_from_a_pretrained_model(accelerator):
+    data, _ = batches(accelerator, resolution=12, image_mode="RGB")
+    assert (data.resolution, data.channels) == (12, 3)
