@@ -21,7 +21,7 @@ from utils.args import (
 )
 
 UNETS = {  # --unet: keyword arguments of UNet2DModel
-    "tiny": dict(  # 0.9 M parameters: for tests and first looks
+    "tiny": dict(  # 1.0 M parameters: for tests and first looks
         block_out_channels=(32, 64, 64),
         down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
@@ -35,14 +35,14 @@ UNETS = {  # --unet: keyword arguments of UNet2DModel
         layers_per_block=1,
         add_attention=False,
     ),
-    "base": dict(  # 27 M: 32 to 64 pixels, on a GPU; attention at a quarter of the resolution
+    "base": dict(  # 25.8 M: 32 to 64 pixels, on a GPU; attention at a quarter of the resolution
         block_out_channels=(128, 256, 256),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         layers_per_block=2,
         attention_head_dim=64,
     ),
-    "large": dict(  # 114 M, as google/ddpm-celebahq-256: 128 to 256 pixels, on several GPUs
+    "large": dict(  # 113.7 M, as google/ddpm-celebahq-256: 128 to 256 pixels, on several GPUs
         block_out_channels=(128, 128, 256, 256, 512, 512),
         down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),

@@ -1,0 +1,159 @@
+"""The script as users start it: launchers, two processes, signals, a reader who has only diffusers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "train_ddpm.py")
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", SCRIPT]
+ONE = [*LAUNCH, "--config_file", str(ROOT / "accelerate_config.yaml"), SCRIPT]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+
+
+def start(command, folder, *flags, **environment):
+    return subprocess.Popen(
+        [*command, *TINY, "--output_dir", str(folder), *map(str, flags)],
+        cwd=folder.parent,  # any working directory will do
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(command, folder, *flags, **environment):
+    process = start(command, folder, *flags, **environment)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def losses(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = EventAccumulator(str(folder / "logs" / "train_ddpm")).Reload()
+    return [(e.step, e.value) for e in data.Scalars("loss")], [(e.step, e.value) for e in data.Scalars("learning_rate")]
+
+
+def close(first, second, tolerance=1e-4):
+    first, second = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    return all(torch.allclose(first[key], second[key], atol=tolerance) for key in first)
+
+
+def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_path):
+    flags = ["--report_to=tensorboard", "--random_flip", "--num_samples=5", "--learning_rate=1e-4", "--dropout=0.1"]
+    code, output = run([sys.executable, SCRIPT], tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
+    assert code == 0, output
+    code, output = run(TWO, tmp_path / "two", *flags)
+    assert code == 0, output
+    assert output.count("Finished, after 6 optimizer steps") == 1
+    (one, one_rates), (two, two_rates) = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one_rates == two_rates
+    assert [step for step, _ in one] == [step for step, _ in two] == [1, 2, 3, 4, 5, 6]
+    assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(one, two, strict=True))
+    assert close(tmp_path / "one", tmp_path / "two")
+    state = tmp_path / "two" / "checkpoint-6" / "training_state"
+    assert (state / "random_states_0.pkl").is_file() and (state / "random_states_1.pkl").is_file()
+
+    # The last checkpoint of each is lost; the other number of processes goes on from the one before
+    import shutil
+
+    for name in ("one", "two"):
+        shutil.rmtree(tmp_path / name / "checkpoint-6")
+        record = json.loads((tmp_path / name / "training_args.json").read_text())
+        del record["finished_at_step"]
+        (tmp_path / name / "training_args.json").write_text(json.dumps(record))
+        shutil.move(tmp_path / name / WEIGHTS, tmp_path / f"{name}.safetensors")
+    code, output = run([sys.executable, SCRIPT], tmp_path / "two", *flags, "--gradient_accumulation_steps=2")
+    assert code == 0 and "was saved by 2 processes, this run has 1" in output, output
+    code, output = run(TWO, tmp_path / "one", *flags)
+    assert code == 0 and "was saved by 1 processes, this run has 2" in output, output
+    assert close(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_resume_bit_for_bit(tmp_path):
+    flags = ["--cache_images=never", "--dataloader_num_workers=0", "--checkpoints_total_limit=3"]
+    code, output = run(TWO, tmp_path / "straight", *flags)
+    assert code == 0, output
+    code, output = run(TWO, tmp_path / "cut", *flags, "--max_train_steps=3", "--lr_scheduler=linear")
+    assert code == 0, output
+    # as if killed at step 3: same schedule, so take the checkpoint of the straight run
+    import shutil
+
+    shutil.rmtree(tmp_path / "cut")
+    shutil.copytree(tmp_path / "straight", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    (tmp_path / "cut" / WEIGHTS).unlink()
+    record = json.loads((tmp_path / "cut" / "training_args.json").read_text())
+    del record["finished_at_step"]
+    (tmp_path / "cut" / "training_args.json").write_text(json.dumps(record))
+    code, output = run(TWO, tmp_path / "cut", *flags)
+    assert code == 0 and "Resuming from" in output, output
+    assert close(tmp_path / "straight", tmp_path / "cut", tolerance=0)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
+    code, output = run(TORCHRUN, tmp_path / "run", ACCELERATE_USE_CPU="false")
+    assert code != 0
+    assert "2 processes were started, but they form no group" in output and "ACCELERATE_USE_CPU=true" in output
+    assert not (tmp_path / "run" / "training_args.json").exists()
+
+
+def test_torchrun_trains(tmp_path):
+    code, output = run(TORCHRUN, tmp_path / "run", "--max_train_steps=2")
+    assert code == 0, output
+    assert (tmp_path / "run" / WEIGHTS).is_file()
+
+
+def test_accelerate_launch_uses_the_config_and_a_stranger_loads_the_result(tmp_path):
+    code, output = run(ONE, tmp_path / "run", "--max_train_steps=2")
+    assert code == 0, output
+    assert output.splitlines()[-6].startswith("Finished, after 2 optimizer steps")
+    assert json.loads((tmp_path / "run" / "training_args.json").read_text())["mixed_precision"] == "bf16"
+    program = (
+        "from diffusers import DDPMPipeline\n"
+        "pipeline = DDPMPipeline.from_pretrained('run', use_safetensors=True)\n"
+        "pipeline(batch_size=2, num_inference_steps=2).images[1].save('sample.png')\n"
+    )
+    result = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "sample.png").is_file()
+
+
+def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
+    code, output = run([sys.executable, SCRIPT], tmp_path / "run", "--dataset_name=./missing")
+    assert code == 1
+    assert output.strip().splitlines()[-1] == "error: --dataset_name ./missing: there is no such file or folder"
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("command", [ONE, TWO], ids=["one process", "two processes"])
+def test_sigterm_to_the_launcher_stops_everything_and_the_same_command_goes_on(tmp_path, command):
+    flags = ["--max_train_steps=400", "--checkpointing_steps=1000", "--no-use_ema", "--num_train_epochs=1"]
+    process = start(command, tmp_path / "run", *flags, PYTHONUNBUFFERED="1")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "training_args.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)  # until every process has closed the pipe: no orphan goes on
+    assert process.returncode not in (0, None)
+    assert "Stopped by SIGTERM" in output, output
+    saved = list((tmp_path / "run").glob("checkpoint-*"))
+    assert len(saved) == 1 and (saved[0] / "manifest.json").is_file()
+    step = int(saved[0].name.split("-")[1])
+    assert 0 < step < 400
+    code, output = run(command, tmp_path / "run", *flags, f"--max_train_steps={step + 10}")
+    assert code == 0 and f"{step} optimizer steps done" in output, output

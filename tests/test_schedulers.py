@@ -1,0 +1,125 @@
+"""utils/schedulers.py against diffusers, the papers and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+
+from utils.sampling import sample_images
+from utils.schedulers import (
+    SAMPLER_CLASSES,
+    make_sampler,
+    min_snr_weights,
+    pipeline_scheduler,
+    signal_to_noise_ratio,
+    total_train_steps,
+)
+
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_min_snr_weights_amount_to_the_same_loss_on_the_clean_image(prediction_type):
+    noise_scheduler = DDPMScheduler(prediction_type=prediction_type)
+    timesteps = torch.tensor([1, 50, 200, 500, 900])
+    clean, noise, wrong = torch.randn(3, 5, 1, 8, 8, dtype=torch.float64)
+    noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+    alpha_bar = noise_scheduler.alphas_cumprod[timesteps].double().view(-1, 1, 1, 1)
+    a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    noise_of_wrong = (noisy - a * wrong) / s  # what says "the clean image is `wrong`" in each parametrization
+    output = {"epsilon": noise_of_wrong, "sample": wrong, "v_prediction": a * noise_of_wrong - s * wrong}
+    target = {"epsilon": noise, "sample": clean, "v_prediction": a * noise - s * clean}
+    snr = signal_to_noise_ratio(noise_scheduler, timesteps).double()
+    error = (output[prediction_type] - target[prediction_type]).square().mean((1, 2, 3))
+    expected = snr.clamp(max=5) * (wrong - clean).square().mean((1, 2, 3))
+    assert torch.allclose(min_snr_weights(snr, 5.0, prediction_type) * error, expected, rtol=1e-4)
+
+
+def test_min_snr_weights_are_finite_where_nothing_is_left_of_the_image():
+    noise_scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
+    snr = signal_to_noise_ratio(noise_scheduler, torch.arange(1000))
+    assert snr[-1] < 1e-6
+    for prediction_type in PREDICTIONS:
+        weights = min_snr_weights(snr, 5.0, prediction_type)
+        assert weights.isfinite().all() and (weights >= 0).all() and weights.max() <= 5
+
+
+@pytest.mark.parametrize("images, batch, epochs, steps, expected", [
+    (1000, 100, 3, None, 30), (1001, 100, 3, None, 31), (None, 100, 3, 7, 7), (1000, 100, 3, 7, 7)
+])  # fmt: skip
+def test_length_of_a_run(images, batch, epochs, steps, expected):
+    assert total_train_steps(images, batch, epochs, steps) == expected
+
+
+def test_samplers_know_every_noise_schedule():
+    for beta_schedule in SCHEDULES:
+        noise_scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type="v_prediction")
+        for name, kind in SAMPLER_CLASSES.items():
+            sampler = make_sampler(name, noise_scheduler)
+            assert isinstance(sampler, kind)
+            assert torch.allclose(sampler.alphas_cumprod, noise_scheduler.alphas_cumprod, atol=1e-6)
+            assert sampler.config.prediction_type == "v_prediction"
+            sampler.set_timesteps(25)
+            assert sampler.timesteps[0] == 999  # trailing: begins at pure noise
+            again = kind.from_config(dict(sampler.config))
+            assert torch.equal(again.alphas_cumprod, sampler.alphas_cumprod)
+
+
+class Oracle(torch.nn.Module):
+    """Knows that every image is `clean`, and predicts accordingly."""
+
+    def __init__(self, noise_scheduler, clean):
+        super().__init__()
+        self.noise_scheduler, self.clean = noise_scheduler, clean
+
+    def forward(self, noisy, timestep):
+        alpha_bar = self.noise_scheduler.alphas_cumprod[timestep]
+        a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        noise = (noisy - a * self.clean) / s
+        kind = self.noise_scheduler.config.prediction_type
+        sample = {"epsilon": noise, "sample": self.clean.expand_as(noisy), "v_prediction": a * noise - s * self.clean}
+        return type("Output", (), {"sample": sample[kind]})
+
+
+@pytest.mark.parametrize("name", SAMPLER_CLASSES)
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_a_perfect_model_is_sampled_perfectly(accelerator, name, prediction_type, zero_snr):
+    if zero_snr and prediction_type == "epsilon":
+        pytest.skip("refused by the script")
+    clean = torch.tensor(np.random.default_rng(0).uniform(-0.9, 0.9, (1, 1, 4, 4)), dtype=torch.float32)
+    noise_scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr
+    )
+    oracle, sampler = Oracle(noise_scheduler, clean), make_sampler(name, noise_scheduler)
+    images = sample_images(oracle, sampler, accelerator, 2, (1, 4, 4), 20, 2, seed=0)
+    expected = ((clean + 1) * 127.5).round().byte().numpy()
+    assert np.abs(images.astype(int) - expected).max() <= 3
+
+
+def test_every_sampler_ends_in_a_pipeline_that_runs(tmp_path):
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32,), layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    )  # fmt: skip
+    for name in SAMPLER_CLASSES:
+        noise_scheduler = DDPMScheduler()
+        scheduler = pipeline_scheduler(make_sampler(name, noise_scheduler), noise_scheduler)
+        DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / name)
+        pipeline = DDPMPipeline.from_pretrained(tmp_path / name, use_safetensors=True)
+        assert len(pipeline(batch_size=2, num_inference_steps=2).images) == 2
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_the_schedule_warms_up_and_ends_at_zero(name):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    lr_scheduler = get_scheduler(name, optimizer, num_warmup_steps=10, num_training_steps=100)
+    rates = []
+    for _ in range(100):
+        rates.append(lr_scheduler.get_last_lr()[0])
+        optimizer.step()
+        lr_scheduler.step()
+    assert rates[0] == 0 and rates[10] == max(rates) == 1.0
+    assert rates[-1] < 0.02 and lr_scheduler.get_last_lr()[0] < 1e-9

@@ -1,0 +1,374 @@
+"""train_ddpm.py in this process: what a run leaves behind, and what it must not depend on."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import parse, train
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils import UserError
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def equal(first, second):
+    first, second = load_file(first), load_file(second)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def events(folder):
+    accumulator = EventAccumulator(str(folder / "logs" / "train_ddpm"), size_guidance={"scalars": 0, "images": 0})
+    return accumulator.Reload()
+
+
+def scalars(folder, tag):
+    return {event.step: event.value for event in events(folder).Scalars(tag)}
+
+
+# ------------------------------------------------------------------------------------------------ what is left behind
+
+
+def test_the_output_folder_is_a_pipeline(finished_run):
+    pipeline = DDPMPipeline.from_pretrained(finished_run, use_safetensors=True)
+    assert pipeline.unet.config.sample_size == 8 and pipeline.unet.config.in_channels == 1
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert type(pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"  # what drew the samples
+    image = pipeline(num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (8, 8, 1) and np.isfinite(image).all()
+    assert not [*finished_run.rglob("*.bin"), *finished_run.rglob(".tmp*")] or all(
+        "training_state" in str(path) for path in finished_run.rglob("*.bin")
+    )
+
+
+def test_every_checkpoint_is_a_pipeline_with_the_averaged_weights(finished_run):
+    assert {path.name for path in finished_run.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    last = finished_run / "checkpoint-6"
+    DDPMPipeline.from_pretrained(last, use_safetensors=True)(num_inference_steps=1)
+    assert equal(last / WEIGHTS, finished_run / WEIGHTS)
+    raw, averaged = load_file(last / "training_state" / "model.safetensors"), load_file(last / WEIGHTS)
+    assert raw.keys() == averaged.keys()
+    assert not torch.equal(raw["conv_in.weight"], averaged["conv_in.weight"])
+
+
+def test_tensorboard_has_every_curve_and_picture(finished_run):
+    tags = events(finished_run).Tags()
+    expected = {"loss", "grad_norm", "learning_rate", "ema_decay", "images_per_second", "peak_memory_gib"}
+    expected |= {f"loss_by_timestep/{k * 250}-{k * 250 + 249}" for k in range(4)}
+    assert expected <= set(tags["scalars"])
+    assert any(tag.startswith("loss_by_label/") for tag in tags["scalars"])
+    losses = scalars(finished_run, "loss")
+    assert list(losses) == [2, 4, 6] and all(0 < value < 3 for value in losses.values())
+    assert scalars(finished_run, "learning_rate")[2] == pytest.approx(1e-3 * 1 / 2)  # the second of two warm-up steps
+    pictures = events(finished_run).Images("samples")
+    assert [picture.step for picture in pictures] == [2, 4, 6]
+    assert pictures[0].encoded_image_string[:4] == b"\x89PNG"
+    hparams = [*(finished_run / "logs").rglob("hparams.yml")]
+    assert len(hparams) == 1 and "learning_rate: 0.001" in hparams[0].read_text()
+
+
+def test_loss_by_timestep_and_label_average_to_the_loss(tmp_path):
+    train(tmp_path / "run", "--report_to=tensorboard", "--label_column=label", "--max_train_steps=1")
+    loss = scalars(tmp_path / "run", "loss")[1]
+    data = events(tmp_path / "run")
+    bins = [data.Scalars(tag)[0].value for tag in data.Tags()["scalars"] if tag.startswith("loss_by_timestep")]
+    assert np.mean(bins) == pytest.approx(loss, rel=1e-4)  # stratified: two of eight samples in each
+
+
+def test_grids_card_and_arguments(finished_run):
+    for path in ("samples.png", "samples/step-000002.png", "samples/step-000004.png"):
+        assert Image.open(finished_run / path).size == (2 * 68 + 4, 2 * 68 + 4)
+    card = (finished_run / "README.md").read_text()
+    import yaml
+
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "diffusers" and "ddpm" in metadata["tags"]
+    assert "![samples](samples.png)" in card and str(finished_run) not in card
+    record = json.loads((finished_run / "training_args.json").read_text())
+    assert record["finished_at_step"] == 6 and record["arguments"]["learning_rate"] == 1e-3
+    assert record["images"] == 1797 and record["versions"]["torch"].startswith("2.")
+
+
+def test_the_same_command_again_does_nothing(tmp_path, capsys):
+    train(tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    capsys.readouterr()
+    assert train(tmp_path / "run") == 0
+    assert "This run was finished before, after 6 optimizer steps" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_a_foreign_folder_and_changed_settings_are_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("two years of work")
+    with pytest.raises(UserError, match="is not empty, and not the output of these scripts"):
+        train(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    train(tmp_path / "run", "--max_train_steps=1")
+    with pytest.raises(UserError, match=r"learning_rate was 0\.001, is 0\.5; prediction_type was None, is 'sample'"):
+        train(tmp_path / "run", "--learning_rate=0.5", "--prediction_type=sample")
+
+
+# -------------------------------------------------------------------------------------------------------- resuming
+
+
+def interrupt(folder, keep):
+    """Make a finished run look killed after the checkpoint ``keep``."""
+    import shutil
+
+    for path in folder.glob("checkpoint-*"):
+        if path.name != keep:
+            shutil.rmtree(path)
+    record = json.loads((folder / "training_args.json").read_text())
+    del record["finished_at_step"]
+    (folder / "training_args.json").write_text(json.dumps(record))
+    (folder / ".tmp-checkpoint-5").mkdir()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--checkpointing_steps=4"],  # in the middle of an epoch
+        ["--checkpointing_steps=3"],  # at the end of one
+        ["--checkpointing_steps=4", "--gradient_accumulation_steps=2", "--train_batch_size=4"],
+        ["--checkpointing_steps=4", "--cache_images=never", "--dataloader_num_workers=0"],
+        ["--checkpointing_steps=4", "--cache_images=never", "--dataloader_num_workers=2"],
+        ["--checkpointing_steps=4", "--mixed_precision=bf16", "--snr_gamma=5"],
+    ],
+)
+def test_resuming_equals_never_having_stopped(tmp_path, flags):
+    flags = [*flags, "--max_train_samples=24", "--random_flip", "--dropout=0.3", "--report_to=tensorboard"]
+    flags += ["--sample_steps=2", "--checkpoints_total_limit=5"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train(straight, *flags)
+    train(resumed, *flags)
+    keep = flags[0].replace("--checkpointing_steps=", "checkpoint-")
+    interrupt(resumed, keep)
+    torch.manual_seed(99)
+    train(resumed, *flags)
+    assert not list(resumed.glob(".tmp*"))
+    assert equal(straight / WEIGHTS, resumed / WEIGHTS)  # EMA
+    state = "checkpoint-6/training_state"
+    assert equal(straight / state / "model.safetensors", resumed / state / "model.safetensors")
+    for name in ("optimizer.bin", "scheduler.bin"):
+        first, second = (torch.load(folder / state / name, weights_only=True) for folder in (straight, resumed))
+        assert str(first) == str(second)
+        if name == "optimizer.bin":
+            for key, values in first["state"].items():
+                assert all(torch.equal(value, second["state"][key][part]) for part, value in values.items())
+    assert scalars(straight, "loss") == scalars(resumed, "loss")
+    assert np.array_equal(*(np.asarray(Image.open(folder / "samples.png")) for folder in (straight, resumed)))
+
+
+def test_workers_and_cache_do_not_change_the_weights(tmp_path):
+    train(tmp_path / "cached", "--random_flip", "--cache_images=always")
+    train(tmp_path / "workers", "--random_flip", "--cache_images=never", "--dataloader_num_workers=2")
+    assert equal(tmp_path / "cached" / WEIGHTS, tmp_path / "workers" / WEIGHTS)
+
+
+def test_a_longer_run_continues_a_finished_one(tmp_path):
+    train(tmp_path / "run", "--lr_scheduler=constant")
+    train(tmp_path / "long", "--lr_scheduler=constant", "--max_train_steps=9")
+    train(tmp_path / "run", "--lr_scheduler=constant", "--max_train_steps=9")
+    assert equal(tmp_path / "run" / WEIGHTS, tmp_path / "long" / WEIGHTS)
+
+
+def test_bad_checkpoints_stop_the_run_before_anything_is_touched(tmp_path):
+    with pytest.raises(UserError, match="has no complete checkpoint"):
+        train(tmp_path / "run", "--resume_from_checkpoint=latest")
+    assert list((tmp_path / "run").iterdir()) == []
+    with pytest.raises(UserError, match="there is no such folder"):
+        train(tmp_path / "run", f"--resume_from_checkpoint={tmp_path}/checkpoint-7")
+    train(tmp_path / "run", "--max_train_steps=3")
+    (tmp_path / "run" / "checkpoint-3" / WEIGHTS).write_bytes(b"")
+    with pytest.raises(UserError, match=r"is damaged: unet/diffusion_pytorch_model\.safetensors"):
+        train(tmp_path / "run", f"--resume_from_checkpoint={tmp_path}/run/checkpoint-3")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, number, code):
+    import utils.curves
+
+    original = utils.curves.TrainingCurves.add
+
+    def add(self, *arguments):  # in the middle of the fifth step
+        original(self, *arguments)
+        if len(calls := [*getattr(self, "calls", []), 1]) == 5:
+            os.kill(os.getpid(), number)
+        self.calls = calls
+
+    monkeypatch.setattr(utils.curves.TrainingCurves, "add", add)
+    assert train(tmp_path / "stopped") == code
+    assert "Stopped by" in (said := capsys.readouterr().out) and "5 of 6" in said and "The same command" in said
+    assert (tmp_path / "stopped" / "checkpoint-5").is_dir()
+    monkeypatch.undo()
+    assert train(tmp_path / "stopped") == 0
+    train(tmp_path / "straight")
+    assert equal(tmp_path / "stopped" / WEIGHTS, tmp_path / "straight" / WEIGHTS)
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path):
+    with pytest.raises(UserError, match=r"step \d+: loss (nan|inf).*lower --learning_rate"):
+        train(tmp_path / "run", "--learning_rate=1e30", "--lr_warmup_steps=1", "--max_grad_norm=0", "--logging_steps=4")
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        assert all(value.isfinite().all() for value in load_file(folder / "training_state/model.safetensors").values())
+
+
+# ------------------------------------------------------------------------------------------------------ mathematics
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_the_loss_falls_for_every_target(tmp_path, prediction_type):
+    flags = ["--report_to=tensorboard", "--max_train_steps=40", "--logging_steps=10", "--checkpointing_steps=100"]
+    train(tmp_path / "run", *flags, f"--prediction_type={prediction_type}", "--snr_gamma=5")
+    losses = scalars(tmp_path / "run", "loss")
+    assert losses[40] < 0.75 * losses[10]
+    assert DDPMPipeline.from_pretrained(tmp_path / "run").scheduler.config.prediction_type == prediction_type
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_noise_is_mixed_in_float32_in_any_precision(tmp_path, monkeypatch, precision):
+    seen = []
+    original = DDPMScheduler.add_noise
+
+    def add_noise(self, clean, noise, timesteps):
+        result = original(self, clean, noise, timesteps)
+        seen.append((clean.dtype, noise.dtype, result.dtype))
+        return result
+
+    monkeypatch.setattr(DDPMScheduler, "add_noise", add_noise)
+    train(tmp_path / "run", f"--mixed_precision={precision}", "--max_train_steps=1")
+    assert seen == [(torch.float32,) * 3]
+
+
+def test_timesteps_cover_all_levels_stratified_or_not(tmp_path, monkeypatch):
+    seen = {}
+    original = UNet2DModel.forward
+
+    def forward(self, sample, timestep, *arguments, **options):
+        if self.training:
+            seen.setdefault(kind, []).append(timestep.clone())
+        return original(self, sample, timestep, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DModel, "forward", forward)
+    for kind in ("uniform", "stratified"):
+        train(
+            tmp_path / kind, f"--timestep_sampling={kind}", "--train_batch_size=50", "--gradient_accumulation_steps=2"
+        )
+        timesteps = torch.cat(seen[kind])
+        assert timesteps.min() >= 0 and timesteps.max() <= 999 and len(timesteps) == 600
+        per_step = timesteps.view(6, 100) // 10  # a hundred strata of ten timesteps, a hundred samples a step
+        evenly = all(len(set(row.tolist())) == 100 for row in per_step)
+        assert evenly == (kind == "stratified")
+
+
+def test_each_flag_of_the_objective_changes_the_result(tmp_path):
+    train(tmp_path / "plain", "--max_train_steps=5")
+    for flag in (
+        "--beta_schedule=sigmoid", "--num_train_timesteps=100", "--rescale_betas_zero_snr", "--snr_gamma=1",
+        "--seed=1", "--dropout=0.2", "--max_grad_norm=0.01", "--adam_beta1=0.5", "--adam_beta2=0.9",
+        "--adam_weight_decay=1", "--adam_epsilon=1", "--lr_scheduler=cosine", "--lr_warmup_steps=0",
+        "--no-use_ema", "--ema_max_decay=0.1", "--ema_inv_gamma=9", "--ema_power=0.1",
+    ):  # fmt: skip
+        folder = tmp_path / flag.strip("-").split("=")[0]
+        train(folder, "--max_train_steps=5", flag)
+        assert not equal(tmp_path / "plain" / WEIGHTS, folder / WEIGHTS), flag
+
+
+def test_flags_of_speed_and_memory_do_not_change_the_result(tmp_path):
+    train(tmp_path / "plain", "--max_train_steps=3")
+    train(tmp_path / "checkpointed", "--max_train_steps=3", "--gradient_checkpointing")
+    train(tmp_path / "allowed", "--max_train_steps=3", "--no-allow_tf32", "--sample_batch_size=1")
+    first = load_file(tmp_path / "plain" / WEIGHTS)
+    for other in ("checkpointed", "allowed"):
+        second = load_file(tmp_path / other / WEIGHTS)
+        assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+
+
+def test_epsilon_from_pure_noise_is_refused(tmp_path):
+    with pytest.raises(UserError, match="pure noise says nothing of the image"):
+        train(tmp_path / "run", "--rescale_betas_zero_snr", "--prediction_type=epsilon")
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++", "unipc"])
+def test_each_sampler_draws_and_is_saved(tmp_path, sampler):
+    train(tmp_path / "run", "--max_train_steps=1", f"--sampler={sampler}", "--num_inference_steps=3")
+    kind = type(DDPMPipeline.from_pretrained(tmp_path / "run").scheduler).__name__
+    expected = {"ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
+    assert kind == expected.get(sampler, "DDPMScheduler")  # DDPMPipeline cannot call UniPC
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+def test_pretrained_weights_are_used_with_their_schedule(tmp_path, finished_run):
+    flags = ["--learning_rate=0", "--max_train_steps=1", "--no-use_ema", "--adam_weight_decay=0"]
+    train(tmp_path / "run", *flags, f"--pretrained_model_name_or_path={finished_run}")
+    assert equal(tmp_path / "run" / WEIGHTS, finished_run / WEIGHTS)
+    train(tmp_path / "other", "--max_train_steps=1", "--prediction_type=epsilon", "--beta_schedule=linear")
+    train(tmp_path / "from_other", *flags, f"--pretrained_model_name_or_path={tmp_path}/other")
+    config = DDPMPipeline.from_pretrained(tmp_path / "from_other").scheduler.config
+    assert (config.prediction_type, config.beta_schedule) == ("epsilon", "linear")
+
+
+def test_own_config_starts_from_random_weights(tmp_path, finished_run):
+    flags = ["--learning_rate=0", "--max_train_steps=1", "--unet=small"]
+    train(tmp_path / "run", *flags, f"--model_config_name_or_path={finished_run}/unet")
+    config = UNet2DModel.load_config(tmp_path / "run" / "unet")
+    assert config["block_out_channels"] == [32, 64, 64]
+    assert not equal(tmp_path / "run" / WEIGHTS, finished_run / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--pretrained_model_name_or_path=./missing"], "cannot be loaded as a DDPMPipeline"),
+        (["--model_config_name_or_path=./missing"], "Expected a JSON file, a folder with config.json, or a Hub id"),
+        (["--resolution=10"], r"needs a multiple of 4; try --resolution 8"),
+        (["--mixed_precision=fp16"], "fp16 needs a GPU"),
+        (["--report_to=tensorbored"], "unknown tracker; expected none, all"),
+        (["--report_to=wandb"], "its package is not installed"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_advice(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", *flags)
+
+
+def test_colour_images_with_a_grey_pretrained_model_are_converted(tmp_path, finished_run):
+    for k in range(9):
+        Image.new("RGB", (20, 12), (k, 40, 90)).save(tmp_path / f"{k}.png")
+    flags = ["--dataset_name=", f"--train_data_dir={tmp_path}", "--max_train_steps=1"]
+    train(tmp_path / "out" / "run", *flags, f"--pretrained_model_name_or_path={finished_run}")
+    unet = UNet2DModel.from_pretrained(tmp_path / "out" / "run" / "unet")
+    assert (unet.config.in_channels, unet.config.sample_size) == (1, 8)
+
+
+def test_presets_have_the_sizes_that_their_comments_name():
+    import inspect
+    import re
+
+    import train_ddpm
+
+    source = inspect.getsource(train_ddpm)
+    for name, config in train_ddpm.UNETS.items():
+        with torch.device("meta"):
+            unet = UNet2DModel(sample_size=64, in_channels=3, out_channels=3, **config)
+        millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
+        stated = float(re.search(rf'"{name}": dict\(  # ([\d.]+) M', source)[1])
+        assert math.isclose(millions, stated, rel_tol=0.06), (name, millions)
+
+
+def test_default_run_counts_epochs(tmp_path):
+    args = parse()
+    assert args.num_train_epochs >= 1
+    train(tmp_path / "run", "--max_train_samples=20", "--num_train_epochs=2", "--max_train_steps=1")
+    from utils.schedulers import total_train_steps
+
+    assert total_train_steps(20, 8, 2, None) == 5
