@@ -58,8 +58,8 @@ def parse_args(argv=None):
     add_data_arguments(parser)
 
     group = parser.add_argument_group("model")
-    group.add_argument("--unet", choices=UNETS, default="small", help="architecture, see UNETS in this script")
-    group.add_argument("--dropout", type=real(0, 1), default=0.0, help="in the residual blocks of --unet")
+    group.add_argument("--unet", choices=UNETS, help="architecture, see UNETS in this script (default: small)")
+    group.add_argument("--dropout", type=real(0, 1), help="in the residual blocks of --unet (default: 0)")
     group.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet; random weights")
     group.add_argument(
         "--pretrained_model_name_or_path", help="pipeline whose weights and schedule training starts from"
@@ -92,10 +92,12 @@ def parse_args(argv=None):
     add_run_arguments(parser, output_dir="outputs/ddpm")
     args = parser.parse(argv)
     check_common(parser, args)
-    if args.model_config_name_or_path and args.pretrained_model_name_or_path:
+    if sum(x is not None for x in (args.unet, args.model_config_name_or_path, args.pretrained_model_name_or_path)) > 1:
         parser.error(
-            "--model_config_name_or_path means random weights, --pretrained_model_name_or_path trained ones; give one"
+            "--unet, --model_config_name_or_path and --pretrained_model_name_or_path exclude each other; give one"
         )
+    if args.dropout is not None and (args.model_config_name_or_path or args.pretrained_model_name_or_path):
+        parser.error("--dropout goes with --unet; a config or a pretrained model brings its own")
     return args
 
 
@@ -151,7 +153,7 @@ def main(args):
     elif args.model_config_name_or_path:
         unet = UNet2DModel.from_config(load_config(args.model_config_name_or_path, **shape))
     else:
-        unet = UNet2DModel(**shape, dropout=args.dropout, **UNETS[args.unet])
+        unet = UNet2DModel(**shape, dropout=args.dropout or 0.0, **UNETS[args.unet or "small"])
     check_fit(unet, train_data.resolution, train_data.channels)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -41,8 +41,12 @@ def accelerator():
 
 
 def parse(*flags):
-    """Arguments of a tiny run on the embedded digits."""
-    return train_ddpm.parse_args([*TINY, *map(str, flags)])
+    """Arguments of a tiny run on the embedded digits; another source of images or weights replaces the tiny one."""
+    flags = [str(flag) for flag in flags]
+    other_model = any("name_or_path" in flag for flag in flags)
+    other_data = any(flag.startswith("--train_data_dir") for flag in flags)
+    tiny = [flag for flag in TINY if not ((other_model and "unet" in flag) or (other_data and "dataset_name" in flag))]
+    return train_ddpm.parse_args([*tiny, *flags])
 
 
 def train(output_dir, *flags):

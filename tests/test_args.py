@@ -33,6 +33,8 @@ def refused(capsys, *flags):
         (["--streaming", "--max_train_steps=1"], "--streaming needs --dataset_name or --train_data_dir"),
         (["--streaming", "--max_train_steps=1", "--dataset_name=x", "--cache_images=always"], "exclude each other"),
         (["--model_config_name_or_path=a", "--pretrained_model_name_or_path=b"], "give one"),
+        (["--unet=tiny", "--pretrained_model_name_or_path=b"], "give one"),
+        (["--dropout=0.1", "--model_config_name_or_path=a"], "brings its own"),
         (["--config=missing.yaml"], "--config missing.yaml: cannot be read as YAML"),
     ],
 )

@@ -58,8 +58,6 @@ def test_embedded_sets(accelerator):
 @pytest.mark.parametrize("source", ["digits", "folder"])
 def test_cache_and_workers_change_nothing(accelerator, folder, source):
     where = ["--random_flip"] + (["--train_data_dir", folder, "--resolution=16"] if source == "folder" else [])
-    if source == "folder":  # parse() names the digits
-        where = ["--dataset_name=", *where]
     _, cached = batches(accelerator, *where, "--cache_images=always")
     for workers in (0, 2):
         _, loaded = batches(accelerator, *where, "--cache_images=never", f"--dataloader_num_workers={workers}")
@@ -94,7 +92,7 @@ def test_labels_travel_with_their_images(accelerator):
 
 
 def test_colour_and_grey(accelerator, folder, tmp_path_factory):
-    flags = ["--dataset_name=", "--train_data_dir", folder]
+    flags = ["--train_data_dir", folder]
     assert batches(accelerator, *flags)[0].channels == 3
     data, (batch, *_) = batches(accelerator, *flags, "--image_mode=L", "--resolution=12")
     assert batch["images"].shape == (8, 1, 12, 12) and data.resolution == 12
@@ -102,7 +100,7 @@ def test_colour_and_grey(accelerator, folder, tmp_path_factory):
     for k in range(200):
         Image.new("RGB" if k == 100 else "L", (8, 8)).save(grey / f"{k:03}.png")
     with pytest.raises(UserError, match=r"100\.png.*has colour.*--image_mode L or --image_mode RGB"):
-        batches(accelerator, "--dataset_name=", "--train_data_dir", grey)
+        batches(accelerator, "--train_data_dir", grey)
 
 
 def test_local_parquet_arrow_and_saved_sets(accelerator, tmp_path):
@@ -132,8 +130,8 @@ def test_unnamed_source_falls_back_to_digits_with_one_warning(accelerator, caplo
     [
         (["--dataset_name=nobody/nothing"], "--dataset_name nobody/nothing cannot be loaded"),
         (["--dataset_name=./missing"], "there is no such file or folder"),
-        (["--dataset_name=", "--train_data_dir=missing"], "--train_data_dir missing: there is no such folder"),
-        (["--dataset_name=", "--train_data_dir={tmp}"], "cannot be loaded"),
+        (["--train_data_dir=missing"], "--train_data_dir missing: there is no such folder"),
+        (["--train_data_dir={tmp}"], "cannot be loaded"),
         (["--dataset_name={tmp}/notes.txt"], "expected a .parquet or .arrow file"),
         (["--image_column=picture"], r"--image_column picture: .*image \(Image\), label \(ClassLabel\)"),
         (["--label_column=image"], r"--label_column image: not a column of type ClassLabel"),
@@ -163,7 +161,7 @@ def test_bad_images_stop_or_are_skipped(accelerator, tmp_path, cache, workers, c
     for k in range(70):
         Image.new("L", (8, 8), k).save(tmp_path / f"{k:02}.png")
     (tmp_path / "67.png").write_bytes(b"")  # not among those that are looked at first
-    flags = ["--dataset_name=", "--train_data_dir", tmp_path, f"--cache_images={cache}"]
+    flags = ["--train_data_dir", tmp_path, f"--cache_images={cache}"]
     flags += [f"--dataloader_num_workers={workers}", "--train_batch_size=64"]
     with pytest.raises(UserError, match=r"67\.png.*the file is empty.*--bad_images skip"):
         batches(accelerator, *flags)
@@ -178,7 +176,7 @@ def test_bad_images_stop_or_are_skipped(accelerator, tmp_path, cache, workers, c
 def test_streaming_gives_each_process_its_own_images_and_resumes(tmp_path):
     for k in range(64):
         Image.new("L", (8, 8), k).save(tmp_path / f"{k:02}.png")
-    flags = ["--dataset_name=", "--train_data_dir", tmp_path, "--streaming", "--shuffle_buffer_size=16"]
+    flags = ["--train_data_dir", tmp_path, "--streaming", "--shuffle_buffer_size=16"]
     seen = []
     for index in (0, 1):
         _, found = batches(Process(index, 2), *flags, "--dataloader_num_workers=0", steps=(0, 4))
@@ -198,7 +196,7 @@ def test_streaming_skips_and_stops_at_bad_images(accelerator, tmp_path):
     for k in range(80):
         Image.new("L", (8, 8), k).save(tmp_path / f"{k:02}.png")
     (tmp_path / "77.png").write_bytes(b"junk")
-    flags = ["--dataset_name=", "--train_data_dir", tmp_path, "--streaming", "--train_batch_size=40"]
+    flags = ["--train_data_dir", tmp_path, "--streaming", "--train_batch_size=40"]
     with pytest.raises(UserError, match=r"77\.png"):
         batches(accelerator, *flags, steps=(0, 2))
     _, found = batches(accelerator, *flags, "--bad_images=skip", steps=(0, 2))

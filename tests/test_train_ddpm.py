@@ -318,7 +318,7 @@ def test_pretrained_weights_are_used_with_their_schedule(tmp_path, finished_run)
 
 
 def test_own_config_starts_from_random_weights(tmp_path, finished_run):
-    flags = ["--learning_rate=0", "--max_train_steps=1", "--unet=small"]
+    flags = ["--learning_rate=0", "--max_train_steps=1"]
     train(tmp_path / "run", *flags, f"--model_config_name_or_path={finished_run}/unet")
     config = UNet2DModel.load_config(tmp_path / "run" / "unet")
     assert config["block_out_channels"] == [32, 64, 64]
@@ -344,7 +344,7 @@ def test_what_cannot_work_is_refused_with_advice(tmp_path, flags, message):
 def test_colour_images_with_a_grey_pretrained_model_are_converted(tmp_path, finished_run):
     for k in range(9):
         Image.new("RGB", (20, 12), (k, 40, 90)).save(tmp_path / f"{k}.png")
-    flags = ["--dataset_name=", f"--train_data_dir={tmp_path}", "--max_train_steps=1"]
+    flags = [f"--train_data_dir={tmp_path}", "--max_train_steps=1"]
     train(tmp_path / "out" / "run", *flags, f"--pretrained_model_name_or_path={finished_run}")
     unet = UNet2DModel.from_pretrained(tmp_path / "out" / "run" / "unet")
     assert (unet.config.in_channels, unet.config.sample_size) == (1, 8)

@@ -117,7 +117,7 @@ def add_data_arguments(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--cache_images", choices=("auto", "always", "never"), default="auto",
-        help="keep decoded images in memory; auto: up to 4 GiB on this machine, and on the GPU up to a quarter of it",
+        help="keep decoded images in memory; auto: up to 4 GiB on this machine, and on the GPU up to a quarter of what is free",
     )  # fmt: skip
     group.add_argument("--dataloader_num_workers", type=integer(0), default=4, help="decoders, when not cached")
     parser.switch(group, "--streaming", False, "read the data set as it goes, for sets that fit on no disk")
@@ -158,7 +158,7 @@ def add_training_arguments(parser: Parser, **defaults) -> None:
         help="precision of the UNet's arithmetic (default: what the accelerate config says)",
     )  # fmt: skip
     parser.switch(group, "--allow_tf32", True, "TF32 matrix products on GPUs that have them")
-    parser.switch(group, "--gradient_checkpointing", False, "trade a quarter of the speed for memory")
+    parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
     parser.switch(group, "--compile", False, "torch.compile the UNet; pays on a GPU, after minutes")
     parser.set_defaults(**defaults)
 

@@ -225,4 +225,7 @@ def _prune(output_dir: Path, total_limit: int) -> None:
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what a killed run left half-written or half-removed."""
     for path in output_dir.glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

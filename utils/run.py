@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -42,7 +43,7 @@ def make_accelerator(args) -> Accelerator:
         UserError: fp16 on a CPU, several processes that do not know of each other, an unknown or missing tracker.
     """
     trackers = _check_trackers(args.report_to)
-    _set_up_process()
+    set_up_process()
     # The schedule counts optimizer steps. By default accelerate steps it once per process, which no schedule's length
     # survives unless it is multiplied by the number of processes.
     accelerator = Accelerator(
@@ -84,7 +85,7 @@ def _check_trackers(report_to: str) -> list[str]:
     return names
 
 
-def _set_up_process() -> None:
+def set_up_process() -> None:
     """On Linux: die with the launcher, which does not pass SIGTERM on; keep freed memory instead of returning it."""
     if sys.platform != "linux":
         return
@@ -152,7 +153,7 @@ def _inspect_output_dir(folder: Path, args) -> int | None:
         found = json.loads((folder / ARGUMENTS).read_text())
         check_settings(f"--output_dir {folder}", found["arguments"], args._asdict())
         return found.get("finished_at_step")
-    if any(folder.iterdir()):
+    if any(not path.name.startswith(".tmp-") for path in folder.iterdir()):
         raise UserError(
             f"--output_dir {folder} is not empty, and not the output of these scripts. Choose another folder"
         )
@@ -194,6 +195,7 @@ def resume(accelerator, args, facts: dict) -> dict | None:
         checkpoints.remove_leftovers(output_dir)
     path = checkpoints.find_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
     if path is None:
+        logger.info(f"Starting from scratch in {output_dir}.")
         return None
     state = checkpoints.read_state(path)
     check_settings(str(path), state["settings"], {**args._asdict(), **facts})
@@ -254,15 +256,21 @@ def finish(accelerator, args, global_step: int, **facts) -> None:
 
 def say_finished(accelerator, args, global_step: int, again: bool = False) -> None:
     """The last lines: where the grid and the pipeline are, and what to do next."""
-    folder, script = args.output_dir, Path(sys.argv[0]).name
+    folder, script = args.output_dir, os.path.relpath(sys.argv[0])
     accelerator.print(
         f"\n{'This run was finished before' if again else 'Finished'}, after {global_step} optimizer steps."
         f"\n  samples      {Path(folder) / 'samples.png'}"
         f"\n  pipeline     DDPMPipeline.from_pretrained({str(folder)!r})"
-        f"\n  curves       tensorboard --logdir {folder}"
+        f"\n  curves       {_command('tensorboard')} --logdir {folder}"
         f"\n  train on     the same command with a larger --max_train_steps"
-        f"\n  your images  accelerate launch {script} --train_data_dir DIR --output_dir outputs/mine"
+        f"\n  your images  {_command('accelerate')} launch {script} --train_data_dir DIR --output_dir outputs/mine"
     )
+
+
+def _command(name: str) -> str:
+    """How to call a program of this environment: by name, or by path where it is not activated."""
+    beside = Path(sys.executable).parent / name
+    return name if shutil.which(name) or not beside.exists() else os.path.relpath(beside)
 
 
 def say_stopped(accelerator, args, global_step: int, max_train_steps: int, number: int) -> int:
