@@ -28,8 +28,8 @@ UNETS = {  # --unet: keyword arguments of UNet2DModel
         layers_per_block=1,
         add_attention=False,
     ),
-    "small": dict(  # 4.2 M: 8 to 32 pixels, on a CPU; attention would cost more than it gives in minutes
-        block_out_channels=(64, 128, 128),
+    "small": dict(  # 2.5 M: 8 to 32 pixels, on a CPU; attention would cost more than it gives in minutes
+        block_out_channels=(32, 64, 128),
         down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
         layers_per_block=1,

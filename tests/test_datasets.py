@@ -212,3 +212,36 @@ def test_small_images_are_enlarged_with_a_warning(accelerator, caplog):
 def test_defaults_from_a_pretrained_model(accelerator):
     data, _ = batches(accelerator, resolution=12, image_mode="RGB")
     assert (data.resolution, data.channels) == (12, 3)
+
+
+def test_shape_flags_reach_the_images(accelerator, folder):
+    flags = ["--train_data_dir", folder, "--resolution=8", "--cache_images=always"]
+    _, (plain, *_) = batches(accelerator, *flags)
+    for flag in ("--center_crop", "--interpolation=nearest", "--interpolation=lanczos", "--random_flip", "--seed=4"):
+        _, (other, *_) = batches(accelerator, *flags, flag)
+        assert other["images"].shape == plain["images"].shape
+        assert not torch.equal(other["images"], plain["images"]), flag
+
+
+def test_images_that_do_not_fit_in_memory_are_decoded_as_they_come(accelerator, monkeypatch):
+    import utils.datasets
+
+    data, cached = batches(accelerator)
+    assert data._cache is not None
+    monkeypatch.setattr(utils.datasets, "CACHE_LIMIT", 1000)
+    data, loaded = batches(accelerator)
+    assert data._cache is None and same(cached, loaded)
+
+
+def test_configurations_of_a_data_set(accelerator, tmp_path):
+    """A folder with two configurations in its card, as on the Hub."""
+    from utils.sources import _embedded_digits
+
+    for name, count in (("few", 16), ("many", 32)):
+        (tmp_path / name).mkdir()
+        _embedded_digits().select(range(count)).to_parquet(tmp_path / name / "train.parquet")
+    entries = "".join(f"- config_name: {name}\n  data_files: {name}/train.parquet\n" for name in ("few", "many"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    with pytest.raises(UserError, match="Config name is missing"):
+        batches(accelerator, "--dataset_name", tmp_path)
+    assert batches(accelerator, "--dataset_name", tmp_path, "--dataset_config_name=many")[0].length == 32

@@ -284,7 +284,7 @@ def test_each_flag_of_the_objective_changes_the_result(tmp_path):
 def test_flags_of_speed_and_memory_do_not_change_the_result(tmp_path):
     train(tmp_path / "plain", "--max_train_steps=3")
     train(tmp_path / "checkpointed", "--max_train_steps=3", "--gradient_checkpointing")
-    train(tmp_path / "allowed", "--max_train_steps=3", "--no-allow_tf32", "--sample_batch_size=1")
+    train(tmp_path / "allowed", "--max_train_steps=3", "--allow_tf32", "--sample_batch_size=1")
     first = load_file(tmp_path / "plain" / WEIGHTS)
     for other in ("checkpointed", "allowed"):
         second = load_file(tmp_path / other / WEIGHTS)
@@ -372,3 +372,28 @@ def test_default_run_counts_epochs(tmp_path):
     from utils.schedulers import total_train_steps
 
     assert total_train_steps(20, 8, 2, None) == 5
+
+
+def test_a_stream_trains_and_resumes_bit_for_bit(tmp_path):
+    from utils.sources import _embedded_digits
+
+    _embedded_digits().select(range(60)).to_parquet(tmp_path / "digits.parquet")
+    flags = [f"--dataset_name={tmp_path}/digits.parquet", "--streaming", "--shuffle_buffer_size=20"]
+    train(tmp_path / "straight", *flags)
+    train(tmp_path / "cut", *flags)
+    interrupt(tmp_path / "cut", "checkpoint-3")
+    train(tmp_path / "cut", *flags)
+    assert equal(tmp_path / "straight" / WEIGHTS, tmp_path / "cut" / WEIGHTS)
+
+
+def test_a_compiled_model_learns_the_same_and_is_saved_the_same(tmp_path):
+    small = dict(block_out_channels=[32], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
+    (tmp_path / "small.json").write_text(json.dumps({**small, "layers_per_block": 1, "add_attention": False}))
+    flags = [f"--model_config_name_or_path={tmp_path}/small.json", "--max_train_steps=2", "--report_to=tensorboard"]
+    train(tmp_path / "plain", *flags)
+    train(tmp_path / "compiled", *flags, "--compile")
+    first, second = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "compiled"))
+    assert first.keys() == second.keys()
+    first, second = (scalars(tmp_path / name, "loss") for name in ("plain", "compiled"))
+    assert all(first[step] == pytest.approx(second[step], rel=1e-3) for step in (1, 2))
+    DDPMPipeline.from_pretrained(tmp_path / "compiled")(num_inference_steps=1)
