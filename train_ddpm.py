@@ -20,6 +20,7 @@ from utils.args import (
     real,
 )
 
+# fmt: off
 UNETS = {  # --unet: keyword arguments of UNet2DModel
     "tiny": dict(  # 1.0 M parameters: for tests and first looks
         block_out_channels=(32, 64, 64),
@@ -40,7 +41,7 @@ UNETS = {  # --unet: keyword arguments of UNet2DModel
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         layers_per_block=2,
-        attention_head_dim=64,
+        attention_head_dim=64,  # the default of 8 wastes a third of the time
     ),
     "large": dict(  # 113.7 M, as google/ddpm-celebahq-256: 128 to 256 pixels, on several GPUs
         block_out_channels=(128, 128, 256, 256, 512, 512),
@@ -61,44 +62,26 @@ def parse_args(argv=None):
     group.add_argument("--unet", choices=UNETS, help="architecture, see UNETS in this script (default: small)")
     group.add_argument("--dropout", type=real(0, 1), help="in the residual blocks of --unet (default: 0)")
     group.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet; random weights")
-    group.add_argument(
-        "--pretrained_model_name_or_path", help="pipeline whose weights and schedule training starts from"
-    )
+    group.add_argument("--pretrained_model_name_or_path", help="pipeline whose weights and noise schedule training starts from")
 
     group = parser.add_argument_group("diffusion (defaults: NOISE in this script, or the pretrained pipeline's)")
     group.add_argument("--num_train_timesteps", type=integer(2, 10_000), help="T, number of noise levels")
-    group.add_argument(
-        "--beta_schedule",
-        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
-        help="how noise grows with t",
-    )
-    group.add_argument(
-        "--prediction_type",
-        choices=("epsilon", "sample", "v_prediction"),
-        help="predict the noise, the clean image, or v (arXiv:2202.00512)",
-    )
+    group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="how noise grows with t")
+    group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="predict the noise, the clean image, or v (arXiv:2202.00512)")
     parser.switch(group, "--rescale_betas_zero_snr", None, "make the last noise level pure noise (arXiv:2305.08891)")
-    group.add_argument(
-        "--snr_gamma", type=real(1e-6), help="min-SNR loss weighting (arXiv:2303.09556); the paper uses 5"
-    )
-    group.add_argument(
-        "--timestep_sampling",
-        choices=("uniform", "stratified"),
-        default="stratified",
-        help="independent, or one from each equal part of [0, T)",
-    )
+    group.add_argument("--snr_gamma", type=real(1e-6), help="min-SNR loss weighting (arXiv:2303.09556); the paper uses 5")
+    group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
 
     add_training_arguments(parser)
     add_run_arguments(parser, output_dir="outputs/ddpm")
     args = parser.parse(argv)
     check_common(parser, args)
     if sum(x is not None for x in (args.unet, args.model_config_name_or_path, args.pretrained_model_name_or_path)) > 1:
-        parser.error(
-            "--unet, --model_config_name_or_path and --pretrained_model_name_or_path exclude each other; give one"
-        )
+        parser.error("--unet, --model_config_name_or_path and --pretrained_model_name_or_path exclude each other; give one")
     if args.dropout is not None and (args.model_config_name_or_path or args.pretrained_model_name_or_path):
         parser.error("--dropout goes with --unet; a config or a pretrained model brings its own")
     return args
+# fmt: on
 
 
 def main(args):
@@ -118,13 +101,7 @@ def main(args):
     from utils.models import check_fit, count_parameters, image_format, load_config, load_pretrained
     from utils.randomness import sample_noise, uniform
     from utils.sampling import sample_images, save_grid
-    from utils.schedulers import (
-        make_sampler,
-        min_snr_weights,
-        pipeline_scheduler,
-        signal_to_noise_ratio,
-        total_train_steps,
-    )
+    from utils.schedulers import compute_snr, make_sampler, min_snr_weights, pipeline_scheduler, total_train_steps
 
     # Accelerator
     accelerator = run.make_accelerator(args)
@@ -162,29 +139,20 @@ def main(args):
     ema_model = EMA(unet, args.ema_max_decay, args.ema_inv_gamma, args.ema_power, enabled=args.use_ema)
 
     # Noise scheduler
-    given = {
-        name: getattr(args, name) for name in (*NOISE, "rescale_betas_zero_snr") if getattr(args, name) is not None
-    }
+    given = {name: getattr(args, name) for name in (*NOISE, "rescale_betas_zero_snr")}
+    given = {name: value for name, value in given.items() if value is not None}
     noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config if pretrained else NOISE, **given)
-    num_train_timesteps, prediction_type = (
-        noise_scheduler.config.num_train_timesteps,
-        noise_scheduler.config.prediction_type,
-    )
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    prediction_type = noise_scheduler.config.prediction_type
     if noise_scheduler.config.rescale_betas_zero_snr and prediction_type == "epsilon":
-        raise UserError(
-            "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: pure noise says nothing of the image"
-        )
+        raise UserError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: noise is no hint")
     sampler = make_sampler(args.sampler, noise_scheduler)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
     optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,
-    )
+        unet.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True,
+    )  # fmt: skip
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )
@@ -207,27 +175,16 @@ def main(args):
     facts |= dict(data=train_data.name, parameters=count_parameters(unet), max_train_steps=max_train_steps)
     run.start(accelerator, args, "train_ddpm", global_step, **facts)
     curves = TrainingCurves(
-        accelerator,
-        global_step,
-        max_train_steps,
-        args.logging_steps,
-        global_batch_size,
-        num_train_timesteps,
-        train_data.label_names,
-    )
+        accelerator, global_step, max_train_steps, args.logging_steps,
+        global_batch_size, num_train_timesteps, train_data.label_names,
+    )  # fmt: skip
 
     def sample(path):
         with curves.pause(), ema_model.swapped_in(unet):
             images = sample_images(
-                unet,
-                sampler,
-                accelerator,
-                args.num_samples,
-                image_shape,
-                args.num_inference_steps,
-                args.sample_batch_size,
-                args.seed,
-            )
+                unet, sampler, accelerator, args.num_samples, image_shape,
+                args.num_inference_steps, args.sample_batch_size, args.seed,
+            )  # fmt: skip
         save_grid(images, path, accelerator, global_step)
 
     def save_pipeline(folder):
@@ -268,7 +225,7 @@ def main(args):
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
             loss = losses.mean()
             if args.snr_gamma is not None:
-                snr = signal_to_noise_ratio(noise_scheduler, timesteps)
+                snr = compute_snr(noise_scheduler, timesteps)
                 loss = (min_snr_weights(snr, args.snr_gamma, prediction_type) * losses).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -284,9 +241,8 @@ def main(args):
         global_step += 1
 
         # Once in N steps
-        curves.step(
-            global_step, grad_norm, {"learning_rate": learning_rate, "ema_decay": ema_model.cur_decay_value or 0}
-        )
+        values = {"learning_rate": learning_rate, "ema_decay": ema_model.cur_decay_value or 0}
+        curves.step(global_step, grad_norm, values)
         stop = stop_signal.check(global_step)
         if stop or global_step % args.checkpointing_steps == 0 or global_step == max_train_steps:
             save()

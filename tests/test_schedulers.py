@@ -9,10 +9,10 @@ from diffusers.optimization import get_scheduler
 from utils.sampling import sample_images
 from utils.schedulers import (
     SAMPLER_CLASSES,
+    compute_snr,
     make_sampler,
     min_snr_weights,
     pipeline_scheduler,
-    signal_to_noise_ratio,
     total_train_steps,
 )
 
@@ -31,7 +31,7 @@ def test_min_snr_weights_amount_to_the_same_loss_on_the_clean_image(prediction_t
     noise_of_wrong = (noisy - a * wrong) / s  # what says "the clean image is `wrong`" in each parametrization
     output = {"epsilon": noise_of_wrong, "sample": wrong, "v_prediction": a * noise_of_wrong - s * wrong}
     target = {"epsilon": noise, "sample": clean, "v_prediction": a * noise - s * clean}
-    snr = signal_to_noise_ratio(noise_scheduler, timesteps).double()
+    snr = compute_snr(noise_scheduler, timesteps).double()
     error = (output[prediction_type] - target[prediction_type]).square().mean((1, 2, 3))
     expected = snr.clamp(max=5) * (wrong - clean).square().mean((1, 2, 3))
     assert torch.allclose(min_snr_weights(snr, 5.0, prediction_type) * error, expected, rtol=1e-4)
@@ -39,7 +39,7 @@ def test_min_snr_weights_amount_to_the_same_loss_on_the_clean_image(prediction_t
 
 def test_min_snr_weights_are_finite_where_nothing_is_left_of_the_image():
     noise_scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
-    snr = signal_to_noise_ratio(noise_scheduler, torch.arange(1000))
+    snr = compute_snr(noise_scheduler, torch.arange(1000))
     assert snr[-1] < 1e-6
     for prediction_type in PREDICTIONS:
         weights = min_snr_weights(snr, 5.0, prediction_type)

@@ -48,7 +48,7 @@ def pipeline_scheduler(sampler: SchedulerMixin, noise_scheduler: DDPMScheduler) 
     return noise_scheduler if isinstance(sampler, UniPCMultistepScheduler) else sampler
 
 
-def signal_to_noise_ratio(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+def compute_snr(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
     """float32 SNR(t) = alpha_bar_t / (1 - alpha_bar_t), the shape of ``timesteps``."""
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     return alphas_cumprod / (1 - alphas_cumprod)
