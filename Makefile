@@ -7,11 +7,11 @@ help:  ## list the targets
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  ##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 train: .venv/installed  ## install, then train on the embedded digits: pictures in minutes, on a CPU, offline
-	$(BIN)/accelerate launch --config_file accelerate_config.yaml train_ddpm.py \
+	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
 	  --dataset_name digits --resolution 16 --max_train_steps 2000 --output_dir outputs/digits
 
 mnist: .venv/installed  ## train on MNIST from the Hub, five minutes on 2 CPU cores
-	$(BIN)/accelerate launch --config_file accelerate_config.yaml train_ddpm.py \
+	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
 	  --dataset_name mnist --max_train_steps 1200 --output_dir outputs/mnist
 
 test: .venv/installed-dev  ## the whole test suite, on a CPU, offline

@@ -1,6 +1,6 @@
 """Train a denoising diffusion model (DDPM, Ho et al. 2020, arXiv:2006.11239) on images.
 
-    accelerate launch --config_file accelerate_config.yaml train_ddpm.py --dataset_name digits
+    accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py --dataset_name digits
 
 draws digits after about 4 minutes on 2 CPU cores. The output folder is a DDPMPipeline:
 
@@ -98,14 +98,16 @@ def main(args):
     from utils.curves import TrainingCurves
     from utils.datasets import load_train_data
     from utils.ema import EMA
-    from utils.models import check_fit, count_parameters, image_format, load_config, load_pretrained
+    from utils.models import check_fit, count_parameters, image_format, load_config, load_pretrained, make_unet
+    from utils.output_dir import claim_output_dir, resume
     from utils.randomness import sample_noise, uniform
     from utils.sampling import sample_images, save_grid
     from utils.schedulers import compute_snr, make_sampler, min_snr_weights, pipeline_scheduler, total_train_steps
+    from utils.signals import StopSignal
 
     # Accelerator
     accelerator = run.make_accelerator(args)
-    output_dir, finished_at = run.claim_output_dir(accelerator, args)
+    output_dir, finished_at = claim_output_dir(accelerator, args)
     set_seed(args.seed)
 
     # Data
@@ -128,7 +130,7 @@ def main(args):
         unet = pretrained.unet
         unet.register_to_config(sample_size=train_data.resolution)
     elif args.model_config_name_or_path:
-        unet = UNet2DModel.from_config(load_config(args.model_config_name_or_path, **shape))
+        unet = make_unet(load_config(args.model_config_name_or_path, **shape))
     else:
         unet = UNet2DModel(**shape, dropout=args.dropout or 0.0, **UNETS[args.unet or "small"])
     check_fit(unet, train_data.resolution, train_data.channels)
@@ -141,11 +143,17 @@ def main(args):
     # Noise scheduler
     given = {name: getattr(args, name) for name in (*NOISE, "rescale_betas_zero_snr")}
     given = {name: value for name, value in given.items() if value is not None}
+    if args.beta_schedule or args.num_train_timesteps:
+        given["trained_betas"] = None  # a pretrained pipeline may bring explicit ones
     noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config if pretrained else NOISE, **given)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     prediction_type = noise_scheduler.config.prediction_type
     if noise_scheduler.config.rescale_betas_zero_snr and prediction_type == "epsilon":
         raise UserError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: noise is no hint")
+    if args.num_inference_steps > num_train_timesteps:
+        raise UserError(
+            f"--num_inference_steps {args.num_inference_steps}: there are only {num_train_timesteps} noise levels"
+        )
     sampler = make_sampler(args.sampler, noise_scheduler)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
@@ -165,13 +173,14 @@ def main(args):
 
     # Resume
     facts = dict(images=train_data.length, global_batch_size=global_batch_size, image_shape=list(image_shape))
-    state = run.resume(accelerator, args, facts)
+    state = resume(accelerator, args, facts)
     global_step = state["global_step"] if state else 0
     if state:
         ema_model.load(state["path"] / "unet", UNet2DModel, state["ema_step"])
-    settings = {**args._asdict(), **facts}
+    settings = {**vars(args), **facts}
 
     # Trackers
+    facts |= dict(prediction_type=prediction_type, beta_schedule=noise_scheduler.config.beta_schedule)
     facts |= dict(data=train_data.name, parameters=count_parameters(unet), max_train_steps=max_train_steps)
     run.start(accelerator, args, "train_ddpm", global_step, **facts)
     curves = TrainingCurves(
@@ -189,8 +198,7 @@ def main(args):
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
-            scheduler = pipeline_scheduler(sampler, noise_scheduler)
-            DDPMPipeline(accelerator.unwrap_model(model), scheduler).save_pretrained(folder)
+            DDPMPipeline(unet, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
 
     def save():
         curves.check(global_step)
@@ -200,7 +208,7 @@ def main(args):
 
     # Train
     model.train()
-    stop_signal = run.StopSignal(accelerator)
+    stop_signal = StopSignal(accelerator)
     for batch in train_data.batches(global_step, max_train_steps):
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         numbers = batch["sample_numbers"]  # (B,) optimizer step x global batch + place in it; all randomness follows
@@ -211,7 +219,7 @@ def main(args):
         fractions = uniform(args.seed, "timesteps", numbers)  # of T, in [0, 1)
         if args.timestep_sampling == "stratified":
             fractions = (numbers % global_batch_size + fractions) / global_batch_size
-        timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device)
+        timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
         with accelerator.accumulate(model):

@@ -26,8 +26,8 @@ from diffusers.training_utils import EMAModel
 import train_ddpm
 from utils.datasets import TrainData
 from utils.ema import EMA
+from utils.hardware import device_name, set_up_process
 from utils.randomness import sample_noise, uniform
-from utils.run import device_name, set_up_process
 from utils.sources import load_source
 
 
@@ -71,7 +71,7 @@ class Plain:
     def __init__(self, args, accelerator, unet, noise_scheduler, precision):
         self.device, self.scheduler, self.precision = accelerator.device, noise_scheduler, precision
         self.unet = unet.to(self.device)
-        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, foreach=False)
+        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
         self.ema = EMAModel(unet.parameters(), use_ema_warmup=True)
         self.ema.to(self.device)
         dataset, _ = load_source(args, accelerator)

@@ -63,9 +63,12 @@ def test_every_number_refuses_text_and_every_choice_refuses_others(capsys):
 
 def test_config_file_sets_defaults_and_the_command_line_wins(tmp_path, capsys):
     config = tmp_path / "run.yaml"
-    config.write_text("learning_rate: 2e-4\nrandom_flip: true\nuse_ema: false\nmax_train_steps: 7\nsnr_gamma:\n")
+    config.write_text(
+        "learning_rate: 2e-4\nrandom_flip: true\nuse_ema: false\nmax_train_steps: 7\nsnr_gamma:\nmixed_precision: no\n"
+    )
     args = train_ddpm.parse_args(["--config", str(config), "--max_train_steps=9"])
     assert (args.learning_rate, args.random_flip, args.use_ema, args.max_train_steps) == (2e-4, True, False, 9)
+    assert args.mixed_precision == "no" and args.snr_gamma is None
     for content, message in [
         ("learning_rat: 1", "there is no flag --learning_rat"),
         ("train_batch_size: many", "'many' is not a whole number"),

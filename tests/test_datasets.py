@@ -173,6 +173,25 @@ def test_bad_images_stop_or_are_skipped(accelerator, tmp_path, cache, workers, c
     assert sum("67.png" in record.message for record in caplog.records) == 2  # once a run
 
 
+def test_a_skipped_image_is_replaced_by_the_same_one_with_and_without_the_cache(accelerator, tmp_path):
+    for k in range(70):
+        Image.new("L", (8, 8), 3 * k).save(tmp_path / f"{k:02}.png")
+    for k in (3, 4, 69):
+        (tmp_path / f"{k:02}.png").write_bytes(b"")
+    flags = ["--train_data_dir", tmp_path, "--bad_images=skip", "--train_batch_size=70"]
+    data, cached = batches(accelerator, *flags, "--cache_images=always", steps=(0, 2))
+    _, loaded = batches(accelerator, *flags, "--cache_images=never", steps=(0, 2))
+    assert data.length == 70 and same(cached, loaded)
+
+
+def test_what_travels_to_workers_can_be_pickled(accelerator):
+    import pickle
+
+    data, _ = batches(accelerator, "--cache_images=never", "--dataloader_num_workers=0")
+    images = pickle.loads(pickle.dumps(data._images))
+    assert np.array_equal(images[(3, 7)]["image"], data._images[(3, 7)]["image"])
+
+
 def test_streaming_gives_each_process_its_own_images_and_resumes(tmp_path):
     for k in range(64):
         Image.new("L", (8, 8), k).save(tmp_path / f"{k:02}.png")

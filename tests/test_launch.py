@@ -18,7 +18,7 @@ SCRIPT = str(ROOT / "train_ddpm.py")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", SCRIPT]
-ONE = [*LAUNCH, "--config_file", str(ROOT / "accelerate_config.yaml"), SCRIPT]
+ONE = [*LAUNCH, "--quiet", "--config_file", str(ROOT / "accelerate_config.yaml"), SCRIPT]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
 
 
@@ -139,9 +139,12 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize("workers", [0, 2], ids=["cached", "workers"])
 @pytest.mark.parametrize("command", [ONE, TWO], ids=["one process", "two processes"])
-def test_sigterm_to_the_launcher_stops_everything_and_the_same_command_goes_on(tmp_path, command):
-    flags = ["--max_train_steps=400", "--checkpointing_steps=1000", "--no-use_ema", "--num_train_epochs=1"]
+def test_sigterm_to_the_launcher_stops_everything_and_the_same_command_goes_on(tmp_path, command, workers):
+    cache = "always" if workers == 0 else "never"
+    flags = [f"--cache_images={cache}", f"--dataloader_num_workers={workers}"]
+    flags += ["--max_train_steps=400", "--checkpointing_steps=1000", "--no-use_ema", "--num_train_epochs=1"]
     process = start(command, tmp_path / "run", *flags, PYTHONUNBUFFERED="1")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "training_args.json").exists() and time.monotonic() < deadline:

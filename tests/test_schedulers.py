@@ -106,9 +106,11 @@ def test_every_sampler_ends_in_a_pipeline_that_runs(tmp_path):
     )  # fmt: skip
     for name in SAMPLER_CLASSES:
         noise_scheduler = DDPMScheduler()
-        scheduler = pipeline_scheduler(make_sampler(name, noise_scheduler), noise_scheduler)
+        scheduler = pipeline_scheduler(name, noise_scheduler)
         DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / name)
         pipeline = DDPMPipeline.from_pretrained(tmp_path / name, use_safetensors=True)
+        pipeline.scheduler.set_timesteps(25)
+        assert pipeline.scheduler.timesteps[0] == 999
         assert len(pipeline(batch_size=2, num_inference_steps=2).images) == 2
 
 

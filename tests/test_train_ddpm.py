@@ -179,10 +179,45 @@ def test_a_longer_run_continues_a_finished_one(tmp_path):
     assert equal(tmp_path / "run" / WEIGHTS, tmp_path / "long" / WEIGHTS)
 
 
+def test_an_extended_run_goes_on_with_the_rates_of_the_longer_schedule(tmp_path):
+    flags = ["--report_to=tensorboard", "--lr_warmup_steps=0"]
+    train(tmp_path / "run", *flags)
+    train(tmp_path / "run", *flags, "--max_train_steps=12")
+    rates = scalars(tmp_path / "run", "learning_rate")
+    assert rates[6] == pytest.approx(1e-3 * 1 / 6) and rates[7] == pytest.approx(1e-3 * 6 / 12)
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_newer_aside(tmp_path):
+    train(tmp_path / "run", "--max_train_steps=9", "--checkpoints_total_limit=3")
+    before = (tmp_path / "run" / WEIGHTS).read_bytes()
+    flags = ["--max_train_steps=9", "--checkpoints_total_limit=1"]
+    record = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    del record["finished_at_step"]
+    (tmp_path / "run" / "training_args.json").write_text(json.dumps(record))
+    train(tmp_path / "run", *flags, f"--resume_from_checkpoint={tmp_path}/run/checkpoint-3")
+    names = {path.name for path in (tmp_path / "run").glob("*checkpoint-*")}
+    assert names == {"checkpoint-9", "abandoned-checkpoint-6", "abandoned-checkpoint-9"}
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == before
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    from utils import output_dir
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(output_dir.time, "sleep", lambda seconds: None)
+    with open(tmp_path / "run" / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is writing to it"):
+            train(tmp_path / "run")
+    assert train(tmp_path / "run", "--max_train_steps=1") == 0
+
+
 def test_bad_checkpoints_stop_the_run_before_anything_is_touched(tmp_path):
     with pytest.raises(UserError, match="has no complete checkpoint"):
         train(tmp_path / "run", "--resume_from_checkpoint=latest")
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     with pytest.raises(UserError, match="there is no such folder"):
         train(tmp_path / "run", f"--resume_from_checkpoint={tmp_path}/checkpoint-7")
     train(tmp_path / "run", "--max_train_steps=3")
@@ -271,7 +306,8 @@ def test_timesteps_cover_all_levels_stratified_or_not(tmp_path, monkeypatch):
 def test_each_flag_of_the_objective_changes_the_result(tmp_path):
     train(tmp_path / "plain", "--max_train_steps=5")
     for flag in (
-        "--beta_schedule=sigmoid", "--num_train_timesteps=100", "--rescale_betas_zero_snr", "--snr_gamma=1",
+        "--beta_schedule=sigmoid", "--num_train_timesteps=100",
+        "--timestep_sampling=uniform", "--rescale_betas_zero_snr", "--snr_gamma=1",
         "--seed=1", "--dropout=0.2", "--max_grad_norm=0.01", "--adam_beta1=0.5", "--adam_beta2=0.9",
         "--adam_weight_decay=1", "--adam_epsilon=1", "--lr_scheduler=cosine", "--lr_warmup_steps=0",
         "--no-use_ema", "--ema_max_decay=0.1", "--ema_inv_gamma=9", "--ema_power=0.1",
@@ -315,6 +351,18 @@ def test_pretrained_weights_are_used_with_their_schedule(tmp_path, finished_run)
     train(tmp_path / "from_other", *flags, f"--pretrained_model_name_or_path={tmp_path}/other")
     config = DDPMPipeline.from_pretrained(tmp_path / "from_other").scheduler.config
     assert (config.prediction_type, config.beta_schedule) == ("epsilon", "linear")
+    train(tmp_path / "sigmoid", "--max_train_steps=1", "--beta_schedule=sigmoid")
+    again = [f"--pretrained_model_name_or_path={tmp_path}/sigmoid", "--beta_schedule=squaredcos_cap_v2"]
+    train(tmp_path / "cosine", *flags, *again, "--num_train_timesteps=500")
+    scheduler = DDPMPipeline.from_pretrained(tmp_path / "cosine").scheduler
+    expected = DDPMScheduler(num_train_timesteps=500, beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    assert torch.allclose(scheduler.alphas_cumprod, expected, atol=1e-6)
+
+
+def test_a_config_that_makes_no_unet_is_refused(tmp_path):
+    (tmp_path / "bad.json").write_text(json.dumps({"block_out_channels": [48, 64, 64, 64]}))
+    with pytest.raises(UserError, match="no UNet2DModel can be made of it"):
+        train(tmp_path / "run", f"--model_config_name_or_path={tmp_path}/bad.json", "--resolution=8")
 
 
 def test_own_config_starts_from_random_weights(tmp_path, finished_run):
@@ -331,6 +379,7 @@ def test_own_config_starts_from_random_weights(tmp_path, finished_run):
         (["--pretrained_model_name_or_path=./missing"], "cannot be loaded as a DDPMPipeline"),
         (["--model_config_name_or_path=./missing"], "Expected a JSON file, a folder with config.json, or a Hub id"),
         (["--resolution=10"], r"needs a multiple of 4; try --resolution 8"),
+        (["--num_train_timesteps=10", "--num_inference_steps=11"], "there are only 10 noise levels"),
         (["--mixed_precision=fp16"], "fp16 needs a GPU"),
         (["--report_to=tensorbored"], "unknown tracker; expected none, all"),
         (["--report_to=wandb"], "its package is not installed"),

@@ -6,7 +6,6 @@ those of diffusers' examples. Only the standard library and PyYAML are imported,
 
 import argparse
 import math
-from collections import namedtuple
 from pathlib import Path
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -37,6 +36,16 @@ def _number(kind, low, high, noun):
     return convert
 
 
+class Arguments:
+    """Parsed flags: attributes to read, none to assign. ``vars(args)`` is the dictionary of them."""
+
+    def __init__(self, values: argparse.Namespace):
+        self.__dict__.update(vars(values))
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"--{name} is read-only after parsing")
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows defaults, takes ``--config file.yaml`` and returns read-only arguments."""
 
@@ -51,13 +60,13 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
 
     def parse(self, argv: list[str] | None = None):
-        """Parse ``argv`` into a named tuple: attributes to read, none to assign. Mistakes exit with code 2."""
+        """Parse ``argv`` into read-only arguments. Mistakes exit with code 2."""
         known, rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False), None
         known.add_argument("--config")
         config, rest = known.parse_known_args(argv)
         values = self.parse_args(self._read_config(config.config) + rest)
         values.config = config.config
-        return namedtuple("Arguments", vars(values))(**vars(values))
+        return Arguments(values)
 
     def _read_config(self, path: str | None) -> list[str]:
         """The flags in a YAML file as a list of arguments, so that they are checked as typed ones are."""
@@ -80,6 +89,8 @@ class Parser(argparse.ArgumentParser):
                 if not isinstance(value, bool):
                     self.error(f"--config {path}: {name} is {value!r}; expected true or false")
                 argv.append(f"--{name}" if value else f"--no-{name}")
+            elif value is False and "no" in (actions[name].choices or ()):
+                argv.append(f"--{name}=no")  # YAML reads a bare `no` as false
             elif value is not None:
                 argv.append(f"--{name}={value}")
         return argv
@@ -138,7 +149,12 @@ def add_training_arguments(parser: Parser, **defaults) -> None:
     group.add_argument("--num_train_epochs", type=integer(1), default=40, help="passes over the data")
     group.add_argument("--max_train_steps", type=integer(1), help="optimizer steps; overrides --num_train_epochs")
     group.add_argument("--learning_rate", type=real(0), default=1e-3, help="peak rate of AdamW")
-    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="shape of the rate over the run")
+    group.add_argument(
+        "--lr_scheduler",
+        choices=LR_SCHEDULERS,
+        default="linear",
+        help="shape of the rate over the run; constant has no warm-up",
+    )
     group.add_argument("--lr_warmup_steps", type=integer(0), default=50, help="optimizer steps from 0 to the peak rate")
     group.add_argument("--adam_beta1", type=real(0, 0.999999), default=0.9, help="decay of the first moment")
     group.add_argument("--adam_beta2", type=real(0, 0.999999), default=0.99, help="decay of the second moment")

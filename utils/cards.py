@@ -32,7 +32,6 @@ def write_card(folder: Path, title: str, args, grid: str, **facts) -> None:
     )
     facts["data"] = name if is_hub_id else Path(name).name  # no path of one machine
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    facts |= {key: config[key] for key in ("prediction_type", "beta_schedule", "num_train_timesteps")}
     listed = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "use_ema", "random_flip", "seed")
     facts |= {key: getattr(args, key) for key in listed}
     table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in facts.items())

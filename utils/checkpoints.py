@@ -55,11 +55,12 @@ def save_checkpoint(
             save_pipeline(staging)
             _write_json(staging / STATE, {"global_step": step, "num_processes": accelerator.num_processes, **state})
             _write_manifest(staging)
-            if final.exists():  # a damaged one; a complete one would have been resumed from
-                shutil.rmtree(final)
+            if final.exists():  # a damaged one
+                os.rename(final, final.with_name(f".tmp-removed-{final.name}"))
             os.rename(staging, final)
             _sync(output_dir)
             _prune(output_dir, total_limit)
+            remove_leftovers(output_dir)
 
     try:
         _together(accelerator, f"{final} cannot be saved", stage)
@@ -158,8 +159,35 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
             f"{path} was saved by {state['num_processes']} processes, this run has {accelerator.num_processes}: "
             "same samples and learning rates, sums in another order"
         )
+    scaler = accelerator.scaler
+    if not (path / "training_state" / "scaler.pt").exists():
+        accelerator.scaler = None  # saved in another precision: the scaler of fp16 starts anew
     accelerator.load_state(str(path / "training_state"))
+    accelerator.scaler = scaler
+    for wrapped in accelerator._schedulers:  # the rate that this run's schedule has now, should its length have changed
+        schedule = wrapped.scheduler
+        rates = [
+            base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
     accelerator.step = 0  # micro-steps: a checkpoint stands at an optimizer step's end
+
+
+def set_aside_newer(output_dir: Path, path: Path) -> None:
+    """Rename checkpoints newer than ``path``, so that a run that goes back to it does not mistake them for its own."""
+    checkpoints = list_checkpoints(output_dir)
+    if path.resolve() not in [checkpoint.resolve() for checkpoint in checkpoints]:
+        return
+    for newer in checkpoints:
+        if int(newer.name.split("-")[1]) > int(path.name.split("-")[1]):
+            number, target = 0, newer.with_name(f"abandoned-{newer.name}")
+            while target.exists():
+                number += 1
+                target = newer.with_name(f"abandoned-{newer.name}-{number}")
+            os.rename(newer, target)
+            logger.warning(f"{newer} is newer than {path.name}, which this run goes back to: renamed to {target.name}")
 
 
 def _together(accelerator, problem: str, action: Callable[[], None]) -> None:
@@ -204,6 +232,8 @@ def _digest(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # opens no folders, and syncs no file that is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

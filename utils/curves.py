@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import UserError
+from .hardware import peak_memory
 
 NOISE_LEVELS = 4  # equal ranges of timesteps, each with its own loss curve
 
@@ -79,7 +80,7 @@ class TrainingCurves:
         curves = {"loss": losses.mean().item(), "grad_norm": grad_norms.mean().item(), **values}
         curves["images_per_second"] = images_per_second
         curves["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
-        edges = [k * self.num_train_timesteps // NOISE_LEVELS for k in range(NOISE_LEVELS + 1)]
+        edges = [-(-k * self.num_train_timesteps // NOISE_LEVELS) for k in range(NOISE_LEVELS + 1)]
         names = [f"loss_by_timestep/{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
         names += [f"loss_by_label/{name}" for name in self.label_names]
         curves |= {name: mean for name, mean in zip(names, means, strict=True) if mean is not None}
@@ -107,8 +108,8 @@ class TrainingCurves:
             step = global_step - len(losses) + 1 + first
             raise NonFiniteLoss(
                 f"step {step}: loss {losses[first]:g}, gradient norm {grad_norms[first]:g}; expected finite numbers. "
-                "No checkpoint was made of it. Resume from the last one with a lower --learning_rate, with "
-                "--max_grad_norm 1, or with --mixed_precision no"
+                "No checkpoint was made of it. The same command goes on from the last one, perhaps with "
+                "--mixed_precision no; if it happens again, start anew with a lower --learning_rate"
             )
         return losses, grad_norms[grad_norms.isfinite()]
 
@@ -129,15 +130,3 @@ class _Pause:
 
     def __exit__(self, *exception):
         self.curves.written_at += time.perf_counter() - self.started
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at most in use so far: of the GPU, or of this process on a CPU; 0 where neither is known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-        import sys
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

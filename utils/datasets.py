@@ -11,6 +11,7 @@ and micro-steps.
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +19,7 @@ from functools import partial
 import numpy as np
 import psutil
 import torch
+from datasets.utils.file_utils import xopen
 from tqdm.auto import tqdm
 
 from . import UserError, randomness
@@ -81,9 +83,6 @@ class TrainData:
         self._cache = None
         if self._wants_cache():
             self._cache = _Cache(self._images, self.resolution, accelerator)
-            self.length = len(self._cache)
-            if self.length < self.global_batch_size:
-                raise UserError(f"{name} has {self.length} readable images, fewer than one global batch")
 
     def _inspect(self, dataset, resolution: int | None, image_mode: str | None) -> None:
         """Find mode and resolution from some of the images; the same ones on every process."""
@@ -171,6 +170,7 @@ class TrainData:
             self._images,
             batch_sampler=_Once(keys()),
             num_workers=workers,
+            worker_init_fn=leave_signals_to_the_main_process,
             collate_fn=collate,
             pin_memory=self.accelerator.device.type == "cuda",
             persistent_workers=workers > 0,
@@ -205,7 +205,14 @@ def locate(row: dict, source: str, index: int) -> tuple[bytes | str, str]:
     """Bytes or path of a row's image, and its name for messages."""
     record = row["image"] or {"bytes": b"", "path": None}
     where = f"image {index} of {source}" if not record["path"] else f"{record['path']} (image {index} of {source})"
-    return (record["path"] if record["bytes"] is None else record["bytes"]), where
+    source = record["path"] if record["bytes"] is None else record["bytes"]
+    if isinstance(source, str) and "://" in source:  # streamed from the Hub, or inside an archive
+        try:
+            with xopen(source, "rb") as stream:
+                source = stream.read()
+        except Exception as error:  # whatever the file system behind it raises
+            raise BadImage(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
+    return source, where
 
 
 def _check_bad_count(count: int, args) -> None:
@@ -253,6 +260,12 @@ class PreparedImages(torch.utils.data.Dataset):
         raise UserError(f"{self.name} has no readable image")
 
 
+def leave_signals_to_the_main_process(worker_id: int) -> None:
+    """A launcher signals the whole process group; a worker that dies of it would take the last checkpoint along."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def collate(items: list[dict]) -> dict:
     return {
         "images": torch.from_numpy(np.stack([item["image"] for item in items])),
@@ -298,11 +311,17 @@ class _Cache:
                         skipped += 1
                         logger.warning(f"skipped ({skipped} so far): {image}")
                         _check_bad_count(skipped, images.args)
-                        continue
+                        image = None
                     prepared.append(image)
                     labels.append(rows["label"][k] if "label" in rows else 0)
                 progress.update(len(jobs))
         progress.close()
+        good = [index for index, image in enumerate(prepared) if image is not None]
+        if not good:
+            raise UserError(f"{images.name} has no readable image")
+        for index in [index for index, image in enumerate(prepared) if image is None]:
+            instead = next((other for other in good if other > index), good[0])  # as PreparedImages does
+            prepared[index], labels[index] = prepared[instead], labels[instead]
         self.labels = torch.tensor(labels)
         self.images, self.square = prepared, None
         if all(image.shape[1:] == (resolution, resolution) for image in prepared):
@@ -320,8 +339,8 @@ class _Cache:
         if self.square is None:
             augmented = [augment(self.images[i], n, args) for i, n in zip(indices, numbers, strict=True)]
             return torch.from_numpy(np.stack(augmented))
-        images = self.square[torch.from_numpy(indices).to(self.square.device)]
+        images = self.square[torch.from_numpy(indices).to(self.square.device, non_blocking=True)]
         if args.random_flip:
-            mirrored = torch.from_numpy(flips(args.seed, numbers)).to(images.device)
+            mirrored = torch.from_numpy(flips(args.seed, numbers)).to(images.device, non_blocking=True)
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return images

@@ -6,7 +6,6 @@ what transparent pixels hide. Here ranges are scaled, alpha is laid over white a
 
 import io
 import os
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -35,12 +34,12 @@ def decode_image(source: bytes | str, name: str) -> Image.Image:
         BadImage: empty, truncated, not an image, or over Pillow's limit of 89 megapixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            image.load()
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where Pillow only warns
+            raise Image.DecompressionBombError
+        image.load()
         return ImageOps.exif_transpose(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
         raise BadImage(f"{name}: more than {limit}, which is taken for an attack; shrink the file") from error
     except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ValueError ...

@@ -46,6 +46,18 @@ def load_config(name_or_path: str, **overrides) -> dict:
     return {**config, **overrides}
 
 
+def make_unet(config: dict) -> UNet2DModel:
+    """A UNet2DModel with random weights.
+
+    Raises:
+        UserError: diffusers or torch refuse the config.
+    """
+    try:
+        return UNet2DModel.from_config(config)
+    except Exception as error:  # torch's layers raise what they like
+        raise UserError(f"--model_config_name_or_path: no UNet2DModel can be made of it: {error}") from error
+
+
 def image_format(unet: UNet2DModel) -> dict:
     """The images that a model was made for, as ``load_train_data`` takes them."""
     modes = {1: "L", 3: "RGB"}

@@ -27,7 +27,7 @@ def sample_images(
     mode and back. No global random state is used.
 
     Args:
-        model: called as ``model(noisy, timestep).sample``, not wrapped for distribution.
+        model: called as ``model(noisy, timestep).sample``; prepared (so that it autocasts), but not the DDP wrapper.
         sampler: a diffusers scheduler.
         count: number of images.
         shape: (C, H, W) of one.
@@ -51,8 +51,7 @@ def sample_images(
                 options["generator"] = randomness.sample_generators(seed, "sampler", numbers, device)
             sampler.set_timesteps(num_inference_steps, device=device)
             for timestep in sampler.timesteps:
-                with accelerator.autocast():
-                    model_output = model(sample, timestep).sample
+                model_output = model(sample, timestep).sample
                 sample = sampler.step(model_output.float(), timestep, sample, **options).prev_sample
             images.append(sample)
     finally:

@@ -40,12 +40,12 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     return SAMPLER_CLASSES[name].from_config(config, **overrides)
 
 
-def pipeline_scheduler(sampler: SchedulerMixin, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
+def pipeline_scheduler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     """The scheduler to save in a ``DDPMPipeline``: the sampler, or DDPM where the pipeline cannot call it.
 
     ``DDPMPipeline`` passes a generator to ``step``, which UniPC's does not take.
     """
-    return noise_scheduler if isinstance(sampler, UniPCMultistepScheduler) else sampler
+    return make_sampler("ddpm" if name == "unipc" else name, noise_scheduler)
 
 
 def compute_snr(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:

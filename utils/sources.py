@@ -32,8 +32,14 @@ def load_source(args, accelerator) -> tuple[datasets.Dataset | datasets.Iterable
     if not name:  # one process decides, or the processes might train on different data
         choice = [_default_source(args) if accelerator.is_main_process else None]
         name = broadcast_object_list(choice)[0]
+    failure = None
     with accelerator.main_process_first():
-        dataset = _open_source(name, args)
+        try:
+            dataset = _open_source(name, args)
+        except UserError as error:  # raised after the barrier in which the other processes wait
+            failure = error
+    if failure:
+        raise failure
     return _select_columns(dataset, name, args), name
 
 

@@ -1,5 +1,6 @@
 """Training batches from a data set that fits on no disk."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,11 +19,13 @@ class Stream:
     """
 
     def __init__(self, images, batches, args, accelerator):
-        self.images, self.batches, self.args = images, list(batches), args
+        self.images, self.args = images, args
+        first = next(batches, None)
+        self.batches = itertools.chain([] if first is None else [first], batches)
         self.shard = split_dataset_by_node(images.dataset, accelerator.process_index, accelerator.num_processes)
         per_step = args.train_batch_size * args.gradient_accumulation_steps
         global_batch_size = per_step * accelerator.num_processes
-        self.used = int(self.batches[0][0]) // global_batch_size * per_step if self.batches else 0
+        self.used = 0 if first is None else int(first[0]) // global_batch_size * per_step
 
     def _rows(self) -> Iterator[tuple[dict, int]]:
         shard = self.shard.shuffle(seed=self.args.seed, buffer_size=self.args.shuffle_buffer_size)

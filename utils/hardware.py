@@ -1,0 +1,49 @@
+"""What the machine is and can do."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+import sys
+
+import torch
+
+
+def set_up_process() -> None:
+    """On Linux: die with the launcher, which does not pass SIGTERM on; keep freed memory instead of returning it."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # started by `accelerate launch`
+        libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    with contextlib.suppress(AttributeError):  # not glibc
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: activations are not mapped and unmapped, page by page, every step
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def device_name(device: torch.device) -> str:
+    """For example "NVIDIA H100" or "CPU, 2 threads"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is done by the hardware, as far as is known."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return True
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(check() for check in checks if check) or platform.machine() in ("arm64", "aarch64")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most in use so far: of the GPU, or of this process on a CPU; 0 where neither is known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,159 @@
+"""The output folder: whose it is, which settings it was made with, and where to go on."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+from accelerate.utils import broadcast_object_list
+
+from . import UserError, checkpoints
+from .hardware import device_name
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS = "training_args.json"
+LOCK = ".lock"
+_locks = {}  # files that this process has locked, by folder
+# Flags that may change when a run is resumed: they say where, how fast and how often, not what is computed. The batch
+# geometry may change too, as long as the global batch stays what it was.
+FREE_ON_RESUME = {
+    "bad_images", "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config",
+    "dataloader_num_workers", "gradient_accumulation_steps", "gradient_checkpointing", "logging_dir", "logging_steps",
+    "max_bad_images", "max_train_steps", "mixed_precision", "num_inference_steps", "num_samples", "num_train_epochs",
+    "output_dir", "report_to", "resume_from_checkpoint", "sample_batch_size", "sample_steps", "sampler",
+    "train_batch_size",
+}  # fmt: skip
+
+
+def claim_output_dir(accelerator, args) -> tuple[Path, int | None]:
+    """Make the output folder this run's, or find that it holds this run already.
+
+    Returns:
+        The folder, and the number of optimizer steps after which a run in it finished, or None.
+
+    Raises:
+        UserError: the folder cannot be written, holds something else, or a run with other settings.
+    """
+    folder, answer = Path(args.output_dir), [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = _inspect_output_dir(folder, args)
+        except UserError as error:
+            answer[1] = str(error)
+        except (OSError, ValueError) as error:
+            answer[1] = f"--output_dir {folder} cannot be used: {error}. Choose another folder"
+    finished_at, problem = broadcast_object_list(answer)
+    if problem:
+        raise UserError(problem)
+    return folder, finished_at
+
+
+def _inspect_output_dir(folder: Path, args) -> int | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder} cannot be written to. Choose another folder")
+    foreign = [path for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(".tmp-")]
+    if foreign and not (folder / ARGUMENTS).is_file():
+        raise UserError(
+            f"--output_dir {folder} is not empty, and not the output of these scripts. Choose another folder"
+        )
+    _lock(folder)
+    if not (folder / ARGUMENTS).is_file():
+        return None
+    found = json.loads((folder / ARGUMENTS).read_text())
+    check_settings(f"--output_dir {folder}", found["arguments"], vars(args))
+    return found.get("finished_at_step")
+
+
+def _lock(folder: Path) -> None:
+    """Keep other runs out of the folder until this process ends; where there is no ``fcntl`` (Windows), do nothing.
+
+    A launcher that is killed returns before its child has saved: the same command, given at once, waits for that.
+    """
+    if fcntl is None or folder.resolve() in _locks:
+        return
+    file = open(folder / LOCK, "w")  # noqa: SIM115  open as long as the process lives
+    for seconds in range(60):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locks[folder.resolve()] = file
+            return
+        except BlockingIOError:
+            if seconds == 0:
+                logger.warning(f"Another run is writing to {folder}; waiting up to a minute for it to end.")
+            time.sleep(1)
+    raise UserError(f"--output_dir {folder}: another run is writing to it. Wait for it, or choose another folder")
+
+
+def check_settings(where: str, old: dict, new: dict) -> None:
+    """Refuse to go on with a run whose results would depend on when the settings changed.
+
+    Args:
+        where: the folder, for the message.
+        old, new: flags and facts by name; those in ``FREE_ON_RESUME`` may differ.
+
+    Raises:
+        UserError: lists what differs.
+    """
+    names = sorted({*old, *new} - FREE_ON_RESUME)
+    changed = [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{where} holds a run with other settings: {'; '.join(changed)}. Give the old values to go on with it, or "
+            "another --output_dir to start afresh"
+        )
+
+
+def resume(accelerator, args, facts: dict) -> dict | None:
+    """Load the checkpoint that the flags ask for into what ``accelerator`` prepared.
+
+    Args:
+        facts: further settings that must not have changed, such as the number of images.
+
+    Returns:
+        The saved state, with ``path`` and ``global_step``; None for a run from scratch.
+    """
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        checkpoints.remove_leftovers(output_dir)
+    path = checkpoints.find_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
+    if path is None:
+        logger.info(f"Starting from scratch in {output_dir}.")
+        return None
+    state = checkpoints.read_state(path)
+    check_settings(str(path), state["settings"], {**vars(args), **facts})
+    if accelerator.is_main_process:
+        checkpoints.set_aside_newer(output_dir, path)
+    checkpoints.load_checkpoint(accelerator, path, state)
+    logger.info(f"Resuming from {path}, {state['global_step']} optimizer steps done.")
+    return {**state, "path": path}
+
+
+def write_arguments(accelerator, args, **facts) -> None:
+    """Write ``training_args.json``: the flags, what was found out, the versions and the machine."""
+    if not accelerator.is_main_process:
+        return
+    content = {
+        "arguments": vars(args),
+        **facts,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "device": device_name(accelerator.device),
+        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, accelerate)},
+    }
+    path = Path(args.output_dir) / ARGUMENTS
+    temporary = path.with_name(f".tmp-{ARGUMENTS}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,43 @@
+"""Stopping on request: a checkpoint first, then an exit code that says why."""
+
+import os
+import signal
+import time
+
+import torch
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a checkpoint at the end of the step; a second one, later, ends at once.
+
+    A launcher may deliver one signal twice within moments, or SIGTERM after the terminal's SIGINT; that counts once.
+    """
+
+    GRACE = 2.0  # seconds in which a repeated signal is the same request
+
+    def __init__(self, accelerator):
+        self.accelerator, self.received, self.at = accelerator, None, 0.0
+        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number, frame):
+        if self.received is None:
+            self.received, self.at = number, time.monotonic()
+        elif number == self.received and time.monotonic() - self.at > self.GRACE:
+            os._exit(128 + number)
+
+    def check(self, global_step: int) -> int | None:
+        """The signal that any process has received, or None. Call it on all processes, after every optimizer step.
+
+        Several processes ask each other; on GPUs every tenth step only, for the answer waits for the device.
+        """
+        if self.accelerator.num_processes == 1:
+            return self.received
+        if self.accelerator.device.type != "cpu" and global_step % 10:
+            return None
+        number = torch.tensor(self.received or 0, device=self.accelerator.device)
+        return int(self.accelerator.gather(number[None]).max()) or None
+
+    def restore(self) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
