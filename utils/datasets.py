@@ -112,9 +112,11 @@ class TrainData:
         self.resolution = self.args.resolution or resolution or max(4, min(shorter, MAX_DEFAULT_RESOLUTION) // 4 * 4)
         if shorter < self.resolution:
             small = sum(min(size) < self.resolution for size in sizes)
-            logger.warning(
+            level = logging.INFO if small == len(sizes) else logging.WARNING  # all of them: it was meant
+            logger.log(
+                level,
                 f"{small} of {len(sizes)} images looked at are smaller than {self.resolution} pixels (the smallest "
-                f"side is {shorter}) and will be enlarged. --resolution sets the size"
+                f"side is {shorter}) and will be enlarged. --resolution sets the size",
             )
         areas = [self.resolution**2 * (1 if self.args.center_crop else max(s) / min(s)) for s in sizes]
         self.bytes_per_image = self.channels * float(np.mean(areas))

@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfigur
 from tqdm.auto import tqdm
 
 from . import UserError
-from .hardware import device_name, has_bf16, set_up_process
+from .hardware import device_name, has_bf16, set_up_process, use_all_cores
 from .output_dir import write_arguments
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ def make_accelerator(args) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # others wait while one downloads
     )
     _set_up_logging(accelerator)
+    use_all_cores(accelerator.device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
         raise UserError(
