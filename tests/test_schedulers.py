@@ -125,3 +125,19 @@ def test_the_schedule_warms_up_and_ends_at_zero(name):
         lr_scheduler.step()
     assert rates[0] == 0 and rates[10] == max(rates) == 1.0
     assert rates[-1] < 0.02 and lr_scheduler.get_last_lr()[0] < 1e-9
+
+
+@pytest.mark.parametrize("name", SAMPLER_CLASSES)
+def test_a_small_error_of_predicted_noise_does_not_ruin_the_image(accelerator, name):
+    noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="epsilon")
+    clean = torch.full((1, 1, 4, 4), 0.5)
+
+    class Wrong(Oracle):
+        def forward(self, noisy, timestep):
+            output = super().forward(noisy, timestep)
+            output.sample = output.sample + 0.02
+            return output
+
+    sampler = make_sampler(name, noise_scheduler)
+    images = sample_images(Wrong(noise_scheduler, clean), sampler, accelerator, 2, (1, 4, 4), 25, 2, seed=0)
+    assert np.abs(images.astype(int) - round(1.5 * 127.5)).max() < 40

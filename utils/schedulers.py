@@ -30,9 +30,13 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
 
     Timesteps are spaced "trailing": the first is the last training timestep, where diffusers' default "leading" would
     start at t=960 of 1000 with 25 steps, from noise that the model takes for an image (arXiv:2305.08891, Sec. 3.3).
+    Predicted clean images are clipped to [-1, 1] where the model predicts noise: near t=T an error of the noise is one
+    of the image, magnified a hundred times and more.
     """
     overrides = {"timestep_spacing": "trailing"}
     config = noise_scheduler.config
+    if name in ("dpmsolver++", "unipc") and config.prediction_type == "epsilon":
+        overrides["thresholding"] = True  # clips to [-1, 1], as the other two do by themselves
     if config.beta_schedule == "sigmoid" and name != "ddpm":  # only DDPMScheduler knows it: hand over its betas
         plain = DDPMScheduler.from_config(config, rescale_betas_zero_snr=False)
         overrides["trained_betas"] = plain.betas.tolist()
