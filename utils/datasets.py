@@ -87,13 +87,14 @@ class TrainData:
     def _inspect(self, dataset, resolution: int | None, image_mode: str | None) -> None:
         """Find mode and resolution from some of the images; the same ones on every process."""
         if self.length is None:
-            rows = dataset.take(INSPECTED)
+            rows = enumerate(dataset.take(INSPECTED))
         else:
-            rows = dataset.select(sorted({int(i) for i in np.linspace(0, self.length - 1, INSPECTED)}))
+            spread = sorted({int(index) for index in np.linspace(0, self.length - 1, INSPECTED)})
+            rows = zip(spread, dataset.select(spread), strict=True)
         sizes, modes = [], set()
-        for k, row in enumerate(rows):
+        for index, row in rows:
             try:
-                image = decode_image(*locate(row, self.name, k))
+                image = decode_image(*locate(row, self.name, index))
             except BadImage as error:
                 if self.args.bad_images == "error":
                     raise BadImage(f"{error}. {SKIP_HINT}") from None
