@@ -6,6 +6,7 @@ those of diffusers' examples. Only the standard library and PyYAML are imported,
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -130,7 +131,12 @@ def add_data_arguments(parser: Parser) -> None:
         "--cache_images", choices=("auto", "always", "never"), default="auto",
         help="keep decoded images in memory; auto: up to 4 GiB on this machine, and on the GPU up to a quarter of what is free",
     )  # fmt: skip
-    group.add_argument("--dataloader_num_workers", type=integer(0), default=4, help="decoders, when not cached")
+    group.add_argument(
+        "--dataloader_num_workers",
+        type=integer(0),
+        default=min(4, os.cpu_count() or 1),
+        help="decoders, when not cached",
+    )
     parser.switch(group, "--streaming", False, "read the data set as it goes, for sets that fit on no disk")
     group.add_argument("--shuffle_buffer_size", type=integer(1), default=10_000, help="images, with --streaming")
     group.add_argument(
