@@ -97,70 +97,39 @@ class Parser(argparse.ArgumentParser):
         return argv
 
 
+# fmt: off
 def add_data_arguments(parser: Parser) -> None:
     """Where the images come from and how they are shaped."""
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset_name",
-        help="Hub id, local folder or parquet/arrow file, or: mnist, digits and faces (8x8 and 25x25, embedded). "
-        "With neither this nor --train_data_dir: MNIST, or the embedded digits where it cannot be had",
-    )
+    group.add_argument("--dataset_name", help="Hub id, local folder or parquet/arrow file, or: mnist, digits and faces (8x8 and 25x25, embedded). With neither this nor --train_data_dir: MNIST, or the embedded digits where it cannot be had")
     group.add_argument("--dataset_config_name", help="configuration of the data set, where it has several")
     group.add_argument("--dataset_split", default="train", help="split to train on; slices such as train[:1%%] work")
     group.add_argument("--train_data_dir", metavar="DIR", help="folder of image files, instead of --dataset_name")
     group.add_argument("--image_column", help="column with the images (default: the only one of type Image)")
     group.add_argument("--label_column", help="column with class labels; adds a loss curve for each class")
     group.add_argument("--max_train_samples", type=integer(1), help="use only the first N images")
-    group.add_argument(
-        "--resolution",
-        type=integer(4),
-        help="side of the training images, pixels (default: the images' own size, at most 64)",
-    )
-    group.add_argument(
-        "--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L), colour, or as found"
-    )
-    parser.switch(
-        group, "--center_crop", False, "crop the middle of images that are not square instead of a random part"
-    )
+    group.add_argument("--resolution", type=integer(4), help="side of the training images, pixels (default: the images' own size, at most 64)")
+    group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L), colour, or as found")
+    parser.switch(group, "--center_crop", False, "crop the middle of images that are not square instead of a random part")
     parser.switch(group, "--random_flip", False, "mirror half of the images, left to right")
-    group.add_argument(
-        "--interpolation", choices=("lanczos", "bicubic", "bilinear", "box", "nearest"), default="bicubic",
-        help="filter that resizes the images",
-    )  # fmt: skip
-    group.add_argument(
-        "--cache_images", choices=("auto", "always", "never"), default="auto",
-        help="keep decoded images in memory; auto: up to 4 GiB on this machine, and on the GPU up to a quarter of what is free",
-    )  # fmt: skip
-    group.add_argument(
-        "--dataloader_num_workers",
-        type=integer(0),
-        default=min(4, os.cpu_count() or 1),
-        help="decoders, when not cached",
-    )
+    group.add_argument("--interpolation", choices=("lanczos", "bicubic", "bilinear", "box", "nearest"), default="bicubic", help="filter that resizes the images")
+    group.add_argument("--cache_images", choices=("auto", "always", "never"), default="auto", help="keep decoded images in memory; auto: up to 4 GiB on this machine, and on the GPU up to a quarter of what is free")
+    group.add_argument("--dataloader_num_workers", type=integer(0), default=min(4, os.cpu_count() or 1), help="decoders, when not cached")
     parser.switch(group, "--streaming", False, "read the data set as it goes, for sets that fit on no disk")
     group.add_argument("--shuffle_buffer_size", type=integer(1), default=10_000, help="images, with --streaming")
-    group.add_argument(
-        "--bad_images", choices=("error", "skip"), default="error", help="what to do about unreadable images"
-    )
+    group.add_argument("--bad_images", choices=("error", "skip"), default="error", help="what to do about unreadable images")
     group.add_argument("--max_bad_images", type=integer(0), default=100, help="with --bad_images skip: stop above this")
 
 
-def add_training_arguments(parser: Parser, **defaults) -> None:
-    """Batch, length, optimizer and precision. ``defaults`` are the script's own."""
+def add_training_arguments(parser: Parser) -> None:
+    """Batch, length, optimizer and precision."""
     group = parser.add_argument_group("training")
     group.add_argument("--train_batch_size", type=integer(1), default=64, help="images per process and micro-step")
-    group.add_argument(
-        "--gradient_accumulation_steps", type=integer(1), default=1, help="micro-steps per optimizer step"
-    )
+    group.add_argument("--gradient_accumulation_steps", type=integer(1), default=1, help="micro-steps per optimizer step")
     group.add_argument("--num_train_epochs", type=integer(1), default=40, help="passes over the data")
     group.add_argument("--max_train_steps", type=integer(1), help="optimizer steps; overrides --num_train_epochs")
     group.add_argument("--learning_rate", type=real(0), default=1e-3, help="peak rate of AdamW")
-    group.add_argument(
-        "--lr_scheduler",
-        choices=LR_SCHEDULERS,
-        default="linear",
-        help="shape of the rate over the run; constant has no warm-up",
-    )
+    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="shape of the rate over the run; constant has no warm-up")
     group.add_argument("--lr_warmup_steps", type=integer(0), default=50, help="optimizer steps from 0 to the peak rate")
     group.add_argument("--adam_beta1", type=real(0, 0.999999), default=0.9, help="decay of the first moment")
     group.add_argument("--adam_beta2", type=real(0, 0.999999), default=0.99, help="decay of the second moment")
@@ -169,46 +138,25 @@ def add_training_arguments(parser: Parser, **defaults) -> None:
     group.add_argument("--max_grad_norm", type=real(0), default=1.0, help="clip the gradient's norm; 0: do not clip")
     parser.switch(group, "--use_ema", True, "sample and save the exponential moving average of the weights")
     group.add_argument("--ema_max_decay", type=real(0, 1), default=0.999, help="upper limit of the average's decay")
-    group.add_argument(
-        "--ema_inv_gamma", type=real(1e-9), default=1.0, help="warm-up: decay = 1-(1+step/inv_gamma)^-power"
-    )
-    group.add_argument(
-        "--ema_power", type=real(0, 10), default=0.75, help="warm-up: larger follows longer histories sooner"
-    )
-    group.add_argument(
-        "--mixed_precision", choices=("no", "fp16", "bf16"),
-        help="precision of the UNet's arithmetic (default: what the accelerate config says)",
-    )  # fmt: skip
+    group.add_argument("--ema_inv_gamma", type=real(1e-9), default=1.0, help="warm-up: decay = 1-(1+step/inv_gamma)^-power")
+    group.add_argument("--ema_power", type=real(0, 10), default=0.75, help="warm-up: larger follows longer histories sooner")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
     parser.switch(group, "--allow_tf32", True, "TF32 matrix products on GPUs that have them")
     parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
     parser.switch(group, "--compile", False, "torch.compile the UNet; pays on a GPU, after minutes")
-    parser.set_defaults(**defaults)
 
 
 def add_run_arguments(parser: Parser, output_dir: str) -> None:
     """Output folder, seed, logging, sample grids, checkpoints and resuming."""
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", metavar="DIR", default=output_dir, help="everything that the run makes")
-    group.add_argument(
-        "--seed", type=integer(0, 2**31), default=0, help="seed of weights, order, crops, noise and samples"
-    )
-    group.add_argument(
-        "--report_to",
-        default="tensorboard",
-        help="tracker: tensorboard, wandb, trackio, another of accelerate's, all or none",
-    )
+    group.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of weights, order, crops, noise and samples")
+    group.add_argument("--report_to", default="tensorboard", help="tracker: tensorboard, wandb, trackio, another of accelerate's, all or none")
     group.add_argument("--logging_dir", default="logs", help="TensorBoard folder, inside --output_dir")
     group.add_argument("--logging_steps", type=integer(1), default=10, help="optimizer steps between points of a curve")
-    group.add_argument(
-        "--checkpointing_steps", type=integer(1), default=500, help="optimizer steps between checkpoints"
-    )
-    group.add_argument(
-        "--checkpoints_total_limit", type=integer(1), default=2, help="checkpoints to keep, newest first"
-    )
-    group.add_argument(
-        "--resume_from_checkpoint", metavar="latest|DIR",
-        help="latest, or one checkpoint (default: latest if --output_dir holds an unfinished run, otherwise from scratch)",
-    )  # fmt: skip
+    group.add_argument("--checkpointing_steps", type=integer(1), default=500, help="optimizer steps between checkpoints")
+    group.add_argument("--checkpoints_total_limit", type=integer(1), default=2, help="checkpoints to keep, newest first")
+    group.add_argument("--resume_from_checkpoint", metavar="latest|DIR", help="latest, or one checkpoint (default: latest if --output_dir holds an unfinished run, otherwise from scratch)")
 
     group = parser.add_argument_group("samples")
     group.add_argument("--sample_steps", type=integer(1), default=500, help="optimizer steps between sample grids")
@@ -216,6 +164,7 @@ def add_run_arguments(parser: Parser, output_dir: str) -> None:
     group.add_argument("--sample_batch_size", type=integer(1), default=64, help="images sampled at once, per process")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
     group.add_argument("--num_inference_steps", type=integer(1, 1000), default=25, help="UNet calls per sample")
+# fmt: on
 
 
 def check_common(parser: Parser, args) -> None:
