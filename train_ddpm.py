@@ -188,13 +188,16 @@ def main(args):
         global_batch_size, num_train_timesteps, train_data.label_names,
     )  # fmt: skip
 
+    stop_signal = StopSignal(accelerator)
+
     def sample(path):
         with curves.pause(), ema_model.swapped_in(unet):
             images = sample_images(
                 unet, sampler, accelerator, args.num_samples, image_shape,
-                args.num_inference_steps, args.sample_batch_size, args.seed,
+                args.num_inference_steps, args.sample_batch_size, args.seed, lambda: stop_signal.received,
             )  # fmt: skip
-        save_grid(images, path, accelerator, global_step)
+        if images is not None:  # not interrupted
+            save_grid(images, path, accelerator, global_step)
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
@@ -208,11 +211,10 @@ def main(args):
 
     # Train
     model.train()
-    stop_signal = StopSignal(accelerator)
     for batch in train_data.batches(global_step, max_train_steps):
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         numbers = batch["sample_numbers"]  # (B,) optimizer step x global batch + place in it; all randomness follows
-        torch.manual_seed(args.seed + int(numbers[0]))  # dropout
+        torch.manual_seed(args.seed + int(numbers[0]))  # of dropout: another for each process and micro-step
 
         # Noise and timesteps, in float32 whatever the UNet computes in
         noise = sample_noise(args.seed, "noise", numbers, image_shape, accelerator.device)
@@ -260,10 +262,13 @@ def main(args):
             sample(output_dir / "samples" / f"step-{global_step:06}.png")
 
     # Save
-    sample(output_dir / "samples.png")
     if accelerator.is_main_process:
         save_pipeline(output_dir)
         write_card(output_dir, "DDPM", args, "samples.png", **facts)
+    sample(output_dir / "samples.png")
+    stop = stop_signal.check(global_step)
+    if stop:
+        return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
     run.finish(accelerator, args, global_step, **facts)
     curves.close()
     stop_signal.restore()

@@ -27,7 +27,7 @@ def refused(capsys, *flags):
         (["--learning_rate=nan"], "'nan' is not a number from 0 up"),
         (["--adam_beta2=1"], "'1' is not a number from 0 to 0.999999"),
         (["--prediction_type=noise"], "invalid choice: 'noise'"),
-        (["--learning_rat=1"], "unrecognized arguments: --learning_rat=1"),
+        (["--learning_rat=1"], "unrecognized arguments: --learning_rat=1 (did you mean --learning_rate?)"),
         (["--dataset_name=digits", "--train_data_dir=x"], "choose one source of images"),
         (["--streaming", "--dataset_name=x"], "--streaming needs --max_train_steps"),
         (["--streaming", "--max_train_steps=1"], "--streaming needs --dataset_name or --train_data_dir"),

@@ -131,12 +131,13 @@ def test_unnamed_source_falls_back_to_digits_with_one_warning(accelerator, caplo
         (["--dataset_name=nobody/nothing"], "--dataset_name nobody/nothing cannot be loaded"),
         (["--dataset_name=./missing"], "there is no such file or folder"),
         (["--train_data_dir=missing"], "--train_data_dir missing: there is no such folder"),
-        (["--train_data_dir={tmp}"], "cannot be loaded"),
+        (["--train_data_dir={tmp}"], "it holds no image files"),
+        (["--train_data_dir={tmp}/notes.txt"], "is a file; expected a folder"),
         (["--dataset_name={tmp}/notes.txt"], "expected a .parquet or .arrow file"),
         (["--image_column=picture"], r"--image_column picture: .*image \(Image\), label \(ClassLabel\)"),
         (["--label_column=image"], r"--label_column image: not a column of type ClassLabel"),
         (["--dataset_split=test"], "--dataset_split test: digits has the one split train"),
-        (["--max_train_samples=5"], "digits has 5 images, fewer than one global batch of 8"),
+        (["--max_train_samples=5"], "digits has 5 images, fewer than one global batch of 8 .*try --train_batch_size 5"),
     ],
 )
 def test_bad_sources_are_refused_by_name(accelerator, tmp_path, flags, message):
@@ -222,11 +223,12 @@ def test_streaming_skips_and_stops_at_bad_images(accelerator, tmp_path):
     assert [len(batch["images"]) for batch in found] == [40, 40]
 
 
-def test_small_images_are_enlarged_and_counted(accelerator, caplog):
-    caplog.set_level("INFO")
-    _, (batch, *_) = batches(accelerator, "--resolution=16")
+def test_small_images_are_enlarged_and_counted(accelerator, tmp_path, caplog):
+    for k in range(12):
+        Image.new("L", (8, 8) if k < 3 else (20, 20)).save(tmp_path / f"{k:02}.png")
+    _, (batch, *_) = batches(accelerator, "--train_data_dir", tmp_path, "--resolution=16")
     assert batch["images"].shape[-1] == 16
-    assert any("smaller than 16 pixels" in record.message for record in caplog.records)
+    assert "3 of 12 images looked at are smaller than 16 pixels" in caplog.text
 
 
 def test_defaults_from_a_pretrained_model(accelerator):

@@ -120,7 +120,7 @@ def test_torchrun_trains(tmp_path):
 def test_accelerate_launch_uses_the_config_and_a_stranger_loads_the_result(tmp_path):
     code, output = run(ONE, tmp_path / "run", "--max_train_steps=2")
     assert code == 0, output
-    assert f"CPU, {len(os.sched_getaffinity(0))} threads x 1, bf16" in output  # though OMP_NUM_THREADS is 1
+    assert f"1 x CPU, {len(os.sched_getaffinity(0))} threads, bf16" in output  # though OMP_NUM_THREADS is 1
     assert output.splitlines()[-6].startswith("Finished, after 2 optimizer steps")
     assert json.loads((tmp_path / "run" / "training_args.json").read_text())["mixed_precision"] == "bf16"
     program = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import parse, train
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -103,6 +103,37 @@ def test_the_same_command_again_does_nothing(tmp_path, capsys):
     assert train(tmp_path / "run") == 0
     assert "This run was finished before, after 6 optimizer steps" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_a_finished_run_draws_again_what_is_missing_or_asked_for_otherwise(tmp_path, capsys):
+    train(tmp_path / "run")
+    before = (tmp_path / "run" / WEIGHTS).read_bytes()
+    (tmp_path / "run" / "samples.png").unlink()
+    train(tmp_path / "run")
+    assert (tmp_path / "run" / "samples.png").is_file()
+    train(tmp_path / "run", "--num_samples=9")
+    assert Image.open(tmp_path / "run" / "samples.png").size == (3 * 68 + 4, 3 * 68 + 4)
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == before
+    assert "finished before" not in capsys.readouterr().out
+
+
+def test_a_signal_while_drawing_stops_the_drawing(tmp_path, monkeypatch, capsys):
+    original = DPMSolverMultistepScheduler.step
+
+    def step(self, model_output, timestep, sample, generator=None):
+        steps.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, model_output, timestep, sample, generator=generator)
+
+    steps = []
+    monkeypatch.setattr(DPMSolverMultistepScheduler, "step", step)
+    assert train(tmp_path / "run", "--num_inference_steps=20") == 130
+    assert len(steps) == 1
+    monkeypatch.undo()
+    assert "The same command goes on" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "samples.png").exists()
+    assert train(tmp_path / "run", "--num_inference_steps=20") == 0
+    assert (tmp_path / "run" / "samples.png").is_file()
 
 
 def test_a_foreign_folder_and_changed_settings_are_refused(tmp_path):

@@ -5,6 +5,7 @@ those of diffusers' examples. Only the standard library and PyYAML are imported,
 """
 
 import argparse
+import difflib
 import math
 import os
 from pathlib import Path
@@ -47,14 +48,30 @@ class Arguments:
         raise AttributeError(f"--{name} is read-only after parsing")
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one and the text does not name it already."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows defaults, takes ``--config file.yaml`` and returns read-only arguments."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
         self.add_argument("--config", metavar="FILE", help="YAML file of flags and values; the command line wins")
+
+    def error(self, message: str):
+        """Exit with code 2 and one line: the mistake, and the flag that was probably meant."""
+        hint = "--help lists the flags"
+        if message.startswith("unrecognized arguments: --"):
+            given = message.split(": ")[1].split()[0].split("=")[0]
+            close = difflib.get_close_matches(given, self._option_string_actions, n=1)
+            hint = f"did you mean {close[0]}?" if close else hint
+        self.exit(2, f"error: {message} ({hint})\n")
 
     def switch(self, group, name: str, default: bool, help: str) -> None:
         """Add the pair of flags ``--name`` and ``--no-name``."""

@@ -53,7 +53,8 @@ def save_checkpoint(
     def publish():
         if accelerator.is_main_process:
             save_pipeline(staging)
-            _write_json(staging / STATE, {"global_step": step, "num_processes": accelerator.num_processes, **state})
+            facts = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+            _write_json(staging / STATE, {**state, **facts, "global_step": step})
             _write_manifest(staging)
             if final.exists():  # a damaged one
                 os.rename(final, final.with_name(f".tmp-removed-{final.name}"))
@@ -158,6 +159,11 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
         logger.warning(
             f"{path} was saved by {state['num_processes']} processes, this run has {accelerator.num_processes}: "
             "same samples and learning rates, sums in another order"
+        )
+    if state["mixed_precision"] != accelerator.mixed_precision:
+        logger.warning(
+            f"{path} was saved with mixed precision {state['mixed_precision']!r}, this run has "
+            f"{accelerator.mixed_precision!r}: it goes on, but not bit for bit as before"
         )
     scaler = accelerator.scaler
     if not (path / "training_state" / "scaler.pt").exists():

@@ -70,10 +70,11 @@ class TrainData:
         self.label_names = label.names if label else []
         self.length = None if args.streaming else len(dataset)
         if self.length is not None and self.length < self.global_batch_size:
+            factor = self.global_batch_size // args.train_batch_size  # micro-steps x processes
+            fitting = f"try --train_batch_size {self.length // factor}, or" if self.length >= factor else "please"
             raise UserError(
                 f"{name} has {self.length} images, fewer than one global batch of {self.global_batch_size} "
-                f"({args.train_batch_size} per process and micro-step x {args.gradient_accumulation_steps} micro-steps "
-                f"x {accelerator.num_processes} processes). Lower --train_batch_size, or add images"
+                f"({args.train_batch_size} x {factor} micro-steps and processes); {fitting} add images"
             )
         self._inspect(dataset, resolution, image_mode)
         prepare = partial(prepare_image, resolution=self.resolution, interpolation=args.interpolation)
@@ -111,13 +112,15 @@ class TrainData:
         shorter = min(min(size) for size in sizes)
         # A multiple of 4, so that a UNet that halves twice fits; larger nets ask for more and say so.
         self.resolution = self.args.resolution or resolution or max(4, min(shorter, MAX_DEFAULT_RESOLUTION) // 4 * 4)
-        if shorter < self.resolution:
-            small = sum(min(size) < self.resolution for size in sizes)
-            level = logging.INFO if small == len(sizes) else logging.WARNING  # all of them: it was meant
-            logger.log(
-                level,
+        if self.args.resolution is None and resolution is None:
+            logger.info(f"Training at {self.resolution} pixels (the smallest side found: {shorter}); see --resolution")
+        if self.mode == "L" and not grey and self.args.image_mode == "auto":
+            logger.warning("The pretrained model is grey: these colour images are made grey, too")
+        small = sum(min(size) < self.resolution for size in sizes)
+        if 0 < small < len(sizes):  # where all are smaller, it was meant
+            logger.warning(
                 f"{small} of {len(sizes)} images looked at are smaller than {self.resolution} pixels (the smallest "
-                f"side is {shorter}) and will be enlarged. --resolution sets the size",
+                f"side is {shorter}) and will be enlarged. --resolution sets the size"
             )
         areas = [self.resolution**2 * (1 if self.args.center_crop else max(s) / min(s)) for s in sizes]
         self.bytes_per_image = self.channels * float(np.mean(areas))

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 ARGUMENTS = "training_args.json"
 LOCK = ".lock"
+DRAWING = ("num_samples", "sampler", "num_inference_steps")  # a finished run with others draws and saves again
 _locks = {}  # files that this process has locked, by folder
 # Flags that may change when a run is resumed: they say where, how fast and how often, not what is computed. The batch
 # geometry may change too, as long as the global batch stays what it was.
@@ -72,7 +73,9 @@ def _inspect_output_dir(folder: Path, args) -> int | None:
         return None
     found = json.loads((folder / ARGUMENTS).read_text())
     check_settings(f"--output_dir {folder}", found["arguments"], vars(args))
-    return found.get("finished_at_step")
+    redraw = any(found["arguments"].get(flag) != getattr(args, flag) for flag in DRAWING)
+    complete = (folder / "model_index.json").is_file() and (folder / "samples.png").is_file()
+    return found.get("finished_at_step") if complete and not redraw else None
 
 
 def _lock(folder: Path) -> None:

@@ -92,6 +92,7 @@ def _set_up_logging(accelerator) -> None:
         handlers=[_AboveTheBar()],
         force=True,
     )
+    logging.getLogger("huggingface_hub").propagate = False  # it has its own handler; once is enough
     logging.getLogger("utils").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if not accelerator.is_main_process:
         diffusers.utils.logging.set_verbosity_error()
@@ -107,7 +108,8 @@ def start(accelerator, args, name: str, first_step: int, **facts) -> None:
     """
     write_arguments(accelerator, args, **facts)
     logger.info("Training: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
-    logger.info(f"{device_name(accelerator.device)} x {accelerator.num_processes}, {accelerator.mixed_precision}")
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    logger.info(f"{accelerator.num_processes} x {device_name(accelerator.device)}, {precision}")
     tensorboard = {"purge_step": first_step + 1} if first_step else {}
     values = {**vars(args), **facts}
     scalars = {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in values.items() if v is not None}
@@ -128,7 +130,7 @@ def say_finished(accelerator, args, global_step: int, again: bool = False) -> No
     """The last lines: where the grid and the pipeline are, and what to do next."""
     folder, script = args.output_dir, os.path.relpath(sys.argv[0])
     config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
-    launch = f"{_command('accelerate')} launch --config_file {config}"
+    launch = f"{_command('accelerate')} launch --quiet --config_file {config}"
     accelerator.print(
         f"\n{'This run was finished before' if again else 'Finished'}, after {global_step} optimizer steps."
         f"\n  samples      {Path(folder) / 'samples.png'}"

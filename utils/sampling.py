@@ -1,5 +1,6 @@
 """Sample grids, drawn by all processes, the same whatever their number and the batch size."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ def sample_images(
     num_inference_steps: int,
     batch_size: int,
     seed: int,
-) -> np.ndarray:
+    stop: Callable[[], bool] = lambda: False,
+) -> np.ndarray | None:
     """Draw images with every process taking its share. Call it on all processes.
 
     Image k depends on the seed and k, not on the batch it is drawn in (up to float rounding). The model is put in eval
@@ -33,9 +35,10 @@ def sample_images(
         shape: (C, H, W) of one.
         num_inference_steps: model calls per image.
         batch_size: images at once on this process.
+        stop: asked before every model call of a single process; True gives up.
 
     Returns:
-        uint8 (count, C, H, W) on every process.
+        uint8 (count, C, H, W) on every process; None if stopped.
     """
     device, world = accelerator.device, accelerator.num_processes
     share = -(-count // world)
@@ -51,6 +54,8 @@ def sample_images(
                 options["generator"] = randomness.sample_generators(seed, "sampler", numbers, device)
             sampler.set_timesteps(num_inference_steps, device=device)
             for timestep in sampler.timesteps:
+                if world == 1 and stop():
+                    return None
                 model_output = model(sample, timestep).sample
                 sample = sampler.step(model_output.float(), timestep, sample, **options).prev_sample
             images.append(sample)

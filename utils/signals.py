@@ -22,6 +22,11 @@ class StopSignal:
     def _handle(self, number, frame):
         if self.received is None:
             self.received, self.at = number, time.monotonic()
+            if self.accelerator.is_main_process:  # os.write, for print may not be interrupted by itself
+                name = signal.Signals(number).name
+                os.write(
+                    2, f"\n{name}: stopping after this step, with a checkpoint; again in 2 s to stop at once\n".encode()
+                )
         elif number == self.received and time.monotonic() - self.at > self.GRACE:
             os._exit(128 + number)
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import datasets.data_files
 import numpy as np
 from accelerate.utils import broadcast_object_list
 from PIL import Image
@@ -73,7 +74,8 @@ def _open_source(name: str, args):
     try:
         if args.train_data_dir is not None:
             if not path.is_dir():
-                raise UserError(f"--train_data_dir {name}: there is no such folder; expected one with image files")
+                problem = "is a file" if path.exists() else "there is no such folder"
+                raise UserError(f"--train_data_dir {name}: {problem}; expected a folder with image files")
             return load("imagefolder", data_dir=str(path))
         if name == "mnist":
             name = DEFAULT_DATASET
@@ -91,10 +93,12 @@ def _open_source(name: str, args):
         raise
     except Exception as error:  # as above, there is no common class
         flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
-        raise UserError(
-            f"{flag} {name} cannot be loaded, split {args.dataset_split!r}: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError):
+            reason = "it holds no image files"
+        elif isinstance(error, ConnectionError):
+            reason += ". Without a network there are digits and faces, which are embedded, and local paths"
+        raise UserError(f"{flag} {name} cannot be loaded, split {args.dataset_split!r}: {reason}") from error
 
 
 def _from_disk(path: Path, args):
