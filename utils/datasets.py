@@ -13,17 +13,16 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import psutil
 import torch
 from datasets.utils.file_utils import xopen
-from tqdm.auto import tqdm
 
 from . import UserError, randomness
-from .images import GREY_MODES, BadImage, augment, decode_image, flips, prepare_image, to_uint8
+from .cache import Cache
+from .images import GREY_MODES, SKIP_HINT, BadImage, augment, check_bad_count, decode_image, prepare_image, to_uint8
 from .sources import load_source
 from .streaming import Stream, read_ahead
 
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_RESOLUTION = 64  # pixels
 CACHE_LIMIT = 4 * 2**30  # bytes of decoded images in memory, per machine
-SKIP_HINT = "--bad_images skip goes on without it"
 INSPECTED = 64  # images that are looked at to find mode and size
 
 
@@ -83,7 +81,7 @@ class TrainData:
         )
         self._cache = None
         if self._wants_cache():
-            self._cache = _Cache(self._images, self.resolution, accelerator)
+            self._cache = Cache(self._images, self.resolution, accelerator)
 
     def _inspect(self, dataset, resolution: int | None, image_mode: str | None) -> None:
         """Find mode and resolution from some of the images; the same ones on every process."""
@@ -203,7 +201,7 @@ class TrainData:
                 if index not in skipped:
                     skipped.add(index)
                     logger.warning(f"skipped ({len(skipped)} so far): {message}")
-                _check_bad_count(len(skipped), self.args)
+                check_bad_count(len(skipped), self.args)
             yield batch["numbers"].numpy(), batch["images"], batch["labels"]
 
 
@@ -219,14 +217,6 @@ def locate(row: dict, source: str, index: int) -> tuple[bytes | str, str]:
         except Exception as error:  # whatever the file system behind it raises
             raise BadImage(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
     return source, where
-
-
-def _check_bad_count(count: int, args) -> None:
-    if count > args.max_bad_images:
-        raise UserError(
-            f"more than --max_bad_images {args.max_bad_images} images are unreadable; the lines above name them. "
-            "Mend or remove the files, or raise the limit"
-        )
 
 
 class PreparedImages(torch.utils.data.Dataset):
@@ -289,64 +279,3 @@ class _Once:
 
     def __iter__(self):
         return iter(self.batches)
-
-
-class _Cache:
-    """All prepared images in memory: one tensor, on the device if it fits there, or a list if sizes differ."""
-
-    def __init__(self, images: PreparedImages, resolution: int, accelerator):
-        prepared, labels, skipped, total = [], [], 0, len(images.dataset)
-        progress = tqdm(
-            total=total, desc="Decoding images", unit="image", delay=2, disable=not accelerator.is_main_process
-        )
-
-        def attempt(job):
-            try:
-                return images.prepared(*job)
-            except BadImage as error:
-                return error
-
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, total, 1024):
-                rows = images.dataset[start : start + 1024]
-                jobs = [({"image": record}, start + k) for k, record in enumerate(rows["image"])]
-                for k, image in enumerate(pool.map(attempt, jobs)):
-                    if isinstance(image, BadImage):
-                        if images.args.bad_images == "error":
-                            raise BadImage(f"{image}. {SKIP_HINT}")
-                        skipped += 1
-                        logger.warning(f"skipped ({skipped} so far): {image}")
-                        _check_bad_count(skipped, images.args)
-                        image = None
-                    prepared.append(image)
-                    labels.append(rows["label"][k] if "label" in rows else 0)
-                progress.update(len(jobs))
-        progress.close()
-        good = [index for index, image in enumerate(prepared) if image is not None]
-        if not good:
-            raise UserError(f"{images.name} has no readable image")
-        for index in [index for index, image in enumerate(prepared) if image is None]:
-            instead = next((other for other in good if other > index), good[0])  # as PreparedImages does
-            prepared[index], labels[index] = prepared[instead], labels[instead]
-        self.labels = torch.tensor(labels)
-        self.images, self.square = prepared, None
-        if all(image.shape[1:] == (resolution, resolution) for image in prepared):
-            self.square = torch.from_numpy(np.stack(prepared))
-            self.images = None
-            on_gpu = accelerator.device.type == "cuda"
-            if on_gpu and self.square.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
-                self.square = self.square.to(accelerator.device)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def take(self, indices: np.ndarray, numbers: np.ndarray, args) -> torch.Tensor:
-        """uint8 (B, C, S, S): the images at ``indices``, cropped and flipped for their sample numbers."""
-        if self.square is None:
-            augmented = [augment(self.images[i], n, args) for i, n in zip(indices, numbers, strict=True)]
-            return torch.from_numpy(np.stack(augmented))
-        images = self.square[torch.from_numpy(indices).to(self.square.device, non_blocking=True)]
-        if args.random_flip:
-            mirrored = torch.from_numpy(flips(args.seed, numbers)).to(images.device, non_blocking=True)
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        return images

@@ -16,8 +16,20 @@ FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
+SKIP_HINT = "--bad_images skip goes on without it"
+
+
 class BadImage(UserError):
     """An image that cannot be used; the message names it."""
+
+
+def check_bad_count(count: int, args) -> None:
+    """Raise UserError above ``--max_bad_images`` skipped images."""
+    if count > args.max_bad_images:
+        raise UserError(
+            f"more than --max_bad_images {args.max_bad_images} images are unreadable; the lines above name them. "
+            "Mend or remove the files, or raise the limit"
+        )
 
 
 def decode_image(source: bytes | str, name: str) -> Image.Image:
