@@ -160,7 +160,7 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
     parser.switch(group, "--allow_tf32", True, "TF32 matrix products on GPUs that have them")
     parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
-    parser.switch(group, "--compile", False, "torch.compile the UNet; pays on a GPU, after minutes")
+    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first, meant for GPUs")
 
 
 def add_run_arguments(parser: Parser, output_dir: str) -> None:

@@ -22,17 +22,11 @@ class Cache:
             total=total, desc="Decoding images", unit="image", delay=2, disable=not accelerator.is_main_process
         )
 
-        def attempt(job):
-            try:
-                return images.prepared(*job)
-            except BadImage as error:
-                return error
-
         with ThreadPoolExecutor() as pool:
             for start in range(0, total, 1024):
                 rows = images.dataset[start : start + 1024]
                 jobs = [({"image": record}, start + k) for k, record in enumerate(rows["image"])]
-                for k, image in enumerate(pool.map(attempt, jobs)):
+                for k, image in enumerate(pool.map(images.attempt, jobs)):
                     if isinstance(image, BadImage):
                         if images.args.bad_images == "error":
                             raise BadImage(f"{image}. {SKIP_HINT}")

@@ -172,7 +172,7 @@ class TrainData:
         workers = self.args.dataloader_num_workers
         loader = torch.utils.data.DataLoader(
             self._images,
-            batch_sampler=_Once(keys()),
+            batch_sampler=keys(),
             num_workers=workers,
             worker_init_fn=leave_signals_to_the_main_process,
             collate_fn=collate,
@@ -237,6 +237,13 @@ class PreparedImages(torch.utils.data.Dataset):
             )
         return self.prepare(to_uint8(image, self.mode, where))
 
+    def attempt(self, job: tuple[dict, int]) -> np.ndarray | BadImage:
+        """``prepared`` for a pool of threads: a bad image is returned as the error that names it."""
+        try:
+            return self.prepared(*job)
+        except BadImage as error:
+            return error
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """The image at an index, cropped and flipped for a sample number; instead of a bad one the next good one."""
         index, number = key
@@ -269,13 +276,3 @@ def collate(items: list[dict]) -> dict:
         "numbers": torch.tensor([item["number"] for item in items]),
         "bad": [entry for item in items for entry in item["bad"]],
     }
-
-
-class _Once:
-    """A batch sampler around an iterator."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)

@@ -14,8 +14,8 @@ from . import UserError
 class EMA(EMAModel):
     """An average that warms up, can be swapped in and always back out, and is resumed from a saved model.
 
-    The decay is min(max_decay, 1 - (1 + step / inv_gamma) ** -power): an average of about the last tenth of the run
-    while it warms up, so that early samples show the model and not its initial weights.
+    The decay is min(max_decay, 1 - (1 + step / inv_gamma) ** -power): while it warms up, an average of about the last
+    ``step ** power`` steps, so that early samples show the model and not its initial weights.
 
     Args:
         model: whose parameters are averaged.

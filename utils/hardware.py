@@ -25,7 +25,7 @@ def set_up_process() -> None:
 def use_all_cores(device: torch.device) -> None:
     """On a CPU, give each process its share of the cores where the launcher left it one thread.
 
-    ``accelerate launch`` and ``torchrun`` set OMP_NUM_THREADS=1 unless it is set, which halves the speed on 2 cores.
+    ``accelerate launch`` and ``torchrun`` set OMP_NUM_THREADS=1 unless it is set.
     """
     if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

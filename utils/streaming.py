@@ -48,7 +48,7 @@ class Stream:
                 items = []
                 while len(items) < len(numbers):
                     wanted = [next(rows) for _ in range(len(numbers) - len(items))]
-                    for (row, index), image in zip(wanted, pool.map(self._attempt, wanted), strict=True):
+                    for (row, index), image in zip(wanted, pool.map(self.images.attempt, wanted), strict=True):
                         if isinstance(image, BadImage):
                             bad.append((index, str(image)))
                             bad_count += 1
@@ -61,12 +61,6 @@ class Stream:
                         items.append({"image": image, "label": row.get("label", 0), "number": number, "bad": bad})
                         bad = []
                 yield items
-
-    def _attempt(self, job):
-        try:
-            return self.images.prepared(*job)
-        except BadImage as error:
-            return error
 
 
 def read_ahead(iterable: Iterable) -> Iterator:
