@@ -10,15 +10,7 @@ An image is noised step by step, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_ba
 what undoes it; samples start from noise and follow its predictions back.
 """
 
-from utils.args import (
-    Parser,
-    add_data_arguments,
-    add_run_arguments,
-    add_training_arguments,
-    check_common,
-    integer,
-    real,
-)
+from utils.args import SAMPLERS, Parser, add_common_arguments, check_common, integer, real
 
 # fmt: off
 UNETS = {  # --unet: keyword arguments of UNet2DModel
@@ -56,13 +48,13 @@ NOISE = dict(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", predic
 
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
-    add_data_arguments(parser)
-
     group = parser.add_argument_group("model")
     group.add_argument("--unet", choices=UNETS, help="architecture, see UNETS in this script (default: small)")
     group.add_argument("--dropout", type=real(0, 1), help="in the residual blocks of --unet (default: 0)")
     group.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet; random weights")
     group.add_argument("--pretrained_model_name_or_path", help="pipeline whose weights and noise schedule training starts from")
+    parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
+    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first, meant for GPUs")
 
     group = parser.add_argument_group("diffusion (defaults: NOISE in this script, or the pretrained pipeline's)")
     group.add_argument("--num_train_timesteps", type=integer(2, 10_000), help="T, number of noise levels")
@@ -71,9 +63,10 @@ def parse_args(argv=None):
     parser.switch(group, "--rescale_betas_zero_snr", None, "make the last noise level pure noise (arXiv:2305.08891)")
     group.add_argument("--snr_gamma", type=real(1e-6), help="min-SNR loss weighting (arXiv:2303.09556); the paper uses 5")
     group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
+    group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
 
-    add_training_arguments(parser)
-    add_run_arguments(parser, output_dir="outputs/ddpm")
+    add_common_arguments(parser)
+    parser.set_defaults(output_dir="outputs/ddpm", num_inference_steps=25)
     args = parser.parse(argv)
     check_common(parser, args)
     if sum(x is not None for x in (args.unet, args.model_config_name_or_path, args.pretrained_model_name_or_path)) > 1:
@@ -94,14 +87,14 @@ def main(args):
 
     from utils import UserError, run
     from utils.cards import write_card
-    from utils.checkpoints import save_checkpoint
     from utils.curves import TrainingCurves
     from utils.datasets import load_train_data
     from utils.ema import EMA
+    from utils.images import make_grid
     from utils.models import check_fit, count_parameters, image_format, load_config, load_pretrained, make_unet
-    from utils.output_dir import claim_output_dir, resume
+    from utils.output_dir import claim_output_dir, resume, save
     from utils.randomness import sample_noise, uniform
-    from utils.sampling import sample_images, save_grid
+    from utils.sampling import sample_images, save_picture
     from utils.schedulers import compute_snr, make_sampler, min_snr_weights, pipeline_scheduler, total_train_steps
     from utils.signals import StopSignal
 
@@ -115,16 +108,12 @@ def main(args):
     if args.pretrained_model_name_or_path:
         pretrained = load_pretrained(args.pretrained_model_name_or_path)
     train_data = load_train_data(args, accelerator, **(image_format(pretrained.unet) if pretrained else {}))
-    global_batch_size = train_data.global_batch_size  # over processes and accumulation
-    max_train_steps = total_train_steps(
-        train_data.length, global_batch_size, args.num_train_epochs, args.max_train_steps
-    )
+    global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
+    max_train_steps = total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
-        run.say_finished(accelerator, args, finished_at, again=True)
-        return 0
+        return run.say_finished(accelerator, args, finished_at, again=True)
 
     # Model
-    image_shape = (train_data.channels, train_data.resolution, train_data.resolution)
     shape = dict(sample_size=train_data.resolution, in_channels=train_data.channels, out_channels=train_data.channels)
     if pretrained:
         unet = pretrained.unet
@@ -172,22 +161,15 @@ def main(args):
     ema_model.to(accelerator.device)
 
     # Resume
-    facts = dict(images=train_data.length, global_batch_size=global_batch_size, image_shape=list(image_shape))
-    state = resume(accelerator, args, facts)
-    global_step = state["global_step"] if state else 0
-    if state:
-        ema_model.load(state["path"] / "unet", UNet2DModel, state["ema_step"])
-    settings = {**vars(args), **facts}
+    global_step = resume(accelerator, args, train_data.facts, ema_model)
 
     # Trackers
-    facts |= dict(prediction_type=prediction_type, beta_schedule=noise_scheduler.config.beta_schedule)
-    facts |= dict(data=train_data.name, parameters=count_parameters(unet), max_train_steps=max_train_steps)
+    facts = dict(prediction_type=prediction_type, beta_schedule=noise_scheduler.config.beta_schedule)
+    facts |= dict(**train_data.facts, parameters=count_parameters(unet), max_train_steps=max_train_steps)
     run.start(accelerator, args, "train_ddpm", global_step, **facts)
     curves = TrainingCurves(
-        accelerator, global_step, max_train_steps, args.logging_steps,
-        global_batch_size, num_train_timesteps, train_data.label_names,
-    )  # fmt: skip
-
+        accelerator, train_data, args.logging_steps, num_train_timesteps, global_step, max_train_steps
+    )
     stop_signal = StopSignal(accelerator)
 
     def sample(path):
@@ -197,17 +179,11 @@ def main(args):
                 args.num_inference_steps, args.sample_batch_size, args.seed, lambda: stop_signal.received,
             )  # fmt: skip
         if images is not None:  # not interrupted
-            save_grid(images, path, accelerator, global_step)
+            save_picture(make_grid(images), path, accelerator, global_step, "samples")
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
             DDPMPipeline(unet, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
-
-    def save():
-        curves.check(global_step)
-        with curves.pause():
-            state = dict(settings=settings, ema_step=ema_model.optimization_step)
-            save_checkpoint(accelerator, output_dir, global_step, save_pipeline, state, args.checkpoints_total_limit)
 
     # Train
     model.train()
@@ -251,11 +227,12 @@ def main(args):
         global_step += 1
 
         # Once in N steps
-        values = {"learning_rate": learning_rate, "ema_decay": ema_model.cur_decay_value or 0}
-        curves.step(global_step, grad_norm, values)
+        curves.step(global_step, grad_norm, learning_rate=learning_rate, ema_decay=ema_model.cur_decay_value or 0)
         stop = stop_signal.check(global_step)
         if stop or global_step % args.checkpointing_steps == 0 or global_step == max_train_steps:
-            save()
+            curves.check(global_step)  # no checkpoint holds a number that is not finite
+            with curves.pause():
+                save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
         if stop:
             return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
         if global_step % args.sample_steps == 0 and global_step < max_train_steps:
@@ -266,14 +243,8 @@ def main(args):
         save_pipeline(output_dir)
         write_card(output_dir, "DDPM", args, "samples.png", **facts)
     sample(output_dir / "samples.png")
-    stop = stop_signal.check(global_step)
-    if stop:
-        return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
-    run.finish(accelerator, args, global_step, **facts)
     curves.close()
-    stop_signal.restore()
-    run.say_finished(accelerator, args, global_step)
-    return 0
+    return run.finish(accelerator, args, global_step, stop_signal, **facts)
 
 
 if __name__ == "__main__":

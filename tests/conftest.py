@@ -5,15 +5,19 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
+import json
+import shutil
 import signal
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 
 import train_ddpm
 
 TINY = [
-    "--dataset_name=digits", "--unet=tiny", "--train_batch_size=8", "--max_train_steps=6", "--lr_warmup_steps=2",
+    "--dataset_name=digits", "--train_batch_size=8", "--max_train_steps=6", "--lr_warmup_steps=2",
     "--checkpointing_steps=3", "--sample_steps=1000", "--num_samples=4", "--num_inference_steps=2",
     "--report_to=none", "--logging_steps=1",
 ]  # fmt: skip
@@ -40,19 +44,50 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-def parse(*flags):
+def parse(*flags, script=train_ddpm):
     """Arguments of a tiny run on the embedded digits; another source of images or weights replaces the tiny one."""
     flags = [str(flag) for flag in flags]
-    other_model = any("name_or_path" in flag for flag in flags)
     other_data = any(flag.startswith("--train_data_dir") for flag in flags)
-    tiny = [flag for flag in TINY if not ((other_model and "unet" in flag) or (other_data and "dataset_name" in flag))]
-    return train_ddpm.parse_args([*tiny, *flags])
+    tiny = [flag for flag in TINY if not (other_data and "dataset_name" in flag)]
+    if script is train_ddpm and not any("name_or_path" in flag for flag in flags):
+        tiny.append("--unet=tiny")
+    return script.parse_args([*tiny, *flags])
 
 
-def train(output_dir, *flags):
-    """Run train_ddpm.py in this process; returns its exit code."""
+def train(output_dir, *flags, script=train_ddpm):
+    """Run a training script in this process; returns its exit code."""
     reset_accelerate()
-    return train_ddpm.main(parse("--output_dir", output_dir, *flags))
+    return script.main(parse("--output_dir", output_dir, *flags, script=script))
+
+
+def interrupt(folder, keep):
+    """Make a finished run look killed after the checkpoint ``keep``."""
+    for path in folder.glob("checkpoint-*"):
+        if path.name != keep:
+            shutil.rmtree(path)
+    record = json.loads((folder / "training_args.json").read_text())
+    del record["finished_at_step"]
+    (folder / "training_args.json").write_text(json.dumps(record))
+    (folder / ".tmp-checkpoint-5").mkdir()
+
+
+def scalars(folder, tag):
+    """A curve in TensorBoard as {step: value}."""
+    return {event.step: event.value for event in events(folder).Scalars(tag)}
+
+
+def events(folder):
+    """What TensorBoard has of the run in ``folder``."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (runs,) = {path.parent for path in (folder / "logs").glob("*/events*")}
+    return EventAccumulator(str(runs), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def equal_weights(first, second):
+    """Whether two safetensors files hold the same tensors, bit for bit."""
+    first, second = load_file(first), load_file(second)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +97,8 @@ def finished_run(tmp_path_factory):
     code = train(folder, "--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2")
     assert code == 0
     return folder
+
+
+def count(model):
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in model.parameters())

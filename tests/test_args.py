@@ -35,6 +35,8 @@ def refused(capsys, *flags):
         (["--model_config_name_or_path=a", "--pretrained_model_name_or_path=b"], "give one"),
         (["--unet=tiny", "--pretrained_model_name_or_path=b"], "give one"),
         (["--dropout=0.1", "--model_config_name_or_path=a"], "brings its own"),
+        (["--use_ema=perhaps"], "argument --use_ema: 'perhaps' is not true or false"),
+        (["--no-use_ema", "false"], "argument --no-use_ema: 'false' is not true or false"),
         (["--config=missing.yaml"], "--config missing.yaml: cannot be read as YAML"),
     ],
 )
@@ -78,6 +80,14 @@ def test_config_file_sets_defaults_and_the_command_line_wins(tmp_path, capsys):
     ]:
         config.write_text(content)
         assert message in refused(capsys, f"--config={config}")
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [("", True), ("--use_ema", True), ("--no-use_ema", False), ("--use_ema false", False), ("--use_ema=true", True)],
+)
+def test_switches(flags, expected):
+    assert train_ddpm.parse_args(flags.split()).use_ema is expected
 
 
 def test_arguments_are_read_only():

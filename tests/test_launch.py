@@ -10,21 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, scalars
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "train_ddpm.py")
+STAGES = pytest.mark.parametrize("script", ["train_basic.py", "train_unet2d.py"])
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", SCRIPT]
 ONE = [*LAUNCH, "--quiet", "--config_file", str(ROOT / "accelerate_config.yaml"), SCRIPT]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+STRANGER = """
+from diffusers import {name}
+pipeline = {name}.from_pretrained("run", use_safetensors=True{options})
+pipeline(batch_size=2, num_inference_steps=2).images[1].save("sample.png")
+"""
 
 
 def start(command, folder, *flags, **environment):
+    tiny = [*TINY, *(["--unet=tiny"] if command[-1] == SCRIPT else [])]
     return subprocess.Popen(
-        [*command, *TINY, "--output_dir", str(folder), *map(str, flags)],
+        [*command, *tiny, "--output_dir", str(folder), *map(str, flags)],
         cwd=folder.parent,  # any working directory will do
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
@@ -40,13 +47,6 @@ def run(command, folder, *flags, **environment):
     return process.returncode, output
 
 
-def losses(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    data = EventAccumulator(str(folder / "logs" / "train_ddpm")).Reload()
-    return [(e.step, e.value) for e in data.Scalars("loss")], [(e.step, e.value) for e in data.Scalars("learning_rate")]
-
-
 def close(first, second, tolerance=1e-4):
     first, second = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
     return all(torch.allclose(first[key], second[key], atol=tolerance) for key in first)
@@ -59,10 +59,10 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     code, output = run(TWO, tmp_path / "two", *flags)
     assert code == 0, output
     assert output.count("Finished, after 6 optimizer steps") == 1
-    (one, one_rates), (two, two_rates) = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert one_rates == two_rates
-    assert [step for step, _ in one] == [step for step, _ in two] == [1, 2, 3, 4, 5, 6]
-    assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(one, two, strict=True))
+    one, two = scalars(tmp_path / "one", "loss"), scalars(tmp_path / "two", "loss")
+    assert list(one) == list(two) == [1, 2, 3, 4, 5, 6]
+    assert all(abs(one[step] - two[step]) < 1e-4 for step in one)
+    assert scalars(tmp_path / "one", "learning_rate") == scalars(tmp_path / "two", "learning_rate")
     assert close(tmp_path / "one", tmp_path / "two")
     state = tmp_path / "two" / "checkpoint-6" / "training_state"
     assert (state / "random_states_0.pkl").is_file() and (state / "random_states_1.pkl").is_file()
@@ -123,14 +123,39 @@ def test_accelerate_launch_uses_the_config_and_a_stranger_loads_the_result(tmp_p
     assert f"1 x CPU, {len(os.sched_getaffinity(0))} threads, bf16" in output  # though OMP_NUM_THREADS is 1
     assert output.splitlines()[-6].startswith("Finished, after 2 optimizer steps")
     assert json.loads((tmp_path / "run" / "training_args.json").read_text())["mixed_precision"] == "bf16"
-    program = (
-        "from diffusers import DDPMPipeline\n"
-        "pipeline = DDPMPipeline.from_pretrained('run', use_safetensors=True)\n"
-        "pipeline(batch_size=2, num_inference_steps=2).images[1].save('sample.png')\n"
-    )
-    result = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    loaded_by_a_stranger(tmp_path, "DDPMPipeline")
+
+
+def loaded_by_a_stranger(folder, name, options=""):
+    """Load ``run`` and draw with it in a process that has only diffusers."""
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER.format(name=name, options=options)],
+        cwd=folder, env={**os.environ, "HF_HOME": str(folder / "cache")}, capture_output=True, text=True,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "sample.png").is_file()
+    assert (folder / "sample.png").is_file()
+
+
+@STAGES
+def test_the_first_stages_are_launched_and_a_stranger_loads_the_result(tmp_path, script):
+    code, output = run([*ONE[:-1], str(ROOT / script)], tmp_path / "run", "--max_train_steps=2")
+    assert code == 0, output
+    assert output.splitlines()[-6].startswith("Finished, after 2 optimizer steps")
+    loaded_by_a_stranger(tmp_path, "DiffusionPipeline", ", trust_remote_code=True")
+
+
+@STAGES
+def test_the_first_stages_do_the_same_on_two_processes(tmp_path, script):
+    flags = ["--report_to=tensorboard", "--random_flip", "--num_samples=5", "--learning_rate=1e-4"]
+    one = [sys.executable, str(ROOT / script)]
+    code, output = run(one, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
+    assert code == 0, output
+    code, output = run([*TWO[:-1], str(ROOT / script)], tmp_path / "two", *flags)
+    assert code == 0 and output.count("Finished, after 6 optimizer steps") == 1, output
+    assert close(tmp_path / "one", tmp_path / "two")
+    losses = scalars(tmp_path / "one", "loss"), scalars(tmp_path / "two", "loss")
+    assert list(losses[0]) == list(losses[1]) == [1, 2, 3, 4, 5, 6]
+    assert all(abs(losses[0][step] - losses[1][step]) < 1e-4 for step in losses[0])
 
 
 def test_a_mistake_is_one_line_without_a_traceback(tmp_path):

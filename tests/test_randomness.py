@@ -45,3 +45,10 @@ def test_every_epoch_is_a_permutation_whatever_the_batches():
     in_batches = np.concatenate([shuffled_indices(7, batch, 10) for batch in np.split(numbers, [4, 11, 23])])
     assert np.array_equal(order, in_batches)
     assert not np.array_equal(order, shuffled_indices(8, numbers, 10))
+
+
+def test_uniform_noise_fills_the_range_of_the_images():
+    noise = sample_noise(0, "noise", np.arange(200), (1, 16, 16), distribution="uniform")
+    assert -1 <= noise.min() < -0.99 and 0.99 < noise.max() < 1
+    assert abs(noise.mean()) < 0.01 and abs(noise.var() - 1 / 3) < 0.01
+    assert torch.equal(noise[3:5], sample_noise(0, "noise", np.array([3, 4]), (1, 16, 16), distribution="uniform"))

@@ -1,12 +1,15 @@
 """utils/sampling.py: image k is image k, and training does not notice."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from utils.sampling import sample_images, save_grid
-from utils.schedulers import make_sampler
+from utils.sampling import sample_images, save_picture, show_denoising, show_walk
+from utils.schedulers import LinearMixScheduler, make_sampler
 
 
 def model(dropout=0.5):
@@ -47,7 +50,49 @@ def test_weights_mode_gradients_and_random_state_stay_as_they_were(accelerator):
     assert (draw(accelerator, unet, 5) == first).all()
 
 
-def test_grid_is_written_as_a_picture(accelerator, tmp_path):
-    images = np.random.default_rng(0).integers(0, 255, (9, 3, 64, 64), dtype=np.uint8)
-    save_grid(images, tmp_path / "new" / "grid.png", accelerator, step=1)
-    assert Image.open(tmp_path / "new" / "grid.png").size == (3 * 68 + 4, 3 * 68 + 4)
+def test_a_picture_is_written(accelerator, tmp_path):
+    picture = Image.new("RGB", (30, 20))
+    save_picture(picture, tmp_path / "new" / "grid.png", accelerator, step=1, name="samples")
+    assert Image.open(tmp_path / "new" / "grid.png").size == (30, 20)
+
+
+class Oracle(torch.nn.Module):
+    """Predicts the same image, whatever it is given."""
+
+    def __init__(self, image):
+        super().__init__()
+        self.image, self.seen = image, []
+
+    def forward(self, sample, timestep):
+        self.seen.append((sample.clone(), torch.as_tensor(timestep).clone()))
+        return SimpleNamespace(sample=self.image.expand(len(sample), -1, -1, -1))
+
+
+def test_sampling_starts_from_the_noise_of_the_scheduler(accelerator):
+    oracle = Oracle(torch.linspace(-1, 1, 64).view(1, 8, 8))
+    images = sample_images(oracle, LinearMixScheduler(), accelerator, 3, (1, 8, 8), 4, 3, 0)
+    start = oracle.seen[0][0]
+    assert start.abs().max() <= 1 and start.std() > 0.5  # uniform
+    assert (images[0] == ((oracle.image + 1) * 127.5).round().byte().numpy()).all()
+    sample_images(oracle, DDPMScheduler(), accelerator, 3, (1, 8, 8), 4, 3, 0)
+    assert oracle.seen[4][0].abs().max() > 2  # normal
+
+
+def test_denoising_picture_goes_from_clean_to_noise():
+    oracle = Oracle(torch.zeros(1, 8, 8))
+    clean = torch.full((4, 1, 8, 8), 0.5)
+    picture = show_denoising(oracle, LinearMixScheduler(), clean, seed=0)
+    noisy, timesteps = oracle.seen[0]
+    assert timesteps.tolist() == [0, pytest.approx(1000 / 3), pytest.approx(2000 / 3), 1000]
+    assert torch.equal(noisy[0], clean[0]) and noisy[3].std() > 0.4
+    assert picture.height == 3 * 68 + 4 and picture.width > 4 * 68 + 4 + 50  # captions
+
+
+def test_walk_picture_shows_the_first_samples_step_by_step(accelerator):
+    unet, scheduler = model(), LinearMixScheduler()
+    picture = np.asarray(show_walk(unet, scheduler, 3, (1, 8, 8), 5, 0, "cpu"))
+    assert unet.training
+    images = sample_images(unet, scheduler, accelerator, 3, (1, 8, 8), 5, 3, 0)
+    assert picture.shape[0] == 10 * 68 + 4
+    last = picture[9 * 68 + 4 : 9 * 68 + 68 : 8, -3 * 68 :: 8]  # the last row, one pixel of each enlarged one
+    assert (last[:, :8] == images[0, 0]).all()

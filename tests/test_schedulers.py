@@ -1,5 +1,7 @@
 """utils/schedulers.py against diffusers, the papers and closed forms."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from diffusers.optimization import get_scheduler
 from utils.sampling import sample_images
 from utils.schedulers import (
     SAMPLER_CLASSES,
+    LinearMixScheduler,
     compute_snr,
     make_sampler,
     min_snr_weights,
@@ -50,7 +53,8 @@ def test_min_snr_weights_are_finite_where_nothing_is_left_of_the_image():
     (1000, 100, 3, None, 30), (1001, 100, 3, None, 31), (None, 100, 3, 7, 7), (1000, 100, 3, 7, 7)
 ])  # fmt: skip
 def test_length_of_a_run(images, batch, epochs, steps, expected):
-    assert total_train_steps(images, batch, epochs, steps) == expected
+    args = SimpleNamespace(num_train_epochs=epochs, max_train_steps=steps)
+    assert total_train_steps(args, images, batch) == expected
 
 
 def test_samplers_know_every_noise_schedule():
@@ -135,3 +139,52 @@ def test_an_error_of_predicted_noise_is_not_magnified_in_the_first_step(name):
     sample = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     step = sampler.step(1.05 * sample, sampler.timesteps[0], sample)  # of noise that really is `sample`
     assert step.prev_sample.abs().max() < 2 * sample.abs().max()
+
+
+# ------------------------------------------------------------------------------------- linear mixing with uniform noise
+
+
+def test_linear_mix_is_a_straight_line_in_float32():
+    scheduler = LinearMixScheduler()
+    clean, noise = torch.rand(5, 1, 4, 4) * 2 - 1, torch.rand(5, 1, 4, 4) * 2 - 1
+    timesteps = torch.tensor([0.0, 250.0, 500.0, 900.0, 1000.0])
+    mixed = scheduler.add_noise(clean, noise, timesteps)
+    assert mixed.dtype == torch.float32
+    for k, amount in enumerate([0, 0.25, 0.5, 0.9, 1]):
+        assert torch.allclose(mixed[k], (1 - amount) * clean[k] + amount * noise[k], atol=1e-6)
+    assert torch.equal(mixed[0], clean[0]) and torch.equal(mixed[-1], noise[-1])
+
+
+@pytest.mark.parametrize("steps", [1, 5, 40])
+def test_a_step_is_eulers_method_and_moves_a_fraction_of_the_way(steps):
+    scheduler = LinearMixScheduler()
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == steps and scheduler.timesteps[0] == 1000
+    sample = torch.rand(2, 1, 4, 4) * 2 - 1
+    for i, timestep in enumerate(scheduler.timesteps):
+        prediction = torch.tanh(sample)  # some model
+        amount, next_amount = (steps - i) / steps, (steps - i - 1) / steps
+        velocity = (sample - prediction) / amount  # dx/da of the flow
+        euler = sample + (next_amount - amount) * velocity
+        fraction = sample + (prediction - sample) / (steps - i)
+        result = scheduler.step(prediction, timestep, sample)
+        assert torch.allclose(result.prev_sample, euler, atol=1e-6)
+        assert torch.allclose(result.prev_sample, fraction, atol=1e-6)
+        sample = scheduler.step(prediction, timestep, sample, return_dict=False)[0]
+    assert torch.equal(sample, prediction)  # the last step goes all the way
+
+
+def test_sampling_with_the_true_images_walks_the_line_of_training():
+    scheduler = LinearMixScheduler(num_train_timesteps=10)
+    scheduler.set_timesteps(7)
+    clean, noise = torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4)
+    sample = noise
+    for timestep in scheduler.timesteps:
+        assert torch.allclose(sample, scheduler.add_noise(clean, noise, timestep[None]), atol=1e-6)
+        sample = scheduler.step(clean, timestep, sample).prev_sample
+
+
+def test_linear_mix_is_saved_and_loaded_as_other_schedulers_are(tmp_path):
+    LinearMixScheduler(num_train_timesteps=50).save_pretrained(tmp_path)
+    assert LinearMixScheduler.from_pretrained(tmp_path).config.num_train_timesteps == 50
+    assert len(LinearMixScheduler()) == 1000

@@ -57,6 +57,20 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class _Switch(argparse.BooleanOptionalAction):
+    """--name, --name true, --name false, --no-name."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.nargs, self.metavar = "?", "BOOL"
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        known = {None: True, "true": True, "false": False}
+        if value not in known or (value and option_string.startswith("--no-")):
+            parser.error(f"argument {option_string}: {value!r} is not true or false")
+        setattr(namespace, self.dest, known[value] != option_string.startswith("--no-"))
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows defaults, takes ``--config file.yaml`` and returns read-only arguments."""
 
@@ -73,9 +87,9 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {close[0]}?" if close else hint
         self.exit(2, f"error: {message} ({hint})\n")
 
-    def switch(self, group, name: str, default: bool, help: str) -> None:
-        """Add the pair of flags ``--name`` and ``--no-name``."""
-        group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
+    def switch(self, group, name: str, default: bool | None, help: str) -> None:
+        """Add the flag ``--name``, which may be followed by true or false, and its opposite ``--no-name``."""
+        group.add_argument(name, action=_Switch, default=default, help=help)
 
     def parse(self, argv: list[str] | None = None):
         """Parse ``argv`` into read-only arguments. Mistakes exit with code 2."""
@@ -103,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in entries.items():
             if name not in actions or name in ("help", "config"):
                 self.error(f"--config {path}: there is no flag --{name}; --help lists them")
-            if isinstance(actions[name], argparse.BooleanOptionalAction):
+            if isinstance(actions[name], _Switch):
                 if not isinstance(value, bool):
                     self.error(f"--config {path}: {name} is {value!r}; expected true or false")
                 argv.append(f"--{name}" if value else f"--no-{name}")
@@ -115,8 +129,14 @@ class Parser(argparse.ArgumentParser):
 
 
 # fmt: off
-def add_data_arguments(parser: Parser) -> None:
-    """Where the images come from and how they are shaped."""
+def add_common_arguments(parser: Parser) -> None:
+    """Data, training, run, checkpoints and samples: what every training script has."""
+    _add_data_arguments(parser)
+    _add_training_arguments(parser)
+    _add_run_arguments(parser)
+
+
+def _add_data_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, local folder or parquet/arrow file, or: mnist, digits and faces (8x8 and 25x25, embedded). With neither this nor --train_data_dir: MNIST, or the embedded digits where it cannot be had")
     group.add_argument("--dataset_config_name", help="configuration of the data set, where it has several")
@@ -138,8 +158,7 @@ def add_data_arguments(parser: Parser) -> None:
     group.add_argument("--max_bad_images", type=integer(0), default=100, help="with --bad_images skip: stop above this")
 
 
-def add_training_arguments(parser: Parser) -> None:
-    """Batch, length, optimizer and precision."""
+def _add_training_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--train_batch_size", type=integer(1), default=64, help="images per process and micro-step")
     group.add_argument("--gradient_accumulation_steps", type=integer(1), default=1, help="micro-steps per optimizer step")
@@ -159,14 +178,11 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--ema_power", type=real(0, 10), default=0.75, help="warm-up: larger follows longer histories sooner")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
     parser.switch(group, "--allow_tf32", True, "TF32 matrix products on GPUs that have them")
-    parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
-    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first, meant for GPUs")
 
 
-def add_run_arguments(parser: Parser, output_dir: str) -> None:
-    """Output folder, seed, logging, sample grids, checkpoints and resuming."""
+def _add_run_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", metavar="DIR", default=output_dir, help="everything that the run makes")
+    group.add_argument("--output_dir", metavar="DIR", help="everything that the run makes")
     group.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of weights, order, crops, noise and samples")
     group.add_argument("--report_to", default="tensorboard", help="tracker: tensorboard, wandb, trackio, another of accelerate's, all or none")
     group.add_argument("--logging_dir", default="logs", help="TensorBoard folder, inside --output_dir")
@@ -179,8 +195,7 @@ def add_run_arguments(parser: Parser, output_dir: str) -> None:
     group.add_argument("--sample_steps", type=integer(1), default=500, help="optimizer steps between sample grids")
     group.add_argument("--num_samples", type=integer(1), default=64, help="images in a grid")
     group.add_argument("--sample_batch_size", type=integer(1), default=64, help="images sampled at once, per process")
-    group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
-    group.add_argument("--num_inference_steps", type=integer(1, 1000), default=25, help="UNet calls per sample")
+    group.add_argument("--num_inference_steps", type=integer(1, 1000), help="UNet calls per sample")
 # fmt: on
 
 

@@ -5,11 +5,24 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-SNIPPET = """from diffusers import DDPMPipeline
+TRAINING_FLAGS = (
+    "learning_rate",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "snr_gamma",
+    "dropout",
+    "use_ema",
+    "random_flip",
+    "seed",
+)
 
-pipeline = DDPMPipeline.from_pretrained({model!r}, use_safetensors=True)
-images = pipeline(batch_size=16, num_inference_steps={steps}).images
-images[0].save("sample.png")"""
+
+def how_to_load(folder: Path, name: str | Path) -> str:
+    """The expression that loads the pipeline saved in ``folder`` as ``name``: a path, or an id on the Hub."""
+    pipeline_class = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    if isinstance(pipeline_class, list):  # its code is in the folder
+        return f"DiffusionPipeline.from_pretrained({str(name)!r}, trust_remote_code=True)"
+    return f"{pipeline_class}.from_pretrained({str(name)!r})"
 
 
 def write_card(folder: Path, title: str, args, grid: str, **facts) -> None:
@@ -17,40 +30,51 @@ def write_card(folder: Path, title: str, args, grid: str, **facts) -> None:
 
     Args:
         folder: a saved pipeline.
-        title: heading, one line.
+        title: what kind of model it is, one line.
         args: the run's flags.
         grid: path of the sample grid, relative to ``folder``.
         facts: what the run found out; ``data`` is the Hub id, path or short name of the training images.
     """
     name = facts["data"]
     is_hub_id = name.count("/") == 1 and not Path(name).exists()
+    index = json.loads((folder / "model_index.json").read_text())
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=["diffusers", "ddpm", "unconditional-image-generation"],
+        tags=[
+            "diffusers",
+            "unconditional-image-generation",
+            *(["ddpm"] if index["_class_name"] == "DDPMPipeline" else []),
+        ],
         datasets=[name] if is_hub_id else None,
     )
     facts["data"] = name if is_hub_id else Path(name).name  # no path of one machine
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    listed = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "use_ema", "random_flip", "seed")
-    facts |= {key: getattr(args, key) for key in listed}
+    facts |= {key: vars(args)[key] for key in TRAINING_FLAGS if key in vars(args)}
     table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in facts.items())
+    load = how_to_load(folder, folder.resolve().name)
+    code = [f"`{path.relative_to(folder)}`" for path in [*folder.glob("*.py"), *folder.glob("*/*.py")]]
+    trust = f"`trust_remote_code=True` runs the code that comes with the model: {', '.join(code)}. Read it first.\n\n"
     text = f"""---
 {data.to_yaml()}
 ---
 
 # {_escape(title)}
 
-An unconditional diffusion model (UNet2DModel) of the images in {_escape(facts["data"])}.
+Draws images like those in {_escape(facts["data"])}, with a {index["unet"][1]}.
 
 ![samples]({grid})
 
 ```python
-{SNIPPET.format(model=folder.resolve().name, steps=args.num_inference_steps)}
+from diffusers import {load.split(".")[0]}
+
+pipeline = {load}
+images = pipeline(batch_size=16, num_inference_steps={args.num_inference_steps}).images
+images[0].save("sample.png")
 ```
 
-The saved scheduler is `{config["_class_name"]}`; the weights are those that drew the samples above
-({args.num_samples} images, {args.sampler}, {args.num_inference_steps} steps, seed {args.seed}, not selected).
+{trust if code else ""}The saved scheduler is `{index["scheduler"][1]}`; the weights drew the samples above
+({args.num_samples} images, {vars(args).get("sampler", index["scheduler"][1])}, {args.num_inference_steps} steps, \
+seed {args.seed}, not selected).
 
 ## Training
 

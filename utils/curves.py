@@ -24,18 +24,16 @@ class TrainingCurves:
 
     Args:
         accelerator: with its trackers initialized.
-        first_step, last_step: optimizer steps done before, and at the end of, this run.
+        train_data: its global batch size; its label names, for a loss curve each.
         logging_steps: optimizer steps between points.
-        images_per_step: the global batch size.
         num_train_timesteps: T; timesteps are in [0, T).
-        label_names: classes, for a loss curve each.
+        first_step, last_step: optimizer steps done before, and at the end of, this run.
     """
 
-    def __init__(
-        self, accelerator, first_step, last_step, logging_steps, images_per_step, num_train_timesteps, label_names=()
-    ):
-        self.accelerator, self.logging_steps, self.images_per_step = (accelerator, logging_steps, images_per_step)
-        self.num_train_timesteps, self.label_names = (num_train_timesteps, list(label_names))
+    def __init__(self, accelerator, train_data, logging_steps, num_train_timesteps, first_step, last_step):
+        self.accelerator, self.logging_steps = accelerator, logging_steps
+        self.images_per_step, self.label_names = train_data.global_batch_size, train_data.label_names
+        self.num_train_timesteps = num_train_timesteps
         self.last_written, self.written_at = first_step, time.perf_counter()
         self.bar = tqdm(
             total=last_step, initial=first_step, desc="Training", unit="step", dynamic_ncols=True,
@@ -51,13 +49,13 @@ class TrainingCurves:
     def add(self, losses: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None = None) -> None:
         """Collect one micro-step: loss of each sample, unweighted, (B,); its timestep (B,); its class (B,)."""
         losses = losses.detach().float()
-        bins = timesteps * NOISE_LEVELS // self.num_train_timesteps
+        bins = (timesteps * NOISE_LEVELS // self.num_train_timesteps).long()
         self.losses.append(losses.mean())
         for index in [bins] if labels is None else [bins, labels + NOISE_LEVELS]:
             self.sums.index_add_(0, index, losses)
             self.counts.index_add_(0, index, torch.ones_like(losses))
 
-    def step(self, global_step: int, grad_norm: torch.Tensor, values: dict[str, float]) -> None:
+    def step(self, global_step: int, grad_norm: torch.Tensor, **values: float) -> None:
         """Note the end of an optimizer step; at a multiple of ``logging_steps``, write. Call it on all processes.
 
         Args:

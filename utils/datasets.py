@@ -58,7 +58,9 @@ class TrainData:
         resolution: side of the images, pixels.
         channels: 1 or 3.
         label_names: names of the classes, if ``--label_column`` is given.
+        image_shape: (C, H, W).
         global_batch_size: images per optimizer step, over all processes and micro-steps.
+        facts: of these, what a resumed run must not find changed.
     """
 
     def __init__(self, dataset, name: str, args, accelerator, resolution=None, image_mode=None):
@@ -75,6 +77,9 @@ class TrainData:
                 f"({args.train_batch_size} x {factor} micro-steps and processes); {fitting} add images"
             )
         self._inspect(dataset, resolution, image_mode)
+        self.image_shape = (self.channels, self.resolution, self.resolution)
+        self.facts = dict(data=name, images=self.length, global_batch_size=self.global_batch_size)
+        self.facts["image_shape"] = list(self.image_shape)
         prepare = partial(prepare_image, resolution=self.resolution, interpolation=args.interpolation)
         self._images = PreparedImages(
             dataset, name, args, self.mode, self._refuse_colour, partial(prepare, center_crop=args.center_crop)
@@ -148,6 +153,15 @@ class TrainData:
             if self.label_names:
                 batch["labels"] = labels.to(self.accelerator.device, non_blocking=True)
             yield batch
+
+    def examples(self, count: int) -> torch.Tensor:
+        """The first images that this process trains on, float32 (count, C, H, W) in [-1, 1], on the device."""
+        images = []
+        for batch in self.batches(0, count):
+            images.extend(batch["images"])
+            if len(images) >= count:
+                break
+        return torch.stack(images[:count])
 
     def _numbers(self, first_step: int, last_step: int) -> Iterator[np.ndarray]:
         """Sample numbers of each micro-batch: step * global batch + place in the global batch."""

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
 from . import UserError
@@ -18,7 +17,7 @@ class EMA(EMAModel):
     ``step ** power`` steps, so that early samples show the model and not its initial weights.
 
     Args:
-        model: whose parameters are averaged.
+        model: a diffusers model, whose parameters are averaged.
         max_decay: upper limit of the decay.
         inv_gamma: length of the warm-up, optimizer steps.
         power: 3/4 reaches a decay of 0.999 after 10,000 steps, 2/3 after 31,600.
@@ -26,7 +25,8 @@ class EMA(EMAModel):
     """
 
     def __init__(self, model: torch.nn.Module, max_decay: float, inv_gamma: float, power: float, enabled: bool = True):
-        self.enabled, self.names = (enabled, [name for name, _ in model.named_parameters()])
+        self.enabled, self.names = enabled, [name for name, _ in model.named_parameters()]
+        self.model_class = type(model)
         super().__init__(
             model.parameters() if enabled else [],
             decay=max_decay, inv_gamma=inv_gamma, power=power, use_ema_warmup=True, foreach=True,
@@ -51,15 +51,15 @@ class EMA(EMAModel):
                 for parameter, value in zip(model.parameters(), own, strict=True):
                     parameter.copy_(value)
 
-    def load(self, folder: str | Path, model_class: type[ModelMixin], optimization_step: int) -> None:
-        """Continue from the averaged weights that were saved in ``folder`` as a model.
+    def load(self, folder: str | Path, optimization_step: int) -> None:
+        """Continue from the averaged weights that were saved in ``folder`` as a model of the averaged one's class.
 
         Raises:
             UserError: names or shapes differ from the averaged model's.
         """
         if not self.enabled:
             return
-        saved = dict(model_class.from_pretrained(folder, use_safetensors=True).named_parameters())
+        saved = dict(self.model_class.from_pretrained(folder, use_safetensors=True).named_parameters())
         wrong = [
             name
             for name, mine in zip(self.names, self.shadow_params, strict=True)

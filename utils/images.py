@@ -6,9 +6,10 @@ what transparent pixels hide. Here ranges are scaled, alpha is laid over white a
 
 import io
 import os
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from . import UserError, randomness
 
@@ -136,21 +137,29 @@ def flips(seed: int, numbers: np.ndarray) -> np.ndarray:
     return randomness.uniform(seed, "flip", numbers) < 0.5
 
 
-def make_grid(images: np.ndarray, min_cell: int = 64) -> Image.Image:
-    """Lay images out in rows, as square as it gets, with gaps, small ones enlarged without smoothing.
+def make_grid(images: np.ndarray, min_cell: int = 64, captions: Sequence[str] = ()) -> Image.Image:
+    """Lay images out in rows, with gaps, small ones enlarged without smoothing.
 
     Args:
         images: uint8 (N, C, H, W) with C of 1 or 3.
         min_cell: pixels; smaller images are enlarged by a whole factor to at least about this.
+        captions: one for each row, to its left; without them the grid is as square as it gets.
     """
     count, channels, height, width = images.shape
     factor = max(1, round(min_cell / height))
     images = images.repeat(factor, axis=2).repeat(factor, axis=3)
     height, width, gap = height * factor, width * factor, max(2, height * factor // 16)
-    columns = int(np.ceil(np.sqrt(count)))
+    columns = int(np.ceil(np.sqrt(count))) if not captions else -(-count // len(captions))
     rows = -(-count // columns)
-    grid = np.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 96, dtype=np.uint8)
+    font = ImageFont.load_default(size=16)
+    margin = max((int(font.getlength(caption)) + 2 * gap for caption in captions), default=0)
+    shape = (channels, rows * (height + gap) + gap, margin + columns * (width + gap) + gap)
+    grid = np.full(shape, 96, dtype=np.uint8)
     for k, image in enumerate(images):
-        y, x = (gap + (k // columns) * (height + gap), gap + (k % columns) * (width + gap))
+        y, x = (gap + (k // columns) * (height + gap), margin + gap + (k % columns) * (width + gap))
         grid[:, y : y + height, x : x + width] = image
-    return Image.fromarray(grid[0] if channels == 1 else grid.transpose(1, 2, 0))
+    picture = Image.fromarray(grid[0] if channels == 1 else grid.transpose(1, 2, 0))
+    for row, caption in enumerate(captions):
+        middle = gap + row * (height + gap) + height // 2
+        ImageDraw.Draw(picture).text((gap, middle), caption, fill="white", font=font, anchor="lm")
+    return picture

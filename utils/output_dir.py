@@ -73,7 +73,7 @@ def _inspect_output_dir(folder: Path, args) -> int | None:
         return None
     found = json.loads((folder / ARGUMENTS).read_text())
     check_settings(f"--output_dir {folder}", found["arguments"], vars(args))
-    redraw = any(found["arguments"].get(flag) != getattr(args, flag) for flag in DRAWING)
+    redraw = any(found["arguments"].get(flag) != vars(args).get(flag) for flag in DRAWING)
     complete = (folder / "model_index.json").is_file() and (folder / "samples.png").is_file()
     return found.get("finished_at_step") if complete and not redraw else None
 
@@ -119,14 +119,14 @@ def check_settings(where: str, old: dict, new: dict) -> None:
         )
 
 
-def resume(accelerator, args, facts: dict) -> dict | None:
-    """Load the checkpoint that the flags ask for into what ``accelerator`` prepared.
+def resume(accelerator, args, facts: dict, ema_model) -> int:
+    """Load the checkpoint that the flags ask for into what ``accelerator`` prepared and into ``ema_model``.
 
     Args:
         facts: further settings that must not have changed, such as the number of images.
 
     Returns:
-        The saved state, with ``path`` and ``global_step``; None for a run from scratch.
+        Optimizer steps done; 0 for a run from scratch.
     """
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
@@ -134,14 +134,27 @@ def resume(accelerator, args, facts: dict) -> dict | None:
     path = checkpoints.find_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
     if path is None:
         logger.info(f"Starting from scratch in {output_dir}.")
-        return None
+        return 0
     state = checkpoints.read_state(path)
     check_settings(str(path), state["settings"], {**vars(args), **facts})
     if accelerator.is_main_process:
         checkpoints.set_aside_newer(output_dir, path)
     checkpoints.load_checkpoint(accelerator, path, state)
+    ema_model.load(path / "unet", state["ema_step"])
     logger.info(f"Resuming from {path}, {state['global_step']} optimizer steps done.")
-    return {**state, "path": path}
+    return state["global_step"]
+
+
+def save(accelerator, args, facts: dict, ema_model, global_step: int, save_pipeline) -> None:
+    """Publish ``checkpoint-<global_step>``, what ``resume`` goes on from. Call it on all processes.
+
+    Args:
+        facts: as for ``resume``.
+        save_pipeline: writes a pipeline with the averaged weights in ``unet`` into the folder it gets.
+    """
+    state = dict(settings={**vars(args), **facts}, ema_step=ema_model.optimization_step)
+    folder, limit = Path(args.output_dir), args.checkpoints_total_limit
+    checkpoints.save_checkpoint(accelerator, folder, global_step, save_pipeline, state, limit)
 
 
 def write_arguments(accelerator, args, **facts) -> None:

@@ -67,13 +67,20 @@ def sample_generators(seed: int, purpose: str, numbers: np.ndarray, device="cpu"
     return [torch.Generator(device).manual_seed(bits) for bits in random_bits(seed, purpose, numbers).tolist()]
 
 
-def sample_noise(seed: int, purpose: str, numbers: np.ndarray, shape: tuple[int, ...], device="cpu") -> torch.Tensor:
-    """Standard normal float32 noise (len(numbers), *shape), a function of (seed, purpose, number) for each sample.
+def sample_noise(
+    seed: int, purpose: str, numbers: np.ndarray, shape: tuple[int, ...], device="cpu", distribution: str = "normal"
+) -> torch.Tensor:
+    """float32 noise (len(numbers), *shape), a function of (seed, purpose, number) for each sample.
 
     The values differ between device types (CPU, CUDA), as torch's generators do, and on nothing else.
+
+    Args:
+        distribution: ``normal``, with mean 0 and variance 1, or ``uniform`` in [-1, 1).
     """
     noise = torch.empty(len(numbers), *shape, device=device)
     generator = torch.Generator(device)
+    draw = {"normal": torch.Tensor.normal_, "uniform": torch.Tensor.uniform_}[distribution]
+    limits = {"normal": (0, 1), "uniform": (-1, 1)}[distribution]
     for row, bits in zip(noise, random_bits(seed, purpose, numbers).tolist(), strict=True):
-        torch.randn(shape, generator=generator.manual_seed(bits), device=device, out=row)
+        draw(row, *limits, generator=generator.manual_seed(bits))
     return noise

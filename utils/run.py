@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfigur
 from tqdm.auto import tqdm
 
 from . import UserError
+from .cards import how_to_load
 from .hardware import device_name, has_bf16, set_up_process, use_all_cores
 from .output_dir import write_arguments
 
@@ -119,26 +120,38 @@ def start(accelerator, args, name: str, first_step: int, **facts) -> None:
         raise UserError(f"--report_to {args.report_to} cannot start: {type(error).__name__}: {error}") from error
 
 
-def finish(accelerator, args, global_step: int, **facts) -> None:
-    """Record that the run is complete, and close the trackers."""
+def finish(accelerator, args, global_step: int, stop_signal, **facts) -> int:
+    """Record that the run is complete, close the trackers and say so, or say how to go on if a signal came.
+
+    Returns:
+        The exit code.
+    """
+    stop = stop_signal.check(global_step)
+    if stop:  # what was being drawn is missing
+        return say_stopped(accelerator, args, global_step, facts["max_train_steps"], stop)
     write_arguments(accelerator, args, **facts, finished_at_step=global_step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    stop_signal.restore()
+    return say_finished(accelerator, args, global_step)
 
 
-def say_finished(accelerator, args, global_step: int, again: bool = False) -> None:
-    """The last lines: where the grid and the pipeline are, and what to do next."""
+def say_finished(accelerator, args, global_step: int, again: bool = False) -> int:
+    """The last lines: where the grid and the pipeline are, and what to do next. Returns the exit code, 0."""
+    if not accelerator.is_main_process:
+        return 0
     folder, script = args.output_dir, os.path.relpath(sys.argv[0])
     config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
     launch = f"{_command('accelerate')} launch --quiet --config_file {config}"
-    accelerator.print(
+    print(
         f"\n{'This run was finished before' if again else 'Finished'}, after {global_step} optimizer steps."
         f"\n  samples      {Path(folder) / 'samples.png'}"
-        f"\n  pipeline     DDPMPipeline.from_pretrained({str(folder)!r})"
+        f"\n  pipeline     {how_to_load(Path(folder), folder)}"
         f"\n  curves       {_command('tensorboard')} --logdir {folder}"
         f"\n  train on     the same command with a larger --max_train_steps"
         f"\n  your images  {launch} {script} --train_data_dir DIR --output_dir outputs/mine"
     )
+    return 0
 
 
 def _command(name: str) -> str:

@@ -1,11 +1,13 @@
-"""Sample grids, drawn by all processes, the same whatever their number and the batch size."""
+"""Samples, drawn by all processes, the same whatever their number and the batch size; and how they arise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from PIL import Image
 
 from . import randomness
 from .images import make_grid
@@ -42,14 +44,11 @@ def sample_images(
     """
     device, world = accelerator.device, accelerator.num_processes
     share = -(-count // world)
-    mine = accelerator.process_index * share + np.arange(share)
-    mode, images = model.training, []
-    model.eval()
-    try:
+    mine, images = accelerator.process_index * share + np.arange(share), []
+    with _evaluating(model):
         for numbers in np.array_split(mine, -(-share // batch_size)):
             # As in DDPMPipeline, but in float32 outside the model, and each image from its own generator.
-            sample = randomness.sample_noise(seed, "samples", numbers, shape, device)
-            options = {}
+            sample, options = _start(sampler, seed, numbers, shape, device), {}
             if "generator" in sampler.step.__code__.co_varnames:
                 options["generator"] = randomness.sample_generators(seed, "sampler", numbers, device)
             sampler.set_timesteps(num_inference_steps, device=device)
@@ -59,28 +58,93 @@ def sample_images(
                 model_output = model(sample, timestep).sample
                 sample = sampler.step(model_output.float(), timestep, sample, **options).prev_sample
             images.append(sample)
-    finally:
-        model.train(mode)
-    images = accelerator.gather(torch.cat(images))[:count]
+    return _to_uint8(accelerator.gather(torch.cat(images))[:count])
+
+
+@torch.no_grad()
+def show_denoising(
+    model: torch.nn.Module, noise_scheduler: SchedulerMixin, clean_images: torch.Tensor, seed: int
+) -> Image.Image:
+    """A picture of what the model is trained to do: images, the same with more and more noise, and its predictions.
+
+    Args:
+        model: predicts clean images, see ``sample_images``.
+        noise_scheduler: mixes; the noise grows from none in the first column to nothing else in the last.
+        clean_images: (B, C, H, W) in [-1, 1], on the model's device.
+        seed: of the noise.
+    """
+    count, *shape = clean_images.shape
+    timesteps = torch.linspace(0, noise_scheduler.config.num_train_timesteps, count, device=clean_images.device)
+    noise = _start(noise_scheduler, seed, np.arange(count), shape, clean_images.device)
+    noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
+    with _evaluating(model):
+        predicted = model(noisy_images, timesteps).sample.float()
+    rows = _to_uint8(torch.cat([clean_images, noisy_images, predicted]))
+    return make_grid(rows, captions=["image", "mixed with noise", "predicted"])
+
+
+@torch.no_grad()
+def show_walk(
+    model: torch.nn.Module,
+    sampler: SchedulerMixin,
+    count: int,
+    shape: tuple[int, int, int],
+    num_inference_steps: int,
+    seed: int,
+    device: torch.device,
+) -> Image.Image:
+    """A picture of how samples arise: at each step, what the model is given, and which clean images it predicts.
+
+    Args:
+        model, sampler, shape, seed: as for ``sample_images``; the first images that it draws are shown.
+        count: number of images.
+        num_inference_steps: model calls, two rows each.
+    """
+    sample, rows, captions = _start(sampler, seed, np.arange(count), shape, device), [], []
+    sampler.set_timesteps(num_inference_steps, device=device)
+    with _evaluating(model):
+        for step, timestep in enumerate(sampler.timesteps, 1):
+            predicted = model(sample, timestep).sample.float()
+            rows += [sample, predicted]
+            captions += [f"step {step}: given", "predicted"]
+            sample = sampler.step(predicted, timestep, sample).prev_sample
+    return make_grid(_to_uint8(torch.cat(rows)), captions=captions)
+
+
+def _start(scheduler, seed, numbers, shape, device) -> torch.Tensor:
+    distribution = getattr(scheduler, "noise_distribution", "normal")
+    return randomness.sample_noise(seed, "samples", numbers, shape, device, distribution)
+
+
+def _to_uint8(images: torch.Tensor) -> np.ndarray:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
 
 
-def save_grid(images: np.ndarray, path: Path, accelerator, step: int, name: str = "samples") -> None:
-    """Write a grid as PNG and to the trackers, on the main process.
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)
+
+
+def save_picture(picture: Image.Image, path: Path, accelerator, step: int, name: str) -> None:
+    """Write a picture as PNG and to the trackers, on the main process.
 
     Args:
-        images: uint8 (N, C, H, W).
         path: of the PNG; its folder is made.
         step: optimizer steps done, the trackers' x-axis.
+        name: in the trackers.
     """
     if not accelerator.is_main_process:
         return
-    grid = make_grid(images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
-    pixels = np.atleast_3d(np.asarray(grid))
+    picture.save(path)
+    pixels = np.atleast_3d(np.asarray(picture))
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
         elif hasattr(tracker, "log_images"):
-            tracker.log_images({name: [grid]}, step=step)
+            tracker.log_images({name: [picture]}, step=step)

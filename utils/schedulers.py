@@ -1,9 +1,18 @@
-"""Noise schedules for sampling, loss weights by signal-to-noise ratio, and the length of a run."""
+"""Mixing with noise, noise schedules for sampling, loss weights by signal-to-noise ratio, and the length of a run."""
 
 import math
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import (
+    ConfigMixin,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
 SAMPLER_CLASSES = {
     "ddpm": DDPMScheduler,  # ancestral sampling, Ho et al. 2020, Algorithm 2; wants hundreds of steps
@@ -13,16 +22,79 @@ SAMPLER_CLASSES = {
 }
 
 
-def total_train_steps(num_images: int | None, global_batch_size: int, num_epochs: int, max_steps: int | None) -> int:
+class LinearMixScheduler(SchedulerMixin, ConfigMixin):
+    """Images mixed with uniform noise along a straight line, and the way back from a prediction of the clean image.
+
+        x_a = (1 - a) x_0 + a u,    u uniform in [-1, 1],    a in [0, 1],    timestep = a T
+
+    This is the straight path of rectified flow (Liu et al. 2022, arXiv:2209.03003, Sec. 2.1) from a uniform instead of
+    a normal base distribution. Along it dx_a/da = u - x_0 = (x_a - x_0) / a, so a model that predicts x_0 gives the
+    flow's velocity, and ``step`` is Euler's method on it. With n equal steps, step i starts at a = (n - i) / n, and
+
+        x + (-1/n) (x - x_0) / a  =  x + (x_0 - x) / (n - i):
+
+    move 1/(n - i) of the way to the prediction.
+
+    Args:
+        num_train_timesteps: T, the timestep of pure noise. Timesteps are real numbers in [0, T].
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+    noise_distribution = "uniform"  # in [-1, 1]; what sampling starts from
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000):
+        self.set_timesteps(1)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_a for images and uniform noise (B, C, H, W) and timesteps (B,) in [0, T]; in the images' precision."""
+        amounts = (timesteps / self.config.num_train_timesteps).to(original_samples).view(-1, 1, 1, 1)
+        return (1 - amounts) * original_samples + amounts * noise
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose n equal steps from T to 0: ``timesteps`` is T, T (n-1)/n, ..., T/n."""
+        self.num_inference_steps = num_inference_steps
+        steps_left = torch.arange(num_inference_steps, 0, -1, device=device)
+        self.timesteps = steps_left * (self.config.num_train_timesteps / num_inference_steps)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
+        """The sample as it is; part of diffusers' interface."""
+        return sample
+
+    def step(
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+    ) -> DDPMSchedulerOutput | tuple[torch.Tensor]:
+        """One Euler step.
+
+        Args:
+            model_output: predicted clean images, (B, C, H, W).
+            timestep: of ``sample``, one of ``timesteps``.
+            sample: (B, C, H, W).
+
+        Returns:
+            ``prev_sample``, T/n nearer to the images, and ``pred_original_sample``; a tuple of the first without
+            ``return_dict``.
+        """
+        fraction = self.timesteps[-1] / timestep  # 1/(n - i); 1 in the last step
+        prev_sample = sample + fraction * (model_output - sample)
+        if not return_dict:
+            return (prev_sample,)
+        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=model_output)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def total_train_steps(args, num_images: int | None, global_batch_size: int) -> int:
     """Optimizer steps of a run, the length of its learning-rate schedule too.
 
     Args:
-        num_images: in the data set; None for a stream, which needs ``max_steps``.
+        args: with ``max_train_steps``, or None for ``num_train_epochs`` passes over the data.
+        num_images: in the data set; None for a stream, which needs ``max_train_steps``.
         global_batch_size: images per optimizer step: per process x accumulation x processes.
-        num_epochs: passes over the data, used without ``max_steps``.
-        max_steps: optimizer steps.
     """
-    return max_steps if max_steps is not None else math.ceil(num_epochs * num_images / global_batch_size)
+    return args.max_train_steps or math.ceil(args.num_train_epochs * num_images / global_batch_size)
 
 
 def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:

@@ -1,0 +1,197 @@
+"""Train a UNet2DModel to find images in a mixture with uniform noise: what the architecture alone buys.
+
+    accelerate launch --quiet --config_file accelerate_config.yaml train_unet2d.py --dataset_name digits
+
+draws digits after minutes on 2 CPU cores. The output folder is a pipeline that brings its code along:
+
+    DiffusionPipeline.from_pretrained("outputs/unet2d", trust_remote_code=True)
+
+The noise, the target and the sampling are those of train_basic.py. The UNet is deeper, normalized, has attention, learns
+its down- and up-sampling, and is told how much noise there is. train_ddpm.py keeps the UNet and changes the noise.
+"""
+
+from utils.args import Parser, add_common_arguments, check_common, real
+
+# fmt: off
+UNET = dict(  # 1.7 M parameters; every line is something that train_basic.py's UNet has not
+    block_out_channels=(32, 64, 64),
+    layers_per_block=2,  # residual layers of two convolutions at each size, one more on the way up
+    norm_num_groups=32,  # GroupNorm before each convolution
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),  # attention at the lower resolutions
+    up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=64,  # one head; diffusers' default of 8 makes eight small ones, and a step nearly twice as long
+    downsample_type="conv",  # learned, where train_basic.py takes a maximum
+    upsample_type="conv",  # a convolution after the doubling
+)
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__.splitlines()[0])
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--dropout", type=real(0, 1), default=0.0, help="in the residual layers")
+    parser.switch(group, "--timestep_conditioning", True, "tell the UNet how much noise there is")
+    parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
+    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first, meant for GPUs")
+
+    add_common_arguments(parser)
+    parser.set_defaults(output_dir="outputs/unet2d", num_inference_steps=40)
+    args = parser.parse(argv)
+    check_common(parser, args)
+    return args
+# fmt: on
+
+
+def main(args):
+    # Imports that take seconds come after parsing, so that --help answers at once
+    import torch
+    import torch.nn.functional as F
+    from accelerate.utils import set_seed
+    from diffusers import UNet2DModel
+    from diffusers.optimization import get_scheduler
+
+    from utils import run
+    from utils.cards import write_card
+    from utils.curves import TrainingCurves
+    from utils.datasets import load_train_data
+    from utils.ema import EMA
+    from utils.images import make_grid
+    from utils.models import check_fit, count_parameters
+    from utils.output_dir import claim_output_dir, resume, save
+    from utils.pipeline import LinearMixPipeline
+    from utils.randomness import sample_noise, uniform
+    from utils.sampling import sample_images, save_picture, show_denoising, show_walk
+    from utils.schedulers import LinearMixScheduler, total_train_steps
+    from utils.signals import StopSignal
+
+    # Accelerator
+    accelerator = run.make_accelerator(args)
+    output_dir, finished_at = claim_output_dir(accelerator, args)
+    set_seed(args.seed)
+
+    # Data
+    train_data = load_train_data(args, accelerator)
+    global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
+    max_train_steps = total_train_steps(args, train_data.length, global_batch_size)
+    if finished_at is not None and finished_at >= max_train_steps:
+        return run.say_finished(accelerator, args, finished_at, again=True)
+
+    # Model
+    shape = dict(sample_size=train_data.resolution, in_channels=train_data.channels, out_channels=train_data.channels)
+    unet = UNet2DModel(**shape, dropout=args.dropout, **UNET)
+    if not args.timestep_conditioning:  # the embedding of the timestep is held at zero
+        torch.nn.init.zeros_(unet.time_embedding.linear_2.weight)
+        torch.nn.init.zeros_(unet.time_embedding.linear_2.bias)
+        unet.time_embedding.requires_grad_(False)
+    check_fit(unet, train_data.resolution, train_data.channels)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if accelerator.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)  # on a CPU it costs
+    ema_model = EMA(unet, args.ema_max_decay, args.ema_inv_gamma, args.ema_power, enabled=args.use_ema)
+
+    # Noise scheduler
+    noise_scheduler = LinearMixScheduler()
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+
+    # Optimizer and learning rate; the schedule counts optimizer steps
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True,
+    )  # fmt: skip
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
+
+    # Prepare
+    if args.compile:
+        unet.compile()
+    model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    ema_model.to(accelerator.device)
+
+    # Resume
+    global_step = resume(accelerator, args, train_data.facts, ema_model)
+
+    # Trackers
+    facts = dict(**train_data.facts, parameters=count_parameters(unet), max_train_steps=max_train_steps)
+    run.start(accelerator, args, "train_unet2d", global_step, **facts)
+    curves = TrainingCurves(
+        accelerator, train_data, args.logging_steps, num_train_timesteps, global_step, max_train_steps
+    )
+    stop_signal = StopSignal(accelerator)
+    examples = train_data.examples(8)
+
+    def sample(path):
+        with curves.pause(), ema_model.swapped_in(unet):
+            images = sample_images(
+                unet, noise_scheduler, accelerator, args.num_samples, image_shape,
+                args.num_inference_steps, args.sample_batch_size, args.seed, lambda: stop_signal.received,
+            )  # fmt: skip
+            denoising = show_denoising(unet, noise_scheduler, examples, args.seed)
+            walk = show_walk(unet, noise_scheduler, 8, image_shape, 5, args.seed, accelerator.device)
+        save_picture(denoising, output_dir / "denoising.png", accelerator, global_step, "denoising")
+        save_picture(walk, output_dir / "walk.png", accelerator, global_step, "walk")
+        if images is not None:  # not interrupted
+            save_picture(make_grid(images), path, accelerator, global_step, "samples")
+
+    def save_pipeline(folder):
+        with ema_model.swapped_in(unet):
+            LinearMixPipeline(unet, noise_scheduler).save_pretrained(folder)
+
+    # Train
+    model.train()
+    for batch in train_data.batches(global_step, max_train_steps):
+        clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
+        numbers = batch["sample_numbers"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        torch.manual_seed(args.seed + int(numbers[0]))  # of dropout: another for each process and micro-step
+
+        # Noise and timesteps, in float32 whatever the UNet computes in
+        noise = sample_noise(args.seed, "noise", numbers, image_shape, accelerator.device, "uniform")  # in [-1, 1]
+        fractions = uniform(args.seed, "timesteps", numbers)  # of noise, in [0, 1)
+        timesteps = torch.from_numpy(fractions * num_train_timesteps).float().to(accelerator.device, non_blocking=True)
+        noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # x_a = (1 - a) x_0 + a u
+
+        with accelerator.accumulate(model):
+            model_output = model(noisy_images, timesteps).sample.float()
+            target = clean_images
+            losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+            loss = losses.mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        curves.add(losses, timesteps, batch.get("labels"))
+        if not accelerator.sync_gradients:
+            continue
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        ema_model.step(unet.parameters())
+        global_step += 1
+
+        # Once in N steps
+        curves.step(global_step, grad_norm, learning_rate=learning_rate, ema_decay=ema_model.cur_decay_value or 0)
+        stop = stop_signal.check(global_step)
+        if stop or global_step % args.checkpointing_steps == 0 or global_step == max_train_steps:
+            curves.check(global_step)  # no checkpoint holds a number that is not finite
+            with curves.pause():
+                save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
+        if stop:
+            return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
+        if global_step % args.sample_steps == 0 and global_step < max_train_steps:
+            sample(output_dir / "samples" / f"step-{global_step:06}.png")
+
+    # Save
+    if accelerator.is_main_process:
+        save_pipeline(output_dir)
+        write_card(output_dir, "UNet2D denoiser", args, "samples.png", **facts)
+    sample(output_dir / "samples.png")
+    curves.close()
+    return run.finish(accelerator, args, global_step, stop_signal, **facts)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    from utils.run import run_script
+
+    run_script(main, arguments)
