@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import finetune_faces
 import train_basic
 import train_ddpm
 import train_unet2d
@@ -68,7 +69,7 @@ def test_public_functions_say_what_they_do(path):
             assert ast.get_docstring(node) or len(node.body) < 6, f"{path.name}: {node.name}"
 
 
-TRAINING = {path.name: path.read_text() for path in SCRIPTS if path.name.startswith("train_")}
+TRAINING = {path.name: path.read_text() for path in SCRIPTS if path.name.startswith(("train_", "finetune_"))}
 
 
 def code_lines(text):
@@ -99,14 +100,14 @@ def headings(text):
 
 
 def test_the_update_and_the_headings_are_the_same_text_in_every_script():
-    assert len(TRAINING) == 3
+    assert len(TRAINING) == 4
     assert len({update_block(text) for text in TRAINING.values()}) == 1
     outlines = {tuple(headings(text)) for text in TRAINING.values()}
     assert len(outlines) == 1, outlines
     assert {"Data", "Model", "Noise scheduler", "Resume", "Train", "Once in N steps", "Save"} <= set(*outlines)
 
 
-@pytest.mark.parametrize("script", [train_basic, train_unet2d, train_ddpm])
+@pytest.mark.parametrize("script", [train_basic, train_unet2d, train_ddpm, finetune_faces])
 def test_every_flag_is_tested_or_documented(capsys, script):
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])

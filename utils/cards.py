@@ -15,6 +15,15 @@ TRAINING_FLAGS = (
     "random_flip",
     "seed",
 )
+PEOPLE = """
+## People
+
+The training images may show real people. Whoever trains or publishes such a model needs their consent, or a licence
+that covers it. A model adapted to few images repeats them: before showing samples, compare them with the training
+images (`nearest.png`, written by the run, shows the nearest by their pixels: that finds copies, not likenesses).
+Intended for studying and illustrating generative models. Not for depicting an identifiable person without consent, for
+deceiving anyone, or for recognising or judging people; what it draws says nothing about anybody.
+"""
 
 
 def how_to_load(folder: Path, name: str | Path) -> str:
@@ -25,7 +34,7 @@ def how_to_load(folder: Path, name: str | Path) -> str:
     return f"{pipeline_class}.from_pretrained({str(name)!r})"
 
 
-def write_card(folder: Path, title: str, args, grid: str, **facts) -> None:
+def write_card(folder: Path, title: str, args, grid: str, of_people: bool = False, **facts) -> None:
     """Write ``README.md`` with valid metadata, the samples, a snippet that loads the model, and how it was trained.
 
     Args:
@@ -33,6 +42,7 @@ def write_card(folder: Path, title: str, args, grid: str, **facts) -> None:
         title: what kind of model it is, one line.
         args: the run's flags.
         grid: path of the sample grid, relative to ``folder``.
+        of_people: whether the images show people; adds a section.
         facts: what the run found out; ``data`` is the Hub id, path or short name of the training images.
     """
     name = facts["data"]
@@ -86,7 +96,7 @@ seed {args.seed}, not selected).
 
 It draws what its training images show, with their gaps and biases. No metric was computed, and the samples were not
 compared with the training images: small data sets are memorised.
-"""
+{PEOPLE if of_people else ""}"""
     ModelCard(text).save(folder / "README.md")
 
 

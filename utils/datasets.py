@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -47,6 +48,29 @@ def load_train_data(args, accelerator, resolution: int | None = None, image_mode
     """
     dataset, name = load_source(args, accelerator)
     return TrainData(dataset, name, args, accelerator, resolution, image_mode)
+
+
+def load_images(args, accelerator, train_data: "TrainData", **source) -> torch.Tensor:
+    """Images of another split or data set, shaped as the training images: float32 (N, C, H, W) in [-1, 1], on the CPU.
+
+    Args:
+        source: flags that name it, such as ``dataset_split``; with ``dataset_name`` it is another data set.
+
+    Returns:
+        ``--num_validation_images`` of them, or as many as there are: the same ones on every process, cut in the middle.
+    """
+    fresh = dict(streaming=False, label_column=None, max_train_samples=None)
+    if "dataset_name" in source:
+        fresh |= dict(train_data_dir=None, dataset_config_name=None, image_column=None)
+    args = SimpleNamespace(**{**vars(args), **fresh, **source})
+    dataset, name = load_source(args, accelerator)
+    size, mode = train_data.resolution, train_data.mode
+    prepare = partial(prepare_image, resolution=size, interpolation=args.interpolation, center_crop=True)
+    images = PreparedImages(dataset, name, args, mode, False, prepare)
+    count = min(args.num_validation_images, len(dataset))
+    rows = randomness.shuffled_indices(args.seed, np.arange(count), len(dataset)).tolist()
+    chosen = np.stack([images.prepared(dataset[row], row) for row in rows])
+    return torch.from_numpy(chosen).float() / 127.5 - 1
 
 
 class TrainData:

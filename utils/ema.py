@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -17,7 +16,7 @@ class EMA(EMAModel):
     ``step ** power`` steps, so that early samples show the model and not its initial weights.
 
     Args:
-        model: a diffusers model, whose parameters are averaged.
+        model: whose parameters are averaged, those that learn.
         max_decay: upper limit of the decay.
         inv_gamma: length of the warm-up, optimizer steps.
         power: 3/4 reaches a decay of 0.999 after 10,000 steps, 2/3 after 31,600.
@@ -25,16 +24,17 @@ class EMA(EMAModel):
     """
 
     def __init__(self, model: torch.nn.Module, max_decay: float, inv_gamma: float, power: float, enabled: bool = True):
-        self.enabled, self.names = enabled, [name for name, _ in model.named_parameters()]
-        self.model_class = type(model)
+        self.enabled = enabled
+        learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.names = list(learning)
         super().__init__(
-            model.parameters() if enabled else [],
+            learning.values() if enabled else [],
             decay=max_decay, inv_gamma=inv_gamma, power=power, use_ema_warmup=True, foreach=True,
         )  # fmt: skip
 
     def step(self, parameters) -> None:
         if self.enabled:
-            super().step(parameters)
+            super().step([parameter for parameter in parameters if parameter.requires_grad])
 
     @contextmanager
     def swapped_in(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -42,32 +42,33 @@ class EMA(EMAModel):
         if not self.enabled:
             yield model
             return
-        own = [parameter.detach().clone() for parameter in model.parameters()]
-        self.copy_to(model.parameters())
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        own = [parameter.detach().clone() for parameter in parameters]
+        self.copy_to(parameters)
         try:
             yield model
         finally:
             with torch.no_grad():
-                for parameter, value in zip(model.parameters(), own, strict=True):
+                for parameter, value in zip(parameters, own, strict=True):
                     parameter.copy_(value)
 
-    def load(self, folder: str | Path, optimization_step: int) -> None:
-        """Continue from the averaged weights that were saved in ``folder`` as a model of the averaged one's class.
+    def load(self, saved: dict[str, torch.Tensor], optimization_step: int) -> None:
+        """Continue from averaged weights, by name; those of weights that do not learn may be among them.
 
         Raises:
-            UserError: names or shapes differ from the averaged model's.
+            UserError: weights are missing, or their shapes differ from the model's.
         """
         if not self.enabled:
             return
-        saved = dict(self.model_class.from_pretrained(folder, use_safetensors=True).named_parameters())
+        names = [name.replace(".default.", ".") for name in self.names]  # the adapter's name, which peft does not save
         wrong = [
             name
-            for name, mine in zip(self.names, self.shadow_params, strict=True)
+            for name, mine in zip(names, self.shadow_params, strict=True)
             if name not in saved or saved[name].shape != mine.shape
         ]
-        if wrong or len(saved) != len(self.names):
-            raise UserError(f"{folder}: averaged weights do not fit the model, for example {(wrong or ['(count)'])[0]}")
-        for name, mine in zip(self.names, self.shadow_params, strict=True):
-            mine.copy_(saved[name].detach())
+        if wrong:
+            raise UserError(f"the saved averaged weights do not fit the model, for example {wrong[0]}")
+        for name, mine in zip(names, self.shadow_params, strict=True):
+            mine.copy_(saved[name])
         self.optimization_step = optimization_step
         self.cur_decay_value = self.get_decay(optimization_step)

@@ -1,5 +1,6 @@
 """UNets that come from elsewhere, and whether they fit the images."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -7,12 +8,14 @@ from diffusers import DDPMPipeline, UNet2DModel
 
 from . import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def load_pretrained(name_or_path: str) -> DDPMPipeline:
-    """An unconditional pipeline with its weights, from a folder or the Hub.
+    """An unconditional pipeline with its weights, from a folder or the Hub; a learned variance is left out.
 
     Raises:
-        UserError: it cannot be loaded, or is not a UNet2DModel that predicts one value per channel.
+        UserError: it cannot be loaded, or is not a UNet2DModel that predicts one value per channel, or two.
     """
     flag = f"--pretrained_model_name_or_path {name_or_path}"
     try:
@@ -20,16 +23,24 @@ def load_pretrained(name_or_path: str) -> DDPMPipeline:
     except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors
         raise UserError(
             f"{flag}: cannot be loaded as a DDPMPipeline: {type(error).__name__}: {' '.join(str(error).split())}. "
-            "Expected a Hub id, or a folder with model_index.json, such as the output of train_ddpm.py"
+            "Expected a Hub id, or a folder with model_index.json: without a network the output of train_ddpm.py, or "
+            "what `hf download ID --local-dir DIR` fetched elsewhere"
         ) from error
     unet = pipeline.unet
     if not isinstance(unet, UNet2DModel):
         raise UserError(f"{flag}: its unet is a {type(unet).__name__}; expected a UNet2DModel (unconditional)")
-    if unet.config.out_channels != unet.config.in_channels:
-        raise UserError(
-            f"{flag}: {unet.config.in_channels} channels in, {unet.config.out_channels} out; a learned variance is not "
-            "supported here"
+    channels = unet.config.in_channels
+    if unet.config.out_channels == 2 * channels:
+        logger.info(
+            f"{name_or_path} predicts a variance, too (arXiv:2102.09672): its mean is used, the variance is not"
         )
+        last = unet.conv_out
+        unet.conv_out = torch.nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding)
+        unet.conv_out.load_state_dict({"weight": last.weight[:channels], "bias": last.bias[:channels]})
+        unet.register_to_config(out_channels=channels)
+        pipeline.scheduler.register_to_config(variance_type="fixed_small")
+    elif unet.config.out_channels != channels:
+        raise UserError(f"{flag}: {channels} channels in, {unet.config.out_channels} out; expected as many, or twice")
     return pipeline
 
 

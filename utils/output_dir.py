@@ -10,6 +10,7 @@ import accelerate
 import diffusers
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
 
 from . import UserError, checkpoints
 from .hardware import device_name
@@ -140,7 +141,10 @@ def resume(accelerator, args, facts: dict, ema_model) -> int:
     if accelerator.is_main_process:
         checkpoints.set_aside_newer(output_dir, path)
     checkpoints.load_checkpoint(accelerator, path, state)
-    ema_model.load(path / "unet", state["ema_step"])
+    averaged = {}  # the checkpoint's pipeline holds them, and its low-rank adapter if there is one
+    for file in [*path.glob("unet/*.safetensors"), *path.glob("adapter/*.safetensors")]:
+        averaged |= load_file(file)
+    ema_model.load(averaged, state["ema_step"])
     logger.info(f"Resuming from {path}, {state['global_step']} optimizer steps done.")
     return state["global_step"]
 
@@ -150,7 +154,7 @@ def save(accelerator, args, facts: dict, ema_model, global_step: int, save_pipel
 
     Args:
         facts: as for ``resume``.
-        save_pipeline: writes a pipeline with the averaged weights in ``unet`` into the folder it gets.
+        save_pipeline: writes a pipeline into the folder it gets, with the averaged weights in ``unet`` or ``adapter``.
     """
     state = dict(settings={**vars(args), **facts}, ema_step=ema_model.optimization_step)
     folder, limit = Path(args.output_dir), args.checkpoints_total_limit

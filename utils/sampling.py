@@ -10,6 +10,7 @@ from diffusers import SchedulerMixin
 from PIL import Image
 
 from . import randomness
+from .guidance import Guidance
 from .images import make_grid
 
 
@@ -24,6 +25,10 @@ def sample_images(
     batch_size: int,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
+    guidance: Guidance | None = None,
+    noise: Callable[[np.ndarray], torch.Tensor] | None = None,
+    init_images: torch.Tensor | None = None,
+    strength: float = 1.0,
 ) -> np.ndarray | None:
     """Draw images with every process taking its share. Call it on all processes.
 
@@ -38,6 +43,12 @@ def sample_images(
         num_inference_steps: model calls per image.
         batch_size: images at once on this process.
         stop: asked before every model call of a single process; True gives up.
+        guidance: steers every step.
+        noise: what image k starts from, instead of the noise of seed and k; float32 (B, C, H, W) for numbers (B,). For
+            example an interpolation, see ``randomness.slerp``.
+        init_images: start from these with noise on them (SDEdit, arXiv:2108.01073), one for all or one an image;
+            (N, C, H, W) in [-1, 1].
+        strength: of that noise, in (0, 1]; of the steps, this share is done.
 
     Returns:
         uint8 (count, C, H, W) on every process; None if stopped.
@@ -45,18 +56,28 @@ def sample_images(
     device, world = accelerator.device, accelerator.num_processes
     share = -(-count // world)
     mine, images = accelerator.process_index * share + np.arange(share), []
+    first_step = min(num_inference_steps - 1, round(num_inference_steps * (1 - strength)))
     with _evaluating(model):
         for numbers in np.array_split(mine, -(-share // batch_size)):
             # As in DDPMPipeline, but in float32 outside the model, and each image from its own generator.
-            sample, options = _start(sampler, seed, numbers, shape, device), {}
+            sample = noise(numbers).to(device) if noise else _start(sampler, seed, numbers, shape, device)
+            sampler.set_timesteps(num_inference_steps, device=device)
+            if init_images is not None:
+                if hasattr(sampler, "set_begin_index"):
+                    sampler.set_begin_index(first_step)
+                chosen = init_images.to(device)[torch.from_numpy(numbers) % len(init_images)]
+                sample = sampler.add_noise(chosen, sample, sampler.timesteps[first_step].expand(len(numbers)))
+            options = {}
             if "generator" in sampler.step.__code__.co_varnames:
                 options["generator"] = randomness.sample_generators(seed, "sampler", numbers, device)
-            sampler.set_timesteps(num_inference_steps, device=device)
-            for timestep in sampler.timesteps:
+            for timestep in sampler.timesteps[first_step if init_images is not None else 0 :]:
                 if world == 1 and stop():
                     return None
-                model_output = model(sample, timestep).sample
-                sample = sampler.step(model_output.float(), timestep, sample, **options).prev_sample
+                if guidance:
+                    model_output = guidance.predict(model, sampler, sample, timestep)
+                else:
+                    model_output = model(sample, timestep).sample.float()
+                sample = sampler.step(model_output, timestep, sample, **options).prev_sample
             images.append(sample)
     return _to_uint8(accelerator.gather(torch.cat(images))[:count])
 

@@ -124,6 +124,41 @@ def pipeline_scheduler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMi
     return make_sampler("ddpm" if name == "unipc" else name, noise_scheduler)
 
 
+def signal_and_noise(scheduler: SchedulerMixin, timestep, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), for linear mixing 1 - a and a: float32, as ``timestep``."""
+    timestep = torch.as_tensor(timestep, device=sample.device)
+    if isinstance(scheduler, LinearMixScheduler):
+        return 1 - timestep / scheduler.config.num_train_timesteps, timestep / scheduler.config.num_train_timesteps
+    alpha_bar = scheduler.alphas_cumprod.to(sample.device)[timestep.long()]
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def predicted_images(scheduler: SchedulerMixin, output: torch.Tensor, sample: torch.Tensor, timestep) -> torch.Tensor:
+    """The clean images that a model's output means, x_0 of Ho et al. 2020, Eq. 15; not clipped.
+
+    Args:
+        scheduler: one that predicts epsilon, sample or v_prediction and has ``alphas_cumprod``, or linear mixing.
+        output, sample: (B, C, H, W).
+        timestep: of the sample.
+    """
+    signal, noise = signal_and_noise(scheduler, timestep, sample)
+    if scheduler.config.get("prediction_type") == "epsilon":
+        return (sample - noise * output) / signal
+    if scheduler.config.get("prediction_type") == "v_prediction":
+        return signal * sample - noise * output
+    return output
+
+
+def output_for(scheduler: SchedulerMixin, images: torch.Tensor, sample: torch.Tensor, timestep) -> torch.Tensor:
+    """The model output that means these clean images; the inverse of ``predicted_images``."""
+    signal, noise = signal_and_noise(scheduler, timestep, sample)
+    if scheduler.config.get("prediction_type") == "epsilon":
+        return (sample - signal * images) / noise
+    if scheduler.config.get("prediction_type") == "v_prediction":
+        return (signal * sample - images) / noise
+    return images
+
+
 def compute_snr(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
     """float32 SNR(t) = alpha_bar_t / (1 - alpha_bar_t), the shape of ``timesteps``."""
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]

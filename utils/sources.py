@@ -114,9 +114,15 @@ def _from_disk(path: Path, args):
 
 
 def _slice(dataset, name: str, args):
-    if args.dataset_split != "train":
-        raise UserError(f"--dataset_split {args.dataset_split}: {name} has the one split train")
-    return dataset
+    """The part that ``--dataset_split`` names, such as train[:80%], of a set that has the one split train."""
+    try:
+        parts = datasets.ReadInstruction.from_spec(args.dataset_split).to_absolute({"train": len(dataset)})
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"--dataset_split {args.dataset_split}: {name} has the one split train; expected that, or a part of it "
+            "such as train[:80%]"
+        ) from error
+    return datasets.concatenate_datasets([dataset.select(range(part.from_, part.to)) for part in parts])
 
 
 def _embedded_digits() -> datasets.Dataset:

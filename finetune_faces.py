@@ -1,0 +1,262 @@
+"""Adapt a pretrained diffusion model of faces to a small set of images, sample fast, and steer the samples.
+
+    accelerate launch --quiet --config_file accelerate_config.yaml finetune_faces.py --train_data_dir DIR
+
+starts from google/ddpm-celebahq-256, or from any other DDPMPipeline: --pretrained_model_name_or_path takes a Hub id or
+a folder, such as the output of train_ddpm.py. `make faces` does it all without a network. The output folder is again
+
+    DDPMPipeline.from_pretrained("outputs/faces")
+
+What is new against train_ddpm.py: only some weights may learn (--method), the model is compared with the one that it
+comes from, and samples can be steered towards a colour or a sentence (--guidance_color, --guidance_prompt).
+"""
+
+from utils.args import SAMPLERS, Parser, add_common_arguments, check_common, integer, real
+
+
+# fmt: off
+def parse_args(argv=None):
+    parser = Parser(__doc__.splitlines()[0])
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", default="google/ddpm-celebahq-256", help="DDPMPipeline to adapt: a Hub id or a folder")
+    group.add_argument("--method", choices=("full", "attention", "norm", "lora"), default="full", help="what learns: all weights; attention layers; norms and biases; low-rank adapters (arXiv:2106.09685), merged in the end")
+    group.add_argument("--lora_rank", type=integer(1), default=8, help="of the adapters")
+    group.add_argument("--lora_targets", default="to_q,to_k,to_v,to_out.0,conv1,conv2", help="layers that get adapters, by the end of their names")
+    group.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit keeps a quarter of the state; needs bitsandbytes on a GPU, torchao elsewhere")
+    parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
+    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first, meant for GPUs")
+
+    group = parser.add_argument_group("diffusion (noise schedule and target are the pretrained pipeline's)")
+    group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="how samples are drawn")
+    group.add_argument("--guidance_color", metavar="COLOR", help="steer further samples towards a colour: a name or #rrggbb")
+    group.add_argument("--guidance_prompt", metavar="TEXT", help="steer further samples towards a sentence, with CLIP")
+    group.add_argument("--clip_model_name_or_path", default="openai/clip-vit-base-patch32", help="CLIP model for --guidance_prompt")
+    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="how firmly")
+    group.add_argument("--guidance_mode", choices=("direct", "net"), default="direct", help="gradient with respect to the predicted image, or through the UNet")
+
+    group = parser.add_argument_group("validation")
+    group.add_argument("--validation_split", help="split held out from training, for a loss curve; for example train[90%%:]")
+    group.add_argument("--prior_dataset_name", help="images that the pretrained model was made for: a loss curve that shows forgetting")
+    group.add_argument("--prior_dataset_split", default="train", help="split of --prior_dataset_name")
+    group.add_argument("--num_validation_images", type=integer(1), default=64, help="of each set")
+
+    add_common_arguments(parser)
+    parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, max_train_steps=1000, train_batch_size=8, sample_steps=250, num_samples=16, sample_batch_size=8)
+    args = parser.parse(argv)
+    check_common(parser, args)
+    if args.guidance_color and args.guidance_prompt:
+        parser.error("--guidance_color and --guidance_prompt exclude each other; give one")
+    return args
+# fmt: on
+
+
+def main(args):
+    # Imports that take seconds come after parsing, so that --help answers at once
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from accelerate.utils import set_seed
+    from diffusers import DDPMPipeline, DDPMScheduler
+    from diffusers.optimization import get_scheduler
+
+    from utils import run
+    from utils.adapt import (
+        adamw,
+        base_weights,
+        choose_trainable,
+        distance_to_base,
+        merged,
+        save_adapter,
+        say_what_learns,
+    )
+    from utils.cards import write_card
+    from utils.curves import TrainingCurves
+    from utils.datasets import load_images, load_train_data
+    from utils.ema import EMA
+    from utils.guidance import Guidance, clip_loss, color_loss
+    from utils.images import make_grid
+    from utils.models import check_fit, count_parameters, image_format, load_pretrained
+    from utils.output_dir import claim_output_dir, resume, save
+    from utils.randomness import sample_noise, uniform
+    from utils.sampling import sample_images, save_picture
+    from utils.schedulers import make_sampler, pipeline_scheduler, total_train_steps
+    from utils.signals import StopSignal
+    from utils.validation import DenoisingLoss, show_nearest
+
+    # Accelerator
+    accelerator = run.make_accelerator(args)
+    output_dir, finished_at = claim_output_dir(accelerator, args)
+    set_seed(args.seed)
+
+    # Data
+    pretrained = load_pretrained(args.pretrained_model_name_or_path)
+    train_data = load_train_data(args, accelerator, **image_format(pretrained.unet))
+    global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
+    max_train_steps = total_train_steps(args, train_data.length, global_batch_size)
+    if finished_at is not None and finished_at >= max_train_steps:
+        return run.say_finished(accelerator, args, finished_at, again=True)
+    training_images = train_data.examples(min(train_data.length or 500, 500))
+    validation = {"train": training_images[: args.num_validation_images]}
+    if args.validation_split:
+        validation["held_out"] = load_images(args, accelerator, train_data, dataset_split=args.validation_split)
+    if args.prior_dataset_name:
+        prior = dict(dataset_name=args.prior_dataset_name, dataset_split=args.prior_dataset_split)
+        validation["prior"] = load_images(args, accelerator, train_data, **prior)
+
+    # Model
+    unet = pretrained.unet
+    unet.register_to_config(sample_size=train_data.resolution)
+    check_fit(unet, train_data.resolution, train_data.channels)
+    say_what_learns(unet, args)
+    parameters, base = count_parameters(unet), base_weights(unet)
+    choose_trainable(unet, args.method, args.lora_rank, args.lora_targets.split(","), args.seed)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if accelerator.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)  # on a CPU it costs
+    ema_model = EMA(unet, args.ema_max_decay, args.ema_inv_gamma, args.ema_power, enabled=args.use_ema)
+
+    # Noise scheduler
+    noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    prediction_type = noise_scheduler.config.prediction_type
+    sampler = make_sampler(args.sampler, noise_scheduler)
+    validation = {name: DenoisingLoss(images, noise_scheduler, args.seed) for name, images in validation.items()}
+    guidance = None
+    if args.guidance_color:
+        guidance = Guidance(color_loss(args.guidance_color), args.guidance_scale, args.guidance_mode)
+    elif args.guidance_prompt:
+        loss_function = clip_loss(args.guidance_prompt, args.clip_model_name_or_path, accelerator.device)
+        guidance = Guidance(loss_function, args.guidance_scale, args.guidance_mode)
+
+    # Optimizer and learning rate; the schedule counts optimizer steps
+    optimizer = adamw(args.optimizer, accelerator.device)(
+        [parameter for parameter in unet.parameters() if parameter.requires_grad], lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
+    )  # fmt: skip
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
+
+    # Prepare
+    if args.compile:
+        unet.compile()
+    model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    ema_model.to(accelerator.device)
+
+    def draw(count, guidance=None, stop=lambda: False):
+        return sample_images(
+            unet, sampler, accelerator, count, image_shape,
+            args.num_inference_steps, args.sample_batch_size, args.seed, stop, guidance,
+        )  # fmt: skip
+
+    # Resume
+    base_samples = draw(min(8, args.num_samples))  # of the pretrained model
+    global_step = resume(accelerator, args, train_data.facts, ema_model)
+
+    # Trackers
+    facts = dict(prediction_type=prediction_type, method=args.method, base=args.pretrained_model_name_or_path)
+    facts |= dict(**train_data.facts, parameters=parameters, max_train_steps=max_train_steps)
+    run.start(accelerator, args, "finetune_faces", global_step, **facts)
+    curves = TrainingCurves(
+        accelerator, train_data, args.logging_steps, num_train_timesteps, global_step, max_train_steps
+    )
+    stop_signal = StopSignal(accelerator)
+
+    def validate():
+        values = {"distance_to_base": distance_to_base(unet, base)}
+        for name, denoising_loss in validation.items():
+            for part, value in denoising_loss.measure(unet, accelerator).items():
+                values[f"validation_{part}/{name}"] = value
+        accelerator.log(values, step=global_step)
+
+    def sample(path):
+        with curves.pause(), ema_model.swapped_in(unet):
+            validate()
+            images = draw(args.num_samples, stop=lambda: stop_signal.received)
+            guided = draw(len(base_samples), guidance, lambda: stop_signal.received) if guidance else None
+        if stop_signal.received:
+            return
+        first = images[: len(base_samples)]
+        pictures = {
+            "before_after": make_grid(np.concatenate([base_samples, first]), captions=["base", "adapted"]),
+            "nearest": show_nearest(first, training_images),
+        }
+        if guidance:
+            pictures["guided"] = make_grid(np.concatenate([first, guided]), captions=["adapted", "guided"])
+        for name, picture in pictures.items():
+            save_picture(picture, output_dir / f"{name}.png", accelerator, global_step, name)
+        save_picture(make_grid(images), path, accelerator, global_step, "samples")
+
+    def save_pipeline(folder):
+        with ema_model.swapped_in(unet):
+            save_adapter(unet, folder / "adapter")
+            DDPMPipeline(merged(unet), pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
+
+    if global_step == 0:
+        validate()
+
+    # Train
+    model.train()
+    for batch in train_data.batches(global_step, max_train_steps):
+        clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
+        numbers = batch["sample_numbers"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        torch.manual_seed(args.seed + int(numbers[0]))  # of dropout: another for each process and micro-step
+
+        # Noise and timesteps, in float32 whatever the UNet computes in
+        noise = sample_noise(args.seed, "noise", numbers, image_shape, accelerator.device)
+        fractions = uniform(args.seed, "timesteps", numbers)  # of T, in [0, 1)
+        fractions = (numbers % global_batch_size + fractions) / global_batch_size  # one from each part of it
+        timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)
+        noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
+
+        with accelerator.accumulate(model):
+            model_output = model(noisy_images, timesteps).sample.float()
+            if prediction_type == "epsilon":
+                target = noise
+            elif prediction_type == "sample":
+                target = clean_images
+            else:
+                target = noise_scheduler.get_velocity(clean_images, noise, timesteps)
+            losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+            loss = losses.mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        curves.add(losses, timesteps, batch.get("labels"))
+        if not accelerator.sync_gradients:
+            continue
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        ema_model.step(unet.parameters())
+        global_step += 1
+
+        # Once in N steps
+        curves.step(global_step, grad_norm, learning_rate=learning_rate, ema_decay=ema_model.cur_decay_value or 0)
+        stop = stop_signal.check(global_step)
+        if stop or global_step % args.checkpointing_steps == 0 or global_step == max_train_steps:
+            curves.check(global_step)  # no checkpoint holds a number that is not finite
+            with curves.pause():
+                save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
+        if stop:
+            return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
+        if global_step % args.sample_steps == 0 and global_step < max_train_steps:
+            sample(output_dir / "samples" / f"step-{global_step:06}.png")
+
+    # Save
+    if accelerator.is_main_process:
+        save_pipeline(output_dir)
+        write_card(output_dir, "Adapted DDPM", args, "samples.png", of_people=True, **facts)
+    sample(output_dir / "samples.png")
+    curves.close()
+    return run.finish(accelerator, args, global_step, stop_signal, **facts)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    from utils.run import run_script
+
+    run_script(main, arguments)

@@ -1,0 +1,72 @@
+"""utils/validation.py: the same questions every time, and the nearest training images."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from utils.validation import DenoisingLoss, nearest_images, show_nearest
+
+
+class Knows:
+    """A model that knows the images, up to an error."""
+
+    training = True
+
+    def __init__(self, images, scheduler, error=0.0):
+        self.images, self.scheduler, self.error, self.calls, self.asked = images, scheduler, error, 0, []
+
+    def __call__(self, noisy, timesteps):
+        self.asked.append((noisy, timesteps))
+        errors = torch.full_like(noisy, self.error)
+        return type("Output", (), {"sample": self.answer(noisy, timesteps) + errors})
+
+    def answer(self, noisy, timesteps):
+        alpha_bar = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return (noisy - alpha_bar.sqrt() * self.images[0]) / (1 - alpha_bar).sqrt()
+
+    def eval(self):
+        self.training = False
+
+    def train(self, mode):
+        self.training = mode
+
+
+@pytest.fixture
+def setup():
+    scheduler = DDPMScheduler()
+    images = torch.linspace(-1, 1, 16).view(1, 1, 4, 4).repeat(5, 1, 1, 1)  # five times the same
+    return images, scheduler
+
+
+def test_a_perfect_model_has_no_loss_and_errors_are_squared(accelerator, setup):
+    images, scheduler = setup
+    loss = DenoisingLoss(images, scheduler, seed=0, batch_size=3)
+    assert loss.measure(Knows(images, scheduler), accelerator)["loss"] < 1e-6
+    measured = loss.measure(Knows(images, scheduler, error=0.5), accelerator)
+    assert list(measured) == ["loss", "0-249", "250-499", "500-749", "750-999"]
+    assert all(value == pytest.approx(0.25, rel=1e-2) for value in measured.values())
+
+
+def test_every_measurement_asks_the_same_whatever_the_batch_size(accelerator, setup):
+    images, scheduler = setup
+    asked = []
+    for size in (3, 20):
+        model = Knows(images, scheduler)
+        DenoisingLoss(images, scheduler, seed=0, batch_size=size).measure(model, accelerator)
+        assert model.training
+        asked.append([torch.cat(part) for part in zip(*model.asked, strict=True)])
+    assert torch.equal(asked[0][0], asked[1][0]) and torch.equal(asked[0][1], asked[1][1])
+    timesteps = asked[0][1]
+    assert len(timesteps) == 20 and torch.bincount(timesteps // 250).tolist() == [5, 5, 5, 5]
+
+
+def test_nearest_images_are_found_and_shown():
+    rng = np.random.default_rng(0)
+    training = torch.from_numpy(rng.uniform(-1, 1, (6, 3, 64, 64))).float()
+    samples = ((training[[4, 2]] + 1) * 127.5).round().byte().numpy()
+    indices, distances = nearest_images(torch.from_numpy(samples) / 127.5 - 1, training)
+    assert indices.tolist() == [4, 2] and (distances < 0.01).all()
+    picture = np.asarray(show_nearest(samples, training)).astype(int)
+    assert picture.shape[0] == 2 * 68 + 4
+    assert np.abs(picture[4:68, -68:-4] - picture[72:136, -68:-4]).max() <= 1  # the second sample above its copy

@@ -1,0 +1,132 @@
+"""Steering samples towards what a function of the image likes: a colour, a sentence, or one's own ten lines.
+
+A guidance function takes predicted clean images (B, C, H, W) in [-1, 1] and returns a loss for each, (B,); lower is
+better. At every step its gradient moves the model's prediction before the sampler uses it:
+
+    x_0  <-  x_0 - scale * sqrt(1 - alpha_bar_t) * gradient / 2
+
+The factor is the noise left at timestep t (not at the loop's index): steering is firm while the image is undecided and
+lets go as it is finished, so that the model has the last word. The loss of an image should be a mean over its pixels;
+its gradient is multiplied by their number, so that a scale means the same at every resolution. With the squared
+distance to a target, a scale of 1 goes all the way at pure noise; more than 2 overshoots.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import SchedulerMixin
+from PIL import ImageColor
+
+from . import UserError
+from .schedulers import output_for, predicted_images, signal_and_noise
+
+GuidanceFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Guidance:
+    """A guidance function, and how it acts on a sampler.
+
+    Args:
+        function: see above. It is given float32. Random numbers from torch's global generator are the same at the same
+            timestep of every run.
+        scale: how firmly; 0 does nothing. See above for what 1 means.
+        mode: ``direct`` takes the gradient with respect to the predicted image. ``net`` takes it through the model,
+            with respect to its noisy input (as DPS does, Chung et al. 2022, arXiv:2209.14687): slower, and what the
+            model would not draw is suppressed.
+    """
+
+    def __init__(self, function: GuidanceFunction, scale: float, mode: str = "direct"):
+        self.function, self.scale, self.mode = function, scale, mode
+
+    def predict(self, model, scheduler: SchedulerMixin, sample: torch.Tensor, timestep) -> torch.Tensor:
+        """The guided model's output for a sampler's step: like ``model(sample, timestep).sample``, in float32."""
+        with torch.set_grad_enabled(self.mode == "net"):
+            sample = sample.detach().requires_grad_(self.mode == "net")
+            output = model(sample, timestep).sample.float()
+            predicted = predicted_images(scheduler, output, sample, timestep)
+        with torch.enable_grad(), torch.random.fork_rng():
+            torch.manual_seed(int(timestep))
+            at = sample if self.mode == "net" else predicted.requires_grad_()
+            losses = self.function(predicted)
+            if losses.shape != sample.shape[:1]:
+                raise UserError(
+                    f"the guidance function returned shape {tuple(losses.shape)}; expected one loss an image"
+                )
+            (gradient,) = torch.autograd.grad(losses.sum(), at)
+        _, noise_level = signal_and_noise(scheduler, timestep, sample)
+        step = self.scale * noise_level * gradient * sample[0].numel() / 2
+        return output_for(scheduler, predicted.detach() - step, sample.detach(), timestep)
+
+
+def color_loss(color: str) -> GuidanceFunction:
+    """Mean squared distance of the pixels to a colour.
+
+    Args:
+        color: a name or ``#rrggbb``, as Pillow understands it. Grey images are compared with its lightness.
+
+    Raises:
+        UserError: there is no such colour.
+    """
+    try:
+        target = torch.tensor(ImageColor.getrgb(color)[:3]) / 127.5 - 1
+    except ValueError as error:
+        raise UserError(
+            f"--guidance_color {color}: no such colour; expected a name such as teal, or #rrggbb"
+        ) from error
+    weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's conversion to grey
+
+    def loss(images):
+        wanted = target if images.shape[1] == 3 else (target * weights).sum()[None]
+        return (images - wanted.to(images)[:, None, None]).square().mean(dim=(1, 2, 3))
+
+    return loss
+
+
+def clip_loss(prompt: str, model_name_or_path: str, device: torch.device, num_cutouts: int = 8) -> GuidanceFunction:
+    """Distance between a sentence and random cut-outs of the images, in the space of a CLIP model (arXiv:2103.00020).
+
+    The loss is half the squared angle between their features, mean over cut-outs: 0 where they agree, 1.2 where they
+    have nothing to do with each other.
+
+    Args:
+        prompt: what the images should show.
+        model_name_or_path: a CLIP model on the Hub, or a folder.
+        num_cutouts: squares of at least half the image's side, others at every timestep.
+
+    Raises:
+        UserError: the model cannot be loaded, or is not CLIP.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+
+    try:
+        clip = CLIPModel.from_pretrained(model_name_or_path).to(device).eval().requires_grad_(False)
+        tokens = AutoTokenizer.from_pretrained(model_name_or_path)([prompt], truncation=True, return_tensors="pt")
+    except Exception as error:  # the Hub client, transformers and tokenizers share no class of errors
+        raise UserError(
+            f"--clip_model_name_or_path {model_name_or_path}: {type(error).__name__}: {' '.join(str(error).split())}. "
+            "Expected a CLIP model: a Hub id such as openai/clip-vit-base-patch32, or a folder with its files"
+        ) from error
+    size = clip.config.vision_config.image_size
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=device).view(3, 1, 1)  # CLIP's preprocessing
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=device).view(3, 1, 1)
+
+    def features(output):
+        return F.normalize(output.pooler_output, dim=-1)
+
+    with torch.no_grad():
+        text = features(clip.get_text_features(**tokens.to(device)))
+
+    def loss(images):
+        images = ((images.expand(-1, 3, -1, -1) + 1) / 2 - mean) / std
+        height, width = images.shape[2:]
+        cutouts = []
+        for share, top, left in torch.rand(num_cutouts, 3).tolist():
+            side = round(min(height, width) * (0.5 + share / 2))
+            y, x = round(top * (height - side)), round(left * (width - side))
+            cutout = images[:, :, y : y + side, x : x + side]
+            cutouts.append(F.interpolate(cutout, (size, size), mode="bilinear", antialias=True))
+        chords = (features(clip.get_image_features(torch.cat(cutouts))) - text).norm(dim=-1)
+        return (2 * chords.div(2).arcsin().square()).view(num_cutouts, -1).mean(0)  # as in Crowson et al. 2022
+
+    return loss

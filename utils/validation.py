@@ -1,0 +1,83 @@
+"""Learning or learning by heart: the denoising loss on images held out, and the nearest training images of samples."""
+
+import itertools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from . import randomness
+from .images import make_grid
+from .schedulers import output_for
+
+NOISE_LEVELS = 4  # equal ranges of timesteps
+
+
+class DenoisingLoss:
+    """Mean squared error on fixed (image, timestep, noise) triples: every measurement asks the same questions.
+
+    Each image appears once in every range of timesteps. The processes share the work; call it on all of them.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1], the same on every process.
+        noise_scheduler: a ``DDPMScheduler``, with which the model was trained.
+        seed: of timesteps and noise.
+        batch_size: triples at once, per process.
+    """
+
+    def __init__(self, images: torch.Tensor, noise_scheduler, seed: int, batch_size: int = 8):
+        self.images, self.noise_scheduler, self.seed, self.batch_size = images, noise_scheduler, seed, batch_size
+
+    @torch.no_grad()
+    def measure(self, model: torch.nn.Module, accelerator) -> dict[str, float]:
+        """The mean loss as ``loss`` and that of each range of timesteps as ``0-249`` and so on."""
+        steps = self.noise_scheduler.config.num_train_timesteps
+        numbers = np.arange(len(self.images) * NOISE_LEVELS)  # of the triples
+        sums = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)
+        training = model.training
+        model.eval()
+        mine = numbers[accelerator.process_index :: accelerator.num_processes]
+        for batch in np.array_split(mine, range(self.batch_size, len(mine), self.batch_size)):
+            levels = batch % NOISE_LEVELS
+            fractions = (levels + randomness.uniform(self.seed, "validation timesteps", batch)) / NOISE_LEVELS
+            timesteps = torch.from_numpy(fractions * steps).long().to(accelerator.device)
+            clean_images = self.images[batch // NOISE_LEVELS].to(accelerator.device)
+            shape = tuple(clean_images.shape[1:])
+            noise = randomness.sample_noise(self.seed, "validation noise", batch, shape, accelerator.device)
+            noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
+            target = output_for(self.noise_scheduler, clean_images, noisy_images, timesteps.view(-1, 1, 1, 1))
+            output = model(noisy_images, timesteps).sample.float()
+            losses = F.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
+            index = torch.from_numpy(levels).to(accelerator.device)
+            sums[0].index_add_(0, index, losses)
+            sums[1].index_add_(0, index, torch.ones_like(losses))
+        model.train(training)
+        totals, counts = accelerator.reduce(sums, "sum").cpu()
+        means = totals / counts
+        edges = [-(-k * steps // NOISE_LEVELS) for k in range(NOISE_LEVELS + 1)]
+        names = [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
+        return {"loss": means.mean().item(), **dict(zip(names, means.tolist(), strict=True))}
+
+
+def nearest_images(images: torch.Tensor, others: torch.Tensor, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each image the nearest of ``others``, by Euclidean distance of the pixels.
+
+    Args:
+        images, others: float (N, C, H, W) and (M, C, H, W), of one range.
+        side: larger images are averaged down to about this many pixels first.
+
+    Returns:
+        Index into ``others`` (N,), and root-mean-square difference of the pixels (N,).
+    """
+    factor = max(1, images.shape[-1] // side)
+    first, second = (F.avg_pool2d(group.float(), factor).flatten(1) for group in (images, others.to(images.device)))
+    distances, indices = torch.cdist(first, second).min(dim=1)
+    return indices, distances / first.shape[1] ** 0.5
+
+
+def show_nearest(samples: np.ndarray, training_images: torch.Tensor) -> Image.Image:
+    """A picture of samples, uint8 (N, C, H, W), and below each its nearest training image, given in [-1, 1]."""
+    indices, _ = nearest_images(torch.from_numpy(samples) / 127.5 - 1, training_images.cpu())
+    nearest = ((training_images.cpu()[indices] + 1) * 127.5).round().byte().numpy()
+    return make_grid(np.concatenate([samples, nearest]), captions=["samples", "nearest trained on"])
