@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train mnist test lint benchmark clean
+.PHONY: help train mnist faces test lint benchmark clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  ##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -13,6 +13,14 @@ train: .venv/installed  ## install, then train on the embedded digits: pictures 
 mnist: .venv/installed  ## train on MNIST from the Hub, five minutes on 2 CPU cores
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
 	  --dataset_name mnist --max_train_steps 1200 --output_dir outputs/mnist
+
+faces: .venv/installed  ## a base from the embedded digits, adapted to the embedded faces, with pictures of both
+	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
+	  --dataset_name digits --resolution 24 --max_train_steps 700 --output_dir outputs/faces-base
+	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml finetune_faces.py \
+	  --pretrained_model_name_or_path outputs/faces-base --output_dir outputs/faces \
+	  --dataset_name faces --dataset_split 'train[:90%]' --validation_split 'train[90%:]' --random_flip \
+	  --prior_dataset_name digits --learning_rate 1e-3 --train_batch_size 32 --max_train_steps 1500
 
 test: .venv/installed-dev  ## the whole test suite, on a CPU, offline
 	$(BIN)/python -m pytest

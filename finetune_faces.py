@@ -11,7 +11,15 @@ What is new against train_ddpm.py: only some weights may learn (--method), the m
 comes from, and samples can be steered towards a colour or a sentence (--guidance_color, --guidance_prompt).
 """
 
-from utils.args import SAMPLERS, Parser, add_common_arguments, check_common, integer, real
+from utils.args import (
+    SAMPLERS,
+    Parser,
+    add_common_arguments,
+    add_guidance_arguments,
+    check_common,
+    check_guidance,
+    integer,
+)
 
 
 # fmt: off
@@ -29,11 +37,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("diffusion (noise schedule and target are the pretrained pipeline's)")
     group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="how samples are drawn")
-    group.add_argument("--guidance_color", metavar="COLOR", help="steer further samples towards a colour: a name or #rrggbb")
-    group.add_argument("--guidance_prompt", metavar="TEXT", help="steer further samples towards a sentence, with CLIP")
-    group.add_argument("--clip_model_name_or_path", default="openai/clip-vit-base-patch32", help="CLIP model for --guidance_prompt")
-    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="how firmly")
-    group.add_argument("--guidance_mode", choices=("direct", "net"), default="direct", help="gradient with respect to the predicted image, or through the UNet")
+    add_guidance_arguments(group)
 
     group = parser.add_argument_group("validation")
     group.add_argument("--validation_split", help="split held out from training, for a loss curve; for example train[90%%:]")
@@ -42,11 +46,12 @@ def parse_args(argv=None):
     group.add_argument("--num_validation_images", type=integer(1), default=64, help="of each set")
 
     add_common_arguments(parser)
-    parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, max_train_steps=1000, train_batch_size=8, sample_steps=250, num_samples=16, sample_batch_size=8)
+    parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, num_samples=16, sample_batch_size=8)
     args = parser.parse(argv)
     check_common(parser, args)
-    if args.guidance_color and args.guidance_prompt:
-        parser.error("--guidance_color and --guidance_prompt exclude each other; give one")
+    check_guidance(parser, args)
+    if not (args.train_data_dir or args.dataset_name):
+        parser.error("give the images to adapt to: --train_data_dir DIR, or --dataset_name")
     return args
 # fmt: on
 
@@ -61,22 +66,14 @@ def main(args):
     from diffusers.optimization import get_scheduler
 
     from utils import run
-    from utils.adapt import (
-        adamw,
-        base_weights,
-        choose_trainable,
-        distance_to_base,
-        merged,
-        save_adapter,
-        say_what_learns,
-    )
+    from utils.adapt import adamw, base_weights, choose_trainable, distance_to_base, merged, save_adapter, say_counts
     from utils.cards import write_card
     from utils.curves import TrainingCurves
     from utils.datasets import load_images, load_train_data
     from utils.ema import EMA
-    from utils.guidance import Guidance, clip_loss, color_loss
+    from utils.guidance import make_guidance
     from utils.images import make_grid
-    from utils.models import check_fit, count_parameters, image_format, load_pretrained
+    from utils.models import check_fit, check_noise_scheduler, count_parameters, image_format, load_pretrained
     from utils.output_dir import claim_output_dir, resume, save
     from utils.randomness import sample_noise, uniform
     from utils.sampling import sample_images, save_picture
@@ -96,21 +93,20 @@ def main(args):
     max_train_steps = total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
         return run.say_finished(accelerator, args, finished_at, again=True)
-    training_images = train_data.examples(min(train_data.length or 500, 500))
+    training_images = train_data.examples(1000)
     validation = {"train": training_images[: args.num_validation_images]}
     if args.validation_split:
-        validation["held_out"] = load_images(args, accelerator, train_data, dataset_split=args.validation_split)
+        validation["held_out"] = load_images(args, accelerator, train_data, "validation")
     if args.prior_dataset_name:
-        prior = dict(dataset_name=args.prior_dataset_name, dataset_split=args.prior_dataset_split)
-        validation["prior"] = load_images(args, accelerator, train_data, **prior)
+        validation["prior"] = load_images(args, accelerator, train_data, "prior")
 
     # Model
     unet = pretrained.unet
     unet.register_to_config(sample_size=train_data.resolution)
     check_fit(unet, train_data.resolution, train_data.channels)
-    say_what_learns(unet, args)
+    say_counts(unet, args)
     parameters, base = count_parameters(unet), base_weights(unet)
-    choose_trainable(unet, args.method, args.lora_rank, args.lora_targets.split(","), args.seed)
+    choose_trainable(unet, args.method, args.lora_rank, args.lora_targets.replace(" ", "").split(","), args.seed)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if accelerator.device.type == "cuda":
@@ -119,16 +115,12 @@ def main(args):
 
     # Noise scheduler
     noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
+    check_noise_scheduler(noise_scheduler, args.num_inference_steps)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     prediction_type = noise_scheduler.config.prediction_type
     sampler = make_sampler(args.sampler, noise_scheduler)
     validation = {name: DenoisingLoss(images, noise_scheduler, args.seed) for name, images in validation.items()}
-    guidance = None
-    if args.guidance_color:
-        guidance = Guidance(color_loss(args.guidance_color), args.guidance_scale, args.guidance_mode)
-    elif args.guidance_prompt:
-        loss_function = clip_loss(args.guidance_prompt, args.clip_model_name_or_path, accelerator.device)
-        guidance = Guidance(loss_function, args.guidance_scale, args.guidance_mode)
+    guidance = make_guidance(args, accelerator.device)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
     optimizer = adamw(args.optimizer, accelerator.device)(
@@ -148,11 +140,11 @@ def main(args):
     def draw(count, guidance=None, stop=lambda: False):
         return sample_images(
             unet, sampler, accelerator, count, image_shape,
-            args.num_inference_steps, args.sample_batch_size, args.seed, stop, guidance,
+            args.num_inference_steps, args.sample_batch_size, args.seed, stop, guidance=guidance,
         )  # fmt: skip
 
     # Resume
-    base_samples = draw(min(8, args.num_samples))  # of the pretrained model
+    base_samples = draw(min(8, args.num_samples))  # of the pretrained model, to compare with
     global_step = resume(accelerator, args, train_data.facts, ema_model)
 
     # Trackers
@@ -167,7 +159,7 @@ def main(args):
     def validate():
         values = {"distance_to_base": distance_to_base(unet, base)}
         for name, denoising_loss in validation.items():
-            for part, value in denoising_loss.measure(unet, accelerator).items():
+            for part, value in denoising_loss.measure(unet, accelerator, lambda: stop_signal.received).items():
                 values[f"validation_{part}/{name}"] = value
         accelerator.log(values, step=global_step)
 
@@ -176,7 +168,7 @@ def main(args):
             validate()
             images = draw(args.num_samples, stop=lambda: stop_signal.received)
             guided = draw(len(base_samples), guidance, lambda: stop_signal.received) if guidance else None
-        if stop_signal.received:
+        if images is None or (guidance and guided is None):  # interrupted
             return
         first = images[: len(base_samples)]
         pictures = {
@@ -195,7 +187,8 @@ def main(args):
             DDPMPipeline(merged(unet), pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
 
     if global_step == 0:
-        validate()
+        with curves.pause():
+            validate()
 
     # Train
     model.train()

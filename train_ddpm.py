@@ -85,13 +85,21 @@ def main(args):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_scheduler
 
-    from utils import UserError, run
+    from utils import run
     from utils.cards import write_card
     from utils.curves import TrainingCurves
     from utils.datasets import load_train_data
     from utils.ema import EMA
     from utils.images import make_grid
-    from utils.models import check_fit, count_parameters, image_format, load_config, load_pretrained, make_unet
+    from utils.models import (
+        check_fit,
+        check_noise_scheduler,
+        count_parameters,
+        image_format,
+        load_config,
+        load_pretrained,
+        make_unet,
+    )
     from utils.output_dir import claim_output_dir, resume, save
     from utils.randomness import sample_noise, uniform
     from utils.sampling import sample_images, save_picture
@@ -137,12 +145,7 @@ def main(args):
     noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config if pretrained else NOISE, **given)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     prediction_type = noise_scheduler.config.prediction_type
-    if noise_scheduler.config.rescale_betas_zero_snr and prediction_type == "epsilon":
-        raise UserError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: noise is no hint")
-    if args.num_inference_steps > num_train_timesteps:
-        raise UserError(
-            f"--num_inference_steps {args.num_inference_steps}: there are only {num_train_timesteps} noise levels"
-        )
+    check_noise_scheduler(noise_scheduler, args.num_inference_steps)
     sampler = make_sampler(args.sampler, noise_scheduler)
 
     # Optimizer and learning rate; the schedule counts optimizer steps

@@ -7,13 +7,13 @@ draws digits after minutes on 2 CPU cores. The output folder is a pipeline that 
     DiffusionPipeline.from_pretrained("outputs/unet2d", trust_remote_code=True)
 
 The noise, the target and the sampling are those of train_basic.py. The UNet is deeper, normalized, has attention, learns
-its down- and up-sampling, and is told how much noise there is. train_ddpm.py keeps the UNet and changes the noise.
+its down- and up-sampling, and is told how much noise there is. train_ddpm.py changes the noise.
 """
 
 from utils.args import Parser, add_common_arguments, check_common, real
 
 # fmt: off
-UNET = dict(  # 1.7 M parameters; every line is something that train_basic.py's UNet has not
+UNET = dict(  # 1.7 M parameters; every line but the first is something that train_basic.py's UNet has not
     block_out_channels=(32, 64, 64),
     layers_per_block=2,  # residual layers of two convolutions at each size, one more on the way up
     norm_num_groups=32,  # GroupNorm before each convolution

@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from utils import UserError
-from utils.adapt import adamw, base_weights, choose_trainable, distance_to_base, merged, save_adapter, say_what_learns
+from utils.adapt import adamw, base_weights, choose_trainable, distance_to_base, merged, save_adapter, say_counts
 
 TARGETS = ["to_q", "to_out.0", "conv1"]
 
@@ -104,7 +104,7 @@ def test_counts_are_said_for_every_method(caplog):
     args = SimpleNamespace(method="lora", lora_rank=4, lora_targets=",".join(TARGETS), optimizer="adamw")
     model = unet()
     with caplog.at_level("INFO", logger="utils.adapt"):
-        say_what_learns(model, args)
+        say_counts(model, args)
     assert len(caplog.messages) == 4
     total = count(model)
     assert f"--method full: {total:,} weights learn" in caplog.messages[0]

@@ -162,8 +162,9 @@ def test_images_are_converted_to_the_channels_and_the_size_of_the_model(tmp_path
         (["--method=lora", "--lora_targets=to_z"], "this UNet has no such layers"),
         (["--guidance_color=bleen"], "no such colour"),
         (["--guidance_prompt=a face", "--clip_model_name_or_path=./missing"], "Expected a CLIP model"),
-        (["--validation_split=test"], "has the one split train"),
-        (["--prior_dataset_name=./missing"], "there is no such file or folder"),
+        (["--validation_split=test"], "--validation_split test: digits has the one split train"),
+        (["--validation_split=train[90%:]"], r"shares images with --dataset_split train, .* 'train\[:90%\]'"),
+        (["--prior_dataset_name=./missing"], r"--prior_dataset_name \./missing: there is no such file or folder"),
     ],
 )
 def test_what_cannot_work_is_refused_with_advice(tmp_path, base, flags, message):
@@ -183,7 +184,38 @@ def test_a_pipeline_of_another_kind_is_refused(tmp_path, base):
         finetune(tmp_path / "run", tmp_path / "other")
 
 
-def test_two_steerings_at_once_are_refused(capsys):
+def test_two_steerings_at_once_and_no_images_are_refused(capsys):
     with pytest.raises(SystemExit):
         finetune_faces.parse_args(["--guidance_color=red", "--guidance_prompt=a face"])
     assert "exclude each other; give one" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        finetune_faces.parse_args([])
+    assert "give the images to adapt to: --train_data_dir DIR, or --dataset_name" in capsys.readouterr().err
+
+
+def test_more_steps_than_noise_levels_are_refused(tmp_path):
+    DDPMPipeline(small_unet(), DDPMScheduler(num_train_timesteps=30)).save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="there are only 30 noise levels; give at most that many"):
+        finetune(tmp_path / "run", tmp_path / "base", "--num_inference_steps=40")
+
+
+def test_no_path_of_this_machine_is_in_what_is_published(adapted, base):
+    published = [path for path in adapted.rglob("*") if path.is_file() and path.name != "training_args.json"]
+    published = [path for path in published if not {"logs", "training_state"} & set(path.parts)]
+    published = [path for path in published if "checkpoint-" not in str(path)]
+    assert len(published) > 8
+    for path in published:
+        assert str(base).encode() not in path.read_bytes() and str(adapted).encode() not in path.read_bytes(), path
+
+
+def test_bad_images_of_a_validation_set_are_skipped_if_asked_for(tmp_path, base):
+    for k in range(9):
+        Image.new("L", (12, 12), 20 * k).save(tmp_path / f"{k}.png")
+    (tmp_path / "prior").mkdir()
+    for name in ("a", "b"):
+        Image.new("L", (12, 12), 99).save(tmp_path / "prior" / f"{name}.png")
+    (tmp_path / "prior" / "c.png").write_bytes(b"")
+    flags = [f"--prior_dataset_name={tmp_path}/prior", "--max_train_steps=1"]
+    with pytest.raises(UserError, match="the file is empty"):
+        finetune(tmp_path / "one", base, *flags)
+    assert finetune(tmp_path / "two", base, *flags, "--bad_images=skip") == 0

@@ -59,7 +59,7 @@ def test_the_prediction_moves_by_the_gradient(monkeypatch, mode, prediction_type
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
     net, scheduler = Toy(), DDIMScheduler(prediction_type=prediction_type)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    sample, timestep, scale = torch.randn(1, 3, 4, 4, dtype=torch.float64), 400, 0.3
+    sample, timestep, scale = 0.1 * torch.randn(1, 3, 4, 4, dtype=torch.float64), 400, 0.3
 
     def function(images):
         return (images - 0.5).pow(4).mean(dim=(1, 2, 3))
@@ -72,6 +72,7 @@ def test_the_prediction_moves_by_the_gradient(monkeypatch, mode, prediction_type
 
     with torch.no_grad():
         plain = predicted_images(scheduler, net(sample, timestep).sample, sample, timestep)
+    assert plain.abs().max() < 1  # so that nothing is clipped
     output = Guidance(function, scale, mode).predict(net, scheduler, sample, timestep)
     moved = predicted_images(scheduler, output, sample, timestep)
     noise_level = (1 - scheduler.alphas_cumprod[timestep]).sqrt()
@@ -82,6 +83,24 @@ def test_the_prediction_moves_by_the_gradient(monkeypatch, mode, prediction_type
         gradient = (loss_at(start + nudge) - loss_at(start - nudge)) / 2e-5
         expected = plain[index] - scale * noise_level * gradient * 48 / 2
         assert moved[index].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["direct", "net"])
+def test_the_function_is_given_images_in_their_range_and_the_gradient_passes(mode):
+    net, scheduler, seen = unet(), DDPMScheduler(), []
+
+    def function(images):
+        seen.append(images)
+        return (images - 0.5).square().mean(dim=(1, 2, 3))
+
+    sample = torch.randn(2, 3, 8, 8)
+    plain = net(sample, 999).sample
+    assert predicted_images(scheduler, plain, sample, 999).abs().max() > 10
+    output = Guidance(function, 1.0, mode).predict(net, scheduler, sample, 999)
+    assert seen[0].abs().max() <= 1
+    images = predicted_images(scheduler, output, sample, 999)
+    assert (images - 0.5).abs().mean() < (seen[0] - 0.5).abs().mean() or mode == "net"
+    assert output.isfinite().all() and not torch.allclose(output, plain, atol=1e-5)
 
 
 def test_the_timestep_and_not_the_loop_decides_how_firmly():

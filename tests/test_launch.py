@@ -158,6 +158,20 @@ def test_the_first_stages_do_the_same_on_two_processes(tmp_path, script):
     assert all(abs(losses[0][step] - losses[1][step]) < 1e-4 for step in losses[0])
 
 
+def test_fine_tuning_does_the_same_on_two_processes(tmp_path, finished_run):
+    flags = [f"--pretrained_model_name_or_path={finished_run}", "--method=lora", "--learning_rate=1e-3"]
+    flags += ["--report_to=tensorboard", "--validation_split=train[:7]", "--num_samples=5"]
+    one = [sys.executable, str(ROOT / "finetune_faces.py")]
+    code, output = run(one, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
+    assert code == 0, output
+    code, output = run([*TWO[:-1], str(ROOT / "finetune_faces.py")], tmp_path / "two", *flags)
+    assert code == 0 and output.count("Finished, after 6 optimizer steps") == 1, output
+    assert close(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
+    for tag in ("loss", "validation_loss/held_out"):
+        one, two = scalars(tmp_path / "one", tag), scalars(tmp_path / "two", tag)
+        assert list(one) == list(two) and all(abs(one[step] - two[step]) < 1e-3 for step in one)
+
+
 def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
     code, output = run([sys.executable, SCRIPT], tmp_path / "run", "--dataset_name=./missing")
     assert code == 1

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from utils.randomness import random_bits, sample_noise, shuffled_indices, uniform
+from utils.randomness import random_bits, sample_noise, shuffled_indices, slerp, uniform
 
 
 def test_uniform_is_uniform_and_uncorrelated():
@@ -52,3 +52,12 @@ def test_uniform_noise_fills_the_range_of_the_images():
     assert -1 <= noise.min() < -0.99 and 0.99 < noise.max() < 1
     assert abs(noise.mean()) < 0.01 and abs(noise.var() - 1 / 3) < 0.01
     assert torch.equal(noise[3:5], sample_noise(0, "noise", np.array([3, 4]), (1, 16, 16), distribution="uniform"))
+
+
+def test_spherical_interpolation_keeps_noise_normal():
+    first, second = (sample_noise(0, "a", np.arange(8) + k, (3, 32, 32)) for k in (0, 100))
+    assert torch.allclose(slerp(first, second, 0.0), first, atol=1e-5)
+    assert torch.allclose(slerp(first, second, torch.ones(8)), second, atol=1e-5)
+    middle = slerp(first, second, 0.5)
+    assert abs(middle.std() - 1) < 0.02  # a straight line would give 0.71
+    assert torch.allclose(slerp(first, first, 0.3), first, atol=1e-3)

@@ -8,8 +8,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
+from utils.randomness import sample_noise, slerp
 from utils.sampling import sample_images, save_picture, show_denoising, show_walk
-from utils.schedulers import LinearMixScheduler, make_sampler
+from utils.schedulers import SAMPLER_CLASSES, LinearMixScheduler, make_sampler
 
 
 def model(dropout=0.5):
@@ -48,6 +49,38 @@ def test_weights_mode_gradients_and_random_state_stay_as_they_were(accelerator):
     assert all(torch.equal(a, p.grad) for a, p in zip(gradients, unet.parameters(), strict=True))
     torch.manual_seed(123)  # dropout would show
     assert (draw(accelerator, unet, 5) == first).all()
+
+
+def test_images_start_from_a_picture_and_keep_more_of_it_the_weaker_the_noise(accelerator):
+    unet, picture = model(), torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+    for name in (*SAMPLER_CLASSES, "linear mix"):
+        sampler = LinearMixScheduler() if name == "linear mix" else make_sampler(name, DDPMScheduler())
+        oracle = Oracle(torch.zeros(1, 8, 8))
+        options = dict(init_images=picture, strength=0.3)
+        assert sample_images(oracle, sampler, accelerator, 3, (1, 8, 8), 10, 2, 0, **options).shape == (3, 1, 8, 8)
+        assert len(oracle.seen) == 2 * 3  # two batches, three of ten steps
+        start, timestep = oracle.seen[0]
+        assert timestep < 350
+        assert np.corrcoef(start[0].flatten(), picture.flatten())[0, 1] > 0.25
+    sampler = make_sampler("ddim", DDPMScheduler())
+    full = sample_images(unet, sampler, accelerator, 3, (1, 8, 8), 10, 2, 0, init_images=picture, strength=1.0)
+    assert np.abs(full.astype(int) - draw(accelerator, unet, 2, count=3, name="ddim")).mean() > 0
+    two = sample_images(unet, sampler, accelerator, 2, (1, 8, 8), 10, 2, 0, init_images=-picture, strength=0.1)
+    assert (two[0].mean(0)[0] > two[0].mean(0)[-1]).all()  # each image has its own picture to start from, or the one
+
+
+def test_interpolated_noise_draws_the_ends_and_between(accelerator):
+    unet, sampler = model(), make_sampler("ddim", DDPMScheduler())
+    first, second = (sample_noise(0, "samples", np.array([k]), (1, 8, 8)) for k in (0, 3))
+
+    def between(numbers):
+        fractions = torch.from_numpy(numbers / 4).float()
+        return slerp(first.expand(len(numbers), -1, -1, -1), second.expand(len(numbers), -1, -1, -1), fractions)
+
+    walk = sample_images(unet, sampler, accelerator, 5, (1, 8, 8), 4, 2, 0, noise=between)
+    plain = draw(accelerator, unet, 5, name="ddim")
+    assert np.abs(walk[0].astype(int) - plain[0]).max() <= 1 and np.abs(walk[4].astype(int) - plain[3]).max() <= 1
+    assert np.abs(walk[2].astype(int) - plain[0]).max() > 10
 
 
 def test_a_picture_is_written(accelerator, tmp_path):

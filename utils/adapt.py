@@ -52,36 +52,45 @@ def _add_adapters(unet, rank: int, targets: list[str], seed: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError("--method lora needs the package peft: pip install peft, or choose another method") from error
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True)
+    layers = {name for name, module in unet.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+    known = {target for target in targets if any(f".{name}".endswith(f".{target}") for name in layers)}
+    names = ", ".join(_short_names(layers))
+    if not known:
+        raise UserError(f"--lora_targets {','.join(targets)}: this UNet has no such layers; it has {names}")
+    if known != set(targets) and unet.device.type != "meta":  # not when weights are only counted
+        missing = ", ".join(sorted(set(targets) - known))
+        logger.info(f"--lora_targets: this UNet has no layers called {missing}; it has {names}")
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(known), init_lora_weights=True)
     unet.requires_grad_(False)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            inject_adapter_in_model(config, unet)  # its weights learn
-    except ValueError as error:
-        kinds = (torch.nn.Linear, torch.nn.Conv2d)
-        names = {name.rsplit(".", 1)[-1] for name, module in unet.named_modules() if isinstance(module, kinds)}
-        names = ", ".join(sorted(name for name in names if not name.isdigit()))
-        raise UserError(
-            f"--lora_targets {','.join(targets)}: this UNet has no such layers; it has {names} and to_out.0"
-        ) from error
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, unet)  # its weights learn
 
 
-def say_what_learns(unet: UNet2DModel, args) -> None:
+def _short_names(layers: set[str]) -> list[str]:
+    """The ends of their names that are not numbers: conv1, to_q, to_out.0."""
+    parts = [name.split(".") for name in layers]
+    return sorted({".".join(p[-2:]) if p[-1].isdigit() else p[-1] for p in parts})
+
+
+def say_counts(unet: UNet2DModel, args) -> None:
     """Log, for each method, how many weights learn and how much memory the optimizer needs for them."""
-    bytes_per_weight = 8 if args.optimizer == "adamw" else 2  # two moments
     total = sum(parameter.numel() for parameter in unet.parameters())
     for method in ("full", "attention", "norm", "lora"):
         with torch.device("meta"):
             copy = UNet2DModel.from_config(unet.config)
         try:
-            choose_trainable(copy, method, args.lora_rank, args.lora_targets.split(","), 0)
+            choose_trainable(copy, method, args.lora_rank, args.lora_targets.replace(" ", "").split(","), 0)
         except UserError:
             continue  # not for this UNet; said if it is the one that was asked for
-        count = sum(parameter.numel() for parameter in copy.parameters() if parameter.requires_grad)
+        sizes = [parameter.numel() for parameter in copy.parameters() if parameter.requires_grad]
+        # Two moments of four bytes; in 8 bits where a weight has 4096 values or more, in blocks of 256
+        small = [args.optimizer == "adamw8bit" and size >= 4096 and size % 256 == 0 for size in sizes]
+        memory = sum(size * (2 if eight_bit else 8) for size, eight_bit in zip(sizes, small, strict=True))
         logger.info(
-            f"{'->' if method == args.method else '  '} --method {method}: {count:,} weights learn, beside or among "
-            f"{total:,}; the optimizer keeps {count * bytes_per_weight / 2**20:.1f} MiB"
+            f"{'->' if method == args.method else '  '} --method {method}: {sum(sizes):,} weights learn"
+            f"{' in addition to' if method == 'lora' else ', of'} {total:,}; "
+            f"the optimizer keeps {memory / 2**20:.1f} MiB"
         )
 
 
@@ -106,12 +115,12 @@ def adamw(name: str, device: torch.device) -> Callable[..., torch.optim.Optimize
 
 
 def merged(unet: UNet2DModel) -> UNet2DModel:
-    """The UNet as diffusers knows it: adapters, if there are any, are added to the weights they stand beside."""
+    """The UNet as diffusers knows it; if there are adapters, a copy with them added to the weights beside them."""
     if not _adapters(unet):
         return unet
     plain = UNet2DModel.from_config(unet.config)
     plain.load_state_dict(dict(_effective_weights(unet)))
-    return plain.to(unet.device).eval()
+    return plain.eval()
 
 
 def save_adapter(unet: UNet2DModel, folder: Path) -> None:

@@ -136,6 +136,15 @@ def add_common_arguments(parser: Parser) -> None:
     _add_run_arguments(parser)
 
 
+def add_guidance_arguments(group) -> None:
+    """What samples are steered towards."""
+    group.add_argument("--guidance_color", metavar="COLOR", help="steer samples towards a colour: a name or #rrggbb")
+    group.add_argument("--guidance_prompt", metavar="TEXT", help="steer samples towards a sentence, with CLIP")
+    group.add_argument("--clip_model_name_or_path", default="openai/clip-vit-base-patch32", help="CLIP model for --guidance_prompt")
+    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="how firmly")
+    group.add_argument("--guidance_mode", choices=("direct", "net"), default="direct", help="gradient with respect to the predicted image, or through the UNet")
+
+
 def _add_data_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, local folder or parquet/arrow file, or: mnist, digits and faces (8x8 and 25x25, embedded). With neither this nor --train_data_dir: MNIST, or the embedded digits where it cannot be had")
@@ -145,8 +154,8 @@ def _add_data_arguments(parser: Parser) -> None:
     group.add_argument("--image_column", help="column with the images (default: the only one of type Image)")
     group.add_argument("--label_column", help="column with class labels; adds a loss curve for each class")
     group.add_argument("--max_train_samples", type=integer(1), help="use only the first N images")
-    group.add_argument("--resolution", type=integer(4), help="side of the training images, pixels (default: the images' own size, at most 64)")
-    group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L), colour, or as found")
+    group.add_argument("--resolution", type=integer(4), help="side of the training images, pixels (default: a pretrained model's, or the images' own size, at most 64)")
+    group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L), colour, or as a pretrained model wants or the images are")
     parser.switch(group, "--center_crop", False, "crop the middle of images that are not square instead of a random part")
     parser.switch(group, "--random_flip", False, "mirror half of the images, left to right")
     group.add_argument("--interpolation", choices=("lanczos", "bicubic", "bilinear", "box", "nearest"), default="bicubic", help="filter that resizes the images")
@@ -197,6 +206,12 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--sample_batch_size", type=integer(1), default=64, help="images sampled at once, per process")
     group.add_argument("--num_inference_steps", type=integer(1, 1000), help="UNet calls per sample")
 # fmt: on
+
+
+def check_guidance(parser: Parser, args) -> None:
+    """Refuse two aims at once."""
+    if args.guidance_color and args.guidance_prompt:
+        parser.error("--guidance_color and --guidance_prompt exclude each other; give one")
 
 
 def check_common(parser: Parser, args) -> None:

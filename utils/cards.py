@@ -1,6 +1,7 @@
 """The README.md of a trained model, written by the run that trained it."""
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -43,22 +44,21 @@ def write_card(folder: Path, title: str, args, grid: str, of_people: bool = Fals
         args: the run's flags.
         grid: path of the sample grid, relative to ``folder``.
         of_people: whether the images show people; adds a section.
-        facts: what the run found out; ``data`` is the Hub id, path or short name of the training images.
+        facts: what the run found out; ``data`` is the Hub id, path or short name of the training images, ``base`` the
+            id or path of the pipeline that it started from.
     """
-    name = facts["data"]
-    is_hub_id = name.count("/") == 1 and not Path(name).exists()
     index = json.loads((folder / "model_index.json").read_text())
+    on_hub = {key: name for key, name in facts.items() if key in ("data", "base") and _is_hub_id(name)}
+    tags = ["diffusers", "unconditional-image-generation"]
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=[
-            "diffusers",
-            "unconditional-image-generation",
-            *(["ddpm"] if index["_class_name"] == "DDPMPipeline" else []),
-        ],
-        datasets=[name] if is_hub_id else None,
+        tags=tags + (["ddpm"] if index["_class_name"] == "DDPMPipeline" else []),
+        datasets=[on_hub["data"]] if "data" in on_hub else None,
+        base_model=on_hub.get("base"),
     )
-    facts["data"] = name if is_hub_id else Path(name).name  # no path of one machine
+    for key in {"data", "base"} & (set(facts) - set(on_hub)):
+        facts[key] = Path(facts[key]).name  # no path of one machine
     facts |= {key: vars(args)[key] for key in TRAINING_FLAGS if key in vars(args)}
     table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in facts.items())
     load = how_to_load(folder, folder.resolve().name)
@@ -94,10 +94,14 @@ seed {args.seed}, not selected).
 
 ## Limits
 
-It draws what its training images show, with their gaps and biases. No metric was computed, and the samples were not
-compared with the training images: small data sets are memorised.
+It draws what its training images show, with their gaps and biases. No metric was computed. Small data sets are
+memorised: compare samples with the training images.
 {PEOPLE if of_people else ""}"""
     ModelCard(text).save(folder / "README.md")
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
 def _escape(value) -> str:

@@ -15,6 +15,12 @@ from .hardware import peak_memory
 NOISE_LEVELS = 4  # equal ranges of timesteps, each with its own loss curve
 
 
+def noise_levels(num_train_timesteps: int) -> list[str]:
+    """Names of the ranges: first and last timestep, such as 0-249."""
+    edges = [-(-k * num_train_timesteps // NOISE_LEVELS) for k in range(NOISE_LEVELS + 1)]
+    return [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
+
+
 class NonFiniteLoss(UserError):
     """The loss or the gradient is not a finite number."""
 
@@ -50,6 +56,7 @@ class TrainingCurves:
         """Collect one micro-step: loss of each sample, unweighted, (B,); its timestep (B,); its class (B,)."""
         losses = losses.detach().float()
         bins = (timesteps * NOISE_LEVELS // self.num_train_timesteps).long()
+        bins = bins.clamp(max=NOISE_LEVELS - 1)  # a real timestep just below T may have been rounded to it
         self.losses.append(losses.mean())
         for index in [bins] if labels is None else [bins, labels + NOISE_LEVELS]:
             self.sums.index_add_(0, index, losses)
@@ -78,8 +85,7 @@ class TrainingCurves:
         curves = {"loss": losses.mean().item(), "grad_norm": grad_norms.mean().item(), **values}
         curves["images_per_second"] = images_per_second
         curves["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
-        edges = [-(-k * self.num_train_timesteps // NOISE_LEVELS) for k in range(NOISE_LEVELS + 1)]
-        names = [f"loss_by_timestep/{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
+        names = [f"loss_by_timestep/{level}" for level in noise_levels(self.num_train_timesteps)]
         names += [f"loss_by_label/{name}" for name in self.label_names]
         curves |= {name: mean for name, mean in zip(names, means, strict=True) if mean is not None}
         self.accelerator.log(curves, step=global_step)

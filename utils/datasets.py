@@ -24,7 +24,7 @@ from datasets.utils.file_utils import xopen
 from . import UserError, randomness
 from .cache import Cache
 from .images import GREY_MODES, SKIP_HINT, BadImage, augment, check_bad_count, decode_image, prepare_image, to_uint8
-from .sources import load_source
+from .sources import check_disjoint, load_source
 from .streaming import Stream, read_ahead
 
 logger = logging.getLogger(__name__)
@@ -50,27 +50,38 @@ def load_train_data(args, accelerator, resolution: int | None = None, image_mode
     return TrainData(dataset, name, args, accelerator, resolution, image_mode)
 
 
-def load_images(args, accelerator, train_data: "TrainData", **source) -> torch.Tensor:
-    """Images of another split or data set, shaped as the training images: float32 (N, C, H, W) in [-1, 1], on the CPU.
+def load_images(args, accelerator, train_data: "TrainData", kind: str) -> torch.Tensor:
+    """Images to validate with, shaped as the training images: see ``PreparedImages.first``.
 
     Args:
-        source: flags that name it, such as ``dataset_split``; with ``dataset_name`` it is another data set.
+        kind: ``validation``, another split of the training data (``--validation_split``), or ``prior``, another data
+            set (``--prior_dataset_name``, ``--prior_dataset_split``).
 
     Returns:
-        ``--num_validation_images`` of them, or as many as there are: the same ones on every process, cut in the middle.
+        ``--num_validation_images`` of them, or as many as there are.
+
+    Raises:
+        UserError: as ``load_source``; images that are trained on, too.
     """
-    fresh = dict(streaming=False, label_column=None, max_train_samples=None)
-    if "dataset_name" in source:
-        fresh |= dict(train_data_dir=None, dataset_config_name=None, image_column=None)
-    args = SimpleNamespace(**{**vars(args), **fresh, **source})
-    dataset, name = load_source(args, accelerator)
-    size, mode = train_data.resolution, train_data.mode
-    prepare = partial(prepare_image, resolution=size, interpolation=args.interpolation, center_crop=True)
-    images = PreparedImages(dataset, name, args, mode, False, prepare)
-    count = min(args.num_validation_images, len(dataset))
-    rows = randomness.shuffled_indices(args.seed, np.arange(count), len(dataset)).tolist()
-    chosen = np.stack([images.prepared(dataset[row], row) for row in rows])
-    return torch.from_numpy(chosen).float() / 127.5 - 1
+    changed = dict(label_column=None, max_train_samples=None, dataset_split=args.validation_split)
+    flags = {"--dataset_split": "--validation_split"}
+    if kind == "prior":
+        changed |= dict(dataset_name=args.prior_dataset_name, dataset_split=args.prior_dataset_split)
+        changed |= dict(train_data_dir=None, dataset_config_name=None, image_column=None, streaming=False)
+        flags = {"--dataset_split": "--prior_dataset_split", "--dataset_name": "--prior_dataset_name"}
+    else:
+        check_disjoint(args, accelerator)
+    args = SimpleNamespace(**{**vars(args), **changed})
+    try:
+        dataset, name = load_source(args, accelerator)
+        prepare = partial(prepare_image, resolution=train_data.resolution, interpolation=args.interpolation)
+        images = PreparedImages(dataset, name, args, train_data.mode, False, prepare)
+        return images.first(args.num_validation_images)
+    except UserError as error:
+        message = str(error)
+        for flag, given in flags.items():
+            message = message.replace(flag, given)
+        raise UserError(message) from None
 
 
 class TrainData:
@@ -105,9 +116,7 @@ class TrainData:
         self.facts = dict(data=name, images=self.length, global_batch_size=self.global_batch_size)
         self.facts["image_shape"] = list(self.image_shape)
         prepare = partial(prepare_image, resolution=self.resolution, interpolation=args.interpolation)
-        self._images = PreparedImages(
-            dataset, name, args, self.mode, self._refuse_colour, partial(prepare, center_crop=args.center_crop)
-        )
+        self._images = PreparedImages(dataset, name, args, self.mode, self._refuse_colour, prepare)
         self._cache = None
         if self._wants_cache():
             self._cache = Cache(self._images, self.resolution, accelerator)
@@ -179,13 +188,8 @@ class TrainData:
             yield batch
 
     def examples(self, count: int) -> torch.Tensor:
-        """The first images that this process trains on, float32 (count, C, H, W) in [-1, 1], on the device."""
-        images = []
-        for batch in self.batches(0, count):
-            images.extend(batch["images"])
-            if len(images) >= count:
-                break
-        return torch.stack(images[:count])
+        """Training images to show and to compare with: see ``PreparedImages.first``."""
+        return self._images.first(count)
 
     def _numbers(self, first_step: int, last_step: int) -> Iterator[np.ndarray]:
         """Sample numbers of each micro-batch: step * global batch + place in the global batch."""
@@ -264,8 +268,34 @@ class PreparedImages(torch.utils.data.Dataset):
         self.dataset, self.name, self.args, self.mode = dataset, name, args, mode
         self.refuse_colour, self.prepare = refuse_colour, prepare
 
-    def prepared(self, row: dict, index: int) -> np.ndarray:
-        """uint8 (C, H, W), the shorter side at the training resolution."""
+    def first(self, count: int) -> torch.Tensor:
+        """Some of the images, cut in the middle: float32 (N, C, H, W) in [-1, 1], on the CPU.
+
+        The same ones on every process: of a stream the first, otherwise ``count`` at random, or all if there are fewer.
+        Bad images are left out with ``--bad_images skip``.
+
+        Raises:
+            BadImage: one cannot be read.
+        """
+        if self.args.streaming:
+            rows = enumerate(self.dataset.take(count))
+        else:
+            numbers = np.arange(min(count, len(self.dataset)))
+            indices = randomness.shuffled_indices(self.args.seed, numbers, len(self.dataset)).tolist()
+            rows = ((index, self.dataset[index]) for index in indices)
+        images = []
+        for index, row in rows:
+            try:
+                images.append(self.prepared(row, index, center_crop=True))
+            except BadImage as error:
+                if self.args.bad_images == "error":
+                    raise BadImage(f"{error}. {SKIP_HINT}") from None
+        if not images:
+            raise UserError(f"{self.name}: no readable image found; expected a data set of images")
+        return torch.from_numpy(np.stack(images)).float() / 127.5 - 1
+
+    def prepared(self, row: dict, index: int, center_crop: bool = False) -> np.ndarray:
+        """uint8 (C, H, W), the shorter side at the training resolution, the longer one too if it is cropped."""
         source, where = locate(row, self.name, index)
         image = decode_image(source, where)
         if self.refuse_colour and image.mode not in GREY_MODES:
@@ -273,7 +303,8 @@ class PreparedImages(torch.utils.data.Dataset):
                 f"{where} has colour (mode {image.mode}), but the images looked at before training were all grey. "
                 "Choose with --image_mode L or --image_mode RGB"
             )
-        return self.prepare(to_uint8(image, self.mode, where))
+        crop = center_crop or self.args.center_crop
+        return self.prepare(to_uint8(image, self.mode, where), center_crop=crop)
 
     def attempt(self, job: tuple[dict, int]) -> np.ndarray | BadImage:
         """``prepared`` for a pool of threads: a bad image is returned as the error that names it."""

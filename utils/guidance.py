@@ -8,7 +8,8 @@ better. At every step its gradient moves the model's prediction before the sampl
 The factor is the noise left at timestep t (not at the loop's index): steering is firm while the image is undecided and
 lets go as it is finished, so that the model has the last word. The loss of an image should be a mean over its pixels;
 its gradient is multiplied by their number, so that a scale means the same at every resolution. With the squared
-distance to a target, a scale of 1 goes all the way at pure noise; more than 2 overshoots.
+distance to a target, a scale of 1 goes all the way at pure noise, and more overshoots. Other losses, and gradients
+taken through the model, need scales of their own: try, and look.
 """
 
 from collections.abc import Callable
@@ -45,18 +46,32 @@ class Guidance:
             sample = sample.detach().requires_grad_(self.mode == "net")
             output = model(sample, timestep).sample.float()
             predicted = predicted_images(scheduler, output, sample, timestep)
-        with torch.enable_grad(), torch.random.fork_rng():
+        with torch.enable_grad(), torch.random.fork_rng([sample.device] if sample.is_cuda else []):
             torch.manual_seed(int(timestep))
+            # Clipped to the range of images, but for the gradient: before the end predictions of noise exceed it by far
+            predicted = predicted + (predicted.clamp(-1, 1) - predicted).detach()
             at = sample if self.mode == "net" else predicted.requires_grad_()
             losses = self.function(predicted)
             if losses.shape != sample.shape[:1]:
                 raise UserError(
                     f"the guidance function returned shape {tuple(losses.shape)}; expected one loss an image"
                 )
+            losses = losses * sample[0].numel()  # before the gradient is taken, for fp16 has no small numbers
             (gradient,) = torch.autograd.grad(losses.sum(), at)
         _, noise_level = signal_and_noise(scheduler, timestep, sample)
-        step = self.scale * noise_level * gradient * sample[0].numel() / 2
+        step = self.scale * noise_level * gradient / 2
         return output_for(scheduler, predicted.detach() - step, sample.detach(), timestep)
+
+
+def make_guidance(args, device: torch.device) -> Guidance | None:
+    """The guidance that the flags ask for, or None."""
+    if args.guidance_color:
+        function = color_loss(args.guidance_color)
+    elif args.guidance_prompt:
+        function = clip_loss(args.guidance_prompt, args.clip_model_name_or_path, device)
+    else:
+        return None
+    return Guidance(function, args.guidance_scale, args.guidance_mode)
 
 
 def color_loss(color: str) -> GuidanceFunction:
@@ -97,16 +112,20 @@ def clip_loss(prompt: str, model_name_or_path: str, device: torch.device, num_cu
     Raises:
         UserError: the model cannot be loaded, or is not CLIP.
     """
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
     try:
-        clip = CLIPModel.from_pretrained(model_name_or_path).to(device).eval().requires_grad_(False)
+        kind = AutoConfig.from_pretrained(model_name_or_path).model_type
+        if kind != "clip":
+            raise ValueError(f"it is a model of type {kind}")
+        clip = CLIPModel.from_pretrained(model_name_or_path)
         tokens = AutoTokenizer.from_pretrained(model_name_or_path)([prompt], truncation=True, return_tensors="pt")
     except Exception as error:  # the Hub client, transformers and tokenizers share no class of errors
         raise UserError(
             f"--clip_model_name_or_path {model_name_or_path}: {type(error).__name__}: {' '.join(str(error).split())}. "
             "Expected a CLIP model: a Hub id such as openai/clip-vit-base-patch32, or a folder with its files"
         ) from error
+    clip = clip.to(device).eval().requires_grad_(False)
     size = clip.config.vision_config.image_size
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=device).view(3, 1, 1)  # CLIP's preprocessing
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=device).view(3, 1, 1)

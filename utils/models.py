@@ -27,8 +27,12 @@ def load_pretrained(name_or_path: str) -> DDPMPipeline:
             "what `hf download ID --local-dir DIR` fetched elsewhere"
         ) from error
     unet = pipeline.unet
+    local = Path(name_or_path).exists()
+    unet.register_to_config(_name_or_path=None if local else name_or_path)  # no path of this machine is saved again
     if not isinstance(unet, UNet2DModel):
         raise UserError(f"{flag}: its unet is a {type(unet).__name__}; expected a UNet2DModel (unconditional)")
+    if unet.class_embedding is not None:
+        raise UserError(f"{flag}: its unet wants class labels; expected an unconditional one")
     channels = unet.config.in_channels
     if unet.config.out_channels == 2 * channels:
         logger.info(
@@ -94,6 +98,25 @@ def check_fit(unet: UNet2DModel, resolution: int, channels: int) -> None:
         raise UserError(
             f"images of {resolution} pixels: this UNet halves them {len(unet.config.block_out_channels) - 1} times, so "
             f"it needs a multiple of {factor}; try --resolution {near}"
+        )
+
+
+def check_noise_scheduler(noise_scheduler, num_inference_steps: int) -> None:
+    """Refuse what cannot be trained, and more sampling steps than there are noise levels.
+
+    Raises:
+        UserError: says which flag to change.
+    """
+    config = noise_scheduler.config
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise UserError(
+            "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: at its last timestep the input "
+            "is nothing but noise, and to predict that noise teaches nothing about images"
+        )
+    if num_inference_steps > config.num_train_timesteps:
+        raise UserError(
+            f"--num_inference_steps {num_inference_steps}: there are only {config.num_train_timesteps} noise levels; "
+            "give at most that many"
         )
 
 

@@ -24,16 +24,19 @@ logger = logging.getLogger(__name__)
 
 ARGUMENTS = "training_args.json"
 LOCK = ".lock"
-DRAWING = ("num_samples", "sampler", "num_inference_steps")  # a finished run with others draws and saves again
+DRAWING = {  # a finished run with others draws and saves again
+    "num_samples", "sampler", "num_inference_steps", "guidance_color", "guidance_prompt", "guidance_scale",
+    "guidance_mode", "clip_model_name_or_path",
+}  # fmt: skip
 _locks = {}  # files that this process has locked, by folder
 # Flags that may change when a run is resumed: they say where, how fast and how often, not what is computed. The batch
 # geometry may change too, as long as the global batch stays what it was.
 FREE_ON_RESUME = {
     "bad_images", "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config",
     "dataloader_num_workers", "gradient_accumulation_steps", "gradient_checkpointing", "logging_dir", "logging_steps",
-    "max_bad_images", "max_train_steps", "mixed_precision", "num_inference_steps", "num_samples", "num_train_epochs",
-    "output_dir", "report_to", "resume_from_checkpoint", "sample_batch_size", "sample_steps", "sampler",
-    "train_batch_size",
+    "max_bad_images", "max_train_steps", "mixed_precision", "num_train_epochs", "num_validation_images", "output_dir",
+    "prior_dataset_name", "prior_dataset_split", "report_to", "resume_from_checkpoint", "sample_batch_size",
+    "sample_steps", "train_batch_size", "validation_split", *DRAWING,
 }  # fmt: skip
 
 

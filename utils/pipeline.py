@@ -70,6 +70,8 @@ class LinearMixPipeline(DiffusionPipeline):
 
         Each of them must stand in a file that imports installed packages only.
         """
+        if options.pop("push_to_hub", False):
+            raise ValueError("save_pretrained(push_to_hub=True) would leave the code out; use pipeline.push_to_hub(id)")
         super().save_pretrained(save_directory, **options)
         folder = Path(save_directory)
         index = json.loads((folder / "model_index.json").read_text())

@@ -126,7 +126,7 @@ def finish(accelerator, args, global_step: int, stop_signal, **facts) -> int:
     Returns:
         The exit code.
     """
-    stop = stop_signal.check(global_step)
+    stop = stop_signal.check(0)
     if stop:  # what was being drawn is missing
         return say_stopped(accelerator, args, global_step, facts["max_train_steps"], stop)
     write_arguments(accelerator, args, **facts, finished_at_step=global_step)
@@ -143,13 +143,17 @@ def say_finished(accelerator, args, global_step: int, again: bool = False) -> in
     folder, script = args.output_dir, os.path.relpath(sys.argv[0])
     config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
     launch = f"{_command('accelerate')} launch --quiet --config_file {config}"
+    base = vars(args).get("pretrained_model_name_or_path")
+    images = (
+        f"--train_data_dir DIR --output_dir outputs/mine{f' --pretrained_model_name_or_path {base}' if base else ''}"
+    )
     print(
         f"\n{'This run was finished before' if again else 'Finished'}, after {global_step} optimizer steps."
         f"\n  samples      {Path(folder) / 'samples.png'}"
         f"\n  pipeline     {how_to_load(Path(folder), folder)}"
         f"\n  curves       {_command('tensorboard')} --logdir {folder}"
         f"\n  train on     the same command with a larger --max_train_steps"
-        f"\n  your images  {launch} {script} --train_data_dir DIR --output_dir outputs/mine"
+        f"\n  your images  {launch} {script} {images}"
     )
     return 0
 

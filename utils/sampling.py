@@ -1,5 +1,6 @@
 """Samples, drawn by all processes, the same whatever their number and the batch size; and how they arise."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,6 @@ from .guidance import Guidance
 from .images import make_grid
 
 
-@torch.no_grad()
 def sample_images(
     model: torch.nn.Module,
     sampler: SchedulerMixin,
@@ -25,10 +25,7 @@ def sample_images(
     batch_size: int,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
-    guidance: Guidance | None = None,
-    noise: Callable[[np.ndarray], torch.Tensor] | None = None,
-    init_images: torch.Tensor | None = None,
-    strength: float = 1.0,
+    **options,
 ) -> np.ndarray | None:
     """Draw images with every process taking its share. Call it on all processes.
 
@@ -36,13 +33,50 @@ def sample_images(
     mode and back. No global random state is used.
 
     Args:
-        model: called as ``model(noisy, timestep).sample``; prepared (so that it autocasts), but not the DDP wrapper.
-        sampler: a diffusers scheduler.
         count: number of images.
-        shape: (C, H, W) of one.
-        num_inference_steps: model calls per image.
         batch_size: images at once on this process.
         stop: asked before every model call of a single process; True gives up.
+        model, sampler, shape, num_inference_steps, seed, options: see ``sample_batch``.
+
+    Returns:
+        uint8 (count, C, H, W) on every process; None if stopped.
+    """
+    share = -(-count // accelerator.num_processes)
+    mine, images = accelerator.process_index * share + np.arange(share), []
+    options["stop"] = stop if accelerator.num_processes == 1 else lambda: False
+    for numbers in np.array_split(mine, -(-share // batch_size)):
+        batch = sample_batch(model, sampler, numbers, shape, num_inference_steps, seed, accelerator.device, **options)
+        if batch is None:
+            return None
+        images.append(batch)
+    return to_uint8(accelerator.gather(torch.cat(images))[:count])
+
+
+@torch.no_grad()
+def sample_batch(
+    model: torch.nn.Module,
+    sampler: SchedulerMixin,
+    numbers: np.ndarray,
+    shape: tuple[int, int, int],
+    num_inference_steps: int,
+    seed: int,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+    guidance: Guidance | None = None,
+    noise: Callable[[np.ndarray], torch.Tensor] | None = None,
+    init_images: torch.Tensor | None = None,
+    strength: float = 1.0,
+) -> torch.Tensor | None:
+    """Draw the images with these numbers.
+
+    As in ``DDPMPipeline``, but in float32 outside the model, and each image from its own generator.
+
+    Args:
+        model: called as ``model(noisy, timestep).sample``; prepared (so that it autocasts), but not the DDP wrapper.
+        sampler: a diffusers scheduler.
+        shape: (C, H, W) of one image.
+        num_inference_steps: model calls per image.
+        stop: asked before every model call; True gives up.
         guidance: steers every step.
         noise: what image k starts from, instead of the noise of seed and k; float32 (B, C, H, W) for numbers (B,). For
             example an interpolation, see ``randomness.slerp``.
@@ -51,35 +85,30 @@ def sample_images(
         strength: of that noise, in (0, 1]; of the steps, this share is done.
 
     Returns:
-        uint8 (count, C, H, W) on every process; None if stopped.
+        float32 (B, C, H, W), images in [-1, 1] or about it; None if stopped.
     """
-    device, world = accelerator.device, accelerator.num_processes
-    share = -(-count // world)
-    mine, images = accelerator.process_index * share + np.arange(share), []
-    first_step = min(num_inference_steps - 1, round(num_inference_steps * (1 - strength)))
+    sample = noise(numbers).to(device) if noise else _start(sampler, seed, numbers, shape, device)
+    sampler.set_timesteps(num_inference_steps, device=device)
+    first_step = 0
+    if init_images is not None:
+        first_step = min(num_inference_steps - 1, round(num_inference_steps * (1 - strength)))
+        if hasattr(sampler, "set_begin_index"):
+            sampler.set_begin_index(first_step)
+        chosen = init_images[torch.from_numpy(numbers) % len(init_images)].to(device)
+        sample = sampler.add_noise(chosen, sample, sampler.timesteps[first_step].expand(len(numbers)))
+    options = {}
+    if "generator" in inspect.signature(sampler.step).parameters:
+        options["generator"] = randomness.sample_generators(seed, "sampler", numbers, device)
     with _evaluating(model):
-        for numbers in np.array_split(mine, -(-share // batch_size)):
-            # As in DDPMPipeline, but in float32 outside the model, and each image from its own generator.
-            sample = noise(numbers).to(device) if noise else _start(sampler, seed, numbers, shape, device)
-            sampler.set_timesteps(num_inference_steps, device=device)
-            if init_images is not None:
-                if hasattr(sampler, "set_begin_index"):
-                    sampler.set_begin_index(first_step)
-                chosen = init_images.to(device)[torch.from_numpy(numbers) % len(init_images)]
-                sample = sampler.add_noise(chosen, sample, sampler.timesteps[first_step].expand(len(numbers)))
-            options = {}
-            if "generator" in sampler.step.__code__.co_varnames:
-                options["generator"] = randomness.sample_generators(seed, "sampler", numbers, device)
-            for timestep in sampler.timesteps[first_step if init_images is not None else 0 :]:
-                if world == 1 and stop():
-                    return None
-                if guidance:
-                    model_output = guidance.predict(model, sampler, sample, timestep)
-                else:
-                    model_output = model(sample, timestep).sample.float()
-                sample = sampler.step(model_output, timestep, sample, **options).prev_sample
-            images.append(sample)
-    return _to_uint8(accelerator.gather(torch.cat(images))[:count])
+        for timestep in sampler.timesteps[first_step:]:
+            if stop():
+                return None
+            if guidance:
+                model_output = guidance.predict(model, sampler, sample, timestep)
+            else:
+                model_output = model(sample, timestep).sample.float()
+            sample = sampler.step(model_output, timestep, sample, **options).prev_sample
+    return sample
 
 
 @torch.no_grad()
@@ -100,7 +129,7 @@ def show_denoising(
     noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
     with _evaluating(model):
         predicted = model(noisy_images, timesteps).sample.float()
-    rows = _to_uint8(torch.cat([clean_images, noisy_images, predicted]))
+    rows = to_uint8(torch.cat([clean_images, noisy_images, predicted]))
     return make_grid(rows, captions=["image", "mixed with noise", "predicted"])
 
 
@@ -129,7 +158,7 @@ def show_walk(
             rows += [sample, predicted]
             captions += [f"step {step}: given", "predicted"]
             sample = sampler.step(predicted, timestep, sample).prev_sample
-    return make_grid(_to_uint8(torch.cat(rows)), captions=captions)
+    return make_grid(to_uint8(torch.cat(rows)), captions=captions)
 
 
 def _start(scheduler, seed, numbers, shape, device) -> torch.Tensor:
@@ -137,7 +166,8 @@ def _start(scheduler, seed, numbers, shape, device) -> torch.Tensor:
     return randomness.sample_noise(seed, "samples", numbers, shape, device, distribution)
 
 
-def _to_uint8(images: torch.Tensor) -> np.ndarray:
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Floats in [-1, 1], clipped, as uint8 on the CPU; the same shape."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
 
 

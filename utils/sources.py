@@ -6,6 +6,7 @@ Images are not decoded here, so that whoever decodes them can name the one that 
 import logging
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import datasets.data_files
@@ -42,6 +43,34 @@ def load_source(args, accelerator) -> tuple[datasets.Dataset | datasets.Iterable
     if failure:
         raise failure
     return _select_columns(dataset, name, args), name
+
+
+def check_disjoint(args, accelerator) -> None:
+    """Refuse a ``--validation_split`` that shares images with ``--dataset_split``.
+
+    Raises:
+        UserError: says which.
+    """
+    specs = [args.dataset_split, args.validation_split]
+    names = [{part.split("[")[0] for part in spec.split("+")} for spec in specs]
+    shared = names[0] & names[1]
+    if not shared:
+        return
+    ranges = []
+    for spec, wholes in zip(specs, names, strict=True):
+        lengths = {}
+        for whole in wholes:
+            values = {**vars(args), "dataset_split": whole, "label_column": None, "max_train_samples": None}
+            lengths[whole] = 1 if args.streaming else len(load_source(SimpleNamespace(**values), accelerator)[0])
+        parts = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
+        ranges.append({(part.splitname, row) for part in parts for row in range(part.from_, part.to)})
+    both = ranges[0] & ranges[1]
+    if both:
+        raise UserError(
+            f"--validation_split {args.validation_split} shares images with --dataset_split {args.dataset_split}, so "
+            "it would not be held out. Take parts that do not overlap, such as --dataset_split 'train[:90%]' and "
+            "--validation_split 'train[90%:]'"
+        )
 
 
 def _default_source(args) -> str:

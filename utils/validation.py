@@ -1,6 +1,6 @@
 """Learning or learning by heart: the denoising loss on images held out, and the nearest training images of samples."""
 
-import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from . import randomness
+from .curves import NOISE_LEVELS, noise_levels
 from .images import make_grid
 from .schedulers import output_for
-
-NOISE_LEVELS = 4  # equal ranges of timesteps
 
 
 class DenoisingLoss:
@@ -30,8 +29,13 @@ class DenoisingLoss:
         self.images, self.noise_scheduler, self.seed, self.batch_size = images, noise_scheduler, seed, batch_size
 
     @torch.no_grad()
-    def measure(self, model: torch.nn.Module, accelerator) -> dict[str, float]:
-        """The mean loss as ``loss`` and that of each range of timesteps as ``0-249`` and so on."""
+    def measure(
+        self, model: torch.nn.Module, accelerator, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """The mean loss as ``loss`` and that of each range of timesteps as ``0-249`` and so on.
+
+        Nothing if ``stop``, which a single process asks before every batch, says so.
+        """
         steps = self.noise_scheduler.config.num_train_timesteps
         numbers = np.arange(len(self.images) * NOISE_LEVELS)  # of the triples
         sums = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)
@@ -39,6 +43,9 @@ class DenoisingLoss:
         model.eval()
         mine = numbers[accelerator.process_index :: accelerator.num_processes]
         for batch in np.array_split(mine, range(self.batch_size, len(mine), self.batch_size)):
+            if accelerator.num_processes == 1 and stop():
+                model.train(training)
+                return {}
             levels = batch % NOISE_LEVELS
             fractions = (levels + randomness.uniform(self.seed, "validation timesteps", batch)) / NOISE_LEVELS
             timesteps = torch.from_numpy(fractions * steps).long().to(accelerator.device)
@@ -55,9 +62,7 @@ class DenoisingLoss:
         model.train(training)
         totals, counts = accelerator.reduce(sums, "sum").cpu()
         means = totals / counts
-        edges = [-(-k * steps // NOISE_LEVELS) for k in range(NOISE_LEVELS + 1)]
-        names = [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
-        return {"loss": means.mean().item(), **dict(zip(names, means.tolist(), strict=True))}
+        return {"loss": means.mean().item(), **dict(zip(noise_levels(steps), means.tolist(), strict=True))}
 
 
 def nearest_images(images: torch.Tensor, others: torch.Tensor, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,4 +85,4 @@ def show_nearest(samples: np.ndarray, training_images: torch.Tensor) -> Image.Im
     """A picture of samples, uint8 (N, C, H, W), and below each its nearest training image, given in [-1, 1]."""
     indices, _ = nearest_images(torch.from_numpy(samples) / 127.5 - 1, training_images.cpu())
     nearest = ((training_images.cpu()[indices] + 1) * 127.5).round().byte().numpy()
-    return make_grid(np.concatenate([samples, nearest]), captions=["samples", "nearest trained on"])
+    return make_grid(np.concatenate([samples, nearest]), captions=["samples", f"nearest of {len(training_images)}"])
