@@ -90,7 +90,7 @@ def main(args):
         accelerator, train_data, args.logging_steps, num_train_timesteps, global_step, max_train_steps
     )
     stop_signal = StopSignal(accelerator)
-    examples = train_data.examples(8)
+    examples = train_data.examples(8).to(accelerator.device)
 
     def sample(path):
         with curves.pause(), ema_model.swapped_in(unet):

@@ -3,10 +3,13 @@
 import logging
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 
 from . import UserError
+from .basic_unet import BasicUNet
+from .schedulers import LinearMixScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,38 @@ def load_pretrained(name_or_path: str) -> DDPMPipeline:
     elif unet.config.out_channels != channels:
         raise UserError(f"{flag}: {channels} channels in, {unet.config.out_channels} out; expected as many, or twice")
     return pipeline
+
+
+def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
+    """UNet and scheduler of a pipeline that can draw images by itself, without running code that comes with it.
+
+    Args:
+        name_or_path: a folder or Hub id: the output of these scripts, a ``DDPMPipeline``, or a ``UNet2DModel`` alone,
+            which then gets a ``DDPMScheduler``.
+
+    Raises:
+        UserError: it cannot be loaded, or consists of other classes.
+    """
+    ours = {"BasicUNet": BasicUNet, "LinearMixScheduler": LinearMixScheduler}
+    expected = "expected a pipeline with model_index.json, made by these scripts or a DDPMPipeline, or a UNet2DModel"
+    try:
+        try:
+            index = DiffusionPipeline.load_config(name_or_path)
+        except (OSError, ValueError):  # no pipeline; perhaps a model
+            if UNet2DModel.load_config(name_or_path).get("_class_name") != "UNet2DModel":
+                raise
+            return UNet2DModel.from_pretrained(name_or_path), DDPMScheduler()
+        classes = [index.get(part, [None, None])[1] for part in ("unet", "scheduler")]
+        unet_class, scheduler_class = (ours.get(str(name), getattr(diffusers, str(name), None)) for name in classes)
+        if unet_class not in (UNet2DModel, BasicUNet) or scheduler_class is None:
+            raise UserError(f"{name_or_path}: its parts are {' and '.join(map(str, classes))}; {expected}")
+        unet = unet_class.from_pretrained(name_or_path, subfolder="unet")
+        return unet, scheduler_class.from_pretrained(name_or_path, subfolder="scheduler")
+    except UserError:
+        raise
+    except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name_or_path} cannot be loaded: {type(error).__name__}: {reason}; {expected}") from error
 
 
 def load_config(name_or_path: str, **overrides) -> dict:
@@ -108,7 +143,7 @@ def check_noise_scheduler(noise_scheduler, num_inference_steps: int) -> None:
         UserError: says which flag to change.
     """
     config = noise_scheduler.config
-    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
         raise UserError(
             "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: at its last timestep the input "
             "is nothing but noise, and to predict that noise teaches nothing about images"

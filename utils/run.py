@@ -25,32 +25,44 @@ logger = logging.getLogger(__name__)
 
 
 def make_accelerator(args) -> Accelerator:
-    """The Accelerator, with logging set up and what cannot work refused.
+    """The Accelerator of a training run, see ``start_process``.
 
     Raises:
-        UserError: fp16 on a CPU, several processes that do not know of each other, an unknown or missing tracker.
+        UserError: also for an unknown or missing tracker.
     """
     trackers = _check_trackers(args.report_to)
-    set_up_process()
     # The schedule counts optimizer steps. By default accelerate steps it once per process, which no schedule's length
     # survives unless it is multiplied by the number of processes.
-    accelerator = Accelerator(
+    accelerator = start_process(
+        args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
         log_with=trackers or None,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
         ),
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # others wait while one downloads
     )
+    if accelerator.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def start_process(mixed_precision: str | None, **options) -> Accelerator:
+    """An Accelerator, with threads and logging set up and what cannot work refused.
+
+    Raises:
+        UserError: fp16 on a CPU, several processes that do not know of each other.
+    """
+    set_up_process()
+    group = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # others wait while one downloads
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group], **options)
     _set_up_logging(accelerator)
     use_all_cores(accelerator.device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
         raise UserError(
             f"{world_size} processes were started, but they form no group (this one counts "
-            f"{accelerator.num_processes}): they would train apart and write to the same folder. On a CPU, set "
+            f"{accelerator.num_processes}): they would work apart and write to the same folder. On a CPU, set "
             "ACCELERATE_USE_CPU=true"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -60,8 +72,6 @@ def make_accelerator(args) -> Accelerator:
             f"{device_name(accelerator.device)} has no bf16 instructions: --mixed_precision no is probably faster, "
             "and fp16 on a GPU"
         )
-    if accelerator.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from . import randomness
 from .guidance import Guidance
 from .images import make_grid
+from .schedulers import predicted_images
 
 
 def sample_images(
@@ -66,6 +67,7 @@ def sample_batch(
     noise: Callable[[np.ndarray], torch.Tensor] | None = None,
     init_images: torch.Tensor | None = None,
     strength: float = 1.0,
+    watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor | None:
     """Draw the images with these numbers.
 
@@ -83,12 +85,15 @@ def sample_batch(
         init_images: start from these with noise on them (SDEdit, arXiv:2108.01073), one for all or one an image;
             (N, C, H, W) in [-1, 1].
         strength: of that noise, in (0, 1]; of the steps, this share is done.
+        watch: called at every step with what the model is given and which clean images it predicts, (B, C, H, W) each.
 
     Returns:
         float32 (B, C, H, W), images in [-1, 1] or about it; None if stopped.
     """
     sample = noise(numbers).to(device) if noise else _start(sampler, seed, numbers, shape, device)
     sampler.set_timesteps(num_inference_steps, device=device)
+    if init_images is None:
+        sample = sample * sampler.init_noise_sigma
     first_step = 0
     if init_images is not None:
         first_step = min(num_inference_steps - 1, round(num_inference_steps * (1 - strength)))
@@ -106,7 +111,9 @@ def sample_batch(
             if guidance:
                 model_output = guidance.predict(model, sampler, sample, timestep)
             else:
-                model_output = model(sample, timestep).sample.float()
+                model_output = model(sampler.scale_model_input(sample, timestep), timestep).sample.float()
+            if watch:
+                watch(sample, predicted_images(sampler, model_output, sample, timestep))
             sample = sampler.step(model_output, timestep, sample, **options).prev_sample
     return sample
 

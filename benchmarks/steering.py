@@ -1,0 +1,56 @@
+"""How far colour guidance moves samples: mean distance of their pixels to a colour, with and without it, same seeds.
+
+    python benchmarks/steering.py MODEL --color teal
+
+MODEL is any pipeline of colour images.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import ImageColor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils.guidance import Guidance, color_loss
+from utils.models import load_pipeline
+from utils.sampling import sample_images
+from utils.schedulers import make_sampler
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--color", default="teal")
+    parser.add_argument("--num_samples", type=int, default=16)
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 1.0])
+    options = parser.parse_args()
+    unet, scheduler = load_pipeline(options.model)
+    accelerator, sampler = Accelerator(mixed_precision="bf16"), make_sampler("ddim", scheduler)
+    unet = accelerator.prepare_model(unet, evaluation_mode=True)
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    target = np.array(ImageColor.getrgb(options.color)[:3]).reshape(1, 3, 1, 1)
+    print(f"| Guidance towards {options.color} | Mean distance, of 255 | Share | Seconds |\n|---|---|---|---|")
+    first = None
+    for name, guidance in [
+        ("none", None),
+        *(
+            (f"{m}, scale {s}", Guidance(color_loss(options.color), s, m))
+            for m in ("direct", "net")
+            for s in options.scales
+        ),
+    ]:
+        start = time.perf_counter()
+        images = sample_images(
+            unet, sampler, accelerator, options.num_samples, shape, 40, options.num_samples, 0, guidance=guidance
+        )
+        distance = np.abs(images.astype(float) - target).mean()
+        first = first or distance
+        print(f"| {name} | {distance:.1f} | {distance / first:.2f} | {time.perf_counter() - start:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

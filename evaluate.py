@@ -1,0 +1,142 @@
+"""One yardstick: compare samples of models, or folders of images, with real images.
+
+    python evaluate.py outputs/digits outputs/basic --reference digits --reference_split "train[:900]" --held_out_split "train[900:]"
+
+prints one table and writes it to --output_dir as JSON, Markdown and a picture. The first row, the floor, are real images
+that are held out, in the place of samples; the last, the ceiling, is noise. Results are good for comparing rows of one
+table. Metrics carry the name of the features: fd_digits is a Frechet distance in a digit classifier, and no FID.
+"""
+
+from pathlib import Path
+
+from utils.args import SAMPLERS, Parser, integer
+
+
+# fmt: off
+def parse_args(argv=None):
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", help="pipelines (folders or Hub ids), or folders of images")
+    parser.add_argument("--output_dir", metavar="DIR", default="outputs/evaluation", help="results.json, results.md, samples.png, nearest.png")
+
+    group = parser.add_argument_group("real images")
+    group.add_argument("--reference", required=True, help="what samples are compared with: Hub id, local path, mnist, digits or faces")
+    group.add_argument("--reference_split", default="train", help="what the models were trained on")
+    group.add_argument("--held_out_split", default="test", help="real images that they have not seen: the floor, and the measure of copying")
+
+    group = parser.add_argument_group("samples")
+    group.add_argument("--num_samples", type=integer(10), default=2000, help="N: samples of each model, and real images of each split")
+    group.add_argument("--sampler", choices=SAMPLERS, help="instead of the scheduler that a pipeline carries")
+    group.add_argument("--num_inference_steps", type=integer(1, 1000), default=40, help="UNet calls per image")
+    group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="evaluate each model with all of these instead, for example ddim:10,50 dpmsolver++:10,20")
+    group.add_argument("--sample_batch_size", type=integer(1), default=128, help="images at once, per process")
+    group.add_argument("--seed", type=integer(0, 2**31), default=0, help="of samples, subsets and bootstrap")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
+
+    group = parser.add_argument_group("features")
+    group.add_argument("--features", choices=("digits", "pixels", "dinov2", "clip", "inception"), default="digits", help="what images are compared by; digits is for digits only")
+    group.add_argument("--features_model_name_or_path", metavar="MODEL", help="weights for dinov2 and clip: a Hub id or a folder")
+    args = parser.parse(argv)
+    for entry in args.sweep or ():
+        name, _, steps = entry.partition(":")
+        if name not in SAMPLERS or not all(step.isdigit() and 0 < int(step) <= 1000 for step in steps.split(",")):
+            parser.error(f"--sweep {entry}: expected SAMPLER:STEPS,STEPS with one of {', '.join(SAMPLERS)} and steps from 1 to 1000")
+    return args
+# fmt: on
+
+
+def main(args):
+    # Imports that take seconds come after parsing, so that --help answers at once
+    import time
+    from functools import partial
+
+    from utils import UserError, run
+    from utils.features import digit_statistics, load_extractor
+    from utils.metrics import compare
+    from utils.models import check_noise_scheduler, load_pipeline
+    from utils.real_images import RealImages, load_folder
+    from utils.report import write_report
+    from utils.sampling import sample_images
+    from utils.schedulers import LinearMixScheduler, make_sampler
+
+    accelerator = run.start_process(args.mixed_precision)
+    extract = load_extractor(args.features, args.features_model_name_or_path, accelerator.device)
+    real = RealImages(args, accelerator)
+    rows, grids, pairs = [], {}, {}
+    say = partial(print, flush=True) if accelerator.is_main_process else lambda text: None
+
+    def measure(name, images, **facts):
+        """Add a row for images, uint8 (N, C, H, W)."""
+        reference = real.like(images)
+        count = min(len(images), len(reference))
+        row = dict(model=name, N=count, **facts)
+        row |= compare(extract(images[:count]), extract(reference[:count]), args.features, args.seed)
+        if args.features == "digits":
+            row |= digit_statistics(images, accelerator.device)
+        row["copies"], pairs[name] = real.copies(images)
+        rows.append(row)
+        grids[name] = images[:8]
+
+    # Real images that the models have not seen, in the place of samples: nothing can be expected to be better
+    measure("floor: held-out images", real.held_out[: args.num_samples])
+
+    # Samples
+    for model in args.models:
+        if is_folder_of_images(model):
+            measure(model, load_folder(model, accelerator, args.seed))
+            continue
+        unet, own = load_pipeline(model)
+        unet = accelerator.prepare_model(unet, evaluation_mode=True)
+        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        for name, steps in settings(args):
+            sampler = own
+            if not isinstance(own, LinearMixScheduler):
+                check_noise_scheduler(own, steps)
+                sampler = make_sampler(name, own) if name else own
+            elif name:
+                raise UserError(f"--sampler {name}: {model} was trained on linear mixing, which has its own")
+            draw = partial(
+                sample_images,
+                unet,
+                sampler,
+                accelerator,
+                shape=shape,
+                batch_size=args.sample_batch_size,
+                seed=args.seed,
+            )
+            start = time.perf_counter()
+            draw(args.sample_batch_size * accelerator.num_processes, num_inference_steps=1)
+            seconds = (time.perf_counter() - start) * steps
+            seconds *= -(-args.num_samples // (args.sample_batch_size * accelerator.num_processes))
+            say(f"{model}, {type(sampler).__name__}, {steps} steps: about {seconds / 60:.1f} minutes")
+            start = time.perf_counter()
+            images = draw(args.num_samples, num_inference_steps=steps)
+            speed = args.num_samples / (time.perf_counter() - start)
+            title = f"{Path(model).name} {name} {steps}" if name else Path(model).name
+            measure(title, images, sampler=type(sampler).__name__, steps=steps, images_per_second=speed)
+
+    # Noise: anything should be better
+    measure("ceiling: noise", real.noise(args.num_samples))
+    if accelerator.is_main_process:
+        facts = dict(features=extract.name, features_hash=extract.hash, reference=args.reference)
+        facts |= dict(reference_split=args.reference_split, held_out_split=args.held_out_split, seed=args.seed)
+        write_report(Path(args.output_dir), rows, grids, pairs, **facts)
+    return 0
+
+
+def is_folder_of_images(name):
+    folder = Path(name)
+    return folder.is_dir() and not any((folder / file).is_file() for file in ("model_index.json", "config.json"))
+
+
+def settings(args):
+    """Sampler (None for the pipeline's own) and number of steps of each evaluation."""
+    if not args.sweep:
+        return [(args.sampler, args.num_inference_steps)]
+    return [(name, int(n)) for entry in args.sweep for name, steps in [entry.split(":")] for n in steps.split(",")]
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    from utils.run import run_script
+
+    run_script(main, arguments)

@@ -1,0 +1,129 @@
+"""Draw images with any model of these scripts, or any unconditional diffusers pipeline.
+
+    python sample.py outputs/digits --num_samples 1000
+
+Image k depends on the seed and k only: not on the batch size, nor on the number of processes of `accelerate launch`.
+Interrupted, the same command goes on where it stopped. No code that comes with a model is run.
+"""
+
+from utils.args import SAMPLERS, Parser, add_guidance_arguments, check_guidance, integer, real
+
+
+# fmt: off
+def parse_args(argv=None):
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder or Hub id of a pipeline, or of a UNet2DModel")
+    parser.add_argument("--output_dir", metavar="DIR", default="outputs/samples", help="images/, grid.png and what else is asked for")
+    parser.add_argument("--num_samples", type=integer(1), default=64, help="images")
+    parser.add_argument("--sample_batch_size", type=integer(1), default=64, help="images at once, per process")
+    parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="of the noise that images start from")
+    parser.add_argument("--format", choices=("png", "npz", "parquet"), default="png", help="also all images in one file: images.npz or images.parquet")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--sampler", choices=SAMPLERS, help="instead of the scheduler that the pipeline carries")
+    group.add_argument("--num_inference_steps", type=integer(1, 1000), default=40, help="UNet calls per image")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
+    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first")
+    parser.switch(group, "--gif", False, "also walk.gif: how the first 16 images arise, noisy and predicted")
+    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="from image A to image B of the seed, through what lies between")
+    group.add_argument("--init_image", metavar="FILE", help="start from this picture with noise on it")
+    group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="of that noise: 1 leaves nothing of the picture")
+
+    add_guidance_arguments(parser.add_argument_group("steering"))
+    args = parser.parse(argv)
+    check_guidance(parser, args)
+    return args
+# fmt: on
+
+
+def main(args):
+    # Imports that take seconds come after parsing, so that --help answers at once
+    from functools import partial
+
+    import numpy as np
+    import torch
+    from tqdm.auto import tqdm
+
+    from utils import UserError, run
+    from utils.drawings import Drawings, load_image, save_gif
+    from utils.guidance import make_guidance
+    from utils.images import make_grid
+    from utils.models import check_noise_scheduler, load_pipeline
+    from utils.randomness import sample_noise, slerp
+    from utils.sampling import sample_batch, to_uint8
+    from utils.schedulers import LinearMixScheduler, make_sampler
+    from utils.signals import StopSignal
+
+    # Model
+    accelerator = run.start_process(args.mixed_precision)
+    unet, sampler = load_pipeline(args.model)
+    if not isinstance(sampler, LinearMixScheduler):
+        check_noise_scheduler(sampler, args.num_inference_steps)
+        sampler = make_sampler(args.sampler, sampler) if args.sampler else sampler
+    elif args.sampler:
+        raise UserError(f"--sampler {args.sampler}: {args.model} was trained on linear mixing, which has its own")
+    if accelerator.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)  # on a CPU it costs
+    if args.compile:
+        unet.compile()
+    unet = accelerator.prepare_model(unet, evaluation_mode=True)
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+
+    # What images start from, and what they are steered to
+    def between(numbers):
+        ends = [sample_noise(args.seed, "samples", np.array([k]), shape) for k in args.interpolate]
+        fractions = torch.from_numpy(numbers / max(1, args.num_samples - 1)).float()
+        return slerp(*(end.expand(len(numbers), -1, -1, -1) for end in ends), fractions)
+
+    options = dict(guidance=make_guidance(args, accelerator.device), strength=args.strength)
+    if args.interpolate:
+        options["noise"] = between
+    if args.init_image:
+        options["init_images"] = load_image(args.init_image, shape)
+    draw = partial(
+        sample_batch, unet, sampler, shape=shape, num_inference_steps=args.num_inference_steps, seed=args.seed,
+        device=accelerator.device, **options,
+    )  # fmt: skip
+
+    # Draw what is not there yet, every process its share
+    drawings = Drawings(accelerator, args)
+    stop_signal = StopSignal(accelerator)
+    missing = drawings.missing()
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    progress = tqdm(
+        total=args.num_samples,
+        initial=args.num_samples - len(missing),
+        unit="image",
+        disable=not accelerator.is_main_process,
+    )
+    for start in range(0, len(mine), args.sample_batch_size):
+        numbers = mine[start : start + args.sample_batch_size]
+        images = draw(numbers=numbers, stop=lambda: stop_signal.received)
+        if images is None:
+            break
+        drawings.save(numbers, to_uint8(images))
+        progress.update(len(numbers) * accelerator.num_processes)
+    progress.close()
+    accelerator.wait_for_everyone()
+    if stop_signal.check(0):
+        return drawings.say_stopped(stop_signal.check(0))
+
+    # Pictures of them all
+    if accelerator.is_main_process:
+        make_grid(drawings.load(64)).save(drawings.folder / "grid.png")
+        if args.format != "png":
+            drawings.export(args.format)
+        if args.gif:
+            frames = []
+            numbers = np.arange(min(16, args.num_samples))
+            draw(numbers=numbers, watch=lambda *pair: frames.append([to_uint8(images) for images in pair]))
+            save_gif(frames, drawings.folder / "walk.gif")
+    accelerator.wait_for_everyone()
+    return drawings.say_finished()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    from utils.run import run_script
+
+    run_script(main, arguments)

@@ -1,0 +1,124 @@
+"""evaluate.py: floors, ceilings, copies, and clear errors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import reset_accelerate
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import evaluate
+from utils import UserError
+from utils.features import DIGITS_WEIGHTS, digit_statistics, load_extractor
+
+REAL = ["--reference=digits", "--reference_split=train[:900]", "--held_out_split=train[900:]"]
+
+
+def run(output_dir, *flags):
+    reset_accelerate()
+    args = evaluate.parse_args([*map(str, flags), f"--output_dir={output_dir}", "--num_samples=300", *REAL])
+    assert evaluate.main(args) == 0
+    results = json.loads((output_dir / "results.json").read_text())
+    return {row["model"]: row for row in results["results"]}, results
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def copies(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copies")
+    for k, image in enumerate(digits[:300]):
+        Image.fromarray(image).save(folder / f"{k:04}.png")
+    return folder
+
+
+def test_the_table_ranks_models_between_floor_and_ceiling(tmp_path, finished_run, copies, capsys):
+    rows, facts = run(tmp_path / "out", finished_run, copies, "--num_inference_steps=2")
+    floor, ceiling = rows["floor: held-out images"], rows["ceiling: noise"]
+    model, copied = rows[finished_run.name], rows[str(copies)]
+    assert copied["fd_digits"] < floor["fd_digits"] < model["fd_digits"] < 1.5 * ceiling["fd_digits"]
+    assert ceiling["fd_digits"] > 5 * floor["fd_digits"]
+    for row in rows.values():
+        assert row["N"] == 300 and row["fd_digits_error"] > 0
+        assert all(0 <= row[key] <= 1 for key in ("precision", "recall", "coverage", "copies", "confidence"))
+    assert ceiling["coverage"] < 0.1 < floor["coverage"]
+    assert model["sampler"] == "DPMSolverMultistepScheduler" and model["steps"] == 2 and model["images_per_second"] > 0
+    assert (
+        facts["features"] == "digits"
+        and len(facts["features_hash"]) == 12
+        and facts["reference_split"] == "train[:900]"
+    )
+    said = capsys.readouterr().out
+    assert "about 0." in said and "| floor: held-out images |" in said and " ± " in said
+    assert said.count("|---|") >= 1 and (tmp_path / "out" / "results.md").is_file()
+    for name in ("samples.png", "nearest.png"):
+        assert Image.open(tmp_path / "out" / name).width > 8 * 64
+
+
+def test_copies_of_training_images_are_flagged_and_held_out_ones_are_not(tmp_path, copies):
+    rows, _ = run(tmp_path / "out", copies, "--features=pixels")
+    assert rows[str(copies)]["copies"] > 0.95
+    assert rows["floor: held-out images"]["copies"] < 0.05
+    assert rows["ceiling: noise"]["copies"] < 0.2
+
+
+def test_a_sweep_has_a_row_for_each_setting(tmp_path, finished_run):
+    rows, _ = run(tmp_path / "out", finished_run, "--features=pixels", "--sweep", "ddim:1,2", "unipc:2")
+    name = finished_run.name
+    assert {f"{name} ddim 1", f"{name} ddim 2", f"{name} unipc 2"} <= set(rows)
+    assert rows[f"{name} unipc 2"]["sampler"] == "UniPCMultistepScheduler" and "fd_pixels" in rows[f"{name} unipc 2"]
+
+
+def test_the_digit_net_knows_digits(digits):
+    assert DIGITS_WEIGHTS.stat().st_size < 600_000
+    card = DIGITS_WEIGHTS.with_suffix(".md").read_text()
+    assert load_extractor("digits").hash in card
+    assert float(card.split("Test accuracy ")[1].split("%")[0]) >= 99.3
+    statistics = digit_statistics(digits[:, None])  # other digits than it was trained on, 8x8
+    assert statistics["confidence"] > 0.8 and statistics["class_distance"] < 0.05
+    noise = digit_statistics(np.random.default_rng(0).integers(0, 255, (300, 1, 28, 28), dtype=np.uint8))
+    assert noise["class_distance"] > 0.3
+
+
+def test_features_do_not_depend_on_the_batch(digits):
+    extractor = load_extractor("digits")
+    whole = extractor(digits[:40, None])
+    assert whole.shape == (40, 64) and whole.dtype == np.float32
+    assert np.allclose(whole[7:9], extractor(digits[7:9, None]), atol=1e-4)
+
+
+def test_transformers_features(tmp_path, digits):
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    features = load_extractor("dinov2", str(tmp_path))(digits[:3, None])
+    assert features.shape == (3, 32) and features.std() > 0
+
+
+@pytest.mark.parametrize(
+    "name, message", [("inception", "needs torch-fidelity"), ("dinov2", "--features dinov2: ./no")]
+)
+def test_missing_features_are_refused_with_advice(name, message):
+    with pytest.raises(UserError, match=message):
+        load_extractor(name, "./no")
+
+
+def test_wrong_input_is_refused_with_advice(tmp_path, capsys):
+    (tmp_path / "mixed").mkdir()
+    with pytest.raises(UserError, match="it holds no image files"):
+        run(tmp_path / "out", tmp_path / "mixed")
+    for k in (8, 9):
+        Image.new("L", (k, k)).save(tmp_path / "mixed" / f"{k}.png")
+    with pytest.raises(UserError, match="images of 2 sizes"):
+        run(tmp_path / "out", tmp_path / "mixed")
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["x", "--reference=digits", "--sweep", "ddim:ten"])
+    assert "--sweep ddim:ten: expected SAMPLER:STEPS,STEPS" in capsys.readouterr().err

@@ -1,0 +1,139 @@
+"""Numbered images in a folder, drawn by all processes; an interrupted run goes on with what is missing."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+
+from . import UserError
+from .images import decode_image, make_grid, prepare_image, to_uint8
+
+SETTINGS = "sampling_args.json"
+# Flags that may change between two runs into one folder: they do not change image k
+FREE = {"output_dir", "num_samples", "sample_batch_size", "format", "gif", "compile", "config"}
+
+
+class Drawings:
+    """The images of one model, sampler and seed: ``images/000000.png`` and so on.
+
+    Args:
+        accelerator: call this on all processes.
+        args: the flags of sample.py.
+
+    Raises:
+        UserError: the folder holds something else, or images drawn with other settings.
+    """
+
+    def __init__(self, accelerator, args):
+        self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir)
+        problem = [None]
+        if accelerator.is_main_process:
+            try:
+                self._claim()
+            except UserError as error:
+                problem[0] = str(error)
+            except (OSError, ValueError) as error:
+                problem[0] = f"--output_dir {self.folder} cannot be used: {error}. Choose another folder"
+        if broadcast_object_list(problem)[0]:
+            raise UserError(problem[0])
+
+    def _claim(self) -> None:
+        free = FREE if not self.args.interpolate else FREE - {"num_samples"}
+        settings = {flag: value for flag, value in vars(self.args).items() if flag not in free}
+        path = self.folder / SETTINGS
+        if path.is_file():
+            found = json.loads(path.read_text())
+            names = sorted({*found, *settings})
+            changed = [
+                f"{n} was {found.get(n)!r}, is {settings.get(n)!r}" for n in names if found.get(n) != settings.get(n)
+            ]
+            if changed:
+                raise UserError(
+                    f"--output_dir {self.folder} holds images drawn otherwise: {'; '.join(changed)}. Give the old "
+                    "values to go on with them, or another --output_dir"
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"--output_dir {self.folder} is not empty, and not the output of sample.py. Choose another")
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def _path(self, number: int) -> Path:
+        return self.folder / "images" / f"{number:06}.png"
+
+    def missing(self) -> np.ndarray:
+        """Numbers of the images that are not there yet, the same on every process. Call it before any is saved."""
+        numbers = [number for number in range(self.args.num_samples) if not self._path(number).is_file()]
+        return np.array(broadcast_object_list([numbers])[0], dtype=np.int64)
+
+    def save(self, numbers: np.ndarray, images: np.ndarray) -> None:
+        """Write images, uint8 (N, C, H, W), each complete or not at all."""
+        for number, image in zip(numbers, images, strict=True):
+            temporary = self._path(number).with_suffix(".tmp")
+            Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(temporary, format="PNG")
+            os.replace(temporary, self._path(number))
+
+    def load(self, count: int) -> np.ndarray:
+        """The first images, uint8 (N, C, H, W)."""
+        images = [np.atleast_3d(Image.open(self._path(k))) for k in range(min(count, self.args.num_samples))]
+        return np.stack(images).transpose(0, 3, 1, 2)
+
+    def export(self, kind: str) -> None:
+        """Write all images into ``images.npz`` (``images``, uint8 (N, H, W, C)) or ``images.parquet`` (a data set)."""
+        if kind == "npz":
+            np.savez_compressed(
+                self.folder / "images.npz", images=self.load(self.args.num_samples).transpose(0, 2, 3, 1)
+            )
+            return
+        import datasets
+
+        paths = [{"bytes": self._path(k).read_bytes(), "path": None} for k in range(self.args.num_samples)]
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict({"image": paths}, features=features).to_parquet(self.folder / "images.parquet")
+
+    def say_stopped(self, number: int) -> int:
+        """How to go on after a signal. Returns the exit code."""
+        count = sum(self._path(k).is_file() for k in range(self.args.num_samples))
+        self.accelerator.print(f"\nStopped with {count} of {self.args.num_samples} images. The same command goes on.")
+        return 128 + number
+
+    def say_finished(self) -> int:
+        """Where everything is. Returns the exit code."""
+        self.accelerator.print(
+            f"\nDrawn: {self.args.num_samples} images of {self.args.model}."
+            f"\n  images  {self.folder / 'images'}"
+            f"\n  grid    {self.folder / 'grid.png'}"
+        )
+        return 0
+
+
+def load_image(path: str, shape: tuple[int, int, int]) -> torch.Tensor:
+    """A picture as a model takes it: float32 (1, C, H, W) in [-1, 1], resized and cut in the middle.
+
+    Raises:
+        UserError: it is not there, or not an image.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--init_image {path}: there is no such file; expected a picture")
+    image = to_uint8(decode_image(path, f"--init_image {path}"), "L" if shape[0] == 1 else "RGB", path)
+    return torch.from_numpy(prepare_image(image, shape[-1], "bicubic", True)).float()[None] / 127.5 - 1
+
+
+def save_gif(frames: list[list[np.ndarray]], path: Path) -> None:
+    """A film of how images arise.
+
+    Args:
+        frames: for each step, images of one or several kinds, uint8 (N, C, H, W), shown side by side.
+    """
+    pictures = []
+    for kinds in frames:
+        grids = [make_grid(images).convert("RGB") for images in kinds]
+        picture = Image.new("RGB", (sum(grid.width for grid in grids), grids[0].height))
+        for k, grid in enumerate(grids):
+            picture.paste(grid, (k * grid.width, 0))
+        pictures.append(picture)
+    durations = [100] * (len(pictures) - 1) + [2000]  # milliseconds; the end stays
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)

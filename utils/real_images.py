@@ -1,0 +1,107 @@
+"""The real images that samples are compared with: what a model was trained on, and what it has not seen."""
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from . import UserError, randomness
+from .datasets import PreparedImages
+from .images import GREY_MODES, decode_image, prepare_image
+from .metrics import nearest_distances
+from .sources import load_source
+
+SIDE = 16  # pixels; images are averaged down to this before they are compared for copies
+PLAIN = dict(  # flags of the data sources that evaluating does not have
+    train_data_dir=None, dataset_config_name=None, image_column=None, label_column=None, max_train_samples=None,
+    streaming=False, bad_images="error", interpolation="bicubic", center_crop=True,
+)  # fmt: skip
+
+
+class RealImages:
+    """Both splits of the reference, at the size and in the mode of whatever they are compared with.
+
+    Args:
+        args: ``reference``, ``reference_split``, ``held_out_split``, ``seed``.
+        limit: images of each split at most.
+
+    Attributes:
+        held_out: uint8 (N, C, H, W), at the images' own size.
+    """
+
+    def __init__(self, args, accelerator, limit: int = 100_000):
+        self.args, self.limit, self._prepared = args, limit, {}
+        self._sources = {}
+        for split in (args.reference_split, args.held_out_split):
+            flags = SimpleNamespace(**PLAIN, dataset_name=args.reference, dataset_split=split, seed=args.seed)
+            self._sources[split] = load_source(flags, accelerator)[0], flags
+        first = self._sources[args.held_out_split][0][0]["image"]
+        image = decode_image(first["bytes"] or first["path"], args.reference)
+        self.held_out = self._load(args.held_out_split, min(image.size), "L" if image.mode in GREY_MODES else "RGB")
+
+    def _load(self, split: str, side: int, mode: str) -> np.ndarray:
+        if (split, side, mode) not in self._prepared:
+            dataset, flags = self._sources[split]
+            prepare = partial(prepare_image, resolution=side, interpolation=flags.interpolation)
+            images = PreparedImages(dataset, self.args.reference, flags, mode, False, prepare).first(self.limit)
+            self._prepared[split, side, mode] = ((images + 1) * 127.5).round().byte().numpy()
+        return self._prepared[split, side, mode]
+
+    def like(self, images: np.ndarray, split: str | None = None) -> np.ndarray:
+        """Images of a split (default: the reference), shuffled, with the size and channels of ``images``."""
+        return self._load(split or self.args.reference_split, images.shape[-1], {1: "L", 3: "RGB"}[images.shape[1]])
+
+    def noise(self, count: int) -> np.ndarray:
+        """Uniform noise in the shape of the images."""
+        noise = randomness.sample_noise(
+            self.args.seed, "ceiling", np.arange(count), self.held_out.shape[1:], "cpu", "uniform"
+        )
+        return ((noise + 1) * 127.5).round().byte().numpy()
+
+    def copies(self, images: np.ndarray) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
+        """How many of the images are nearer to a training image than real ones are.
+
+        An image's ratio is its distance to the nearest training image over that to the nearest held-out one. The rate
+        is the share of images whose ratio is below the lowest hundredth of that of the held-out images themselves:
+        about 0.01 is what real images have.
+
+        Returns:
+            The rate; the eight images with the lowest ratio and their nearest training images, uint8.
+        """
+        train, held_out = self.like(images), self.like(images, self.args.held_out_split)
+        points, trained, unseen = (_shrink(group) for group in (images, train, held_out))
+        to_train, indices = nearest_distances(points, trained)
+        same = len(images) <= len(held_out) and np.array_equal(images, held_out[: len(images)])  # the floor
+        to_unseen = nearest_distances(points, unseen, skip_first=same)[0]
+        ratios = to_train / np.maximum(to_unseen, 1e-12)
+        real = nearest_distances(unseen, trained)[0] / np.maximum(nearest_distances(unseen, unseen, True)[0], 1e-12)
+        closest = np.argsort(ratios)[:8]
+        return float((ratios < np.quantile(real, 0.01)).mean()), (images[closest], train[indices[closest]])
+
+
+def load_folder(folder: str, accelerator, seed: int, limit: int = 100_000) -> np.ndarray:
+    """The images of a folder, uint8 (N, C, H, W).
+
+    Raises:
+        UserError: there are none, or they differ in size.
+    """
+    if (Path(folder) / "images").is_dir():  # what sample.py made
+        folder = str(Path(folder) / "images")
+    flags = SimpleNamespace(**{**PLAIN, "train_data_dir": folder}, dataset_name=None, dataset_split="train", seed=seed)
+    dataset = load_source(flags, accelerator)[0]
+    decoded = [decode_image(row["image"]["bytes"] or row["image"]["path"], folder) for row in dataset.take(limit)]
+    sizes = {image.size for image in decoded}
+    if len(sizes) > 1 or len(set(*sizes)) > 1:
+        raise UserError(f"{folder}: images of {len(sizes)} sizes, such as {min(sizes)}; expected squares of one size")
+    mode = "L" if all(image.mode in GREY_MODES for image in decoded) else "RGB"
+    arrays = np.stack([np.atleast_3d(np.asarray(image.convert(mode))) for image in decoded])
+    return arrays.transpose(0, 3, 1, 2)
+
+
+def _shrink(images: np.ndarray) -> np.ndarray:
+    """float32 (N, D) in [0, 1]."""
+    images = torch.from_numpy(images).float() / 255
+    return (F.interpolate(images, (SIDE, SIDE), mode="area") if images.shape[-1] > SIDE else images).flatten(1).numpy()

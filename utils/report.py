@@ -1,0 +1,72 @@
+"""What evaluate.py found, as a table for people and as JSON for programs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .images import make_grid
+
+NOTE = """
+Rows with the same N can be compared with each other, and with no other table. The floor is what real, held-out
+images get, the ceiling what noise gets. Errors: of the Frechet distance by bootstrap over the generated images, of KID
+over its subsets. `copies`: the share of images nearer to a training image than 99 % of the held-out ones are.
+"""
+
+
+def table_of(rows: list[dict]) -> str:
+    """Markdown. Columns are the keys in order of appearance; a key with ``_error`` goes beside its own as +-."""
+    keys = []
+    for row in rows:
+        keys += [key for key in row if key not in keys and not key.endswith("_error")]
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    for row in rows:
+        cells = []
+        for key in keys:
+            text = _show(row.get(key))
+            error = row.get(f"{key}_error")
+            cells.append(f"{text} ± {_show(error)}" if error is not None else text)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _show(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write_report(folder: Path, rows: list[dict], grids: dict, pairs: dict, **facts) -> None:
+    """Write ``results.json``, ``results.md``, ``samples.png`` and ``nearest.png``, and print the table.
+
+    Args:
+        rows: one result each, with ``model`` its name.
+        grids: uint8 (N, C, H, W) by name, samples to show.
+        pairs: two of the same by name: the images most like training images, and those.
+        facts: what holds for all rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    said = ", ".join(f"{key} {value}" for key, value in facts.items())
+    text = f"{said}\n\n{table_of(rows)}\n{NOTE}"
+    print(f"\n{text}\nwritten to {folder}: results.json, results.md, samples.png, nearest.png")
+    (folder / "results.md").write_text(text)
+    (folder / "results.json").write_text(json.dumps({**facts, "results": rows}, indent=2) + "\n")
+    _strip(grids).save(folder / "samples.png")
+    both = {}
+    for name, (images, trained_on) in pairs.items():
+        both |= {name: images, f"{name}: trained on": trained_on}
+    _strip(both).save(folder / "nearest.png")
+
+
+def _strip(groups: dict):
+    """One row of eight images a name, all in colour if one is, enlarged to the largest side."""
+    side = max(images.shape[-1] for images in groups.values())
+    rows = []
+    for images in groups.values():
+        factor = side // images.shape[-1]
+        images = np.pad(images, ((0, 8 - len(images)), (0, 0), (0, 0), (0, 0)))
+        images = images.repeat(factor, axis=2).repeat(factor, axis=3)
+        rest = side - images.shape[-1]
+        images = np.pad(images, ((0, 0), (0, 0), (0, rest), (0, rest)))
+        rows.append(images if images.shape[1] == 3 else images.repeat(3, axis=1))
+    return make_grid(np.concatenate(rows), captions=list(groups))
