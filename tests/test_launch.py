@@ -160,7 +160,7 @@ def test_the_first_stages_do_the_same_on_two_processes(tmp_path, script):
 
 def test_fine_tuning_does_the_same_on_two_processes(tmp_path, finished_run):
     flags = [f"--pretrained_model_name_or_path={finished_run}", "--method=lora", "--learning_rate=1e-3"]
-    flags += ["--report_to=tensorboard", "--validation_split=train[:7]", "--num_samples=5"]
+    flags += ["--report_to=tensorboard", "--dataset_split=train[7:]", "--validation_split=train[:7]", "--num_samples=5"]
     one = [sys.executable, str(ROOT / "finetune_faces.py")]
     code, output = run(one, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
     assert code == 0, output

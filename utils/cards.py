@@ -94,8 +94,8 @@ seed {args.seed}, not selected).
 
 ## Limits
 
-It draws what its training images show, with their gaps and biases. No metric was computed. Small data sets are
-memorised: compare samples with the training images.
+It draws what its training images show, with their gaps and biases. Small data sets are memorised: compare samples with
+the training images.
 {PEOPLE if of_people else ""}"""
     ModelCard(text).save(folder / "README.md")
 

@@ -103,6 +103,7 @@ def _set_up_logging(accelerator) -> None:
         handlers=[_AboveTheBar()],
         force=True,
     )
+    diffusers.utils.logging.disable_progress_bar()  # of loading two small files
     logging.getLogger("huggingface_hub").propagate = False  # it has its own handler; once is enough
     logging.getLogger("utils").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if not accelerator.is_main_process:
