@@ -1,6 +1,6 @@
 """One yardstick: compare samples of models, or folders of images, with real images.
 
-    python evaluate.py outputs/digits outputs/basic --reference digits --reference_split "train[:900]" --held_out_split "train[900:]"
+    python evaluate.py outputs/basic outputs/ddpm --reference mnist
 
 prints one table and writes it to --output_dir as JSON, Markdown and a picture. The first row, the floor, are real images
 that are held out, in the place of samples; the last, the ceiling, is noise. Results are good for comparing rows of one
@@ -46,6 +46,7 @@ def parse_args(argv=None):
 
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
+    import json
     import time
     from functools import partial
 
@@ -66,10 +67,17 @@ def main(args):
 
     def measure(name, images, **facts):
         """Add a row for images, uint8 (N, C, H, W)."""
+        if not accelerator.is_main_process:
+            return
         reference = real.like(images)
-        count = min(len(images), len(reference))
+        count = min(len(images), len(reference), args.num_samples)
         row = dict(model=name, N=count, **facts)
-        row |= compare(extract(images[:count]), extract(reference[:count]), args.features, args.seed)
+        features = extract(images[:count])
+        if count < 2 * features.shape[1]:
+            say(
+                f"warning: {name}: {count} images for {features.shape[1]} features; fewer than twice as many make fd and kid unreliable"
+            )
+        row |= compare(features, extract(reference[:count]), args.features, args.seed)
         if args.features == "digits":
             row |= digit_statistics(images, accelerator.device)
         row["copies"], pairs[name] = real.copies(images)
@@ -85,6 +93,12 @@ def main(args):
             measure(model, load_folder(model, accelerator, args.seed))
             continue
         unet, own = load_pipeline(model)
+        record = Path(model) / "training_args.json"
+        trained_on = json.loads(record.read_text())["arguments"]["dataset_split"] if record.is_file() else None
+        if trained_on not in (None, args.reference_split):
+            say(
+                f"warning: {model} was trained on {trained_on}, not on --reference_split {args.reference_split}: copies and floor mislead"
+            )
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         for name, steps in settings(args):

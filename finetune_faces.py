@@ -29,7 +29,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_name_or_path", default="google/ddpm-celebahq-256", help="DDPMPipeline to adapt: a Hub id or a folder")
     group.add_argument("--method", choices=("full", "attention", "norm", "lora"), default="full", help="what learns: all weights; attention layers; norms and biases; low-rank adapters (arXiv:2106.09685), merged in the end")
-    group.add_argument("--lora_rank", type=integer(1), default=8, help="of the adapters")
+    group.add_argument("--lora_rank", type=integer(1), default=8, help="rank of the adapters' matrices")
     group.add_argument("--lora_targets", default="to_q,to_k,to_v,to_out.0,conv1,conv2", help="layers that get adapters, by the end of their names")
     group.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit keeps a quarter of the state; needs bitsandbytes on a GPU, torchao elsewhere")
     parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")

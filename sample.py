@@ -25,9 +25,9 @@ def parse_args(argv=None):
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
     parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first")
     parser.switch(group, "--gif", False, "also walk.gif: how the first 16 images arise, noisy and predicted")
-    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="from image A to image B of the seed, through what lies between")
+    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images: --num_samples images lead from one to the other")
     group.add_argument("--init_image", metavar="FILE", help="start from this picture with noise on it")
-    group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="of that noise: 1 leaves nothing of the picture")
+    group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="of the noise on --init_image: 1 leaves nothing of it")
 
     add_guidance_arguments(parser.add_argument_group("steering"))
     args = parser.parse(argv)
@@ -87,7 +87,7 @@ def main(args):
 
     # Draw what is not there yet, every process its share
     drawings = Drawings(accelerator, args)
-    stop_signal = StopSignal(accelerator)
+    stop_signal = StopSignal(accelerator, "stopping; images that are complete stay")
     missing = drawings.missing()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(

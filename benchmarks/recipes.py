@@ -19,7 +19,6 @@ from unittest import mock
 
 import numpy as np
 from accelerate.state import AcceleratorState, GradientState
-from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
@@ -28,6 +27,7 @@ with contextlib.suppress(ImportError):  # run as a script: the repository is one
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_ddpm
+from utils.metrics import frechet_distance
 
 VARIANTS = {
     "defaults": [],
@@ -82,30 +82,18 @@ def train_and_sample(flags: list[str]) -> np.ndarray:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    drawn = []
+    drawn, original = [], utils.sampling.sample_images
 
-    def keep(images, *arguments, **options):
-        drawn.append(images)
+    def keep(*arguments, **options):
+        drawn.append(original(*arguments, **options))
+        return drawn[-1]
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(utils.sampling, "save_grid", keep):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(utils.sampling, "sample_images", keep):
         common = ["--dataset_name=digits", "--mixed_precision=bf16", "--report_to=none", f"--output_dir={folder}/run"]
         common += ["--num_samples=2000", "--sample_batch_size=250", "--sample_steps=1000000"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             assert train_ddpm.main(train_ddpm.parse_args([*common, "--checkpointing_steps=1000000", *flags])) == 0
     return drawn[-1].reshape(2000, 64) / 127.5 - 1
-
-
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Distance between normal distributions with the features' means and covariances, |m1-m2|^2 + Tr(C1+C2-2(C1C2)^.5).
-
-    Heusel et al. 2017, arXiv:1706.08500, Eq. 6. Features (N, D).
-    """
-    covariances = [np.cov(features, rowvar=False) for features in (first, second)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # units that never fire make the product singular
-        root = sqrtm(covariances[0] @ covariances[1]).real
-    means = first.mean(0) - second.mean(0)
-    return float(means @ means + np.trace(covariances[0] + covariances[1] - 2 * root))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ REAL = ["--reference=digits", "--reference_split=train[:900]", "--held_out_split
 
 def run(output_dir, *flags):
     reset_accelerate()
-    args = evaluate.parse_args([*map(str, flags), f"--output_dir={output_dir}", "--num_samples=300", *REAL])
+    args = evaluate.parse_args([f"--output_dir={output_dir}", "--num_samples=300", *REAL, *map(str, flags)])
     assert evaluate.main(args) == 0
     results = json.loads((output_dir / "results.json").read_text())
     return {row["model"]: row for row in results["results"]}, results
@@ -54,7 +54,7 @@ def test_the_table_ranks_models_between_floor_and_ceiling(tmp_path, finished_run
         and facts["reference_split"] == "train[:900]"
     )
     said = capsys.readouterr().out
-    assert "about 0." in said and "| floor: held-out images |" in said and " ± " in said
+    assert "about 0." in said and "| floor: held-out images  " in said and " ± " in said
     assert said.count("|---|") >= 1 and (tmp_path / "out" / "results.md").is_file()
     for name in ("samples.png", "nearest.png"):
         assert Image.open(tmp_path / "out" / name).width > 8 * 64
@@ -65,6 +65,16 @@ def test_copies_of_training_images_are_flagged_and_held_out_ones_are_not(tmp_pat
     assert rows[str(copies)]["copies"] > 0.95
     assert rows["floor: held-out images"]["copies"] < 0.05
     assert rows["ceiling: noise"]["copies"] < 0.2
+
+
+def test_another_split_than_trained_on_is_said(tmp_path, finished_run, capsys):
+    run(tmp_path / "out", finished_run, "--num_inference_steps=1", "--features=pixels")
+    assert "was trained on train, not on --reference_split train[:900]" in capsys.readouterr().out
+
+
+def test_too_few_images_are_said(tmp_path, copies, capsys):
+    run(tmp_path / "out", copies, "--num_samples=100")
+    assert "100 images for 64 features; fewer than twice as many" in capsys.readouterr().out
 
 
 def test_a_sweep_has_a_row_for_each_setting(tmp_path, finished_run):
@@ -119,6 +129,8 @@ def test_wrong_input_is_refused_with_advice(tmp_path, capsys):
         Image.new("L", (k, k)).save(tmp_path / "mixed" / f"{k}.png")
     with pytest.raises(UserError, match="images of 2 sizes"):
         run(tmp_path / "out", tmp_path / "mixed")
+    with pytest.raises(UserError, match="--held_out_split test: digits has the one split train"):
+        run(tmp_path / "out", tmp_path / "mixed", "--held_out_split=test")
     with pytest.raises(SystemExit):
         evaluate.parse_args(["x", "--reference=digits", "--sweep", "ddim:ten"])
     assert "--sweep ddim:ten: expected SAMPLER:STEPS,STEPS" in capsys.readouterr().err

@@ -157,7 +157,10 @@ def test_images_are_converted_to_the_channels_and_the_size_of_the_model(tmp_path
     "flags, message",
     [
         (["--pretrained_model_name_or_path=google/ddpm-celebahq-256"], "without a network the output of train_ddpm.py"),
-        (["--pretrained_model_name_or_path=./missing"], "cannot be loaded as a DDPMPipeline"),
+        (
+            ["--pretrained_model_name_or_path=./missing"],
+            r"\./missing: there is no such folder; expected a saved pipeline",
+        ),
         (["--resolution=9"], "needs a multiple of 2; try --resolution 8"),
         (["--method=lora", "--lora_targets=to_z"], "this UNet has no such layers"),
         (["--guidance_color=bleen"], "no such colour"),

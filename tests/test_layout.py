@@ -4,6 +4,7 @@ import ast
 import difflib
 import itertools
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,13 @@ def test_every_flag_is_tested_or_documented(capsys, script):
     )
     missing = sorted(flag for flag in flags if f"--{flag}" not in known)
     assert len(flags) > 45 and not missing
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_still_fit_the_rest(path):
+    """Only that they can be imported; they are too long to be run here."""
+    runpy.run_path(str(path), run_name="imported")
+    assert path.name in (ROOT / "README.md").read_text()
 
 
 def test_readme_names_every_file_that_exists_and_no_other():

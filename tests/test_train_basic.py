@@ -142,9 +142,9 @@ def test_what_cannot_work_is_refused_with_advice(tmp_path, script, flags, messag
 def test_a_folder_of_another_script_is_refused(tmp_path):
     train(tmp_path / "run", "--max_train_steps=1", script=train_basic)
     before = (tmp_path / "run" / "training_args.json").read_bytes()
-    with pytest.raises(UserError, match="holds a run with other settings"):
+    with pytest.raises(UserError, match="holds a run of another script"):
         train(tmp_path / "run", "--max_train_steps=1", script=train_unet2d)
-    with pytest.raises(UserError, match="holds a run with other settings"):
+    with pytest.raises(UserError, match="holds a run of another script"):
         train(tmp_path / "run", "--max_train_steps=1")
     assert (tmp_path / "run" / "training_args.json").read_bytes() == before
 

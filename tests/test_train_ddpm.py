@@ -379,7 +379,10 @@ def test_own_config_starts_from_random_weights(tmp_path, finished_run):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--pretrained_model_name_or_path=./missing"], "cannot be loaded as a DDPMPipeline"),
+        (
+            ["--pretrained_model_name_or_path=./missing"],
+            r"\./missing: there is no such folder; expected a saved pipeline",
+        ),
         (["--model_config_name_or_path=./missing"], "Expected a JSON file, a folder with config.json, or a Hub id"),
         (["--resolution=10"], r"needs a multiple of 4; try --resolution 8"),
         (["--num_train_timesteps=10", "--num_inference_steps=11"], "there are only 10 noise levels"),

@@ -67,6 +67,8 @@ def test_nearest_images_are_found_and_shown():
     samples = ((training[[4, 2]] + 1) * 127.5).round().byte().numpy()
     indices, distances = nearest_images(torch.from_numpy(samples) / 127.5 - 1, training)
     assert indices.tolist() == [4, 2] and (distances < 0.01).all()
-    picture = np.asarray(show_nearest(samples, training)).astype(int)
-    assert picture.shape[0] == 2 * 68 + 4
-    assert np.abs(picture[4:68, -68:-4] - picture[72:136, -68:-4]).max() <= 1  # the second sample above its copy
+    mirrored = np.ascontiguousarray(samples[..., ::-1])
+    for shown in (samples, mirrored):  # copies are found mirrored, too
+        picture = np.asarray(show_nearest(shown, training)).astype(int)
+        assert picture.shape[0] == 2 * 68 + 4
+        assert np.abs(picture[4:68, -68:-4] - picture[72:136, -68:-4]).max() <= 1  # the second sample above its copy

@@ -141,7 +141,7 @@ def add_guidance_arguments(group) -> None:
     group.add_argument("--guidance_color", metavar="COLOR", help="steer samples towards a colour: a name or #rrggbb")
     group.add_argument("--guidance_prompt", metavar="TEXT", help="steer samples towards a sentence, with CLIP")
     group.add_argument("--clip_model_name_or_path", default="openai/clip-vit-base-patch32", help="CLIP model for --guidance_prompt")
-    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="how firmly")
+    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="how firmly: 0 not at all, 1 all the way for a colour; sentences want more, 10 to 1000")
     group.add_argument("--guidance_mode", choices=("direct", "net"), default="direct", help="gradient with respect to the predicted image, or through the UNet")
 
 
@@ -154,8 +154,8 @@ def _add_data_arguments(parser: Parser) -> None:
     group.add_argument("--image_column", help="column with the images (default: the only one of type Image)")
     group.add_argument("--label_column", help="column with class labels; adds a loss curve for each class")
     group.add_argument("--max_train_samples", type=integer(1), help="use only the first N images")
-    group.add_argument("--resolution", type=integer(4), help="side of the training images, pixels (default: a pretrained model's, or the images' own size, at most 64)")
-    group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L), colour, or as a pretrained model wants or the images are")
+    group.add_argument("--resolution", type=integer(4), help="side of the training images, pixels (default: the images' own size, at most 64; where there is a pretrained model, its size)")
+    group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L), colour, or as the images are; where there is a pretrained model, as it wants")
     parser.switch(group, "--center_crop", False, "crop the middle of images that are not square instead of a random part")
     parser.switch(group, "--random_flip", False, "mirror half of the images, left to right")
     group.add_argument("--interpolation", choices=("lanczos", "bicubic", "bilinear", "box", "nearest"), default="bicubic", help="filter that resizes the images")
@@ -184,7 +184,7 @@ def _add_training_arguments(parser: Parser) -> None:
     parser.switch(group, "--use_ema", True, "sample and save the exponential moving average of the weights")
     group.add_argument("--ema_max_decay", type=real(0, 1), default=0.999, help="upper limit of the average's decay")
     group.add_argument("--ema_inv_gamma", type=real(1e-9), default=1.0, help="warm-up: decay = 1-(1+step/inv_gamma)^-power")
-    group.add_argument("--ema_power", type=real(0, 10), default=0.75, help="warm-up: larger follows longer histories sooner")
+    group.add_argument("--ema_power", type=real(0, 10), default=0.75, help="warm-up: larger averages over more steps sooner")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
     parser.switch(group, "--allow_tf32", True, "TF32 matrix products on GPUs that have them")
 

@@ -4,6 +4,7 @@ Losses stay on the device between two points of the curves, so that no step wait
 """
 
 import itertools
+import sys
 import time
 
 import torch
@@ -43,7 +44,7 @@ class TrainingCurves:
         self.last_written, self.written_at = first_step, time.perf_counter()
         self.bar = tqdm(
             total=last_step, initial=first_step, desc="Training", unit="step", dynamic_ncols=True,
-            disable=not accelerator.is_local_main_process,
+            disable=not accelerator.is_local_main_process, mininterval=0.1 if sys.stderr.isatty() else 10,
         )  # fmt: skip
         self._clear()
 
@@ -89,7 +90,7 @@ class TrainingCurves:
         names += [f"loss_by_label/{name}" for name in self.label_names]
         curves |= {name: mean for name, mean in zip(names, means, strict=True) if mean is not None}
         self.accelerator.log(curves, step=global_step)
-        self.bar.set_postfix_str(f"loss {curves['loss']:.4f}, {images_per_second:.0f} images/s")
+        self.bar.set_postfix_str(f"loss {curves['loss']:.4f}, {images_per_second:.0f} images/s", refresh=False)
         self.last_written, self.written_at = global_step, time.perf_counter()
         self._clear()
 

@@ -51,7 +51,7 @@ def load_train_data(args, accelerator, resolution: int | None = None, image_mode
 
 
 def load_images(args, accelerator, train_data: "TrainData", kind: str) -> torch.Tensor:
-    """Images to validate with, shaped as the training images: see ``PreparedImages.first``.
+    """Images to validate with, shaped as the training images, float32 in [-1, 1]: see ``PreparedImages.first``.
 
     Args:
         kind: ``validation``, another split of the training data (``--validation_split``), or ``prior``, another data
@@ -76,7 +76,7 @@ def load_images(args, accelerator, train_data: "TrainData", kind: str) -> torch.
         dataset, name = load_source(args, accelerator)
         prepare = partial(prepare_image, resolution=train_data.resolution, interpolation=args.interpolation)
         images = PreparedImages(dataset, name, args, train_data.mode, False, prepare)
-        return images.first(args.num_validation_images)
+        return torch.from_numpy(images.first(args.num_validation_images)).float() / 127.5 - 1
     except UserError as error:
         message = str(error)
         for flag, given in flags.items():
@@ -188,8 +188,8 @@ class TrainData:
             yield batch
 
     def examples(self, count: int) -> torch.Tensor:
-        """Training images to show and to compare with: see ``PreparedImages.first``."""
-        return self._images.first(count)
+        """Training images to show and to compare with, float32 in [-1, 1], on the CPU: see ``PreparedImages.first``."""
+        return torch.from_numpy(self._images.first(count)).float() / 127.5 - 1
 
     def _numbers(self, first_step: int, last_step: int) -> Iterator[np.ndarray]:
         """Sample numbers of each micro-batch: step * global batch + place in the global batch."""
@@ -268,8 +268,8 @@ class PreparedImages(torch.utils.data.Dataset):
         self.dataset, self.name, self.args, self.mode = dataset, name, args, mode
         self.refuse_colour, self.prepare = refuse_colour, prepare
 
-    def first(self, count: int) -> torch.Tensor:
-        """Some of the images, cut in the middle: float32 (N, C, H, W) in [-1, 1], on the CPU.
+    def first(self, count: int) -> np.ndarray:
+        """Some of the images, cut in the middle: uint8 (N, C, H, W).
 
         The same ones on every process: of a stream the first, otherwise ``count`` at random, or all if there are fewer.
         Bad images are left out with ``--bad_images skip``.
@@ -292,7 +292,7 @@ class PreparedImages(torch.utils.data.Dataset):
                     raise BadImage(f"{error}. {SKIP_HINT}") from None
         if not images:
             raise UserError(f"{self.name}: no readable image found; expected a data set of images")
-        return torch.from_numpy(np.stack(images)).float() / 127.5 - 1
+        return np.stack(images)
 
     def prepared(self, row: dict, index: int, center_crop: bool = False) -> np.ndarray:
         """uint8 (C, H, W), the shorter side at the training resolution, the longer one too if it is cropped."""

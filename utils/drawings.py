@@ -14,6 +14,7 @@ from .images import decode_image, make_grid, prepare_image, to_uint8
 
 SETTINGS = "sampling_args.json"
 # Flags that may change between two runs into one folder: they do not change image k
+ALSO = ("walk.gif", "images.npz", "images.parquet")
 FREE = {"output_dir", "num_samples", "sample_batch_size", "format", "gif", "compile", "config"}
 
 
@@ -42,8 +43,9 @@ class Drawings:
             raise UserError(problem[0])
 
     def _claim(self) -> None:
-        free = FREE if not self.args.interpolate else FREE - {"num_samples"}
-        settings = {flag: value for flag, value in vars(self.args).items() if flag not in free}
+        settings = {flag: value for flag, value in vars(self.args).items() if flag not in FREE}
+        if self.args.interpolate:
+            settings["interpolate"] = [*self.args.interpolate, f"in {self.args.num_samples} images"]
         path = self.folder / SETTINGS
         if path.is_file():
             found = json.loads(path.read_text())
@@ -106,6 +108,7 @@ class Drawings:
             f"\nDrawn: {self.args.num_samples} images of {self.args.model}."
             f"\n  images  {self.folder / 'images'}"
             f"\n  grid    {self.folder / 'grid.png'}"
+            + "".join(f"\n  also    {path}" for path in sorted(self.folder.glob("*")) if path.name in ALSO)
         )
         return 0
 

@@ -21,11 +21,12 @@ def load_pretrained(name_or_path: str) -> DDPMPipeline:
         UserError: it cannot be loaded, or is not a UNet2DModel that predicts one value per channel, or two.
     """
     flag = f"--pretrained_model_name_or_path {name_or_path}"
+    _refuse_missing(flag, name_or_path)
     try:
         pipeline = DDPMPipeline.from_pretrained(name_or_path)
     except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors
         raise UserError(
-            f"{flag}: cannot be loaded as a DDPMPipeline: {type(error).__name__}: {' '.join(str(error).split())}. "
+            f"{flag}: cannot be loaded as a DDPMPipeline: {type(error).__name__}: {_short(error)}. "
             "Expected a Hub id, or a folder with model_index.json: without a network the output of train_ddpm.py, or "
             "what `hf download ID --local-dir DIR` fetched elsewhere"
         ) from error
@@ -62,6 +63,7 @@ def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
         UserError: it cannot be loaded, or consists of other classes.
     """
     ours = {"BasicUNet": BasicUNet, "LinearMixScheduler": LinearMixScheduler}
+    _refuse_missing("", name_or_path)
     expected = "expected a pipeline with model_index.json, made by these scripts or a DDPMPipeline, or a UNet2DModel"
     try:
         try:
@@ -79,8 +81,22 @@ def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
     except UserError:
         raise
     except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name_or_path} cannot be loaded: {type(error).__name__}: {reason}; {expected}") from error
+        reason = f"{type(error).__name__}: {_short(error)}"
+        raise UserError(f"{name_or_path} cannot be loaded: {reason}; {expected}") from error
+
+
+def _refuse_missing(flag: str, name_or_path: str) -> None:
+    """A path that is not there would be looked for on the Hub, for a minute where there is no network."""
+    path = Path(name_or_path).expanduser()
+    looks_local = name_or_path[0] in "./~" or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
+    if looks_local and not path.exists():
+        raise UserError(f"{flag or name_or_path}: there is no such folder; expected a saved pipeline, or a Hub id")
+
+
+def _short(error: Exception) -> str:
+    """The first 160 characters: libraries append advice about their own functions."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
 
 
 def load_config(name_or_path: str, **overrides) -> dict:

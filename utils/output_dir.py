@@ -116,6 +116,12 @@ def check_settings(where: str, old: dict, new: dict) -> None:
     changed = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)
     ]
+    unknown = [name for name in names if old.get(name) != new.get(name) and not (name in old and name in new)]
+    if unknown:
+        raise UserError(
+            f"{where} holds a run of another script, or of another version of this one: {', '.join(unknown)} are not "
+            "flags of both. Choose another --output_dir"
+        )
     if changed:
         raise UserError(
             f"{where} holds a run with other settings: {'; '.join(changed)}. Give the old values to go on with it, or "
@@ -137,7 +143,7 @@ def resume(accelerator, args, facts: dict, ema_model) -> int:
         checkpoints.remove_leftovers(output_dir)
     path = checkpoints.find_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
     if path is None:
-        logger.info(f"Starting from scratch in {output_dir}.")
+        logger.info(f"Starting a new run in {output_dir}.")
         return 0
     state = checkpoints.read_state(path)
     check_settings(str(path), state["settings"], {**vars(args), **facts})

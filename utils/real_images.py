@@ -1,5 +1,6 @@
 """The real images that samples are compared with: what a model was trained on, and what it has not seen."""
 
+import logging
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,9 @@ from .images import GREY_MODES, decode_image, prepare_image
 from .metrics import nearest_distances
 from .sources import load_source
 
+logger = logging.getLogger(__name__)
+
+MEMORY = 2**30  # bytes of a split's images at most
 SIDE = 16  # pixels; images are averaged down to this before they are compared for copies
 PLAIN = dict(  # flags of the data sources that evaluating does not have
     train_data_dir=None, dataset_config_name=None, image_column=None, label_column=None, max_train_samples=None,
@@ -26,18 +30,21 @@ class RealImages:
 
     Args:
         args: ``reference``, ``reference_split``, ``held_out_split``, ``seed``.
-        limit: images of each split at most.
 
     Attributes:
         held_out: uint8 (N, C, H, W), at the images' own size.
     """
 
-    def __init__(self, args, accelerator, limit: int = 100_000):
-        self.args, self.limit, self._prepared = args, limit, {}
+    def __init__(self, args, accelerator):
+        self.args, self._prepared = args, {}
         self._sources = {}
-        for split in (args.reference_split, args.held_out_split):
+        for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
             flags = SimpleNamespace(**PLAIN, dataset_name=args.reference, dataset_split=split, seed=args.seed)
-            self._sources[split] = load_source(flags, accelerator)[0], flags
+            try:
+                self._sources[split] = load_source(flags, accelerator)[0], flags
+            except UserError as error:
+                message = str(error).replace("--dataset_name", "--reference").replace("--dataset_split", flag)
+                raise UserError(message) from None
         first = self._sources[args.held_out_split][0][0]["image"]
         image = decode_image(first["bytes"] or first["path"], args.reference)
         self.held_out = self._load(args.held_out_split, min(image.size), "L" if image.mode in GREY_MODES else "RGB")
@@ -46,8 +53,11 @@ class RealImages:
         if (split, side, mode) not in self._prepared:
             dataset, flags = self._sources[split]
             prepare = partial(prepare_image, resolution=side, interpolation=flags.interpolation)
-            images = PreparedImages(dataset, self.args.reference, flags, mode, False, prepare).first(self.limit)
-            self._prepared[split, side, mode] = ((images + 1) * 127.5).round().byte().numpy()
+            images = PreparedImages(dataset, self.args.reference, flags, mode, False, prepare)
+            limit = MEMORY // (side * side * len(mode))
+            if limit < len(dataset):
+                logger.warning(f"{self.args.reference}, {split}: of {len(dataset)} images, {limit} at random are used")
+            self._prepared[split, side, mode] = images.first(limit)
         return self._prepared[split, side, mode]
 
     def like(self, images: np.ndarray, split: str | None = None) -> np.ndarray:
@@ -72,6 +82,7 @@ class RealImages:
             The rate; the eight images with the lowest ratio and their nearest training images, uint8.
         """
         train, held_out = self.like(images), self.like(images, self.args.held_out_split)
+        train = np.concatenate([train, train[..., ::-1]])  # as it may have been shown with --random_flip
         points, trained, unseen = (_shrink(group) for group in (images, train, held_out))
         to_train, indices = nearest_distances(points, trained)
         same = len(images) <= len(held_out) and np.array_equal(images, held_out[: len(images)])  # the floor

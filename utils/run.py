@@ -155,12 +155,13 @@ def say_finished(accelerator, args, global_step: int, again: bool = False) -> in
     config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
     launch = f"{_command('accelerate')} launch --quiet --config_file {config}"
     base = vars(args).get("pretrained_model_name_or_path")
-    images = (
-        f"--train_data_dir DIR --output_dir outputs/mine{f' --pretrained_model_name_or_path {base}' if base else ''}"
-    )
+    images = "--train_data_dir DIR --output_dir outputs/mine"
+    if base:
+        images += f" --pretrained_model_name_or_path {base} --learning_rate {args.learning_rate:g}"
+    pictures = sorted(path.name for path in Path(folder).glob("*.png") if path.name != "samples.png")
     print(
         f"\n{'This run was finished before' if again else 'Finished'}, after {global_step} optimizer steps."
-        f"\n  samples      {Path(folder) / 'samples.png'}"
+        f"\n  samples      {', '.join([str(Path(folder) / 'samples.png'), *pictures])}"
         f"\n  pipeline     {how_to_load(Path(folder), folder)}"
         f"\n  curves       {_command('tensorboard')} --logdir {folder}"
         f"\n  train on     the same command with a larger --max_train_steps"

@@ -15,8 +15,8 @@ class StopSignal:
 
     GRACE = 2.0  # seconds in which a repeated signal is the same request
 
-    def __init__(self, accelerator):
-        self.accelerator, self.received, self.at = accelerator, None, 0.0
+    def __init__(self, accelerator, promise: str = "stopping after this step, with a checkpoint"):
+        self.accelerator, self.promise, self.received, self.at = accelerator, promise, None, 0.0
         self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _handle(self, number, frame):
@@ -24,9 +24,7 @@ class StopSignal:
             self.received, self.at = number, time.monotonic()
             if self.accelerator.is_main_process:  # os.write, for print may not be interrupted by itself
                 name = signal.Signals(number).name
-                os.write(
-                    2, f"\n{name}: stopping after this step, with a checkpoint; again in 2 s to stop at once\n".encode()
-                )
+                os.write(2, f"\n{name}: {self.promise}; send it again after 2 s to stop at once\n".encode())
         elif number == self.received and time.monotonic() - self.at > self.GRACE:
             os._exit(128 + number)
 

@@ -63,9 +63,9 @@ def check_disjoint(args, accelerator) -> None:
             values = {**vars(args), "dataset_split": whole, "label_column": None, "max_train_samples": None}
             lengths[whole] = 1 if args.streaming else len(load_source(SimpleNamespace(**values), accelerator)[0])
         parts = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
-        ranges.append({(part.splitname, row) for part in parts for row in range(part.from_, part.to)})
-    both = ranges[0] & ranges[1]
-    if both:
+        ranges.append([(part.splitname, part.from_, part.to) for part in parts])
+    pairs = [(first, second) for first in ranges[0] for second in ranges[1] if first[0] == second[0]]
+    if any(max(first[1], second[1]) < min(first[2], second[2]) for first, second in pairs):
         raise UserError(
             f"--validation_split {args.validation_split} shares images with --dataset_split {args.dataset_split}, so "
             "it would not be held out. Take parts that do not overlap, such as --dataset_split 'train[:90%]' and "

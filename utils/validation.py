@@ -82,7 +82,11 @@ def nearest_images(images: torch.Tensor, others: torch.Tensor, side: int = 32) -
 
 
 def show_nearest(samples: np.ndarray, training_images: torch.Tensor) -> Image.Image:
-    """A picture of samples, uint8 (N, C, H, W), and below each its nearest training image, given in [-1, 1]."""
-    indices, _ = nearest_images(torch.from_numpy(samples) / 127.5 - 1, training_images.cpu())
-    nearest = ((training_images.cpu()[indices] + 1) * 127.5).round().byte().numpy()
+    """A picture of samples, uint8 (N, C, H, W), and below each its nearest training image, given in [-1, 1].
+
+    Each training image is compared as it is and mirrored, for that is how ``--random_flip`` has shown it.
+    """
+    both = torch.cat([training_images, training_images.flip(-1)]).cpu()
+    indices, _ = nearest_images(torch.from_numpy(samples) / 127.5 - 1, both)
+    nearest = ((both[indices] + 1) * 127.5).round().byte().numpy()
     return make_grid(np.concatenate([samples, nearest]), captions=["samples", f"nearest of {len(training_images)}"])
