@@ -55,7 +55,7 @@ def test_the_table_ranks_models_between_floor_and_ceiling(tmp_path, finished_run
     )
     said = capsys.readouterr().out
     assert "about 0." in said and "| floor: held-out images  " in said and " ± " in said
-    assert said.count("|---|") >= 1 and (tmp_path / "out" / "results.md").is_file()
+    assert "|------" in said and (tmp_path / "out" / "results.md").is_file()
     for name in ("samples.png", "nearest.png"):
         assert Image.open(tmp_path / "out" / name).width > 8 * 64
 
