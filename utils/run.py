@@ -144,7 +144,20 @@ def finish(accelerator, args, global_step: int, stop_signal, **facts) -> int:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     stop_signal.restore()
-    return say_finished(accelerator, args, global_step)
+    return _leave(accelerator, say_finished(accelerator, args, global_step))
+
+
+def _leave(accelerator, code: int) -> int:
+    """End this process if it is one of several.
+
+    The process group is gone, and what remains of DistributedDataParallel may wait for it for ever, in one run of ten,
+    when the script's variables are taken down.
+    """
+    if accelerator.num_processes > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def say_finished(accelerator, args, global_step: int, again: bool = False) -> int:
@@ -184,7 +197,7 @@ def say_stopped(accelerator, args, global_step: int, max_train_steps: int, numbe
         f"\nStopped by {signal.Signals(number).name} after {global_step} of {max_train_steps} optimizer steps; "
         f"{Path(args.output_dir) / f'checkpoint-{global_step}'} is complete.\nThe same command goes on from there."
     )
-    return 128 + number
+    return _leave(accelerator, 128 + number)
 
 
 def run_script(main: Callable[[tuple], int | None], args) -> None:
