@@ -50,14 +50,13 @@ def main(args):
     import time
     from functools import partial
 
-    from utils import UserError, run
+    from utils import run
     from utils.features import digit_statistics, load_extractor
     from utils.metrics import compare
-    from utils.models import check_noise_scheduler, load_pipeline
+    from utils.models import choose_sampler, load_pipeline
     from utils.real_images import RealImages, load_folder
     from utils.report import write_report
     from utils.sampling import sample_images
-    from utils.schedulers import LinearMixScheduler, make_sampler
 
     accelerator = run.start_process(args.mixed_precision)
     extract = load_extractor(args.features, args.features_model_name_or_path, accelerator.device)
@@ -102,21 +101,9 @@ def main(args):
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         for name, steps in settings(args):
-            sampler = own
-            if not isinstance(own, LinearMixScheduler):
-                check_noise_scheduler(own, steps)
-                sampler = make_sampler(name, own) if name else own
-            elif name:
-                raise UserError(f"--sampler {name}: {model} was trained on linear mixing, which has its own")
-            draw = partial(
-                sample_images,
-                unet,
-                sampler,
-                accelerator,
-                shape=shape,
-                batch_size=args.sample_batch_size,
-                seed=args.seed,
-            )
+            sampler = choose_sampler(own, name, steps)
+            options = dict(shape=shape, batch_size=args.sample_batch_size, seed=args.seed)
+            draw = partial(sample_images, unet, sampler, accelerator, **options)
             start = time.perf_counter()
             draw(args.sample_batch_size * accelerator.num_processes, num_inference_steps=1)
             seconds = (time.perf_counter() - start) * steps

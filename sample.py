@@ -44,24 +44,19 @@ def main(args):
     import torch
     from tqdm.auto import tqdm
 
-    from utils import UserError, run
+    from utils import run
     from utils.drawings import Drawings, load_image, save_gif
     from utils.guidance import make_guidance
     from utils.images import make_grid
-    from utils.models import check_noise_scheduler, load_pipeline
+    from utils.models import choose_sampler, load_pipeline
     from utils.randomness import sample_noise, slerp
     from utils.sampling import sample_batch, to_uint8
-    from utils.schedulers import LinearMixScheduler, make_sampler
     from utils.signals import StopSignal
 
     # Model
     accelerator = run.start_process(args.mixed_precision)
-    unet, sampler = load_pipeline(args.model)
-    if not isinstance(sampler, LinearMixScheduler):
-        check_noise_scheduler(sampler, args.num_inference_steps)
-        sampler = make_sampler(args.sampler, sampler) if args.sampler else sampler
-    elif args.sampler:
-        raise UserError(f"--sampler {args.sampler}: {args.model} was trained on linear mixing, which has its own")
+    unet, own = load_pipeline(args.model)
+    sampler = choose_sampler(own, args.sampler, args.num_inference_steps)
     if accelerator.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)  # on a CPU it costs
     if args.compile:

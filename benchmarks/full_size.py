@@ -17,11 +17,11 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import train_ddpm  # noqa: E402
+
 CONFIG = dict(
-    sample_size=256, in_channels=3, out_channels=3, layers_per_block=2,
-    block_out_channels=(128, 128, 256, 256, 512, 512),
-    down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+    train_ddpm.UNETS["large"], sample_size=256, in_channels=3, out_channels=3,
     attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6,
 )  # fmt: skip
 FLAGS = [

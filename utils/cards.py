@@ -62,7 +62,8 @@ def write_card(folder: Path, title: str, args, grid: str, of_people: bool = Fals
     facts |= {key: vars(args)[key] for key in TRAINING_FLAGS if key in vars(args)}
     table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in facts.items())
     load = how_to_load(folder, folder.resolve().name)
-    code = [f"`{path.relative_to(folder)}`" for path in [*folder.glob("*.py"), *folder.glob("[us]*/*.py")]]
+    folders = [folder, *(folder / part for part in ("scheduler", "unet"))]
+    code = [f"`{path.relative_to(folder)}`" for place in folders for path in place.glob("*.py")]
     trust = f"`trust_remote_code=True` runs the code that comes with the model: {', '.join(code)}. Read it first.\n\n"
     text = f"""---
 {data.to_yaml()}

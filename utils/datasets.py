@@ -24,7 +24,7 @@ from datasets.utils.file_utils import xopen
 from . import UserError, randomness
 from .cache import Cache
 from .images import GREY_MODES, SKIP_HINT, BadImage, augment, check_bad_count, decode_image, prepare_image, to_uint8
-from .sources import check_disjoint, load_source
+from .sources import check_disjoint, flags_called, load_source
 from .streaming import Stream, read_ahead
 
 logger = logging.getLogger(__name__)
@@ -72,16 +72,11 @@ def load_images(args, accelerator, train_data: "TrainData", kind: str) -> torch.
     else:
         check_disjoint(args, accelerator)
     args = SimpleNamespace(**{**vars(args), **changed})
-    try:
+    with flags_called(flags):
         dataset, name = load_source(args, accelerator)
         prepare = partial(prepare_image, resolution=train_data.resolution, interpolation=args.interpolation)
         images = PreparedImages(dataset, name, args, train_data.mode, False, prepare)
         return torch.from_numpy(images.first(args.num_validation_images)).float() / 127.5 - 1
-    except UserError as error:
-        message = str(error)
-        for flag, given in flags.items():
-            message = message.replace(flag, given)
-        raise UserError(message) from None
 
 
 class TrainData:

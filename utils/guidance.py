@@ -113,6 +113,7 @@ def clip_loss(prompt: str, model_name_or_path: str, device: torch.device, num_cu
         UserError: the model cannot be loaded, or is not CLIP.
     """
     from transformers import AutoConfig, AutoTokenizer, CLIPModel
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     try:
         kind = AutoConfig.from_pretrained(model_name_or_path).model_type
@@ -127,8 +128,7 @@ def clip_loss(prompt: str, model_name_or_path: str, device: torch.device, num_cu
         ) from error
     clip = clip.to(device).eval().requires_grad_(False)
     size = clip.config.vision_config.image_size
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=device).view(3, 1, 1)  # CLIP's preprocessing
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=device).view(3, 1, 1)
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 
     def features(output):
         return F.normalize(output.pooler_output, dim=-1)
@@ -146,6 +146,6 @@ def clip_loss(prompt: str, model_name_or_path: str, device: torch.device, num_cu
             cutout = images[:, :, y : y + side, x : x + side]
             cutouts.append(F.interpolate(cutout, (size, size), mode="bilinear", antialias=True))
         chords = (features(clip.get_image_features(torch.cat(cutouts))) - text).norm(dim=-1)
-        return (2 * chords.div(2).arcsin().square()).view(num_cutouts, -1).mean(0)  # as in Crowson et al. 2022
+        return (2 * chords.div(2).arcsin().square()).view(num_cutouts, -1).mean(0)
 
     return loss

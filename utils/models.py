@@ -9,7 +9,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin
 
 from . import UserError
 from .basic_unet import BasicUNet
-from .schedulers import LinearMixScheduler
+from .schedulers import LinearMixScheduler, make_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +169,22 @@ def check_noise_scheduler(noise_scheduler, num_inference_steps: int) -> None:
             f"--num_inference_steps {num_inference_steps}: there are only {config.num_train_timesteps} noise levels; "
             "give at most that many"
         )
+
+
+def choose_sampler(own: SchedulerMixin, name: str | None, num_inference_steps: int) -> SchedulerMixin:
+    """The sampler called ``name`` for a model that came with the scheduler ``own``, or that one without a name.
+
+    Raises:
+        UserError: linear mixing has no other sampler; see also ``check_noise_scheduler``.
+    """
+    if isinstance(own, LinearMixScheduler):
+        if name:
+            raise UserError(
+                f"--sampler {name}: the model was trained on linear mixing, which has its own; drop the flag"
+            )
+        return own
+    check_noise_scheduler(own, num_inference_steps)
+    return make_sampler(name, own) if name else own
 
 
 def count_parameters(model: torch.nn.Module) -> int:

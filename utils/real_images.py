@@ -6,19 +6,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from . import UserError, randomness
 from .datasets import PreparedImages
+from .features import load_extractor
 from .images import GREY_MODES, decode_image, prepare_image
 from .metrics import nearest_distances
-from .sources import load_source
+from .sampling import to_uint8
+from .sources import flags_called, load_source
 
 logger = logging.getLogger(__name__)
 
 MEMORY = 2**30  # bytes of a split's images at most
-SIDE = 16  # pixels; images are averaged down to this before they are compared for copies
 PLAIN = dict(  # flags of the data sources that evaluating does not have
     train_data_dir=None, dataset_config_name=None, image_column=None, label_column=None, max_train_samples=None,
     streaming=False, bad_images="error", interpolation="bicubic", center_crop=True,
@@ -36,15 +35,12 @@ class RealImages:
     """
 
     def __init__(self, args, accelerator):
-        self.args, self._prepared = args, {}
+        self.args, self._prepared, self._baselines = args, {}, {}
         self._sources = {}
         for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
             flags = SimpleNamespace(**PLAIN, dataset_name=args.reference, dataset_split=split, seed=args.seed)
-            try:
+            with flags_called({"--dataset_name": "--reference", "--dataset_split": flag}):
                 self._sources[split] = load_source(flags, accelerator)[0], flags
-            except UserError as error:
-                message = str(error).replace("--dataset_name", "--reference").replace("--dataset_split", flag)
-                raise UserError(message) from None
         first = self._sources[args.held_out_split][0][0]["image"]
         image = decode_image(first["bytes"] or first["path"], args.reference)
         self.held_out = self._load(args.held_out_split, min(image.size), "L" if image.mode in GREY_MODES else "RGB")
@@ -69,7 +65,7 @@ class RealImages:
         noise = randomness.sample_noise(
             self.args.seed, "ceiling", np.arange(count), self.held_out.shape[1:], "cpu", "uniform"
         )
-        return ((noise + 1) * 127.5).round().byte().numpy()
+        return to_uint8(noise)
 
     def copies(self, images: np.ndarray) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
         """How many of the images are nearer to a training image than real ones are.
@@ -81,16 +77,25 @@ class RealImages:
         Returns:
             The rate; the eight images with the lowest ratio and their nearest training images, uint8.
         """
-        train, held_out = self.like(images), self.like(images, self.args.held_out_split)
-        train = np.concatenate([train, train[..., ::-1]])  # as it may have been shown with --random_flip
-        points, trained, unseen = (_shrink(group) for group in (images, train, held_out))
-        to_train, indices = nearest_distances(points, trained)
+        train, pixels, trained, unseen, threshold = self._baseline(images)
+        to_train, indices = nearest_distances(pixels(images), trained)
+        held_out = self.like(images, self.args.held_out_split)
         same = len(images) <= len(held_out) and np.array_equal(images, held_out[: len(images)])  # the floor
-        to_unseen = nearest_distances(points, unseen, skip_first=same)[0]
-        ratios = to_train / np.maximum(to_unseen, 1e-12)
-        real = nearest_distances(unseen, trained)[0] / np.maximum(nearest_distances(unseen, unseen, True)[0], 1e-12)
+        ratios = to_train / np.maximum(nearest_distances(pixels(images), unseen, skip_first=same)[0], 1e-12)
         closest = np.argsort(ratios)[:8]
-        return float((ratios < np.quantile(real, 0.01)).mean()), (images[closest], train[indices[closest]])
+        return float((ratios < threshold).mean()), (images[closest], train[indices[closest]])
+
+    def _baseline(self, images: np.ndarray) -> tuple:
+        """What images of this shape are compared with; the distances of all real images are measured once."""
+        if images.shape[1:] not in self._baselines:
+            train, held_out = self.like(images), self.like(images, self.args.held_out_split)
+            train = np.concatenate([train, train[..., ::-1]])  # as it may have been shown with --random_flip
+            pixels = load_extractor("pixels")
+            trained, unseen = pixels(train), pixels(held_out)
+            to_unseen = nearest_distances(unseen, unseen, skip_first=True)[0]
+            ratios = nearest_distances(unseen, trained)[0] / np.maximum(to_unseen, 1e-12)
+            self._baselines[images.shape[1:]] = train, pixels, trained, unseen, np.quantile(ratios, 0.01)
+        return self._baselines[images.shape[1:]]
 
 
 def load_folder(folder: str, accelerator, seed: int, limit: int = 100_000) -> np.ndarray:
@@ -110,9 +115,3 @@ def load_folder(folder: str, accelerator, seed: int, limit: int = 100_000) -> np
     mode = "L" if all(image.mode in GREY_MODES for image in decoded) else "RGB"
     arrays = np.stack([np.atleast_3d(np.asarray(image.convert(mode))) for image in decoded])
     return arrays.transpose(0, 3, 1, 2)
-
-
-def _shrink(images: np.ndarray) -> np.ndarray:
-    """float32 (N, D) in [0, 1]."""
-    images = torch.from_numpy(images).float() / 255
-    return (F.interpolate(images, (SIDE, SIDE), mode="area") if images.shape[-1] > SIDE else images).flatten(1).numpy()

@@ -104,7 +104,7 @@ def sample_batch(
     options = {}
     if "generator" in inspect.signature(sampler.step).parameters:
         options["generator"] = randomness.sample_generators(seed, "sampler", numbers, device)
-    with _evaluating(model):
+    with evaluating(model):
         for timestep in sampler.timesteps[first_step:]:
             if stop():
                 return None
@@ -134,13 +134,12 @@ def show_denoising(
     timesteps = torch.linspace(0, noise_scheduler.config.num_train_timesteps, count, device=clean_images.device)
     noise = _start(noise_scheduler, seed, np.arange(count), shape, clean_images.device)
     noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
-    with _evaluating(model):
+    with evaluating(model):
         predicted = model(noisy_images, timesteps).sample.float()
     rows = to_uint8(torch.cat([clean_images, noisy_images, predicted]))
     return make_grid(rows, captions=["image", "mixed with noise", "predicted"])
 
 
-@torch.no_grad()
 def show_walk(
     model: torch.nn.Module,
     sampler: SchedulerMixin,
@@ -157,14 +156,13 @@ def show_walk(
         count: number of images.
         num_inference_steps: model calls, two rows each.
     """
-    sample, rows, captions = _start(sampler, seed, np.arange(count), shape, device), [], []
-    sampler.set_timesteps(num_inference_steps, device=device)
-    with _evaluating(model):
-        for step, timestep in enumerate(sampler.timesteps, 1):
-            predicted = model(sample, timestep).sample.float()
-            rows += [sample, predicted]
-            captions += [f"step {step}: given", "predicted"]
-            sample = sampler.step(predicted, timestep, sample).prev_sample
+    rows = []
+    sample_batch(
+        model, sampler, np.arange(count), shape, num_inference_steps, seed, device,
+        watch=lambda given, predicted: rows.extend([given, predicted]),
+    )  # fmt: skip
+    steps = range(1, num_inference_steps + 1)
+    captions = [caption for step in steps for caption in (f"step {step}: given", "predicted")]
     return make_grid(to_uint8(torch.cat(rows)), captions=captions)
 
 
@@ -179,7 +177,8 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; after it, whatever happened, as it was."""
     mode = model.training
     model.eval()
     try:

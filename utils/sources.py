@@ -4,6 +4,8 @@ Images are not decoded here, so that whoever decodes them can name the one that 
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +45,18 @@ def load_source(args, accelerator) -> tuple[datasets.Dataset | datasets.Iterable
     if failure:
         raise failure
     return _select_columns(dataset, name, args), name
+
+
+@contextmanager
+def flags_called(names: dict[str, str]) -> Iterator[None]:
+    """Inside, errors name the flags that the user gave: a key of ``names`` is replaced by its value."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for flag, given in names.items():
+            message = message.replace(flag, given)
+        raise UserError(message) from None
 
 
 def check_disjoint(args, accelerator) -> None:

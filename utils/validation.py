@@ -10,6 +10,7 @@ from PIL import Image
 from . import randomness
 from .curves import NOISE_LEVELS, noise_levels
 from .images import make_grid
+from .sampling import evaluating, to_uint8
 from .schedulers import output_for
 
 
@@ -39,27 +40,24 @@ class DenoisingLoss:
         steps = self.noise_scheduler.config.num_train_timesteps
         numbers = np.arange(len(self.images) * NOISE_LEVELS)  # of the triples
         sums = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)
-        training = model.training
-        model.eval()
         mine = numbers[accelerator.process_index :: accelerator.num_processes]
-        for batch in np.array_split(mine, range(self.batch_size, len(mine), self.batch_size)):
-            if accelerator.num_processes == 1 and stop():
-                model.train(training)
-                return {}
-            levels = batch % NOISE_LEVELS
-            fractions = (levels + randomness.uniform(self.seed, "validation timesteps", batch)) / NOISE_LEVELS
-            timesteps = torch.from_numpy(fractions * steps).long().to(accelerator.device)
-            clean_images = self.images[batch // NOISE_LEVELS].to(accelerator.device)
-            shape = tuple(clean_images.shape[1:])
-            noise = randomness.sample_noise(self.seed, "validation noise", batch, shape, accelerator.device)
-            noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
-            target = output_for(self.noise_scheduler, clean_images, noisy_images, timesteps.view(-1, 1, 1, 1))
-            output = model(noisy_images, timesteps).sample.float()
-            losses = F.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
-            index = torch.from_numpy(levels).to(accelerator.device)
-            sums[0].index_add_(0, index, losses)
-            sums[1].index_add_(0, index, torch.ones_like(losses))
-        model.train(training)
+        with evaluating(model):
+            for batch in np.array_split(mine, range(self.batch_size, len(mine), self.batch_size)):
+                if accelerator.num_processes == 1 and stop():
+                    return {}
+                levels = batch % NOISE_LEVELS
+                fractions = (levels + randomness.uniform(self.seed, "validation timesteps", batch)) / NOISE_LEVELS
+                timesteps = torch.from_numpy(fractions * steps).long().to(accelerator.device)
+                clean_images = self.images[batch // NOISE_LEVELS].to(accelerator.device)
+                shape = tuple(clean_images.shape[1:])
+                noise = randomness.sample_noise(self.seed, "validation noise", batch, shape, accelerator.device)
+                noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
+                target = output_for(self.noise_scheduler, clean_images, noisy_images, timesteps.view(-1, 1, 1, 1))
+                output = model(noisy_images, timesteps).sample.float()
+                losses = F.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
+                index = torch.from_numpy(levels).to(accelerator.device)
+                sums[0].index_add_(0, index, losses)
+                sums[1].index_add_(0, index, torch.ones_like(losses))
         totals, counts = accelerator.reduce(sums, "sum").cpu()
         means = totals / counts
         return {"loss": means.mean().item(), **dict(zip(noise_levels(steps), means.tolist(), strict=True))}
@@ -88,5 +86,6 @@ def show_nearest(samples: np.ndarray, training_images: torch.Tensor) -> Image.Im
     """
     both = torch.cat([training_images, training_images.flip(-1)]).cpu()
     indices, _ = nearest_images(torch.from_numpy(samples) / 127.5 - 1, both)
-    nearest = ((both[indices] + 1) * 127.5).round().byte().numpy()
-    return make_grid(np.concatenate([samples, nearest]), captions=["samples", f"nearest of {len(training_images)}"])
+    return make_grid(
+        np.concatenate([samples, to_uint8(both[indices])]), captions=["samples", f"nearest of {len(training_images)}"]
+    )
