@@ -9,7 +9,7 @@ table. Metrics carry the name of the features: fd_digits is a Frechet distance i
 
 from pathlib import Path
 
-from utils.args import SAMPLERS, Parser, integer
+from utils.args import SAMPLERS, Parser, add_features_arguments, integer
 
 
 # fmt: off
@@ -28,16 +28,23 @@ def parse_args(argv=None):
     group.add_argument("--sampler", choices=SAMPLERS, help="instead of the scheduler that a pipeline carries")
     group.add_argument("--num_inference_steps", type=integer(1, 1000), default=40, help="UNet calls per image")
     group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="evaluate each model with all of these instead, for example ddim:10,50 dpmsolver++:10,20")
+    parser.switch(group, "--write_best", False, "with --sweep: put the best sampler's scheduler into the pipeline, which must be a folder")
     group.add_argument("--sample_batch_size", type=integer(1), default=128, help="images at once, per process")
     group.add_argument("--seed", type=integer(0, 2**31), default=0, help="of samples, subsets and bootstrap")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
 
-    group = parser.add_argument_group("features")
-    group.add_argument("--features", choices=("digits", "pixels", "dinov2", "clip", "inception"), default="digits", help="what images are compared by; digits is for digits only")
-    group.add_argument("--features_model_name_or_path", metavar="MODEL", help="weights for dinov2 and clip: a Hub id or a folder")
+    add_features_arguments(parser.add_argument_group("features"))
+
+    group = parser.add_argument_group("denoising loss")
+    parser.switch(group, "--validation_loss", False, "also the loss on frozen (image, timestep, noise) triples: trained on against held out, by noise level")
+    group.add_argument("--num_validation_images", type=integer(1), default=256, help="of each split")
     args = parser.parse(argv)
+    if args.write_best and not args.sweep:
+        parser.error("--write_best needs --sweep: the best of what?")
     for entry in args.sweep or ():
         name, _, steps = entry.partition(":")
+        if args.write_best and name == "unipc":
+            parser.error("--write_best cannot write unipc: DDPMPipeline does not call it; leave it out of --sweep")
         if name not in SAMPLERS or not all(step.isdigit() and 0 < int(step) <= 1000 for step in steps.split(",")):
             parser.error(f"--sweep {entry}: expected SAMPLER:STEPS,STEPS with one of {', '.join(SAMPLERS)} and steps from 1 to 1000")
     return args
@@ -50,25 +57,32 @@ def main(args):
     import time
     from functools import partial
 
+    import torch
+
     from utils import run
     from utils.features import digit_statistics, load_extractor
     from utils.metrics import compare
-    from utils.models import choose_sampler, load_pipeline
+    from utils.models import check_writable, choose_sampler, load_pipeline, write_scheduler
     from utils.real_images import RealImages, load_folder
-    from utils.report import write_report
-    from utils.sampling import sample_images
+    from utils.report import best_setting, write_report
+    from utils.sampling import estimate_seconds, sample_images
+    from utils.schedulers import training_scheduler
+    from utils.validation import DenoisingLoss
 
+    if args.write_best:
+        for model in args.models:
+            check_writable(model)
     accelerator = run.start_process(args.mixed_precision)
     extract = load_extractor(args.features, args.features_model_name_or_path, accelerator.device)
     real = RealImages(args, accelerator)
-    rows, grids, pairs = [], {}, {}
+    rows, losses, grids, pairs = [], [], {}, {}
     say = partial(print, flush=True) if accelerator.is_main_process else lambda text: None
 
     def measure(name, images, **facts):
         """Add a row for images, uint8 (N, C, H, W)."""
         if not accelerator.is_main_process:
             return
-        reference = real.like(images)
+        reference = real.like(images.shape[1:])
         count = min(len(images), len(reference), args.num_samples)
         row = dict(model=name, N=count, **facts)
         features = extract(images[:count])
@@ -100,27 +114,35 @@ def main(args):
             )
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        if args.validation_loss:
+            for split in (args.reference_split, args.held_out_split):
+                images = torch.from_numpy(real.like(shape, split)[: args.num_validation_images])
+                loss = DenoisingLoss(images.float() / 127.5 - 1, training_scheduler(own), args.seed)
+                losses.append(dict(model=Path(model).name, images=split, **loss.measure(unet, accelerator)))
+        tried = []  # samplers, and their rows
         for name, steps in settings(args):
             sampler = choose_sampler(own, name, steps)
-            options = dict(shape=shape, batch_size=args.sample_batch_size, seed=args.seed)
-            draw = partial(sample_images, unet, sampler, accelerator, **options)
+            setting = (unet, sampler, accelerator, args.num_samples, shape, steps, args.sample_batch_size, args.seed)
+            say(
+                f"{model}, {type(sampler).__name__}, {steps} steps: about {estimate_seconds(*setting) / 60:.1f} minutes"
+            )
             start = time.perf_counter()
-            draw(args.sample_batch_size * accelerator.num_processes, num_inference_steps=1)
-            seconds = (time.perf_counter() - start) * steps
-            seconds *= -(-args.num_samples // (args.sample_batch_size * accelerator.num_processes))
-            say(f"{model}, {type(sampler).__name__}, {steps} steps: about {seconds / 60:.1f} minutes")
-            start = time.perf_counter()
-            images = draw(args.num_samples, num_inference_steps=steps)
-            speed = args.num_samples / (time.perf_counter() - start)
-            title = f"{Path(model).name} {name} {steps}" if name else Path(model).name
-            measure(title, images, sampler=type(sampler).__name__, steps=steps, images_per_second=speed)
+            images = sample_images(*setting)
+            facts = dict(sampler=type(sampler).__name__, steps=steps)
+            facts["images_per_second"] = args.num_samples / (time.perf_counter() - start)
+            measure(f"{Path(model).name} {name} {steps}" if name else Path(model).name, images, **facts)
+            tried.append((sampler, rows[-1:]))
+        if args.write_best and accelerator.is_main_process:
+            sampler, steps = best_setting(tried)
+            write_scheduler(Path(model), sampler, steps)
+            say(f"{model} carries {type(sampler).__name__} now, at its best with {steps} steps")
 
     # Noise: anything should be better
     measure("ceiling: noise", real.noise(args.num_samples))
     if accelerator.is_main_process:
         facts = dict(features=extract.name, features_hash=extract.hash, reference=args.reference)
         facts |= dict(reference_split=args.reference_split, held_out_split=args.held_out_split, seed=args.seed)
-        write_report(Path(args.output_dir), rows, grids, pairs, **facts)
+        write_report(Path(args.output_dir), rows, losses, grids, pairs, bool(args.sweep), **facts)
     return 0
 
 

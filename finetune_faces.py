@@ -39,14 +39,12 @@ def parse_args(argv=None):
     group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="how samples are drawn")
     add_guidance_arguments(group)
 
-    group = parser.add_argument_group("validation")
-    group.add_argument("--validation_split", help="split held out from training, for a loss curve; for example train[90%%:]")
+    group = parser.add_argument_group("forgetting")
     group.add_argument("--prior_dataset_name", help="images that the pretrained model was made for: a loss curve that shows forgetting")
     group.add_argument("--prior_dataset_split", default="train", help="split of --prior_dataset_name")
-    group.add_argument("--num_validation_images", type=integer(1), default=64, help="of each set")
 
     add_common_arguments(parser)
-    parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, num_samples=16, sample_batch_size=8)
+    parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, validation_steps=250, num_samples=16, sample_batch_size=8)
     args = parser.parse(argv)
     check_common(parser, args)
     check_guidance(parser, args)
@@ -69,7 +67,7 @@ def main(args):
     from utils.adapt import adamw, base_weights, choose_trainable, distance_to_base, merged, save_adapter, say_counts
     from utils.cards import write_card
     from utils.curves import TrainingCurves
-    from utils.datasets import load_images, load_train_data
+    from utils.datasets import load_train_data
     from utils.ema import EMA
     from utils.guidance import make_guidance
     from utils.images import make_grid
@@ -79,7 +77,7 @@ def main(args):
     from utils.sampling import sample_images, save_picture
     from utils.schedulers import make_sampler, pipeline_scheduler, total_train_steps
     from utils.signals import StopSignal
-    from utils.validation import DenoisingLoss, show_nearest
+    from utils.validation import Validation, show_nearest
 
     # Accelerator
     accelerator = run.make_accelerator(args)
@@ -94,11 +92,6 @@ def main(args):
     if finished_at is not None and finished_at >= max_train_steps:
         return run.say_finished(accelerator, args, finished_at, again=True)
     training_images = train_data.examples(1000)
-    validation = {"train": training_images[: args.num_validation_images]}
-    if args.validation_split:
-        validation["held_out"] = load_images(args, accelerator, train_data, "validation")
-    if args.prior_dataset_name:
-        validation["prior"] = load_images(args, accelerator, train_data, "prior")
 
     # Model
     unet = pretrained.unet
@@ -119,7 +112,7 @@ def main(args):
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     prediction_type = noise_scheduler.config.prediction_type
     sampler = make_sampler(args.sampler, noise_scheduler)
-    validation = {name: DenoisingLoss(images, noise_scheduler, args.seed) for name, images in validation.items()}
+    validation = Validation(args, accelerator, train_data, noise_scheduler)
     guidance = make_guidance(args, accelerator.device)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
@@ -157,15 +150,12 @@ def main(args):
     stop_signal = StopSignal(accelerator)
 
     def validate():
-        values = {"distance_to_base": distance_to_base(unet, base)}
-        for name, denoising_loss in validation.items():
-            for part, value in denoising_loss.measure(unet, accelerator, lambda: stop_signal.received).items():
-                values[f"validation_{part}/{name}"] = value
-        accelerator.log(values, step=global_step)
+        with curves.pause(), ema_model.swapped_in(unet):
+            distance = distance_to_base(unet, base)
+            validation.log(unet, global_step, lambda: stop_signal.received, distance_to_base=distance)
 
     def sample(path):
         with curves.pause(), ema_model.swapped_in(unet):
-            validate()
             images = draw(args.num_samples, stop=lambda: stop_signal.received)
             guided = draw(len(base_samples), guidance, lambda: stop_signal.received) if guidance else None
         if images is None or (guidance and guided is None):  # interrupted
@@ -187,8 +177,7 @@ def main(args):
             DDPMPipeline(merged(unet), pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
 
     if global_step == 0:
-        with curves.pause():
-            validate()
+        validate()
 
     # Train
     model.train()
@@ -236,6 +225,8 @@ def main(args):
                 save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
         if stop:
             return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
+        if global_step % args.validation_steps == 0 or global_step == max_train_steps:
+            validate()
         if global_step % args.sample_steps == 0 and global_step < max_train_steps:
             sample(output_dir / "samples" / f"step-{global_step:06}.png")
 

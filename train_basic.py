@@ -44,6 +44,7 @@ def main(args):
     from utils.sampling import sample_images, save_picture, show_denoising, show_walk
     from utils.schedulers import LinearMixScheduler, total_train_steps
     from utils.signals import StopSignal
+    from utils.validation import Validation
 
     # Accelerator
     accelerator = run.make_accelerator(args)
@@ -66,6 +67,7 @@ def main(args):
     # Noise scheduler
     noise_scheduler = LinearMixScheduler()
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    validation = Validation(args, accelerator, train_data, noise_scheduler) if args.validation_split else None
 
     # Optimizer and learning rate; the schedule counts optimizer steps
     optimizer = torch.optim.AdamW(
@@ -148,6 +150,9 @@ def main(args):
                 save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
         if stop:
             return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
+        if validation and (global_step % args.validation_steps == 0 or global_step == max_train_steps):
+            with curves.pause(), ema_model.swapped_in(unet):
+                validation.log(unet, global_step, lambda: stop_signal.received)
         if global_step % args.sample_steps == 0 and global_step < max_train_steps:
             sample(output_dir / "samples" / f"step-{global_step:06}.png")
 

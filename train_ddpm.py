@@ -10,7 +10,7 @@ An image is noised step by step, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_ba
 what undoes it; samples start from noise and follow its predictions back.
 """
 
-from utils.args import SAMPLERS, Parser, add_common_arguments, check_common, integer, real
+from utils.args import SAMPLERS, Parser, add_common_arguments, add_features_arguments, check_common, integer, real
 
 # fmt: off
 UNETS = {  # --unet: keyword arguments of UNet2DModel
@@ -65,12 +65,20 @@ def parse_args(argv=None):
     group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
 
+    group = parser.add_argument_group("evaluation while training")
+    group.add_argument("--evaluate_steps", type=integer(1), help="optimizer steps between evaluations: curves of fd and kid against training images")
+    group.add_argument("--num_evaluation_samples", type=integer(10), default=1000, help="N of each; more images make it surer and slower")
+    add_features_arguments(group)
+    parser.switch(group, "--keep_best", False, "keep the pipeline with the lowest fd so far in OUTPUT_DIR/best")
+
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/ddpm", num_inference_steps=25)
     args = parser.parse(argv)
     check_common(parser, args)
     if sum(x is not None for x in (args.unet, args.model_config_name_or_path, args.pretrained_model_name_or_path)) > 1:
         parser.error("--unet, --model_config_name_or_path and --pretrained_model_name_or_path exclude each other; give one")
+    if args.keep_best and not args.evaluate_steps:
+        parser.error("--keep_best needs --evaluate_steps: what is best is found by evaluating")
     if args.dropout is not None and (args.model_config_name_or_path or args.pretrained_model_name_or_path):
         parser.error("--dropout goes with --unet; a config or a pretrained model brings its own")
     return args
@@ -101,10 +109,12 @@ def main(args):
         make_unet,
     )
     from utils.output_dir import claim_output_dir, resume, save
+    from utils.quality import Quality
     from utils.randomness import sample_noise, uniform
-    from utils.sampling import sample_images, save_picture
+    from utils.sampling import estimate_seconds, sample_images, save_picture
     from utils.schedulers import compute_snr, make_sampler, min_snr_weights, pipeline_scheduler, total_train_steps
     from utils.signals import StopSignal
+    from utils.validation import Validation
 
     # Accelerator
     accelerator = run.make_accelerator(args)
@@ -147,6 +157,7 @@ def main(args):
     prediction_type = noise_scheduler.config.prediction_type
     check_noise_scheduler(noise_scheduler, args.num_inference_steps)
     sampler = make_sampler(args.sampler, noise_scheduler)
+    validation = Validation(args, accelerator, train_data, noise_scheduler) if args.validation_split else None
 
     # Optimizer and learning rate; the schedule counts optimizer steps
     optimizer = torch.optim.AdamW(
@@ -175,18 +186,25 @@ def main(args):
     )
     stop_signal = StopSignal(accelerator)
 
+    def draw(count, function=sample_images):
+        return function(
+            unet, sampler, accelerator, count, image_shape,
+            args.num_inference_steps, args.sample_batch_size, args.seed, lambda: stop_signal.received,
+        )  # fmt: skip
+
     def sample(path):
         with curves.pause(), ema_model.swapped_in(unet):
-            images = sample_images(
-                unet, sampler, accelerator, args.num_samples, image_shape,
-                args.num_inference_steps, args.sample_batch_size, args.seed, lambda: stop_signal.received,
-            )  # fmt: skip
+            images = draw(args.num_samples)
         if images is not None:  # not interrupted
             save_picture(make_grid(images), path, accelerator, global_step, "samples")
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
             DDPMPipeline(unet, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
+
+    if args.evaluate_steps:
+        quality = Quality(args, accelerator, train_data, global_step)
+        quality.announce(draw(quality.count, estimate_seconds))
 
     # Train
     model.train()
@@ -238,6 +256,13 @@ def main(args):
                 save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
         if stop:
             return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
+        if validation and (global_step % args.validation_steps == 0 or global_step == max_train_steps):
+            with curves.pause(), ema_model.swapped_in(unet):
+                validation.log(unet, global_step, lambda: stop_signal.received)
+        if args.evaluate_steps and global_step % args.evaluate_steps == 0:
+            with curves.pause(), ema_model.swapped_in(unet):
+                quality.log(draw(quality.count), global_step)
+                quality.keep(save_pipeline)
         if global_step % args.sample_steps == 0 and global_step < max_train_steps:
             sample(output_dir / "samples" / f"step-{global_step:06}.png")
 

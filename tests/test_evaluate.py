@@ -1,17 +1,20 @@
 """evaluate.py: floors, ceilings, copies, and clear errors."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import reset_accelerate
+from diffusers import DDPMPipeline
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import evaluate
 from utils import UserError
 from utils.features import DIGITS_WEIGHTS, digit_statistics, load_extractor
+from utils.report import best_setting
 
 REAL = ["--reference=digits", "--reference_split=train[:900]", "--held_out_split=train[900:]"]
 
@@ -77,11 +80,75 @@ def test_too_few_images_are_said(tmp_path, copies, capsys):
     assert "100 images for 64 features; fewer than twice as many" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def held_out(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("held_out")
+    for k, image in enumerate(digits[900:1350]):
+        Image.fromarray(image).save(folder / f"{k:04}.png")
+    return folder
+
+
+def test_a_folder_of_held_out_images_is_not_flagged(tmp_path, held_out, copies):
+    """The folder's images are not those that the threshold comes from: these are the digits after them."""
+    rows, _ = run(tmp_path / "out", held_out, copies, "--held_out_split=train[1350:]")
+    assert rows[str(held_out)]["copies"] < 0.05 < 0.95 < rows[str(copies)]["copies"]
+    assert rows[str(held_out)]["fd_digits"] < 0.1 * rows["ceiling: noise"]["fd_digits"]
+
+
 def test_a_sweep_has_a_row_for_each_setting(tmp_path, finished_run):
     rows, _ = run(tmp_path / "out", finished_run, "--features=pixels", "--sweep", "ddim:1,2", "unipc:2")
     name = finished_run.name
     assert {f"{name} ddim 1", f"{name} ddim 2", f"{name} unipc 2"} <= set(rows)
     assert rows[f"{name} unipc 2"]["sampler"] == "UniPCMultistepScheduler" and "fd_pixels" in rows[f"{name} unipc 2"]
+
+
+def test_the_best_of_a_sweep_goes_into_the_pipeline(tmp_path, finished_run, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(finished_run, model)
+    rows, _ = run(tmp_path / "out", model, "--write_best", "--sweep", "ddpm:1", "ddim:2,8", "--num_samples=150")
+    assert Image.open(tmp_path / "out" / "sweep.png").width == 840
+    tried = [row for row in rows.values() if "steps" in row]
+    best = min(tried, key=lambda row: row["fd_digits"])
+    near = [row for row in tried if row["fd_digits"] <= best["fd_digits"] + best["fd_digits_error"]]
+    chosen = min(near, key=lambda row: row["steps"])
+    pipeline = DDPMPipeline.from_pretrained(model, use_safetensors=True)
+    assert type(pipeline.scheduler).__name__ == chosen["sampler"]
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert f"carries {chosen['sampler']} now" in capsys.readouterr().out
+    card = (model / "README.md").read_text()
+    assert f"num_inference_steps={chosen['steps']}" in card and f"saved scheduler is `{chosen['sampler']}`" in card
+    assert not list(model.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "kind, message", [("checkpoint-6", "is a checkpoint"), ("nowhere", "is not a folder with a pipeline")]
+)
+def test_a_pipeline_that_must_stay_is_not_written_to(tmp_path, finished_run, kind, message):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "out", finished_run / kind, "--write_best", "--sweep", "ddim:2")
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["x", "--reference=digits", "--write_best"])
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["x", "--reference=digits", "--write_best", "--sweep", "unipc:2"])
+
+
+def test_the_best_setting_is_the_cheapest_within_the_error():
+    def row(steps, fd):
+        return [dict(steps=steps, fd_digits=fd, fd_digits_error=0.5)]
+
+    tried = [("a", row(100, 3.0)), ("b", row(20, 3.4)), ("c", row(10, 3.6))]
+    assert best_setting(tried) == ("b", 20)
+
+
+def test_the_denoising_loss_of_both_splits(tmp_path, finished_run):
+    _, facts = run(tmp_path / "out", finished_run, "--features=pixels", "--num_inference_steps=1", "--validation_loss")
+    trained, held_out = facts["denoising_losses"]
+    assert trained["images"] == "train[:900]" and held_out["images"] == "train[900:]"
+    for row in (trained, held_out):
+        levels = [row[f"{k}-{k + 249}"] for k in (0, 250, 500, 750)]
+        assert row["loss"] == pytest.approx(np.mean(levels)) and min(levels) > 0
+    assert trained["loss"] == pytest.approx(held_out["loss"], rel=0.2)
+    assert "Denoising loss on frozen" in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_the_digit_net_knows_digits(digits):

@@ -47,6 +47,7 @@ def adapted(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted") / "faces"
     flags = ["--dataset_name=faces", "--dataset_split=train[:90]", "--validation_split=train[90:]", "--center_crop"]
     flags += ["--prior_dataset_name=digits", "--num_validation_images=8", "--guidance_color=white", "--sample_steps=3"]
+    flags += ["--validation_steps=3"]
     assert finetune(folder, base, *flags, "--method=lora", "--report_to=tensorboard", "--num_samples=9") == 0
     return folder
 
@@ -110,7 +111,7 @@ def test_what_does_not_learn_stays_bit_for_bit(tmp_path, base, method):
 @pytest.mark.parametrize("method", ["full", "norm", "lora"])
 def test_resuming_equals_never_having_stopped(tmp_path, base, method):
     flags = [f"--method={method}", "--checkpointing_steps=4", "--random_flip", "--report_to=tensorboard"]
-    flags += ["--gradient_accumulation_steps=2", "--train_batch_size=4", "--sample_steps=2"]
+    flags += ["--gradient_accumulation_steps=2", "--train_batch_size=4", "--sample_steps=2", "--validation_steps=2"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     finetune(straight, base, *flags)
     finetune(resumed, base, *flags)

@@ -54,6 +54,9 @@ def close(first, second, tolerance=1e-4):
 
 def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_path):
     flags = ["--report_to=tensorboard", "--random_flip", "--num_samples=5", "--learning_rate=1e-4", "--dropout=0.1"]
+    flags += ["--dataset_split=train[:1000]", "--validation_split=train[1000:]", "--num_validation_images=5"]
+    flags += ["--validation_steps=3", "--evaluate_steps=3", "--num_evaluation_samples=33", "--features=pixels"]
+    flags += ["--keep_best"]
     code, output = run([sys.executable, SCRIPT], tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
     assert code == 0, output
     code, output = run(TWO, tmp_path / "two", *flags)
@@ -63,6 +66,10 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     assert list(one) == list(two) == [1, 2, 3, 4, 5, 6]
     assert all(abs(one[step] - two[step]) < 1e-4 for step in one)
     assert scalars(tmp_path / "one", "learning_rate") == scalars(tmp_path / "two", "learning_rate")
+    for curve in ("validation_loss/held_out", "quality/fd_pixels_N33"):
+        one, two = scalars(tmp_path / "one", curve), scalars(tmp_path / "two", curve)
+        assert list(one) == [3, 6] and one == pytest.approx(two, rel=1e-2)
+    assert (tmp_path / "two" / "best" / "model_index.json").is_file()
     assert close(tmp_path / "one", tmp_path / "two")
     state = tmp_path / "two" / "checkpoint-6" / "training_state"
     assert (state / "random_states_0.pkl").is_file() and (state / "random_states_1.pkl").is_file()

@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from conftest import scalars, train
 from diffusers import DDPMScheduler
 
+import train_basic
+import train_ddpm
+import train_unet2d
+from utils import UserError
+from utils.schedulers import LinearMixScheduler
 from utils.validation import DenoisingLoss, nearest_images, show_nearest
 
 
@@ -59,6 +65,33 @@ def test_every_measurement_asks_the_same_whatever_the_batch_size(accelerator, se
     assert torch.equal(asked[0][0], asked[1][0]) and torch.equal(asked[0][1], asked[1][1])
     timesteps = asked[0][1]
     assert len(timesteps) == 20 and torch.bincount(timesteps // 250).tolist() == [5, 5, 5, 5]
+
+
+def test_linear_mixing_is_asked_with_uniform_noise(accelerator, setup):
+    images, scheduler = setup[0], LinearMixScheduler()
+    model = Knows(images, scheduler, error=0.1)
+    model.answer = lambda noisy, timesteps: images[:1].expand_as(noisy)
+    measured = DenoisingLoss(images, scheduler, seed=0).measure(model, accelerator)
+    assert measured["loss"] == pytest.approx(0.01, rel=1e-3)
+    assert all(noisy.abs().max() <= 1 for noisy, _ in model.asked)  # a mixture of two things in [-1, 1]
+
+
+@pytest.mark.parametrize("script", [train_basic, train_unet2d, train_ddpm])
+def test_training_scripts_validate(tmp_path, script):
+    flags = ["--dataset_split=train[:100]", "--validation_split=train[100:]", "--validation_steps=4"]
+    flags += ["--num_validation_images=6", "--report_to=tensorboard"]
+    assert train(tmp_path / "run", *flags, script=script) == 0
+    for name in ("train", "held_out"):
+        curve = scalars(tmp_path / "run", f"validation_loss/{name}")
+        assert list(curve) == [4, 6]
+        assert curve[6] < curve[4] < 3
+        assert scalars(tmp_path / "run", f"validation_0-249/{name}")[6] > 0
+
+
+def test_a_validation_split_that_is_trained_on_is_refused(tmp_path):
+    with pytest.raises(UserError, match="shares images"):
+        train(tmp_path / "run", "--dataset_split=train[:100]", "--validation_split=train[90:]", script=train_basic)
+    assert not (tmp_path / "run" / "training_args.json").exists()
 
 
 def test_nearest_images_are_found_and_shown():

@@ -136,6 +136,12 @@ def add_common_arguments(parser: Parser) -> None:
     _add_run_arguments(parser)
 
 
+def add_features_arguments(group) -> None:
+    """What images are compared by."""
+    group.add_argument("--features", choices=("digits", "pixels", "dinov2", "clip", "inception"), default="digits", help="what images are compared by; digits is for digits only")
+    group.add_argument("--features_model_name_or_path", metavar="MODEL", help="weights for dinov2 and clip: a Hub id or a folder")
+
+
 def add_guidance_arguments(group) -> None:
     """What samples are steered towards."""
     group.add_argument("--guidance_color", metavar="COLOR", help="steer samples towards a colour: a name or #rrggbb")
@@ -205,6 +211,11 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--num_samples", type=integer(1), default=64, help="images in a grid")
     group.add_argument("--sample_batch_size", type=integer(1), default=64, help="images sampled at once, per process")
     group.add_argument("--num_inference_steps", type=integer(1, 1000), help="UNet calls per sample")
+
+    group = parser.add_argument_group("validation")
+    group.add_argument("--validation_split", help="split held out from training, for a loss curve; for example train[90%%:]")
+    group.add_argument("--validation_steps", type=integer(1), default=500, help="optimizer steps between validations")
+    group.add_argument("--num_validation_images", type=integer(1), default=64, help="of each set")
 # fmt: on
 
 

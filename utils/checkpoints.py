@@ -64,10 +64,10 @@ def save_checkpoint(
             remove_leftovers(output_dir)
 
     try:
-        _together(accelerator, f"{final} cannot be saved", stage)
+        together(accelerator, f"{final} cannot be saved", stage)
         save_state = lambda: accelerator.save_state(str(staging / "training_state"))  # noqa: E731
-        _together(accelerator, f"{final} cannot be saved", save_state)
-        _together(accelerator, f"{final} cannot be saved", publish)
+        together(accelerator, f"{final} cannot be saved", save_state)
+        together(accelerator, f"{final} cannot be saved", publish)
     finally:
         if accelerator.is_main_process:
             shutil.rmtree(staging, ignore_errors=True)
@@ -196,7 +196,7 @@ def set_aside_newer(output_dir: Path, path: Path) -> None:
             logger.warning(f"{newer} is newer than {path.name}, which this run goes back to: renamed to {target.name}")
 
 
-def _together(accelerator, problem: str, action: Callable[[], None]) -> None:
+def together(accelerator, problem: str, action: Callable[[], None]) -> None:
     """Run ``action`` on every process; if it fails on one, fail on all, so that nobody waits for ever."""
     try:
         action()

@@ -1,6 +1,9 @@
 """UNets that come from elsewhere, and whether they fit the images."""
 
+import json
 import logging
+import os
+import re
 from pathlib import Path
 
 import diffusers
@@ -185,6 +188,42 @@ def choose_sampler(own: SchedulerMixin, name: str | None, num_inference_steps: i
         return own
     check_noise_scheduler(own, num_inference_steps)
     return make_sampler(name, own) if name else own
+
+
+def check_writable(name: str) -> None:
+    """Refuse a pipeline whose scheduler cannot be replaced.
+
+    Raises:
+        UserError: no folder, not a DDPMPipeline, or a checkpoint, whose files are listed with their hashes.
+    """
+    index = Path(name) / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"--write_best: {name} is not a folder with a pipeline; expected the output of train_ddpm.py")
+    if (Path(name) / "manifest.json").exists():
+        raise UserError(f"--write_best: {name} is a checkpoint, and stays as it was saved; give the run's folder")
+    pipeline_class = json.loads(index.read_text())["_class_name"]
+    if pipeline_class != "DDPMPipeline":
+        raise UserError(f"--write_best: {name} is a {pipeline_class}, which has one sampler; expected a DDPMPipeline")
+
+
+def write_scheduler(folder: Path, scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Put another scheduler into a saved DDPMPipeline, and into the lines of its README.md that load it."""
+    changes = {}
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    changes["model_index.json"] = json.dumps(index, indent=2) + "\n"
+    changes["scheduler/scheduler_config.json"] = scheduler.to_json_string()
+    if (folder / "README.md").is_file():
+        card = re.sub(
+            r"num_inference_steps=\d+", f"num_inference_steps={num_inference_steps}", (folder / "README.md").read_text()
+        )
+        changes["README.md"] = re.sub(
+            r"saved scheduler is `\w+`", f"saved scheduler is `{type(scheduler).__name__}`", card
+        )
+    for name, text in changes.items():  # each of them complete or as it was
+        staging = folder / f"{name}.tmp"
+        staging.write_text(text)
+        os.replace(staging, folder / name)
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -56,9 +56,9 @@ class RealImages:
             self._prepared[split, side, mode] = images.first(limit)
         return self._prepared[split, side, mode]
 
-    def like(self, images: np.ndarray, split: str | None = None) -> np.ndarray:
-        """Images of a split (default: the reference), shuffled, with the size and channels of ``images``."""
-        return self._load(split or self.args.reference_split, images.shape[-1], {1: "L", 3: "RGB"}[images.shape[1]])
+    def like(self, shape: tuple[int, int, int], split: str | None = None) -> np.ndarray:
+        """Images of a split (default: the reference), shuffled, of this (C, H, W); uint8 (N, C, H, W)."""
+        return self._load(split or self.args.reference_split, shape[-1], {1: "L", 3: "RGB"}[shape[0]])
 
     def noise(self, count: int) -> np.ndarray:
         """Uniform noise in the shape of the images."""
@@ -79,7 +79,7 @@ class RealImages:
         """
         train, pixels, trained, unseen, threshold = self._baseline(images)
         to_train, indices = nearest_distances(pixels(images), trained)
-        held_out = self.like(images, self.args.held_out_split)
+        held_out = self.like(images.shape[1:], self.args.held_out_split)
         same = len(images) <= len(held_out) and np.array_equal(images, held_out[: len(images)])  # the floor
         ratios = to_train / np.maximum(nearest_distances(pixels(images), unseen, skip_first=same)[0], 1e-12)
         closest = np.argsort(ratios)[:8]
@@ -88,7 +88,8 @@ class RealImages:
     def _baseline(self, images: np.ndarray) -> tuple:
         """What images of this shape are compared with; the distances of all real images are measured once."""
         if images.shape[1:] not in self._baselines:
-            train, held_out = self.like(images), self.like(images, self.args.held_out_split)
+            shape = images.shape[1:]
+            train, held_out = self.like(shape), self.like(shape, self.args.held_out_split)
             train = np.concatenate([train, train[..., ::-1]])  # as it may have been shown with --random_flip
             pixels = load_extractor("pixels")
             trained, unseen = pixels(train), pixels(held_out)

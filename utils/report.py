@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from .images import make_grid
 
@@ -13,6 +14,11 @@ get, the ceiling what noise gets. Lower is better for fd, kid and class_distance
 ones), higher for precision, recall, density and coverage. confidence: how sure the classifier is; noise can make it
 sure, too. copies: the share of images nearer to a training image than 99 % of the held-out ones are. Errors: of fd by
 bootstrap over the generated images, of kid over its subsets.
+"""
+LOSS_NOTE = """
+Denoising loss on frozen (image, timestep, noise) triples, whole and by range of timesteps. A model that has learned by
+heart has a lower one on the images that it was trained on than on held-out ones. Models with different targets or
+noise cannot be compared by it.
 """
 
 
@@ -42,21 +48,78 @@ def _show(value) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write_report(folder: Path, rows: list[dict], grids: dict, pairs: dict, **facts) -> None:
-    """Write ``results.json``, ``results.md``, ``samples.png`` and ``nearest.png``, and print the table.
+def best_setting(tried: list[tuple]) -> tuple:
+    """The sampler and the number of steps with the lowest Fréchet distance; within its error, the fewest steps.
 
     Args:
-        rows: one result each, with ``model`` its name.
+        tried: samplers, each with a list of its one row.
+    """
+    rows = [(sampler, row, _distance(row)) for sampler, (row,) in tried]
+    lowest = min(rows, key=lambda entry: entry[2])
+    limit = lowest[2] + _distance(lowest[1], "_error")
+    sampler, row, _ = min((entry for entry in rows if entry[2] <= limit), key=lambda entry: entry[1]["steps"])
+    return sampler, row["steps"]
+
+
+def _distance(row: dict, suffix: str = "") -> float:
+    (key,) = [key for key in row if key.startswith(("fd_", "fid_")) and not key.endswith("_error")]
+    return row[key + suffix]
+
+
+def plot_sweep(rows: list[dict]) -> Figure:
+    """Fréchet distance against UNet calls per image, a line for each model and sampler."""
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="UNet calls per image", ylabel=_metric(rows))
+    lines = {}
+    for row in rows:
+        if "steps" in row:
+            lines.setdefault(row["model"].rsplit(" ", 1)[0], []).append(row)
+    for name, points in lines.items():
+        points = sorted(points, key=lambda row: row["steps"])
+        distances, errors = ([_distance(row, suffix) for row in points] for suffix in ("", "_error"))
+        axes.errorbar([row["steps"] for row in points], distances, errors, marker="o", capsize=3, label=name)
+    floor = _distance(rows[0])
+    axes.axhline(floor, color="grey", linestyle="--", label=f"held-out images: {floor:.2g}")
+    steps = sorted({row["steps"] for row in rows if "steps" in row})
+    axes.set_xticks(steps, [str(n) for n in steps])
+    axes.minorticks_off()
+    axes.legend()
+    axes.set_title(f"N={rows[0]['N']}; bars: standard error by bootstrap", fontsize="medium")
+    return figure
+
+
+def _metric(rows: list[dict]) -> str:
+    return next(key for key in rows[0] if key.startswith(("fd_", "fid_")))
+
+
+def write_report(
+    folder: Path, rows: list[dict], losses: list[dict], grids: dict, pairs: dict, sweep: bool, **facts
+) -> None:
+    """Write ``results.json``, ``results.md``, ``samples.png`` and ``nearest.png``, and print the tables.
+
+    If samplers are compared, also ``sweep.png``.
+
+    Args:
+        rows: one result each, with ``model`` its name; the first one is the floor.
+        losses: denoising losses, a second table; may be empty.
         grids: uint8 (N, C, H, W) by name, samples to show.
         pairs: two of the same by name: the images most like training images, and those.
+        sweep: whether there are rows for several numbers of steps.
         facts: what holds for all rows.
     """
     folder.mkdir(parents=True, exist_ok=True)
     said = ", ".join(f"{key} {value}" for key, value in facts.items())
     text = f"{said}\n\n{table_of(rows)}\n{NOTE}"
-    print(f"\n{text}\nwritten to {folder}: results.json, results.md, samples.png, nearest.png")
+    if losses:
+        text += f"{LOSS_NOTE}\n{table_of(losses)}\n"
+    files = ["results.json", "results.md", "samples.png", "nearest.png"]
+    if sweep:
+        plot_sweep(rows).savefig(folder / "sweep.png")
+        files.append("sweep.png")
+    print(f"\n{text}\nwritten to {folder}: {', '.join(files)}")
     (folder / "results.md").write_text(text)
-    (folder / "results.json").write_text(json.dumps({**facts, "results": rows}, indent=2) + "\n")
+    record = {**facts, "results": rows, "denoising_losses": losses}
+    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     _strip(grids).save(folder / "samples.png")
     both = {}
     for name, (images, trained_on) in pairs.items():

@@ -116,6 +116,11 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     return SAMPLER_CLASSES[name].from_config(config, **overrides)
 
 
+def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler that noised the training images of the model that carries this one: DDPM's, or linear mixing."""
+    return scheduler if isinstance(scheduler, LinearMixScheduler) else DDPMScheduler.from_config(scheduler.config)
+
+
 def pipeline_scheduler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     """The scheduler to save in a ``DDPMPipeline``: the sampler, or DDPM where the pipeline cannot call it.
 

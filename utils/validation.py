@@ -9,6 +9,7 @@ from PIL import Image
 
 from . import randomness
 from .curves import NOISE_LEVELS, noise_levels
+from .datasets import load_images
 from .images import make_grid
 from .sampling import evaluating, to_uint8
 from .schedulers import output_for
@@ -21,7 +22,7 @@ class DenoisingLoss:
 
     Args:
         images: (N, C, H, W) in [-1, 1], the same on every process.
-        noise_scheduler: a ``DDPMScheduler``, with which the model was trained.
+        noise_scheduler: the one with which the model was trained: a ``DDPMScheduler``, or linear mixing.
         seed: of timesteps and noise.
         batch_size: triples at once, per process.
     """
@@ -38,6 +39,7 @@ class DenoisingLoss:
         Nothing if ``stop``, which a single process asks before every batch, says so.
         """
         steps = self.noise_scheduler.config.num_train_timesteps
+        distribution = getattr(self.noise_scheduler, "noise_distribution", "normal")
         numbers = np.arange(len(self.images) * NOISE_LEVELS)  # of the triples
         sums = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)
         mine = numbers[accelerator.process_index :: accelerator.num_processes]
@@ -50,7 +52,9 @@ class DenoisingLoss:
                 timesteps = torch.from_numpy(fractions * steps).long().to(accelerator.device)
                 clean_images = self.images[batch // NOISE_LEVELS].to(accelerator.device)
                 shape = tuple(clean_images.shape[1:])
-                noise = randomness.sample_noise(self.seed, "validation noise", batch, shape, accelerator.device)
+                noise = randomness.sample_noise(
+                    self.seed, "validation noise", batch, shape, accelerator.device, distribution
+                )
                 noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
                 target = output_for(self.noise_scheduler, clean_images, noisy_images, timesteps.view(-1, 1, 1, 1))
                 output = model(noisy_images, timesteps).sample.float()
@@ -61,6 +65,41 @@ class DenoisingLoss:
         totals, counts = accelerator.reduce(sums, "sum").cpu()
         means = totals / counts
         return {"loss": means.mean().item(), **dict(zip(noise_levels(steps), means.tolist(), strict=True))}
+
+
+class Validation:
+    """Curves of the denoising loss: on training images, held-out ones and, of an adapted model, those of its base.
+
+    Args:
+        args: the flags of a training script; without ``validation_split`` and ``prior_dataset_name`` there are only the
+            training images.
+        train_data: what the script trains on.
+        noise_scheduler: with which it trains.
+
+    Raises:
+        UserError: a split cannot be loaded, or shares images with the training set.
+    """
+
+    def __init__(self, args, accelerator, train_data, noise_scheduler):
+        images = {"train": train_data.examples(args.num_validation_images)}
+        if args.validation_split:
+            images["held_out"] = load_images(args, accelerator, train_data, "validation")
+        if vars(args).get("prior_dataset_name"):
+            images["prior"] = load_images(args, accelerator, train_data, "prior")
+        self.accelerator = accelerator
+        self.losses = {name: DenoisingLoss(images[name], noise_scheduler, args.seed) for name in images}
+
+    def log(self, model: torch.nn.Module, step: int, stop: Callable[[], bool] = lambda: False, **values: float) -> None:
+        """Measure, and write to the trackers, beside further values. Call it on all processes.
+
+        Args:
+            step: optimizer steps done.
+            stop: see ``DenoisingLoss.measure``.
+        """
+        for name, denoising_loss in self.losses.items():
+            for part, value in denoising_loss.measure(model, self.accelerator, stop).items():
+                values[f"validation_{part}/{name}"] = value
+        self.accelerator.log(values, step=step)
 
 
 def nearest_images(images: torch.Tensor, others: torch.Tensor, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
