@@ -77,6 +77,10 @@ def parse_args(argv=None):
     check_common(parser, args)
     if sum(x is not None for x in (args.unet, args.model_config_name_or_path, args.pretrained_model_name_or_path)) > 1:
         parser.error("--unet, --model_config_name_or_path and --pretrained_model_name_or_path exclude each other; give one")
+    if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
+        parser.error("--rescale_betas_zero_snr with --prediction_type epsilon teaches nothing at the last timestep, where the input is the noise itself; take v_prediction or sample")
+    if args.num_train_timesteps and args.num_inference_steps > args.num_train_timesteps:
+        parser.error(f"--num_inference_steps {args.num_inference_steps} is more than --num_train_timesteps {args.num_train_timesteps}")
     if args.keep_best and not args.evaluate_steps:
         parser.error("--keep_best needs --evaluate_steps: what is best is found by evaluating")
     if args.dropout is not None and (args.model_config_name_or_path or args.pretrained_model_name_or_path):

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train_ddpm
+from utils.signals import STOP_SIGNALS
 
 TINY = [
     "--dataset_name=digits", "--train_batch_size=8", "--max_train_steps=6", "--lr_warmup_steps=2",
@@ -30,7 +31,7 @@ def reset_accelerate():
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     reset_accelerate()
     yield
     for number, handler in handlers.items():
@@ -97,6 +98,11 @@ def finished_run(tmp_path_factory):
     code = train(folder, "--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2")
     assert code == 0
     return folder
+
+
+def count_files(folder):
+    """Every file below a folder, with its size and time."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 def count(model):

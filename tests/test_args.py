@@ -1,5 +1,6 @@
 """utils/args.py and train_ddpm.parse_args: what cannot work is refused in one line, before anything heavy."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -7,16 +8,24 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
+import finetune_faces
+import sample
+import train_basic
 import train_ddpm
+import train_unet2d
+from utils.args import Parser
 
 ROOT = Path(train_ddpm.__file__).parent
 
 
-def refused(capsys, *flags):
+def refused(capsys, *flags, script=train_ddpm):
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        train_ddpm.parse_args(list(flags))
+        script.parse_args(list(flags))
     assert stop.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
 
 
 @pytest.mark.parametrize(
@@ -35,6 +44,9 @@ def refused(capsys, *flags):
         (["--model_config_name_or_path=a", "--pretrained_model_name_or_path=b"], "give one"),
         (["--unet=tiny", "--pretrained_model_name_or_path=b"], "give one"),
         (["--dropout=0.1", "--model_config_name_or_path=a"], "brings its own"),
+        (["--keep_best"], "--keep_best needs --evaluate_steps"),
+        (["--num_train_timesteps=20"], "--num_inference_steps 25 is more than --num_train_timesteps 20"),
+        (["--rescale_betas_zero_snr", "--prediction_type=epsilon"], "take v_prediction or sample"),
         (["--use_ema=perhaps"], "argument --use_ema: 'perhaps' is not true or false"),
         (["--no-use_ema", "false"], "argument --no-use_ema: 'false' is not true or false"),
         (["--config=missing.yaml"], "--config missing.yaml: cannot be read as YAML"),
@@ -44,23 +56,43 @@ def test_bad_flags_exit_with_one_line(capsys, flags, message):
     assert message in refused(capsys, *flags)
 
 
-def test_every_number_refuses_text_and_every_choice_refuses_others(capsys):
-    import re
+SCRIPTS = {  # with the arguments that they cannot do without
+    train_basic: [],
+    train_unet2d: [],
+    train_ddpm: [],
+    finetune_faces: ["--dataset_name=digits"],
+    sample: ["outputs/digits"],
+    evaluate: ["outputs/digits", "--reference=digits"],
+}
 
-    with pytest.raises(SystemExit):
-        train_ddpm.parse_args(["--help"])
-    text = capsys.readouterr().out
-    numbers = set()
-    for flag in sorted(set(re.findall(r"--[a-z_0-9]+", text.split("options:")[0])) - {"--help"}):
-        if flag.startswith("--no-"):
-            continue
-        try:
-            train_ddpm.parse_args([f"{flag}=certainly not"])
-        except SystemExit as stop:
-            assert stop.code == 2
-            numbers.add(flag)
-            assert flag in capsys.readouterr().err
-    assert len(numbers) > 40  # what is left takes any text: names, paths, columns
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_flag_refuses_what_it_cannot_be(capsys, script, monkeypatch):
+    """A property of the parser: whatever a flag is, a wrong type, a number out of its range or an unknown choice is one
+    line that names it, with exit code 2; a value that it takes stays what it was given."""
+    actions = []
+    original = Parser.parse
+    monkeypatch.setattr(Parser, "parse", lambda self, argv=None: actions.extend(self._actions) or original(self, argv))
+    script.parse_args(SCRIPTS[script])
+    flags = {action.option_strings[0]: action for action in actions if action.option_strings}
+    del flags["-h"], flags["--config"]
+    typed = {flag for flag, action in flags.items() if action.type or action.choices or action.nargs == "?"}
+    assert len(typed) >= 10 and len(flags) - len(typed) < 22  # what is left takes any text: names, paths, columns
+    for flag in sorted(typed):
+        action = flags[flag]
+        wrong = ["certainly not", ""]
+        if action.type:
+            wrong += ["nan", "inf", "-inf", "-1", "1e400", "0x10", "--seed"]
+        for value in wrong:
+            assert refused(capsys, *SCRIPTS[script], f"{flag}={value}", script=script).count(flag) >= 1, (flag, value)
+        if action.nargs not in ("?", 2) and action.type:
+            assert f"argument {flag}: expected one argument" in refused(capsys, *SCRIPTS[script], flag, script=script)
+        if action.choices:
+            for value in action.choices:
+                with contextlib.suppress(SystemExit):  # a combination with the defaults may be refused
+                    assert getattr(script.parse_args([*SCRIPTS[script], f"{flag}={value}"]), action.dest) == value
+    for flag in sorted(flags):  # a typing mistake is never taken for another flag
+        assert "unrecognized arguments" in refused(capsys, *SCRIPTS[script], f"{flag}x", script=script)
 
 
 def test_config_file_sets_defaults_and_the_command_line_wins(tmp_path, capsys):

@@ -164,7 +164,6 @@ def test_images_are_converted_to_the_channels_and_the_size_of_the_model(tmp_path
         ),
         (["--resolution=9"], "needs a multiple of 2; try --resolution 8"),
         (["--method=lora", "--lora_targets=to_z"], "this UNet has no such layers"),
-        (["--guidance_color=bleen"], "no such colour"),
         (["--guidance_prompt=a face", "--clip_model_name_or_path=./missing"], "Expected a CLIP model"),
         (["--validation_split=test"], "--validation_split test: digits has the one split train"),
         (["--validation_split=train[90%:]"], r"shares images with --dataset_split train, .* 'train\[:90%\]'"),
@@ -192,6 +191,9 @@ def test_two_steerings_at_once_and_no_images_are_refused(capsys):
     with pytest.raises(SystemExit):
         finetune_faces.parse_args(["--guidance_color=red", "--guidance_prompt=a face"])
     assert "exclude each other; give one" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        finetune_faces.parse_args(["--guidance_color=bleen"])
+    assert "--guidance_color bleen: no such colour; expected a name such as teal" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         finetune_faces.parse_args([])
     assert "give the images to adapt to: --train_data_dir DIR, or --dataset_name" in capsys.readouterr().err

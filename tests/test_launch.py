@@ -186,24 +186,104 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("workers", [0, 2], ids=["cached", "workers"])
-@pytest.mark.parametrize("command", [ONE, TWO], ids=["one process", "two processes"])
-def test_sigterm_to_the_launcher_stops_everything_and_the_same_command_goes_on(tmp_path, command, workers):
+@pytest.mark.parametrize(
+    "command, number, workers",
+    [
+        (ONE, signal.SIGTERM, 0),
+        (ONE, signal.SIGTERM, 2),
+        (ONE, signal.SIGINT, 0),
+        (TWO, signal.SIGTERM, 0),
+        (TWO, signal.SIGTERM, 2),
+        (TORCHRUN, signal.SIGTERM, 0),
+        (TORCHRUN, signal.SIGINT, 0),
+    ],
+)
+def test_a_signal_to_the_launcher_stops_everything_and_the_same_command_goes_on(tmp_path, command, number, workers):
+    """Protection: ``prctl`` in ``hardware.set_up_process``, for ``accelerate launch`` with one process passes nothing
+    on; ``StopSignal.check`` for several."""
     cache = "always" if workers == 0 else "never"
     flags = [f"--cache_images={cache}", f"--dataloader_num_workers={workers}"]
     flags += ["--max_train_steps=400", "--checkpointing_steps=1000", "--no-use_ema", "--num_train_epochs=1"]
     process = start(command, tmp_path / "run", *flags, PYTHONUNBUFFERED="1")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "training_args.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
+    wait_for_training(tmp_path / "run")
+    process.send_signal(number)
     output, _ = process.communicate(timeout=120)  # until every process has closed the pipe: no orphan goes on
     assert process.returncode not in (0, None)
-    assert "Stopped by SIGTERM" in output, output
-    saved = list((tmp_path / "run").glob("checkpoint-*"))
-    assert len(saved) == 1 and (saved[0] / "manifest.json").is_file()
-    step = int(saved[0].name.split("-")[1])
+    assert "Stopped by SIG" in output, output
+    step = saved_step(tmp_path / "run")
     assert 0 < step < 400
     code, output = run(command, tmp_path / "run", *flags, f"--max_train_steps={step + 10}")
     assert code == 0 and f"{step} optimizer steps done" in output, output
+
+
+def wait_for_training(folder):
+    deadline = time.monotonic() + 120
+    while not (folder / "training_args.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+
+
+def saved_step(folder):
+    """The number of the only checkpoint."""
+    (saved,) = folder.glob("checkpoint-*")
+    assert (saved / "manifest.json").is_file()
+    return int(saved.name.split("-")[1])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_slurm_job_saves_and_queues_itself_again(tmp_path, processes):
+    """Protection: ``trap`` in configs/slurm.sbatch."""
+    (tmp_path / "bin").mkdir()
+    programs = {"scontrol": 'echo "$@" > requeued', "accelerate": f'exec {" ".join(LAUNCH)} "${{@:2}}"'}
+    for name, line in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "accelerate_config.yaml").write_text((ROOT / "accelerate_config.yaml").read_text())
+    environment = {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "17",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }
+    environment["PROCESSES"] = str(processes)
+    flags = ["--max_train_steps=400", "--checkpointing_steps=1000"]
+    command = ["bash", str(ROOT / "configs" / "slurm.sbatch"), SCRIPT]
+    job = start(command, tmp_path / "run", *flags, **environment)
+    wait_for_training(tmp_path / "run")
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode not in (0, None), output
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n", output
+    assert "Stopped by SIGTERM" in output
+    step = saved_step(tmp_path / "run")
+    (tmp_path / "requeued").unlink()
+    code, output = run(command, tmp_path / "run", *flags, f"--max_train_steps={step + 5}", **environment)
+    assert code == 0 and f"{step} optimizer steps done" in output, output
+    assert not (tmp_path / "requeued").exists()
+
+
+RANK_FAILS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import accelerate, train_ddpm
+from utils.run import run_script
+original = accelerate.Accelerator.save_state
+def save_state(self, folder):
+    if self.process_index == 1 and "checkpoint-6" in folder:
+        raise OSError(28, "No space left on device")
+    return original(self, folder)
+accelerate.Accelerator.save_state = save_state
+run_script(train_ddpm.main, train_ddpm.parse_args(["--unet=tiny", *sys.argv[1:]]))
+"""
+
+
+def test_a_failure_in_saving_on_one_rank_stops_all_with_its_message(tmp_path):
+    """Protection: ``checkpoints.together``; and ``run._leave``, for a rank must not wait for the others to leave."""
+    (tmp_path / "driver.py").write_text(RANK_FAILS)
+    began = time.monotonic()
+    code, output = run([*TORCHRUN[:-1], str(tmp_path / "driver.py")], tmp_path / "run")
+    assert code not in (0, None)
+    assert "checkpoint-6 cannot be saved: process 1: OSError: [Errno 28] No space left on device" in output, output
+    assert time.monotonic() - began < 60  # a rank that waits does so for two hours
+    assert saved_step(tmp_path / "run") == 3
+    code, output = run(TORCHRUN, tmp_path / "run")
+    assert code == 0 and "3 optimizer steps done" in output, output

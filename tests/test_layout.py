@@ -143,3 +143,20 @@ def test_the_mistake_of_a_flag_is_found_without_torch(script):
     program += "; assert not {'torch', 'diffusers'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_fault_table_names_tests_that_exist():
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("| Fault |") : text.index("## Files")]
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    current, named = "test_faults.py", 0
+    for line in table.splitlines():
+        current = "test_faults.py"
+        for file, name in re.findall(
+            r"`?(test_\w+\.py)?:? ?(test_\w+(?!\w*\.py))?", line.split("|")[-2] if line else ""
+        ):
+            current = file or current
+            if name:
+                named += 1
+                assert f"\ndef {name}" in tests[current], (current, name)
+    assert named > 25

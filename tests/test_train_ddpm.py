@@ -332,7 +332,9 @@ def test_flags_of_speed_and_memory_do_not_change_the_result(tmp_path):
 
 def test_epsilon_from_pure_noise_is_refused(tmp_path):
     with pytest.raises(UserError, match="--rescale_betas_zero_snr needs"):
-        train(tmp_path / "run", "--rescale_betas_zero_snr", "--prediction_type=epsilon")
+        finished = tmp_path / "finished"
+        train(finished, "--prediction_type=epsilon", "--max_train_steps=1")
+        train(tmp_path / "run", "--rescale_betas_zero_snr", f"--pretrained_model_name_or_path={finished}")
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++", "unipc"])
@@ -385,7 +387,6 @@ def test_own_config_starts_from_random_weights(tmp_path, finished_run):
         ),
         (["--model_config_name_or_path=./missing"], "Expected a JSON file, a folder with config.json, or a Hub id"),
         (["--resolution=10"], r"needs a multiple of 4; try --resolution 8"),
-        (["--num_train_timesteps=10", "--num_inference_steps=11"], "there are only 10 noise levels"),
         (["--mixed_precision=fp16"], "fp16 needs a GPU"),
         (["--report_to=tensorbored"], "unknown tracker; expected none, all"),
         (["--report_to=wandb"], "its package is not installed"),

@@ -1,7 +1,7 @@
 """Command-line flags that every training script has, and the checks that need no heavy import.
 
 Flags that change the mathematics stand in the scripts; here are data, optimizer, run and checkpoint flags. Names are
-those of diffusers' examples. Only the standard library and PyYAML are imported, so that ``--help`` answers at once.
+those of diffusers' examples. The standard library, PyYAML and Pillow are enough here: ``--help`` answers at once.
 """
 
 import argparse
@@ -220,7 +220,16 @@ def _add_run_arguments(parser: Parser) -> None:
 
 
 def check_guidance(parser: Parser, args) -> None:
-    """Refuse two aims at once."""
+    """Refuse two aims at once, and what is no colour."""
+    from PIL import ImageColor
+
+    if args.guidance_color:
+        try:
+            ImageColor.getrgb(args.guidance_color)
+        except ValueError:
+            parser.error(
+                f"--guidance_color {args.guidance_color}: no such colour; expected a name such as teal, or #rrggbb"
+            )
     if args.guidance_color and args.guidance_prompt:
         parser.error("--guidance_color and --guidance_prompt exclude each other; give one")
 

@@ -43,11 +43,14 @@ def save_checkpoint(
         CheckpointError: on every process if any of them failed; earlier checkpoints are untouched.
     """
     final, staging = (output_dir / f"checkpoint-{step}", output_dir / f".tmp-checkpoint-{step}")
+    space = _space(accelerator, output_dir)
 
     def stage():
+        _check_finite(accelerator)
         if accelerator.is_main_process:
             shutil.rmtree(staging, ignore_errors=True)
-            _check_space(output_dir)
+            if space[1] < space[0]:
+                raise OSError("the disk is full")
             staging.mkdir(parents=True)
 
     def publish():
@@ -63,11 +66,10 @@ def save_checkpoint(
             _prune(output_dir, total_limit)
             remove_leftovers(output_dir)
 
+    advice = "It takes about {:.0f} MiB, and {:.0f} MiB of its disk were free".format(*(n / 2**20 for n in space))
     try:
-        together(accelerator, f"{final} cannot be saved", stage)
-        save_state = lambda: accelerator.save_state(str(staging / "training_state"))  # noqa: E731
-        together(accelerator, f"{final} cannot be saved", save_state)
-        together(accelerator, f"{final} cannot be saved", publish)
+        for action in (stage, lambda: accelerator.save_state(str(staging / "training_state")), publish):
+            together(accelerator, f"{final} cannot be saved", action, advice)
     finally:
         if accelerator.is_main_process:
             shutil.rmtree(staging, ignore_errors=True)
@@ -135,8 +137,15 @@ def verify_checkpoint(path: Path) -> None:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {MANIFEST} is missing or damaged") from error
+    state_files = {file.relative_to(path).as_posix() for file in path.glob("training_state/**/*") if file.is_file()}
+    for name in sorted(state_files - set(files)):  # accelerate loads whatever it finds there
+        raise CheckpointError(
+            f"{path} is damaged: {name} is not in its manifest. Remove it if you know where it is from"
+        )
     for name, (size, digest) in files.items():
         file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise CheckpointError(f"{path} is damaged: {name} lies outside of it")
         if not file.is_file():
             raise CheckpointError(f"{path} is not a complete checkpoint: {name} is missing")
         if file.stat().st_size != size or _digest(file) != digest:
@@ -168,7 +177,10 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
     scaler = accelerator.scaler
     if not (path / "training_state" / "scaler.pt").exists():
         accelerator.scaler = None  # saved in another precision: the scaler of fp16 starts anew
-    accelerator.load_state(str(path / "training_state"))
+    try:
+        accelerator.load_state(str(path / "training_state"))  # weights_only: nothing in it is run
+    except Exception as error:  # the manifest fits, so somebody has made it for these files
+        raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
     accelerator.scaler = scaler
     for wrapped in accelerator._schedulers:  # the rate that this run's schedule has now, should its length have changed
         schedule = wrapped.scheduler
@@ -196,25 +208,41 @@ def set_aside_newer(output_dir: Path, path: Path) -> None:
             logger.warning(f"{newer} is newer than {path.name}, which this run goes back to: renamed to {target.name}")
 
 
-def together(accelerator, problem: str, action: Callable[[], None]) -> None:
-    """Run ``action`` on every process; if it fails on one, fail on all, so that nobody waits for ever."""
+def together(accelerator, problem: str, action: Callable[[], None], advice: str) -> None:
+    """Run ``action`` on every process; if it fails on one, fail on all, so that nobody waits for ever.
+
+    Raises:
+        CheckpointError: the problem, the first process's failure and the advice.
+    """
     try:
         action()
         failure = None
     except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
+        where = f"process {accelerator.process_index}: " if accelerator.num_processes > 1 else ""
+        failure = f"{where}{type(error).__name__}: {error}"
     failures = [message for message in gather_object([failure]) if message]
     if failures:
-        raise CheckpointError(f"{problem}: {failures[0]}. Earlier checkpoints are intact")
+        raise CheckpointError(
+            f"{problem}: {failures[0]}. {advice}. Earlier checkpoints are intact: when this is mended, the same "
+            "command goes on from the newest"
+        )
 
 
-def _check_space(output_dir: Path) -> None:
+def _space(accelerator, output_dir: Path) -> tuple[float, int]:
+    """Bytes that a checkpoint takes, by the one before or by the weights, their average and two moments; bytes free."""
     earlier = list_checkpoints(output_dir)
     if earlier:
         needed = sum(file.stat().st_size for file in earlier[-1].rglob("*") if file.is_file()) * 1.1
-        free = shutil.disk_usage(output_dir).free
-        if free < needed:
-            raise OSError(f"{needed / 2**20:.0f} MiB are needed on the disk, {free / 2**20:.0f} MiB are free")
+    else:
+        needed = 4 * sum(weight.nbytes for model in accelerator._models for weight in model.parameters())
+    return needed, shutil.disk_usage(output_dir).free
+
+
+def _check_finite(accelerator) -> None:
+    for model in accelerator._models:
+        for name, weight in model.named_parameters():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite; start anew with a lower --learning_rate")
 
 
 def _write_manifest(folder: Path) -> None:

@@ -4,6 +4,7 @@ Losses stay on the device between two points of the curves, so that no step wait
 """
 
 import itertools
+import logging
 import sys
 import time
 
@@ -12,6 +13,8 @@ from tqdm.auto import tqdm
 
 from . import UserError
 from .hardware import peak_memory
+
+logger = logging.getLogger(__name__)
 
 NOISE_LEVELS = 4  # equal ranges of timesteps, each with its own loss curve
 
@@ -41,7 +44,7 @@ class TrainingCurves:
         self.accelerator, self.logging_steps = accelerator, logging_steps
         self.images_per_step, self.label_names = train_data.global_batch_size, train_data.label_names
         self.num_train_timesteps = num_train_timesteps
-        self.last_written, self.written_at = first_step, time.perf_counter()
+        self.last_written, self.written_at, self.skipped = first_step, time.perf_counter(), 0
         self.bar = tqdm(
             total=last_step, initial=first_step, desc="Training", unit="step", dynamic_ncols=True,
             disable=not accelerator.is_local_main_process, mininterval=0.1 if sys.stderr.isatty() else 10,
@@ -79,11 +82,23 @@ class TrainingCurves:
         if global_step % self.logging_steps:
             return
         losses, grad_norms = self.check(global_step)
+        overflows = int((~grad_norms.isfinite()).sum())  # of fp16; the scaler has skipped these steps
+        if overflows:
+            self.skipped += overflows
+            logger.warning(
+                f"step {global_step}: fp16 overflowed in {overflows} of the last {len(grad_norms)} steps, which were "
+                f"skipped; {self.skipped} so far. A few are normal; if it goes on, try --mixed_precision bf16 or no"
+            )
+            grad_norms = grad_norms[grad_norms.isfinite()]
         sums, counts = self.accelerator.reduce(torch.stack([self.sums, self.counts]), "sum").tolist()
         seconds = time.perf_counter() - self.written_at
         images_per_second = (global_step - self.last_written) * self.images_per_step / seconds
         means = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
-        curves = {"loss": losses.mean().item(), "grad_norm": grad_norms.mean().item(), **values}
+        curves = {"loss": losses.mean().item(), **values}
+        if len(grad_norms):
+            curves["grad_norm"] = grad_norms.mean().item()
+        if self.accelerator.mixed_precision == "fp16":
+            curves["skipped_steps"] = self.skipped
         curves["images_per_second"] = images_per_second
         curves["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
         names = [f"loss_by_timestep/{level}" for level in noise_levels(self.num_train_timesteps)]
@@ -116,7 +131,7 @@ class TrainingCurves:
                 "No checkpoint was made of it. The same command goes on from the last one, perhaps with "
                 "--mixed_precision no; if it happens again, start anew with a lower --learning_rate"
             )
-        return losses, grad_norms[grad_norms.isfinite()]
+        return losses, grad_norms
 
     def pause(self):
         """A context manager for sampling and saving: their time does not count as training."""

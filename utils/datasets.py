@@ -24,6 +24,7 @@ from datasets.utils.file_utils import xopen
 from . import UserError, randomness
 from .cache import Cache
 from .images import GREY_MODES, SKIP_HINT, BadImage, augment, check_bad_count, decode_image, prepare_image, to_uint8
+from .signals import STOP_SIGNALS
 from .sources import check_disjoint, flags_called, load_source
 from .streaming import Stream, read_ahead
 
@@ -329,7 +330,7 @@ class PreparedImages(torch.utils.data.Dataset):
 
 def leave_signals_to_the_main_process(worker_id: int) -> None:
     """A launcher signals the whole process group; a worker that dies of it would take the last checkpoint along."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -81,14 +81,9 @@ def color_loss(color: str) -> GuidanceFunction:
         color: a name or ``#rrggbb``, as Pillow understands it. Grey images are compared with its lightness.
 
     Raises:
-        UserError: there is no such colour.
+        ValueError: there is no such colour.
     """
-    try:
-        target = torch.tensor(ImageColor.getrgb(color)[:3]) / 127.5 - 1
-    except ValueError as error:
-        raise UserError(
-            f"--guidance_color {color}: no such colour; expected a name such as teal, or #rrggbb"
-        ) from error
+    target = torch.tensor(ImageColor.getrgb(color)[:3]) / 127.5 - 1
     weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's conversion to grey
 
     def loss(images):

@@ -15,7 +15,7 @@ def set_up_process() -> None:
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # started by `accelerate launch`
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ):  # `accelerate launch` or torchrun
         libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     with contextlib.suppress(AttributeError):  # not glibc
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: activations are not mapped and unmapped, page by page, every step

@@ -107,4 +107,4 @@ class Quality:
             logger.info(f"{self._name('fd')} {self.best:.3g} is the lowest so far: kept in {self.folder}")
 
         if self.args.keep_best:
-            together(self.accelerator, f"{self.folder} cannot be saved", publish)
+            together(self.accelerator, f"{self.folder} cannot be saved", publish, "The best one before it is intact")

@@ -1,10 +1,13 @@
 """A run's surroundings: the accelerator, the trackers, the first and the last words."""
 
+import errno
+import importlib.metadata
 import logging
 import os
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,12 +19,17 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 from tqdm.auto import tqdm
 
-from . import UserError
+from . import UserError, printable
 from .cards import how_to_load
 from .hardware import device_name, has_bf16, set_up_process, use_all_cores
 from .output_dir import write_arguments
 
 logger = logging.getLogger(__name__)
+
+# What the tests have run with, as requirements.txt pins it; further releases of a version are taken for the same
+TESTED = {"torch": "2.13", "diffusers": "0.42", "accelerate": "1.15", "datasets": "5.2", "transformers": "5.23"}
+TESTED |= {"huggingface-hub": "2.4", "peft": "0.21", "safetensors": "0.8", "tensorboard": "2.21", "numpy": "2.4"}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def make_accelerator(args) -> Accelerator:
@@ -57,6 +65,7 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # others wait while one downloads
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group], **options)
     _set_up_logging(accelerator)
+    _check_versions()
     use_all_cores(accelerator.device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
@@ -88,11 +97,23 @@ def _check_trackers(report_to: str) -> list[str]:
     return names
 
 
+def _check_versions() -> None:
+    """One line about packages of versions that these scripts were not tested with."""
+    installed = {name: importlib.metadata.version(name) for name in TESTED}
+    others = [
+        f"{name} {version} (tested: {TESTED[name]})"
+        for name, version in installed.items()
+        if version.split("+")[0].split(".")[:2] != TESTED[name].split(".")
+    ]
+    if others:
+        logger.warning(f"Not tested with {', '.join(others)}. If something fails: pip install -r requirements.txt")
+
+
 class _AboveTheBar(logging.Handler):
     """Log lines above a progress bar instead of through it."""
 
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
 def _set_up_logging(accelerator) -> None:
@@ -144,16 +165,16 @@ def finish(accelerator, args, global_step: int, stop_signal, **facts) -> int:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     stop_signal.restore()
-    return _leave(accelerator, say_finished(accelerator, args, global_step))
+    return _leave(accelerator.num_processes, say_finished(accelerator, args, global_step))
 
 
-def _leave(accelerator, code: int) -> int:
+def _leave(num_processes: int, code: int) -> int:
     """End this process if it is one of several.
 
-    The process group is gone, and what remains of DistributedDataParallel may wait for it for ever, in one run of ten,
-    when the script's variables are taken down.
+    What remains of DistributedDataParallel may wait for the process group, or the other processes, for ever, in one run
+    of ten, when the script's variables are taken down.
     """
-    if accelerator.num_processes > 1:
+    if num_processes > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -193,21 +214,64 @@ def say_stopped(accelerator, args, global_step: int, max_train_steps: int, numbe
     """How to go on after a signal. Returns the exit code: 143 for SIGTERM, 130 for SIGINT."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    _close_bars()
     accelerator.print(
         f"\nStopped by {signal.Signals(number).name} after {global_step} of {max_train_steps} optimizer steps; "
         f"{Path(args.output_dir) / f'checkpoint-{global_step}'} is complete.\nThe same command goes on from there."
     )
-    return _leave(accelerator, 128 + number)
+    return _leave(accelerator.num_processes, 128 + number)
+
+
+def _close_bars() -> None:
+    """A progress bar is printed once more when it is closed: before the last words, not after them."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def run_script(main: Callable[[tuple], int | None], args) -> None:
     """Call ``main(args)`` and exit: with its code, or with 1 and one line for a mistake that the user can mend."""
     try:
-        sys.exit(main(args))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"error: {str(error).splitlines()[0]} Lower --train_batch_size and raise --gradient_accumulation_steps "
-            "by the same factor (the result stays the same), lower --sample_batch_size, or try --gradient_checkpointing"
+        code = main(args)
+    except KeyboardInterrupt:  # later on, StopSignal has it
+        print("\nStopped by SIGINT before training began.", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        _close_bars()
+        advice, code = _advice(error, args), 1
+        if advice is None:
+            traceback.print_exc()
+        else:
+            print(printable(f"error: {advice}"), file=sys.stderr)
+    sys.exit(_leave(int(os.environ.get("WORLD_SIZE", 1)), code))
+
+
+def _advice(error: Exception, args) -> str | None:
+    """What the user can do about an error; None for what looks like a mistake of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error}. When this is mended, the same command goes on from the newest checkpoint"
+    # torch's error on a CPU is a RuntimeError like any other
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+        return _less_memory(error, args)
+    return None
+
+
+def _less_memory(error: Exception, args) -> str:
+    """What to change, with values that keep the images per optimizer step, and so the learning rate."""
+    flags, advice = vars(args), []
+    batch, sampled = flags.get("train_batch_size", 1), flags["sample_batch_size"]
+    if batch > 1:
+        smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
+        micro_steps = flags["gradient_accumulation_steps"] * batch // smaller
+        advice.append(
+            f"--train_batch_size {smaller} --gradient_accumulation_steps {micro_steps} (the same images in each "
+            "optimizer step, the same learning rate: the same result)"
         )
+    if flags.get("gradient_checkpointing") is False:
+        advice.append("--gradient_checkpointing")
+    if sampled > 1:
+        advice.append(f"if it happened while samples were drawn, --sample_batch_size {sampled // 2}")
+    advice.append("a smaller --resolution" if "resolution" in flags else "a smaller model")
+    first_line = str(error).splitlines()[0] if str(error) else "no memory is left"
+    return f"{first_line} Add to the same command {'; or '.join(advice)}"

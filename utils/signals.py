@@ -6,18 +6,23 @@ import time
 
 import torch
 
+# Ctrl-C; the polite kill; the terminal is gone; Slurm's --signal=USR1@300. Windows has the first two
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint at the end of the step; a second one, later, ends at once.
+    """Signals ask for a checkpoint at the end of the step; a second one, later, ends at once.
 
     A launcher may deliver one signal twice within moments, or SIGTERM after the terminal's SIGINT; that counts once.
+    Signals that are ignored stay so: that is how ``nohup`` works.
     """
 
-    GRACE = 2.0  # seconds in which a repeated signal is the same request
+    GRACE = 2.0  # seconds in which a repeated signal is the same request; five times that for another one
 
     def __init__(self, accelerator, promise: str = "stopping after this step, with a checkpoint"):
         self.accelerator, self.promise, self.received, self.at = accelerator, promise, None, 0.0
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._handle) for number in heard}
 
     def _handle(self, number, frame):
         if self.received is None:
@@ -25,7 +30,7 @@ class StopSignal:
             if self.accelerator.is_main_process:  # os.write, for print may not be interrupted by itself
                 name = signal.Signals(number).name
                 os.write(2, f"\n{name}: {self.promise}; send it again after 2 s to stop at once\n".encode())
-        elif number == self.received and time.monotonic() - self.at > self.GRACE:
+        elif time.monotonic() - self.at > self.GRACE * (1 if number == self.received else 5):
             os._exit(128 + number)
 
     def check(self, global_step: int) -> int | None:

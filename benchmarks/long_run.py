@@ -1,0 +1,53 @@
+"""Whether a long run stays as it began: memory, open files and checkpoints of 2,000 steps with samples and saves.
+
+    python benchmarks/long_run.py
+
+trains the tiny UNet on the embedded digits, and prints a row every 200 steps. "memory" is what the process holds
+(resident), after Python's garbage collection; its growth from row to row should come to an end.
+"""
+
+import argparse
+import contextlib
+import gc
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import psutil
+
+with contextlib.suppress(ImportError):  # run as a script: the repository is one level up
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_ddpm
+
+ROWS = 10
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    options = parser.parse_args()
+    import utils.curves
+
+    process, original = psutil.Process(), utils.curves.TrainingCurves.step
+    print("  step  memory MiB  open files  threads  checkpoints")
+
+    def step(self, global_step, *arguments, **values):
+        original(self, global_step, *arguments, **values)
+        if global_step % (options.steps // ROWS) == 0:
+            gc.collect()
+            memory, kept = process.memory_info().rss / 2**20, len(list(folder.glob("checkpoint-*")))
+            print(f"{global_step:6}{memory:12.0f}{process.num_fds():12}{process.num_threads():9}{kept:13}", flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary, mock.patch.object(utils.curves.TrainingCurves, "step", step):
+        folder = Path(temporary) / "run"
+        flags = ["--dataset_name=digits", "--unet=tiny", "--train_batch_size=16", f"--max_train_steps={options.steps}"]
+        flags += ["--checkpointing_steps=50", "--sample_steps=50", "--num_samples=16", "--num_inference_steps=5"]
+        flags += ["--validation_steps=50", "--dataset_split=train[:1700]", "--validation_split=train[1700:]"]
+        with contextlib.redirect_stderr(None):
+            train_ddpm.main(train_ddpm.parse_args([*flags, f"--output_dir={folder}"]))
+
+
+if __name__ == "__main__":
+    main()

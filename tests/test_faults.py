@@ -1,0 +1,583 @@
+"""The fault matrix: what may go wrong with a run, and that nothing is lost. Each test names the line that protects it.
+
+Runs that are killed are children of a fork server that has imported everything, so that one costs a second.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, count_files, equal_weights, interrupt, parse, reset_accelerate, scalars, train
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import finetune_faces
+import train_basic
+import train_ddpm
+import train_unet2d
+from utils import UserError, printable, run
+from utils.checkpoints import MANIFEST, CheckpointError, verify_checkpoint
+from utils.curves import TrainingCurves
+from utils.signals import StopSignal
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SCRIPTS = {"basic": train_basic, "unet2d": train_unet2d, "ddpm": train_ddpm, "faces": finetune_faces}
+FLAGS = ["--report_to=tensorboard", "--random_flip", "--train_batch_size=4", "--lr_scheduler=constant"]
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(
+    ["train_ddpm", "torch", "diffusers", "utils.run", "utils.output_dir", "utils.validation"]
+)
+TMPFS = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/tmp"], capture_output=True).returncode == 0
+
+
+def _child(name, flags, log, file_limit):
+    """In a child: the script as `python SCRIPT` runs it."""
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    if file_limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    script = SCRIPTS[name]
+    run.run_script(script.main, parse(*flags, script=script))
+
+
+def start(name, folder, *flags, file_limit=None):
+    """Start a script in a child process."""
+    log = folder.with_suffix(".log")
+    arguments = (name, [*FLAGS, *flags, f"--output_dir={folder}"], log, file_limit)
+    with _environment(PYTHONPATH=str(ROOT)):
+        child = CHILDREN.Process(target=_child, args=arguments)
+        child.start()
+    child.log = log
+    return child
+
+
+def finish(child, seconds=120):
+    """Wait for it; its exit code and what it said."""
+    child.join(seconds)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+        raise AssertionError(f"still running after {seconds} s: {child.log.read_text()[-2000:]}")
+    return child.exitcode, child.log.read_text()
+
+
+@contextlib.contextmanager
+def _environment(**values):
+    before = dict(os.environ)
+    os.environ.update(values)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def wait_until(folder, pattern, child, before=frozenset(), seconds=60):
+    """Until the folder has a file that it had not before."""
+    deadline = time.monotonic() + seconds
+    while not set(folder.glob(pattern)) - before:
+        assert child.is_alive() and time.monotonic() < deadline, child.log.read_text()[-2000:]
+        time.sleep(0.001)
+
+
+def flags_of(name, finished_run):
+    return [f"--pretrained_model_name_or_path={finished_run}", "--learning_rate=1e-3"] if name == "faces" else []
+
+
+# ----------------------------------------------------------------------------------------------------- killed and full
+
+
+@pytest.mark.parametrize("name, kills", [("ddpm", 20), ("basic", 5), ("unet2d", 5), ("faces", 5)])
+def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, kills):
+    """Protection: ``os.rename(staging, final)`` after the manifest in ``checkpoints.save_checkpoint``, randomness by
+    sample number, ``purge_step`` in ``run.start``."""
+    flags = ["--checkpointing_steps=1", "--max_train_steps=40", "--sample_steps=7", *flags_of(name, finished_run)]
+    code, said = finish(start(name, tmp_path / "straight", *flags))
+    assert code == 0, said
+    rng, saving, folder = random.Random(0), 0, tmp_path / "run"
+    for _ in range(kills):
+        child = start(name, folder, *flags)
+        before = set(folder.glob("checkpoint-*"))
+        wait_until(folder, ".tmp-checkpoint-*", child)
+        if rng.random() < 0.5:  # in the middle of a step, or of a later save
+            wait_until(folder, "checkpoint-*", child, before)
+        time.sleep(rng.random() * 0.04)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, child.log.read_text()[-2000:]
+        saving += bool(list(folder.glob(".tmp-checkpoint-*")))
+        for path in folder.glob("checkpoint-*"):
+            verify_checkpoint(path)
+    assert saving >= kills // 4  # otherwise this tests something else
+    code, said = finish(start(name, folder, *flags))
+    assert code == 0 and said.count("Resuming from") >= kills // 2, said
+    assert not list(folder.glob(".tmp*"))
+    for path in (WEIGHTS, "checkpoint-40/training_state/model.safetensors"):
+        assert equal_weights(folder / path, tmp_path / "straight" / path)
+    optimizers = [
+        torch.load(path / "checkpoint-40/training_state/optimizer.bin", weights_only=True)["state"]
+        for path in (folder, tmp_path / "straight")
+    ]
+    for key, values in optimizers[0].items():
+        assert all(torch.equal(value, optimizers[1][key][part]) for part, value in values.items())
+    losses = scalars(folder, "loss")
+    assert list(losses) == list(range(1, 41))  # strictly increasing, none twice
+    assert losses == scalars(tmp_path / "straight", "loss")
+
+
+def test_a_write_that_fails_halfway_leaves_the_older_checkpoint(tmp_path):
+    """Protection: ``together`` and the staging folder of ``checkpoints.save_checkpoint``. The system refuses to let a
+    file grow over a limit, as a quota or a full disk would."""
+    assert finish(start("ddpm", tmp_path / "straight"))[0] == 0
+    assert finish(start("ddpm", tmp_path / "run", "--max_train_steps=3"))[0] == 0
+    code, said = finish(start("ddpm", tmp_path / "run", file_limit=5_000_000))  # weights fit, the optimizer does not
+    assert code == 1
+    assert re.search(r"error: .*checkpoint-6 cannot be saved: .*It takes about \d+ MiB, and \d+ MiB of its disk", said)
+    assert said.rstrip().endswith("the same command goes on from the newest")
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-3"]
+    verify_checkpoint(tmp_path / "run" / "checkpoint-3")
+    assert finish(start("ddpm", tmp_path / "run"))[0] == 0
+    assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "straight" / WEIGHTS)
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=9m none "$1" && shift
+"$@" ; echo "exit code $?"
+ls -A "$FOLDER"
+mount -o remount,size=90m none "$(dirname "$FOLDER")"
+"$@" ; echo "exit code $?"
+"""
+
+
+@pytest.mark.skipif(not TMPFS, reason="needs a kernel that lets this user mount a tmpfs")
+def test_a_full_disk_and_the_same_command_when_there_is_space(tmp_path):
+    """Protection: ``_space`` in ``checkpoints.save_checkpoint``."""
+    folder = tmp_path / "disk" / "run"
+    (tmp_path / "disk").mkdir()
+    command = [sys.executable, ROOT / "train_basic.py", *TINY, f"--output_dir={folder}"]
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", FULL_DISK, "sh", tmp_path / "disk", *command],
+        env={**os.environ, "FOLDER": str(folder)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    first, second = result.stdout.split("exit code ")[1:]
+    assert first.startswith("1") and second.startswith("0"), result.stderr
+    assert first.split()[1:5] == [".lock", "checkpoint-3", "training_args.json", "Finished,"]
+    assert re.search(
+        r"checkpoint-6 cannot be saved: .*the disk is full. It takes about \d+ MiB, and \d+", result.stderr
+    )
+    assert "Resuming from" in result.stderr and "checkpoint-3" in result.stderr
+
+
+READ_ONLY = """
+mount -t tmpfs none "$1" && mkdir "$1/run" && mount -o remount,ro none "$1" && shift && exec "$@"
+"""
+
+
+@pytest.mark.skipif(not TMPFS, reason="needs a kernel that lets this user mount a tmpfs")
+def test_a_folder_that_cannot_be_written_to_is_said_before_training(tmp_path):
+    """Protection: ``os.access`` in ``output_dir.claim_output_dir``."""
+    folder = tmp_path / "disk" / "run"
+    (tmp_path / "disk").mkdir()
+    command = [sys.executable, ROOT / "train_basic.py", *TINY, f"--output_dir={folder}"]
+    command = ["unshare", "-rm", "sh", "-c", READ_ONLY, "sh", tmp_path / "disk", *command]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("run cannot be written to. Choose another folder")
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+def at_moment(monkeypatch, moment, number):
+    """Send the signal to this process in the middle of something."""
+    import utils.checkpoints
+    import utils.curves
+    import utils.quality
+    import utils.sampling
+    import utils.validation
+
+    where = {
+        "step": (utils.curves.TrainingCurves, "add", 4),
+        "saving": (utils.checkpoints, "_write_manifest", 1),
+        "sampling": (utils.sampling.randomness, "sample_generators", 3),  # after the estimate
+        "validation": (utils.validation, "output_for", 2),
+        "evaluation": (utils.quality, "frechet_distance", 1),
+    }
+    owner, name, wanted = where[moment]
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == wanted:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize("moment", ["step", "saving", "sampling", "validation", "evaluation"])
+def test_a_signal_at_any_moment_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, moment, number):
+    """Protection: ``StopSignal`` and the line ``if stop:`` of the scripts."""
+    flags = ["--dataset_split=train[:40]", "--validation_split=train[40:48]", "--validation_steps=2"]
+    flags += ["--evaluate_steps=2", "--num_evaluation_samples=10", "--features=pixels", "--sample_steps=2"]
+    with monkeypatch.context() as patch:
+        at_moment(patch, moment, number)
+        assert train(tmp_path / "run", *flags) == 128 + number
+    said = capsys.readouterr().out
+    step = int(re.search(rf"Stopped by {number.name} after (\d) of 6 optimizer steps", said)[1])
+    assert 2 <= step < 6 and "The same command goes on from there" in said
+    verify_checkpoint(tmp_path / "run" / f"checkpoint-{step}")
+    assert train(tmp_path / "run", *flags) == 0
+    train(tmp_path / "straight", *flags)
+    assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "straight" / WEIGHTS)
+
+
+def _deaf(path):
+    StopSignal(types.SimpleNamespace(is_main_process=True, num_processes=1))
+    path.touch()
+    time.sleep(60)  # a step that does not end
+    time.sleep(60)
+
+
+def test_a_second_signal_exits_at_once_and_a_repeated_one_does_not(tmp_path):
+    """Protection: ``GRACE`` and ``os._exit`` in ``StopSignal``."""
+    child = CHILDREN.Process(target=_deaf, args=(tmp_path / "ready",))
+    child.start()
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    for _ in range(2):  # as a launcher does
+        os.kill(child.pid, signal.SIGTERM)
+        time.sleep(0.2)
+    assert child.is_alive()
+    time.sleep(StopSignal.GRACE)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(5)
+    assert child.exitcode == 143
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """Protection: ``signal.SIG_IGN`` in ``StopSignal``; ``nohup`` works that way."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopSignal(types.SimpleNamespace(is_main_process=True, num_processes=1))
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received is None
+        stop.restore()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ---------------------------------------------------------------------------------------- what must not be lost
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    """Protection: ``_check_finite`` in ``checkpoints.save_checkpoint``; losses and gradients were finite here."""
+    import utils.ema
+
+    original = utils.ema.EMA.step
+
+    def step(self, parameters):
+        parameters = list(parameters)
+        original(self, parameters)
+        if self.optimization_step == 6:
+            with torch.no_grad():
+                parameters[3].view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(utils.ema.EMA, "step", step)
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 cannot be saved: .* holds numbers that are not finite"):
+        train(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-3"]
+
+
+def test_steps_that_fp16_skips_are_counted_and_shown(accelerator, capsys, caplog):
+    """Protection: ``overflows`` in ``TrainingCurves.step``. (A scaler needs a GPU; this is what it leaves behind.)"""
+    logged = []
+    fake = types.SimpleNamespace(
+        device=torch.device("cpu"), is_local_main_process=False, mixed_precision="fp16",
+        reduce=lambda values, how: values, log=lambda values, step: logged.append(values),
+    )  # fmt: skip
+    curves = TrainingCurves(fake, types.SimpleNamespace(global_batch_size=4, label_names=[]), 2, 1000, 0, 4)
+    for step, norm in enumerate([float("inf"), 1.0, float("nan"), float("inf")], start=1):
+        curves.add(torch.ones(4), torch.arange(4))
+        curves.step(step, torch.tensor(norm))
+    assert [values["skipped_steps"] for values in logged] == [1, 3]
+    assert logged[0]["grad_norm"] == 1 and "grad_norm" not in logged[1]
+    assert "fp16 overflowed in 2 of the last 2 steps" in caplog.text and "3 so far" in caplog.text
+
+
+@pytest.mark.parametrize("gone", ["random_states_0.pkl", "optimizer.bin", "scheduler.bin", "model.safetensors"])
+def test_missing_state_is_loud(tmp_path, gone):
+    """Protection: the manifest; accelerate alone passes over a missing random state without a word."""
+    train(tmp_path / "run", "--max_train_steps=3")
+    (tmp_path / "run" / "checkpoint-3" / "training_state" / gone).unlink()
+    with pytest.raises(UserError, match=f"is not a complete checkpoint: training_state/{gone} is missing"):
+        train(tmp_path / "run", f"--resume_from_checkpoint={tmp_path}/run/checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    "flags, difference",
+    [
+        (["--train_batch_size=16"], "global_batch_size was 8, is 16"),
+        (["--resolution=12"], "resolution was None, is 12"),
+        (["--prediction_type=epsilon"], "prediction_type was None, is 'epsilon'"),
+        (["--dataset_name=faces"], "dataset_name was 'digits', is 'faces'"),
+        (["--max_train_samples=50"], "max_train_samples was None, is 50"),
+        (["--unet=small"], "unet was 'tiny', is 'small'"),
+        (["--seed=1"], "seed was 0, is 1"),
+    ],
+)
+def test_changed_settings_are_refused_with_the_difference(tmp_path, finished_run, flags, difference):
+    """Protection: ``check_settings`` in ``output_dir``."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    interrupt(tmp_path / "run", "checkpoint-3")
+    before = count_files(tmp_path / "run" / "checkpoint-3")
+    given = ["--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2", *flags]
+    if flags == ["--dataset_name=faces"]:
+        given += ["--dataset_split=train"]
+    with pytest.raises(UserError, match=re.escape(difference)):
+        train(tmp_path / "run", *given)
+    assert count_files(tmp_path / "run" / "checkpoint-3") == before
+
+
+def test_the_same_run_with_another_geometry_of_the_same_batch_goes_on(tmp_path, finished_run):
+    shutil.copytree(finished_run, tmp_path / "run")
+    interrupt(tmp_path / "run", "checkpoint-3")
+    flags = ["--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2"]
+    assert train(tmp_path / "run", *flags, "--train_batch_size=2", "--gradient_accumulation_steps=4") == 0
+    first, second = (load_file(folder / WEIGHTS) for folder in (tmp_path / "run", finished_run))
+    assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in first)
+
+
+# -------------------------------------------------------------------------------------------------------- bad images
+
+
+def test_hundreds_of_mutated_files_in_the_loader(tmp_path, accelerator):
+    """Protection: ``except Exception`` in ``images.decode_image``. Skipped by name and the same with and without
+    workers, refused by name; no crash, no hang."""
+    from utils.datasets import load_train_data
+
+    rng = np.random.default_rng(0)
+    clean = Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k in range(300):
+        path = folder / f"{k:03}.{('png', 'jpg', 'gif', 'webp')[k % 4]}"
+        clean.save(path)
+        if k % 10:
+            content = np.frombuffer(path.read_bytes(), np.uint8).copy()
+            where = rng.integers(0, len(content), size=rng.integers(1, 12))
+            content[where] = rng.integers(0, 256, size=len(where))
+            path.write_bytes(content.tobytes()[: rng.integers(0, len(content) + 1)])
+    seen = []
+    for flags in (["--cache_images=always"], ["--cache_images=never", "--dataloader_num_workers=2"]):
+        flags += [f"--train_data_dir={folder}", "--bad_images=skip", "--max_bad_images=300", "--image_mode=L"]
+        data = load_train_data(parse(*flags, "--resolution=8", "--max_train_steps=40"), accelerator)
+        seen.append(torch.cat([batch["images"] for batch in data.batches(0, 40)]))
+    assert torch.equal(*seen) and len(seen[0]) == 320
+    with pytest.raises(UserError, match=r"images/\d\d\d\.(png|jpg|gif|webp) \(image \d+ of .*--bad_images skip"):
+        flags = [f"--train_data_dir={folder}", "--image_mode=L", "--resolution=8", "--cache_images=always"]
+        load_train_data(parse(*flags), accelerator)
+    with pytest.raises(UserError, match="more than --max_bad_images 5 images are unreadable"):
+        load_train_data(parse(*flags, "--bad_images=skip", "--max_bad_images=5"), accelerator)
+
+
+@pytest.mark.parametrize("side", [9_500, 13_400])  # 90 and 180 megapixels: where Pillow warns, and where it raises
+def test_a_decompression_bomb_is_refused_by_name(tmp_path, accelerator, side):
+    """Protection: ``MAX_IMAGE_PIXELS`` in ``images.decode_image``."""
+    from utils.datasets import load_train_data
+
+    Image.new("1", (side, side)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+    with pytest.raises(UserError, match=r"bomb\.png .*more than 89 megapixels, which is taken for an attack"):
+        load_train_data(parse(f"--train_data_dir={tmp_path}", "--train_batch_size=1"), accelerator)
+
+
+def test_files_that_go_away_after_the_start_are_named(tmp_path, accelerator):
+    from utils.datasets import load_train_data
+
+    for k in range(8):
+        Image.new("L", (8, 8), k * 30).save(tmp_path / f"{k}.png")
+    for flags in (["--dataloader_num_workers=0"], ["--dataloader_num_workers=2"]):
+        data = load_train_data(parse(f"--train_data_dir={tmp_path}", "--cache_images=never", *flags), accelerator)
+        (tmp_path / "3.png").rename(tmp_path / "gone")
+        with pytest.raises(UserError, match=r"3\.png \(image 3 of .*No such file.*--bad_images skip"):
+            list(data.batches(0, 2))
+        (tmp_path / "gone").rename(tmp_path / "3.png")
+
+
+def test_one_pixel_is_an_image(tmp_path, accelerator):
+    from utils.datasets import load_train_data
+
+    for k in range(8):
+        Image.new("L", (1, 1), 200).save(tmp_path / f"{k}.png")
+    data = load_train_data(parse(f"--train_data_dir={tmp_path}", "--resolution=8"), accelerator)
+    (batch,) = data.batches(0, 1)
+    assert torch.allclose(batch["images"], torch.tensor(200 / 127.5 - 1))
+
+
+# ------------------------------------------------------------------------------------------------------ hostile input
+
+
+class Executes:
+    """A pickle that would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"])
+def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path, name):
+    """Protection: ``weights_only`` and, for files that accelerate would load otherwise, the manifest."""
+    train(tmp_path / "run", "--max_train_steps=3")
+    folder = tmp_path / "run" / "checkpoint-3"
+    planted = folder / "training_state" / name
+    planted.write_bytes(pickle.dumps(Executes(tmp_path / "executed")))
+    flags = [f"--resume_from_checkpoint={folder}", "--max_train_steps=6"]
+    with pytest.raises(UserError, match=f"damaged: training_state/{name}"):
+        train(tmp_path / "run", *flags)
+    from utils.checkpoints import _write_manifest
+
+    (folder / MANIFEST).unlink()
+    _write_manifest(folder)  # by someone who knows how
+    with contextlib.suppress(UserError):  # accelerate passes over a random state that it cannot read
+        train(tmp_path / "run", *flags)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_manifest_that_points_elsewhere_is_refused(tmp_path):
+    """Protection: ``is_relative_to`` in ``checkpoints.verify_checkpoint``."""
+    train(tmp_path / "run", "--max_train_steps=3")
+    folder = tmp_path / "run" / "checkpoint-3"
+    (tmp_path / "secret").write_text("x")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    digest = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+    for entry in ("../../secret", "link"):
+        if entry == "link":
+            (folder / "link").symlink_to(tmp_path / "secret")
+        changed = {"files": {**manifest["files"], entry: [1, digest]}}
+        (folder / MANIFEST).write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=f"damaged: {re.escape(entry)} lies outside of it"):
+            train(tmp_path / "run", f"--resume_from_checkpoint={folder}")
+
+
+@pytest.mark.parametrize("script", [train_ddpm, finetune_faces], ids=["ddpm", "faces"])
+@pytest.mark.parametrize("kind", ["pickled weights", "code of a unet", "code of a pipeline"])
+def test_code_of_a_pretrained_pipeline_is_never_run(tmp_path, finished_run, script, kind):
+    """Protection: ``trust_remote_code`` and ``use_safetensors=False`` are not given in ``models.load_pretrained``."""
+    base = tmp_path / "base"
+    shutil.copytree(finished_run, base)
+    code = f"import os\nos.system('touch {tmp_path}/executed')\nfrom diffusers import DDPMPipeline, UNet2DModel\n"
+    index = json.loads((base / "model_index.json").read_text())
+    if kind == "pickled weights":
+        (base / WEIGHTS).unlink()
+        (base / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Executes(tmp_path / "executed")))
+    elif kind == "code of a unet":
+        (base / "unet" / "evil.py").write_text(code + "class Evil(UNet2DModel):\n    pass\n")
+        index["unet"] = ["evil", "Evil"]
+    else:
+        (base / "pipeline.py").write_text(code + "class Evil(DDPMPipeline):\n    pass\n")
+        index["_class_name"] = ["pipeline", "Evil"]
+    (base / "model_index.json").write_text(json.dumps(index))
+    with contextlib.suppress(UserError):
+        train(tmp_path / "run", f"--pretrained_model_name_or_path={base}", script=script)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_control_characters_of_a_file_name_do_not_reach_the_terminal(tmp_path, capsys):
+    """Protection: ``printable``."""
+    (tmp_path / "images").mkdir()
+    for k in range(8):
+        (tmp_path / "images" / f"\x1b[2J\r{k}.png").write_bytes(b"not an image")
+    args = parse(f"--train_data_dir={tmp_path}/images", f"--output_dir={tmp_path}/run")
+    reset_accelerate()
+    with pytest.raises(SystemExit) as stop:
+        run.run_script(train_ddpm.main, args)
+    said = capsys.readouterr()
+    assert stop.value.code == 1
+    assert "\x1b[2J" not in said.err + said.out and "\\x1b[2J\\r0.png" in said.err
+    assert printable("a\x1b[2J\nb\u202e") == "a\\x1b[2J\nb\\u202e"
+
+
+# ------------------------------------------------------------------------------------------------------ what is said
+
+
+def raised(error, *flags, capsys, script=train_ddpm):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run.run_script(main, parse(*flags, script=script))
+    return stop.value.code, capsys.readouterr().err
+
+
+def no_memory_on_a_cpu():
+    try:
+        torch.empty(2**60, dtype=torch.uint8)
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), no_memory_on_a_cpu(), MemoryError()])
+def test_out_of_memory_says_which_flags_with_which_values(capsys, error):
+    """Protection: ``_less_memory`` in ``run``; the two flags keep images per step, and so the learning rate."""
+    flags = ["--train_batch_size=48", "--gradient_accumulation_steps=3", "--sample_batch_size=10"]
+    code, said = raised(error, *flags, capsys=capsys)
+    assert code == 1
+    assert "--train_batch_size 24 --gradient_accumulation_steps 6" in said and "--gradient_checkpointing" in said
+    assert "--sample_batch_size 5" in said
+    code, said = raised(error, "--train_batch_size=7", capsys=capsys, script=train_basic)
+    assert "--train_batch_size 1 --gradient_accumulation_steps 7" in said and "--gradient_checkpointing" not in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_an_error_of_ours_keeps_its_traceback(capsys):
+    code, said = raised(KeyError("oops"), capsys=capsys)
+    assert code == 1 and "Traceback" in said
+    code, said = raised(OSError(28, "No space left on device"), capsys=capsys)
+    assert code == 1 and "Traceback" not in said and "the same command goes on from the newest checkpoint" in said
+
+
+def test_versions_that_were_not_tested_are_said_in_one_line(monkeypatch, caplog):
+    """Protection: ``_check_versions`` in ``run``."""
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
+    assert {name: ".".join(pins[name].split(".")[:2]) for name in run.TESTED} == run.TESTED
+    run._check_versions()
+    assert not caplog.records
+    installed = {**{name: f"{version}.0" for name, version in run.TESTED.items()}, "diffusers": "0.51.0"}
+    monkeypatch.setattr(run.importlib.metadata, "version", installed.__getitem__)
+    run._check_versions()
+    assert [record.getMessage() for record in caplog.records] == [
+        "Not tested with diffusers 0.51.0 (tested: 0.42). If something fails: pip install -r requirements.txt"
+    ]
+
+
+def test_a_safetensors_file_of_the_wrong_shape_is_refused_before_training(tmp_path, finished_run):
+    base = tmp_path / "base"
+    shutil.copytree(finished_run, base)
+    weights = load_file(base / WEIGHTS)
+    weights["conv_in.weight"] = torch.zeros(3, 3)
+    save_file(weights, base / WEIGHTS)
+    with pytest.raises(UserError, match="cannot be loaded as a DDPMPipeline"):
+        train(tmp_path / "run", f"--pretrained_model_name_or_path={base}")
