@@ -70,6 +70,7 @@ def main(args):
     from utils.datasets import load_train_data
     from utils.ema import EMA
     from utils.guidance import make_guidance
+    from utils.hub import Hub
     from utils.images import make_grid
     from utils.models import check_fit, check_noise_scheduler, count_parameters, image_format, load_pretrained
     from utils.output_dir import claim_output_dir, resume, save
@@ -82,6 +83,7 @@ def main(args):
     # Accelerator
     accelerator = run.make_accelerator(args)
     output_dir, finished_at = claim_output_dir(accelerator, args)
+    hub = Hub(accelerator, args)
     set_seed(args.seed)
 
     # Data
@@ -90,7 +92,7 @@ def main(args):
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
-        return run.say_finished(accelerator, args, finished_at, again=True)
+        return run.finished_before(accelerator, args, finished_at, hub)
     training_images = train_data.examples(1000)
 
     # Model
@@ -142,7 +144,9 @@ def main(args):
 
     # Trackers
     facts = dict(prediction_type=prediction_type, method=args.method, base=args.pretrained_model_name_or_path)
-    facts |= dict(**train_data.facts, parameters=parameters, max_train_steps=max_train_steps)
+    facts |= dict(
+        **train_data.facts, data_license=train_data.license, parameters=parameters, max_train_steps=max_train_steps
+    )
     run.start(accelerator, args, "finetune_faces", global_step, **facts)
     curves = TrainingCurves(
         accelerator, train_data, args.logging_steps, num_train_timesteps, global_step, max_train_steps
@@ -175,6 +179,7 @@ def main(args):
         with ema_model.swapped_in(unet):
             save_adapter(unet, folder / "adapter")
             DDPMPipeline(merged(unet), pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
+        write_card(folder, "Adapted DDPM", args, of_people=True, **facts)
 
     if global_step == 0:
         validate()
@@ -223,6 +228,7 @@ def main(args):
             curves.check(global_step)  # no checkpoint holds a number that is not finite
             with curves.pause():
                 save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
+                hub.push_checkpoint(global_step)
         if stop:
             return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
         if global_step % args.validation_steps == 0 or global_step == max_train_steps:
@@ -233,10 +239,9 @@ def main(args):
     # Save
     if accelerator.is_main_process:
         save_pipeline(output_dir)
-        write_card(output_dir, "Adapted DDPM", args, "samples.png", of_people=True, **facts)
     sample(output_dir / "samples.png")
     curves.close()
-    return run.finish(accelerator, args, global_step, stop_signal, **facts)
+    return run.finish(accelerator, args, global_step, stop_signal, hub, **facts)
 
 
 if __name__ == "__main__":

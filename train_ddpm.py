@@ -102,6 +102,7 @@ def main(args):
     from utils.curves import TrainingCurves
     from utils.datasets import load_train_data
     from utils.ema import EMA
+    from utils.hub import Hub
     from utils.images import make_grid
     from utils.models import (
         check_fit,
@@ -123,6 +124,7 @@ def main(args):
     # Accelerator
     accelerator = run.make_accelerator(args)
     output_dir, finished_at = claim_output_dir(accelerator, args)
+    hub = Hub(accelerator, args)
     set_seed(args.seed)
 
     # Data
@@ -133,7 +135,7 @@ def main(args):
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
-        return run.say_finished(accelerator, args, finished_at, again=True)
+        return run.finished_before(accelerator, args, finished_at, hub)
 
     # Model
     shape = dict(sample_size=train_data.resolution, in_channels=train_data.channels, out_channels=train_data.channels)
@@ -183,7 +185,12 @@ def main(args):
 
     # Trackers
     facts = dict(prediction_type=prediction_type, beta_schedule=noise_scheduler.config.beta_schedule)
-    facts |= dict(**train_data.facts, parameters=count_parameters(unet), max_train_steps=max_train_steps)
+    facts |= dict(
+        **train_data.facts,
+        data_license=train_data.license,
+        parameters=count_parameters(unet),
+        max_train_steps=max_train_steps,
+    )
     run.start(accelerator, args, "train_ddpm", global_step, **facts)
     curves = TrainingCurves(
         accelerator, train_data, args.logging_steps, num_train_timesteps, global_step, max_train_steps
@@ -205,6 +212,7 @@ def main(args):
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
             DDPMPipeline(unet, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
+        write_card(folder, "DDPM", args, **facts)
 
     if args.evaluate_steps:
         quality = Quality(args, accelerator, train_data, global_step)
@@ -258,6 +266,7 @@ def main(args):
             curves.check(global_step)  # no checkpoint holds a number that is not finite
             with curves.pause():
                 save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
+                hub.push_checkpoint(global_step)
         if stop:
             return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
         if validation and (global_step % args.validation_steps == 0 or global_step == max_train_steps):
@@ -273,10 +282,9 @@ def main(args):
     # Save
     if accelerator.is_main_process:
         save_pipeline(output_dir)
-        write_card(output_dir, "DDPM", args, "samples.png", **facts)
     sample(output_dir / "samples.png")
     curves.close()
-    return run.finish(accelerator, args, global_step, stop_signal, **facts)
+    return run.finish(accelerator, args, global_step, stop_signal, hub, **facts)
 
 
 if __name__ == "__main__":

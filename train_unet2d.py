@@ -55,6 +55,7 @@ def main(args):
     from utils.curves import TrainingCurves
     from utils.datasets import load_train_data
     from utils.ema import EMA
+    from utils.hub import Hub
     from utils.images import make_grid
     from utils.models import check_fit, count_parameters
     from utils.output_dir import claim_output_dir, resume, save
@@ -68,6 +69,7 @@ def main(args):
     # Accelerator
     accelerator = run.make_accelerator(args)
     output_dir, finished_at = claim_output_dir(accelerator, args)
+    hub = Hub(accelerator, args)
     set_seed(args.seed)
 
     # Data
@@ -75,7 +77,7 @@ def main(args):
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
-        return run.say_finished(accelerator, args, finished_at, again=True)
+        return run.finished_before(accelerator, args, finished_at, hub)
 
     # Model
     shape = dict(sample_size=train_data.resolution, in_channels=train_data.channels, out_channels=train_data.channels)
@@ -115,7 +117,12 @@ def main(args):
     global_step = resume(accelerator, args, train_data.facts, ema_model)
 
     # Trackers
-    facts = dict(**train_data.facts, parameters=count_parameters(unet), max_train_steps=max_train_steps)
+    facts = dict(
+        **train_data.facts,
+        data_license=train_data.license,
+        parameters=count_parameters(unet),
+        max_train_steps=max_train_steps,
+    )
     run.start(accelerator, args, "train_unet2d", global_step, **facts)
     curves = TrainingCurves(
         accelerator, train_data, args.logging_steps, num_train_timesteps, global_step, max_train_steps
@@ -139,6 +146,7 @@ def main(args):
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
             LinearMixPipeline(unet, noise_scheduler).save_pretrained(folder)
+        write_card(folder, "UNet2D denoiser", args, **facts)
 
     # Train
     model.train()
@@ -178,6 +186,7 @@ def main(args):
             curves.check(global_step)  # no checkpoint holds a number that is not finite
             with curves.pause():
                 save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
+                hub.push_checkpoint(global_step)
         if stop:
             return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
         if validation and (global_step % args.validation_steps == 0 or global_step == max_train_steps):
@@ -189,10 +198,9 @@ def main(args):
     # Save
     if accelerator.is_main_process:
         save_pipeline(output_dir)
-        write_card(output_dir, "UNet2D denoiser", args, "samples.png", **facts)
     sample(output_dir / "samples.png")
     curves.close()
-    return run.finish(accelerator, args, global_step, stop_signal, **facts)
+    return run.finish(accelerator, args, global_step, stop_signal, hub, **facts)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {close[0]}?" if close else hint
         self.exit(2, f"error: {message} ({hint})\n")
 
-    def switch(self, group, name: str, default: bool | None, help: str) -> None:
+    @staticmethod
+    def switch(group, name: str, default: bool | None, help: str) -> None:
         """Add the flag ``--name``, which may be followed by true or false, and its opposite ``--no-name``."""
         group.add_argument(name, action=_Switch, default=default, help=help)
 
@@ -134,6 +135,15 @@ def add_common_arguments(parser: Parser) -> None:
     _add_data_arguments(parser)
     _add_training_arguments(parser)
     _add_run_arguments(parser)
+
+
+def add_hub_arguments(group) -> None:
+    """Where a model goes on the Hub."""
+    group.add_argument("--hub_model_id", metavar="ID", help="USER/NAME, or NAME among your own (default: the name of the output folder)")
+    Parser.switch(group, "--hub_private_repo", False, "make it a private repository; an existing public one is refused")
+    group.add_argument("--hub_revision", metavar="BRANCH", help="branch to push to (default: main)")
+    Parser.switch(group, "--hub_logs", False, "push TensorBoard's files, too: the Hub shows them; they may hold pictures of training images")
+    group.add_argument("--hub_timeout", type=real(4), default=1800.0, help="seconds after which a push that does not come through is given up")
 
 
 def add_features_arguments(group) -> None:
@@ -212,6 +222,13 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--sample_batch_size", type=integer(1), default=64, help="images sampled at once, per process")
     group.add_argument("--num_inference_steps", type=integer(1, 1000), help="UNet calls per sample")
 
+    group = parser.add_argument_group("Hub")
+    parser.switch(group, "--push_to_hub", False, "push the model in the end; log in with `hf auth login` or HF_TOKEN")
+    add_hub_arguments(group)
+    group.add_argument("--hub_strategy", choices=("end", "every_checkpoint"), default="end", help="when to push; checkpoints go beside training")
+    parser.switch(group, "--push_required", False, "do not train if the Hub cannot be reached at the start")
+    group.add_argument("--hub_license", metavar="LICENSE", default="unknown", help="of the model, for its card: apache-2.0, cc-by-4.0, openrail, other ...")
+
     group = parser.add_argument_group("validation")
     group.add_argument("--validation_split", help="split held out from training, for a loss curve; for example train[90%%:]")
     group.add_argument("--validation_steps", type=integer(1), default=500, help="optimizer steps between validations")
@@ -242,5 +259,10 @@ def check_common(parser: Parser, args) -> None:
         parser.error("--streaming needs --max_train_steps: a stream has no known length to count epochs in")
     if args.streaming and args.cache_images == "always":
         parser.error("--streaming and --cache_images always exclude each other: a stream is not kept")
+    for flag in ("hub_model_id", "hub_private_repo", "hub_revision", "hub_logs", "push_required"):
+        if vars(args)[flag] and not args.push_to_hub:
+            parser.error(f"--{flag} needs --push_to_hub")
+    if args.hub_strategy == "every_checkpoint" and not args.push_to_hub:
+        parser.error("--hub_strategy every_checkpoint needs --push_to_hub")
     if args.streaming and not (args.dataset_name or args.train_data_dir):
         parser.error("--streaming needs --dataset_name or --train_data_dir")

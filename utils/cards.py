@@ -1,10 +1,24 @@
-"""The README.md of a trained model, written by the run that trained it."""
+"""The README.md of a trained model, written by the run that trained it, and the picture of its curves."""
 
+import contextlib
+import io
 import json
+import logging
 import re
+import shlex
+import sys
+import tempfile
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+import accelerate
+import diffusers
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from matplotlib.figure import Figure
+
+from .hardware import device_name
+
+logger = logging.getLogger(__name__)
 
 TRAINING_FLAGS = (
     "learning_rate",
@@ -16,6 +30,13 @@ TRAINING_FLAGS = (
     "random_flip",
     "seed",
 )
+USE = """
+## Intended use and limits
+
+For studying and illustrating diffusion models, and to start others from. It draws what its training images show, with
+their gaps and biases; what it draws is evidence of nothing. Small data sets are memorised: compare samples with the
+training images before showing them. The licence of the training images applies, too.
+"""
 PEOPLE = """
 ## People
 
@@ -35,22 +56,24 @@ def how_to_load(folder: Path, name: str | Path) -> str:
     return f"{pipeline_class}.from_pretrained({str(name)!r})"
 
 
-def write_card(folder: Path, title: str, args, grid: str, of_people: bool = False, **facts) -> None:
-    """Write ``README.md`` with valid metadata, the samples, a snippet that loads the model, and how it was trained.
+def write_card(folder: Path, title: str, args, of_people: bool = False, **facts) -> None:
+    """Write ``README.md``: valid metadata, the samples, a snippet that loads the model, and how it was trained.
+
+    In the run's own folder the snippet has been run, with one step, before it is written.
 
     Args:
         folder: a saved pipeline.
         title: what kind of model it is, one line.
         args: the run's flags.
-        grid: path of the sample grid, relative to ``folder``.
         of_people: whether the images show people; adds a section.
-        facts: what the run found out; ``data`` is the Hub id, path or short name of the training images, ``base`` the
-            id or path of the pipeline that it started from.
+        facts: what the run found out; ``data`` is the Hub id, path or short name of the training images,
+            ``data_license`` their licence, ``base`` the id or path of the pipeline that it started from.
     """
     index = json.loads((folder / "model_index.json").read_text())
-    on_hub = {key: name for key, name in facts.items() if key in ("data", "base") and _is_hub_id(name)}
+    on_hub = {key: name for key, name in facts.items() if key in ("data", "base") and is_hub_id(name)}
     tags = ["diffusers", "unconditional-image-generation"]
     data = ModelCardData(
+        license=args.hub_license,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=tags + (["ddpm"] if index["_class_name"] == "DDPMPipeline" else []),
@@ -59,12 +82,14 @@ def write_card(folder: Path, title: str, args, grid: str, of_people: bool = Fals
     )
     for key in {"data", "base"} & (set(facts) - set(on_hub)):
         facts[key] = Path(facts[key]).name  # no path of one machine
-    facts |= {key: vars(args)[key] for key in TRAINING_FLAGS if key in vars(args)}
-    table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in facts.items())
-    load = how_to_load(folder, folder.resolve().name)
+    sampler = index["scheduler"][1]
+    settings = facts | {key: vars(args)[key] for key in TRAINING_FLAGS if key in vars(args)}
+    table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in settings.items())
     folders = [folder, *(folder / part for part in ("scheduler", "unet"))]
     code = [f"`{path.relative_to(folder)}`" for place in folders for path in place.glob("*.py")]
     trust = f"`trust_remote_code=True` runs the code that comes with the model: {', '.join(code)}. Read it first.\n\n"
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, diffusers, accelerate))
+    state = accelerate.PartialState()
     text = f"""---
 {data.to_yaml()}
 ---
@@ -73,36 +98,117 @@ def write_card(folder: Path, title: str, args, grid: str, of_people: bool = Fals
 
 Draws images like those in {_escape(facts["data"])}, with a {index["unet"][1]}.
 
-![samples]({grid})
+![samples](samples.png)
 
-```python
-from diffusers import {load.split(".")[0]}
-
-pipeline = {load}
-images = pipeline(batch_size=16, num_inference_steps={args.num_inference_steps}).images
-images[0].save("sample.png")
-```
-
-{trust if code else ""}The saved scheduler is `{index["scheduler"][1]}`; the weights drew the samples above
-({args.num_samples} images, {vars(args).get("sampler", index["scheduler"][1])}, {args.num_inference_steps} steps, \
+{_snippet(folder, args)}{trust if code else ""}The saved scheduler is `{sampler}`; the weights drew the samples above
+({args.num_samples} images, {vars(args).get("sampler", sampler)}, {args.num_inference_steps} steps, \
 seed {args.seed}, not selected).
 
 ## Training
 
+{"![curves](curves.png)" if args.report_to in ("all", "tensorboard") else ""}
+
+    {command_line()}
+
+{versions}; {state.num_processes} x {device_name(state.device)}
+
 | | |
 |---|---|
 {table}
-
-## Limits
-
-It draws what its training images show, with their gaps and biases. Small data sets are memorised: compare samples with
-the training images.
-{PEOPLE if of_people else ""}"""
+{USE}{PEOPLE if of_people else ""}"""
     ModelCard(text).save(folder / "README.md")
 
 
-def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+def _snippet(folder: Path, args) -> str:
+    """How to load and draw, as Markdown; nothing if that failed here."""
+    name = Path(args.output_dir).resolve().name
+    load = how_to_load(folder, name)
+    code = f"from diffusers import {load.split('.')[0]}\n\npipeline = {load}\n"
+    code += f"images = pipeline(batch_size=4, num_inference_steps={args.num_inference_steps}).images\n"
+    code += 'images[0].save("sample.png")'
+    if folder.resolve() == Path(args.output_dir).resolve():
+        once = code.replace(repr(name), repr(str(folder.resolve())))
+        once = re.sub(r"batch_size=4, num_inference_steps=\d+", "batch_size=1, num_inference_steps=1", once)
+        try:
+            with tempfile.TemporaryDirectory() as place, contextlib.chdir(place), torch.random.fork_rng(devices=[]):
+                with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+                    exec(once, {})
+        except Exception as error:  # the model is saved: a card without the snippet is better than none
+            logger.warning(
+                f"{folder}: the saved pipeline could not be loaded and called: {type(error).__name__}: {error}"
+            )
+            return ""
+    return f"```python\n{code}\n```\n\n"
+
+
+def command_line() -> str:
+    """The command that started this process, without paths of this machine."""
+    return shlex.join(["python", *(without_path(argument) for argument in sys.argv)]).replace("\n", " ")
+
+
+def without_path(value):
+    """A flag's value, or ``--flag=value``; a path of this machine is cut down to its last part."""
+    flag, equals, text = value.partition("=") if str(value).startswith("--") else ("", "", value)
+    if not isinstance(text, str) or not text or is_hub_id(text):
+        return value
+    is_path = text.startswith(("/", "./", "../", "~")) or (("/" in text or "\\" in text) and Path(text).exists())
+    return flag + equals + (Path(text).name if is_path else text)
+
+
+def add_results(folder: Path, results: dict) -> None:
+    """Put what evaluate.py has found into the card's metadata.
+
+    Args:
+        folder: with a README.md.
+        results: of a ``results.json``; rows that name this folder count.
+
+    Raises:
+        ValueError: none of them does.
+    """
+    rows = [row for row in results["results"] if row["model"].split(" ")[0] == folder.resolve().name]
+    if not rows:
+        names = ", ".join(row["model"] for row in results["results"])
+        raise ValueError(f"it has no row of {folder.resolve().name}; it has {names}")
+    card = ModelCard.load(folder / "README.md")
+    reference = Path(results["reference"]).name if not is_hub_id(results["reference"]) else results["reference"]
+    card.data.model_name = folder.resolve().name
+    card.data.eval_results = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=reference,
+            dataset_name=reference,
+            dataset_split=results["reference_split"],
+            metric_type=metric,
+            metric_name=f"{metric}, N={row['N']}, {row['sampler']}, {row['steps']} steps",
+            metric_value=round(value, 4),
+        )
+        for row in rows
+        for metric, value in row.items()
+        if metric.startswith(("fd_", "fid_", "kid_", "precision", "recall", "coverage")) and "error" not in metric
+    ]
+    card.save(folder / "README.md")
+
+
+def draw_curves(folder: Path, logs: Path) -> None:
+    """Write ``curves.png``, the losses in TensorBoard's files below ``logs``; nothing if there are none."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss", yscale="log")
+    for run in sorted({path.parent for path in logs.glob("**/events.out.*")}):
+        events = EventAccumulator(str(run), size_guidance={"images": 1}).Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag == "loss" or tag.startswith("validation_loss/"):
+                points = events.Scalars(tag)
+                axes.plot([point.step for point in points], [point.value for point in points], label=tag)
+    if axes.lines:
+        axes.legend()
+        figure.savefig(folder / "curves.png")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it looks like user/name, and no such path is here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists()
 
 
 def _escape(value) -> str:

@@ -25,7 +25,7 @@ from . import UserError, randomness
 from .cache import Cache
 from .images import GREY_MODES, SKIP_HINT, BadImage, augment, check_bad_count, decode_image, prepare_image, to_uint8
 from .signals import STOP_SIGNALS
-from .sources import check_disjoint, flags_called, load_source
+from .sources import check_disjoint, data_license, flags_called, load_source
 from .streaming import Stream, read_ahead
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class TrainData:
         image_shape: (C, H, W).
         global_batch_size: images per optimizer step, over all processes and micro-steps.
         facts: of these, what a resumed run must not find changed.
+        license: of the images, as far as it is known.
     """
 
     def __init__(self, dataset, name: str, args, accelerator, resolution=None, image_mode=None):
@@ -109,6 +110,7 @@ class TrainData:
             )
         self._inspect(dataset, resolution, image_mode)
         self.image_shape = (self.channels, self.resolution, self.resolution)
+        self.license = data_license(dataset, name)
         self.facts = dict(data=name, images=self.length, global_batch_size=self.global_batch_size)
         self.facts["image_shape"] = list(self.image_shape)
         prepare = partial(prepare_image, resolution=self.resolution, interpolation=args.interpolation)

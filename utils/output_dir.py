@@ -34,11 +34,12 @@ _locks = {}  # files that this process has locked, by folder
 FREE_ON_RESUME = {
     "bad_images", "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config",
     "dataloader_num_workers", "evaluate_steps", "features", "features_model_name_or_path",
-    "gradient_accumulation_steps", "gradient_checkpointing", "keep_best", "logging_dir", "logging_steps",
+    "gradient_accumulation_steps", "gradient_checkpointing", "hub_license", "hub_logs", "hub_model_id",
+    "hub_private_repo", "hub_revision", "hub_strategy", "hub_timeout", "keep_best", "logging_dir", "logging_steps",
     "max_bad_images", "max_train_steps", "mixed_precision", "num_evaluation_samples", "num_train_epochs",
-    "num_validation_images", "output_dir", "prior_dataset_name", "prior_dataset_split", "report_to",
-    "resume_from_checkpoint", "sample_batch_size", "sample_steps", "train_batch_size", "validation_split",
-    "validation_steps", *DRAWING,
+    "num_validation_images", "output_dir", "prior_dataset_name", "prior_dataset_split", "push_required",
+    "push_to_hub", "report_to", "resume_from_checkpoint", "sample_batch_size", "sample_steps", "train_batch_size",
+    "validation_split", "validation_steps", *DRAWING,
 }  # fmt: skip
 
 

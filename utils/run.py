@@ -20,8 +20,9 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfigur
 from tqdm.auto import tqdm
 
 from . import UserError, printable
-from .cards import how_to_load
+from .cards import draw_curves, how_to_load, without_path
 from .hardware import device_name, has_bf16, set_up_process, use_all_cores
+from .hub import PRIVATE, PUSH_FAILED
 from .output_dir import write_arguments
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def start(accelerator, args, name: str, first_step: int, **facts) -> None:
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     logger.info(f"{accelerator.num_processes} x {device_name(accelerator.device)}, {precision}")
     tensorboard = {"purge_step": first_step + 1} if first_step else {}
-    values = {**vars(args), **facts}
+    values = {flag: without_path(value) for flag, value in {**vars(args), **facts}.items() if flag not in PRIVATE}
     scalars = {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in values.items() if v is not None}
     try:
         accelerator.init_trackers(name, config=scalars, init_kwargs={"tensorboard": tensorboard})
@@ -152,8 +153,8 @@ def start(accelerator, args, name: str, first_step: int, **facts) -> None:
         raise UserError(f"--report_to {args.report_to} cannot start: {type(error).__name__}: {error}") from error
 
 
-def finish(accelerator, args, global_step: int, stop_signal, **facts) -> int:
-    """Record that the run is complete, close the trackers and say so, or say how to go on if a signal came.
+def finish(accelerator, args, global_step: int, stop_signal, hub, **facts) -> int:
+    """Record that the run is complete, close the trackers, say so and push; or say how to go on if a signal came.
 
     Returns:
         The exit code.
@@ -165,26 +166,39 @@ def finish(accelerator, args, global_step: int, stop_signal, **facts) -> int:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     stop_signal.restore()
-    return _leave(accelerator.num_processes, say_finished(accelerator, args, global_step))
+    if accelerator.is_main_process:
+        draw_curves(Path(args.output_dir), Path(args.output_dir) / args.logging_dir)
+    say_finished(accelerator, args, global_step)
+    return leave(accelerator, hub.push())
 
 
-def _leave(num_processes: int, code: int) -> int:
-    """End this process if it is one of several.
+def finished_before(accelerator, args, global_step: int, hub) -> int:
+    """Say that there is nothing to do; with ``--push_to_hub``, push. Returns the exit code."""
+    say_finished(accelerator, args, global_step, again=True)
+    return leave(accelerator, hub.push())
 
-    What remains of DistributedDataParallel may wait for the process group, or the other processes, for ever, in one run
-    of ten, when the script's variables are taken down.
+
+def leave(accelerator, code: int) -> int:
+    """End this process at once if something may keep it from ending by itself; otherwise return the exit code.
+
+    With several processes, what remains of DistributedDataParallel may wait for the process group for ever, in one run
+    of ten, when the script's variables are taken down. After a failed push, the client's threads may wait for answers.
     """
-    if num_processes > 1:
+    return _leave(accelerator.num_processes > 1 or code == PUSH_FAILED, code)
+
+
+def _leave(at_once: bool, code: int) -> int:
+    if at_once:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def say_finished(accelerator, args, global_step: int, again: bool = False) -> int:
-    """The last lines: where the grid and the pipeline are, and what to do next. Returns the exit code, 0."""
+def say_finished(accelerator, args, global_step: int, again: bool = False) -> None:
+    """The last lines: where the grid and the pipeline are, and what to do next."""
     if not accelerator.is_main_process:
-        return 0
+        return
     folder, script = args.output_dir, os.path.relpath(sys.argv[0])
     config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
     launch = f"{_command('accelerate')} launch --quiet --config_file {config}"
@@ -201,7 +215,6 @@ def say_finished(accelerator, args, global_step: int, again: bool = False) -> in
         f"\n  train on     the same command with a larger --max_train_steps"
         f"\n  your images  {launch} {script} {images}"
     )
-    return 0
 
 
 def _command(name: str) -> str:
@@ -219,7 +232,7 @@ def say_stopped(accelerator, args, global_step: int, max_train_steps: int, numbe
         f"\nStopped by {signal.Signals(number).name} after {global_step} of {max_train_steps} optimizer steps; "
         f"{Path(args.output_dir) / f'checkpoint-{global_step}'} is complete.\nThe same command goes on from there."
     )
-    return _leave(accelerator.num_processes, 128 + number)
+    return leave(accelerator, 128 + number)
 
 
 def _close_bars() -> None:
@@ -242,7 +255,7 @@ def run_script(main: Callable[[tuple], int | None], args) -> None:
             traceback.print_exc()
         else:
             print(printable(f"error: {advice}"), file=sys.stderr)
-    sys.exit(_leave(int(os.environ.get("WORLD_SIZE", 1)), code))
+    sys.exit(_leave(int(os.environ.get("WORLD_SIZE", 1)) > 1, code))
 
 
 def _advice(error: Exception, args) -> str | None:

@@ -1,0 +1,52 @@
+"""Push the output folder of a training script to the Hub: the model, its card, pictures and settings.
+
+    python push.py outputs/ddpm --hub_model_id me/digits
+
+Run `hf auth login` before, or set HF_TOKEN. Run again, it sends what is missing or has changed.
+"""
+
+from utils.args import Parser, add_hub_arguments
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("output_dir", metavar="folder", help="a run's folder, with model_index.json")
+    parser.add_argument(
+        "--evaluation", metavar="FILE", help="results.json of evaluate.py; its numbers go into the card"
+    )
+    add_hub_arguments(parser.add_argument_group("Hub"))
+    return parser.parse(argv)
+
+
+def main(args):
+    # Imports that take seconds come after parsing, so that --help answers at once
+    import json
+    from pathlib import Path
+    from types import SimpleNamespace
+
+    from utils import UserError, run
+    from utils.cards import add_results
+    from utils.hub import Hub
+
+    folder, logs = Path(args.output_dir), "logs"
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is not a folder with a pipeline; expected the output of a training script")
+    if (folder / "manifest.json").is_file():
+        raise UserError(f"{folder} is a checkpoint; give the run's folder, {folder.parent}")
+    if (folder / "training_args.json").is_file():
+        logs = json.loads((folder / "training_args.json").read_text())["arguments"]["logging_dir"]
+    if args.evaluation:
+        try:
+            add_results(folder, json.loads(Path(args.evaluation).read_text()))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"--evaluation {args.evaluation}: {error}; expected results.json of evaluate.py") from error
+    settings = dict(push_to_hub=True, hub_strategy="end", push_required=False, logging_dir=logs)
+    accelerator = run.start_process(None)
+    return run.leave(accelerator, Hub(accelerator, SimpleNamespace(**{**vars(args), **settings})).push())
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    from utils.run import run_script
+
+    run_script(main, arguments)

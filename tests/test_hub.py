@@ -1,0 +1,373 @@
+"""utils/hub.py and push.py: the real client, as users start it, against a server that speaks the Hub's protocol."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import TINY, count_files, interrupt, parse
+from fake_hub import TOKEN, FakeHub
+from PIL import Image
+from safetensors.numpy import load
+
+import train_basic
+import train_ddpm
+from utils.cards import without_path
+from utils.checkpoints import verify_checkpoint
+from utils.hub import PUSH_FAILED
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PIPELINE = {
+    "README.md",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "training_args.json",
+    "unet/config.json",
+}
+DRAW = """
+import sys, numpy, torch
+from diffusers import DDPMPipeline
+pipeline = DDPMPipeline.from_pretrained(sys.argv[1], use_safetensors=True)
+pipeline.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+numpy.save(sys.argv[2], pipeline(2, generator=generator, num_inference_steps=3, output_type="np").images)
+"""
+
+
+@pytest.fixture
+def hub():
+    server = FakeHub()
+    yield server
+    server.close()
+
+
+def environment(hub, home):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    ours = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return {**plain, **ours, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def run(hub, folder, *flags, script="train_ddpm.py", launcher=(), **changes):
+    """Train in a subprocess and push; returns exit code and output."""
+    flags = ["--push_to_hub", *flags] if script.startswith(("train", "finetune")) else list(flags)
+    tiny = [*TINY, f"--output_dir={folder}"] if script.startswith(("train", "finetune")) else [str(folder)]
+    tiny += ["--unet=tiny"] if script == "train_ddpm.py" else []
+    values = {**environment(hub, folder.parent / "home"), **changes}
+    command = [*(launcher or [sys.executable]), str(ROOT / script), *tiny, *flags]
+    result = subprocess.run(
+        command, cwd=folder.parent, env={name: value for name, value in values.items() if value is not None},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180,
+    )  # fmt: skip
+    assert TOKEN not in result.stdout
+    return result.returncode, result.stdout
+
+
+@pytest.fixture
+def finished(finished_run, tmp_path):
+    """A copy of a finished run: what push.py is for."""
+    import shutil
+
+    shutil.copytree(finished_run, tmp_path / "digits")
+    return tmp_path / "digits"
+
+
+def tokens_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_a_run_is_pushed_and_a_stranger_draws_the_same_pixels(hub, tmp_path):
+    folder = tmp_path / "digits"
+    flags = ["--report_to=tensorboard", "--sample_steps=3", "--hub_license=apache-2.0", "--hub_private_repo"]
+    flags += ["--hub_logs", "--hub_strategy=every_checkpoint"]
+    code, said = run(hub, folder, *flags)
+    assert code == 0 and said.rstrip().endswith(f"Pushed to {hub.url}/me/digits"), said
+    assert hub.repos["me/digits"]["private"] is True
+    files = hub.files("me/digits")
+    logs = {path for path in files if path.startswith("logs/")}
+    pictures = {"samples.png", "curves.png", "samples/step-000003.png"}
+    assert set(files) - logs == PIPELINE | pictures | {WEIGHTS}
+    assert logs and not any(os.uname().nodename in path for path in logs)
+    assert files[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    assert files["samples.png"] == (folder / "samples.png").read_bytes()
+    assert "The Hub" not in said and "HF_ENDPOINT is set: the model and your token go to" in said
+    # No token, and no path of this machine
+    assert not tokens_in(tmp_path)
+    assert not [path for path, content in files.items() if str(tmp_path).encode() in content]
+    assert "output_dir" not in json.loads(files["training_args.json"])["arguments"]
+    # Drawn by somebody who has only the id
+    results = []
+    for name in ("me/digits", str(folder)):
+        target = tmp_path / f"{len(results)}.npy"
+        command = [sys.executable, "-I", "-c", DRAW, name, str(target)]
+        subprocess.run(command, env=environment(hub, tmp_path / "stranger"), check=True, cwd=tmp_path)
+        results.append(np.load(target))
+    assert np.array_equal(*results) and results[0].std() > 0
+    # Again: nothing is sent
+    commits = hub.repos["me/digits"]["commits"]
+    hub.requests.clear()
+    code, said = run(hub, folder, *flags)
+    assert code == 0 and "This run was finished before" in said and "Pushed to" in said, said
+    assert hub.repos["me/digits"]["commits"] == commits
+    assert not [request for request in hub.requests if request.startswith("PUT") or "/commit/" in request]
+
+
+def test_the_card(hub, finished, tmp_path):
+    results = {"reference": "digits", "reference_split": "train", "results": [
+        {"model": "floor", "N": 300, "fd_digits": 0.5},
+        dict(model="digits", N=300, fd_digits=7.5, fd_digits_error=0.1, recall=0.9, sampler="DDIM", steps=20),
+    ]}  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    code, said = run(hub, finished, f"--evaluation={tmp_path}/results.json", script="push.py")
+    assert code == 0, said
+    card = hub.files("me/digits")["README.md"].decode()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "diffusers" and metadata["license"] == "unknown"
+    assert metadata["pipeline_tag"] == "unconditional-image-generation"
+    metrics = metadata["model-index"][0]["results"][0]["metrics"]
+    assert {metric["type"]: metric["value"] for metric in metrics} == {"fd_digits": 7.5, "recall": 0.9}
+    assert "N=300, DDIM, 20 steps" in metrics[0]["name"]
+    for part in (
+        "from_pretrained('me/digits')",
+        "## Intended use and limits",
+        "data\\_license | CC BY 4.0",
+        "torch 2.13",
+    ):
+        assert part in card, card
+    assert "![samples](samples.png)" in card and "![curves](curves.png)" in card
+    snippet = card.split("```python\n")[1].split("```")[0]
+    place = tmp_path / "stranger"
+    place.mkdir()
+    command = [sys.executable, "-I", "-c", snippet]
+    subprocess.run(command, env=environment(hub, place / "home"), check=True, cwd=place)
+    assert Image.open(place / "sample.png").size == (8, 8)
+
+
+def test_the_first_stages_push_their_code(hub, tmp_path):
+    code, said = run(hub, tmp_path / "basic", "--hub_model_id=me/first", script="train_basic.py")
+    assert code == 0, said
+    code_files = {"pipeline.py", "unet/basic_unet.py", "scheduler/schedulers.py", "walk.png", "samples.png"}
+    assert set(hub.files("me/first")) == PIPELINE | code_files | {WEIGHTS}  # denoising.png shows training images
+
+
+def test_two_processes_push_once(hub, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    code, said = run(hub, tmp_path / "two", "--max_train_steps=2", launcher=launcher, ACCELERATE_USE_CPU="true")
+    assert code == 0 and said.count("Pushed to http") == 1, said
+    assert hub.requests.count("POST /api/repos/create") == 2  # the check, and the push
+
+
+def test_a_branch(hub, finished):
+    code, said = run(hub, finished, "--hub_model_id=me/x", "--hub_revision=draft", script="push.py")
+    assert code == 0, said
+    assert hub.files("me/x") == {} and WEIGHTS in hub.files("me/x", "draft")
+
+
+def test_only_what_is_allowed_is_pushed(hub, finished, tmp_path):
+    """Protection: ``ALLOWED`` and ``is_symlink`` in ``utils/hub.py``."""
+    (tmp_path / "secret").write_text("my diary")
+    (finished / "samples" / "linked.png").symlink_to(tmp_path / "secret")
+    (finished / "scheduler" / "old").mkdir()
+    for name in (".env", "notes.txt", "nearest.png", "denoising.png", "unet/optimizer.bin", "scheduler/old/x.py"):
+        (finished / name).write_text("private")
+    (finished / "best").mkdir()
+    code, said = run(hub, finished, script="push.py")
+    assert code == 0 and "linked.png is, or is below, a link: not pushed" in said, said
+    assert not {b"my diary", b"private"} & set(hub.files("me/digits").values())
+    assert not [path for path in hub.files("me/digits") if path.startswith(("checkpoint", "logs", "best", "hub", "."))]
+    (finished / "unet").rename(tmp_path / "unet")
+    (finished / "unet").symlink_to(tmp_path / "unet")
+    code, said = run(hub, finished, "--hub_model_id=me/second", script="push.py")
+    assert not [path for path in hub.files("me/second") if path.startswith("unet")]
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+REFUSED = [
+    ("whoami", 401, "Run `hf auth login`, or set HF_TOKEN"),
+    ("create", 403, "the token may not write to me/digits"),
+    ("auth-check", 403, "the token may not write to me/digits"),
+    ("auth-check", 404, "me/digits is not there, or this token may not see it"),
+]
+
+
+@pytest.mark.parametrize("where, status, message", REFUSED)
+def test_what_cannot_work_is_said_before_training(hub, tmp_path, where, status, message):
+    """Protection: ``Hub._check``."""
+    hub.fail(where, status)
+    began = time.monotonic()
+    code, said = run(hub, tmp_path / "digits", "--max_train_steps=100000")
+    assert code == 1 and message in said, said
+    assert time.monotonic() - began < 30 and not list((tmp_path / "digits").glob("checkpoint-*"))
+
+
+def test_no_login_is_said_before_training(hub, tmp_path):
+    code, said = run(hub, tmp_path / "digits", HF_TOKEN=None)
+    assert code == 1 and "you are not logged in" in said, said
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, tmp_path):
+    hub.create("me/digits", private=False)
+    code, said = run(hub, tmp_path / "digits", "--hub_private_repo")
+    assert code == 1 and "me/digits exists and is public" in said, said
+
+
+FAULTS = [  # where, what, how often; whether the push succeeds
+    ("/commit/", 503, 1, True),
+    ("/commit/", (429, {"Retry-After": "2"}), 1, True),
+    ("/commit/", 409, 1, True),
+    ("/commit/", 412, 1, True),
+    ("/commit/", "drop", 1, True),
+    ("repos/create", (503, {}), 3, True),
+    ("repos/create", "drop", 2, True),
+    ("PUT /lfs", 500, 2, True),
+    ("/commit/", 500, 10**6, False),
+    ("/commit/", 413, 10**6, False),
+    ("/commit/", 403, 10**6, False),
+    ("preupload", 403, 10**6, False),
+    ("PUT /lfs", 403, 10**6, False),
+    ("/commit/", "hang", 10**6, False),
+    (".", 503, 10**6, False),
+    (".", "drop", 10**6, False),
+]
+
+
+@pytest.mark.parametrize("where, action, times, succeeds", FAULTS)
+def test_a_fault_never_costs_the_model(hub, finished, where, action, times, succeeds):
+    """Protection: ``_persist``, ``_with_timeout`` and the thread in ``Hub._upload``."""
+    before = count_files(finished / "checkpoint-6")
+    hub.fail(where, action, times)
+    began = time.monotonic()
+    code, said = run(hub, finished, "--hub_timeout=8", "--hub_model_id=me/digits", script="push.py")
+    assert time.monotonic() - began < 100
+    assert count_files(finished / "checkpoint-6") == before
+    if succeeds:
+        assert code == 0 and "Pushed to" in said, said
+    else:
+        assert code == PUSH_FAILED and "Not pushed: " in said and "Traceback" not in said, said
+        command = said.rstrip().splitlines()[-1].strip()
+        assert command == f"python push.py {finished} --hub_model_id me/digits"
+        hub.faults.clear()
+        sent = [request for request in hub.requests if request.startswith("PUT /lfs")]
+        code, said = run(hub, finished, *command.split()[3:], script="push.py")
+        assert code == 0, said
+        if where == "/commit/" and action != "hang":  # the weights had arrived: they are not sent again
+            assert len([request for request in hub.requests if request.startswith("PUT /lfs")]) == len(sent)
+    assert load(hub.files("me/digits")[WEIGHTS]).keys()
+    assert hub.files("me/digits")[WEIGHTS] == (finished / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "ConnectError"),
+        ({"HF_ENDPOINT": "http://no.such.host.invalid"}, "ConnectError"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_without_a_network_training_goes_on_unless_the_push_is_required(hub, tmp_path, changes, reason):
+    code, said = run(hub, tmp_path / "run", "--push_required", "--hub_timeout=4", **changes)
+    assert code == 1 and "the Hub cannot be reached" in said and reason in said, said
+    code, said = run(hub, tmp_path / "run", "--hub_timeout=4", **changes)
+    assert code == PUSH_FAILED and "The Hub cannot be reached now" in said and reason in said, said
+    assert "Finished, after 6 optimizer steps" in said and "Not pushed" in said
+    verify_checkpoint(tmp_path / "run" / "checkpoint-6")
+    code, said = run(hub, tmp_path / "run", script="push.py")
+    assert code == 0 and WEIGHTS in hub.files("me/run"), said
+
+
+def test_uploads_beside_training_hold_nothing_up(hub, tmp_path):
+    """Protection: the thread in ``Hub._upload``. A server that never answers, and a run that is over at once."""
+    hub.fail("preupload", "hang")
+    flags = ["--hub_strategy=every_checkpoint", "--checkpointing_steps=1", "--max_train_steps=40", "--hub_timeout=4"]
+    flags += ["--checkpoints_total_limit=1"]
+    code, said = run(hub, tmp_path / "run", *flags)
+    saved = [line for line in said.splitlines() if re.search(r"Saved .*checkpoint-", line)]
+    assert code == PUSH_FAILED and len(saved) == 40 and "An upload is still under way" in said, said
+    seconds = [int(line[6:8]) + 60 * int(line[3:5]) for line in (saved[0], saved[-1])]
+    assert (seconds[1] - seconds[0]) % 3600 < 30
+
+
+def test_what_is_pushed_stays_while_checkpoints_are_pruned(hub, tmp_path):
+    hub.fail("/commit/", (429, {"Retry-After": "3"}), 1)
+    flags = ["--hub_strategy=every_checkpoint", "--checkpointing_steps=1", "--checkpoints_total_limit=1"]
+    code, said = run(hub, tmp_path / "run", *flags)
+    assert code == 0 and "Sent to the Hub: checkpoint-1" in said, said
+    assert hub.repos["me/run"]["commits"] == 2
+
+
+def test_a_full_disk_does_not_stop_training_and_is_said(hub, tmp_path):
+    code, said = run(hub, tmp_path / "run", "--hub_timeout=4")
+    assert code == 0
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "hub")
+    (tmp_path / "run" / "hub-staging").write_text("in the way of the folder")
+    code, said = run(hub, tmp_path / "run", "--hub_timeout=4", script="push.py")
+    assert code == PUSH_FAILED and "Not pushed: " in said and "The model is complete in" in said, said
+
+
+def test_ctrl_c_while_pushing(hub, finished):
+    hub.fail("preupload", "hang")
+    command = [sys.executable, str(ROOT / "push.py"), str(finished), "--hub_timeout=100"]
+    process = subprocess.Popen(
+        command, env=environment(hub, finished.parent / "home"), stdout=subprocess.PIPE, text=True
+    )
+    while not any("preupload" in request for request in hub.requests):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == PUSH_FAILED and "stopped by SIGINT" in said and "python push.py" in said
+
+
+# --------------------------------------------------------------------------------------------------- without a server
+
+
+@pytest.mark.parametrize("script", [train_basic, train_ddpm])
+def test_flags_of_the_hub_need_a_push(capsys, script):
+    for flag in ("--hub_model_id=x", "--hub_private_repo", "--hub_revision=x", "--hub_logs", "--push_required"):
+        with pytest.raises(SystemExit):
+            parse(flag, script=script)
+        assert "needs --push_to_hub" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--hub_strategy=every_checkpoint", script=script)
+    with pytest.raises(SystemExit):
+        parse("--hub_token=x", script=script)  # there is none: it would be in logs and process lists
+
+
+def test_paths_are_cut_down_to_their_names(tmp_path):
+    assert without_path(f"--train_data_dir={tmp_path}/faces") == "--train_data_dir=faces"
+    assert without_path(str(tmp_path)) == tmp_path.name and without_path("~/x/y") == "y"
+    for kept in ("google/ddpm-celebahq-256", "train[:90%]", "--learning_rate=1e-3", 0.5, None, ["a"], "--use_ema"):
+        assert without_path(kept) == kept
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "a checkpoint", "a wrong evaluation"])
+def test_push_refuses_what_it_cannot_push(hub, finished, tmp_path, kind):
+    flags, folder = [], finished
+    if kind == "nowhere":
+        folder, expected = tmp_path / "nowhere", "is not a folder with a pipeline"
+    elif kind == "a checkpoint":
+        folder, expected = finished / "checkpoint-6", "is a checkpoint; give the run's folder"
+    else:
+        (tmp_path / "results.json").write_text('{"results": [{"model": "another"}]}')
+        flags, expected = [f"--evaluation={tmp_path}/results.json"], "it has no row of digits; it has another"
+    code, said = run(hub, folder, *flags, script="push.py")
+    assert code == 1 and expected in said and not hub.repos, said
+
+
+def test_an_interrupted_run_pushes_when_it_is_finished(hub, tmp_path):
+    code, said = run(hub, tmp_path / "run", "--max_train_steps=6")
+    assert code == 0
+    interrupt(tmp_path / "run", "checkpoint-3")
+    commits = hub.repos["me/run"]["commits"]
+    code, said = run(hub, tmp_path / "run", "--max_train_steps=6")
+    assert code == 0 and "3 optimizer steps done" in said, said
+    assert hub.repos["me/run"]["commits"] <= commits + 1
