@@ -1,10 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train mnist faces test lint benchmark clean
+.PHONY: help train mnist faces test test-all lint benchmark clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  ##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 train: .venv/installed  ## install, then train on the embedded digits: pictures in minutes, on a CPU, offline
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
@@ -22,8 +22,11 @@ faces: .venv/installed  ## a base from the embedded digits, adapted to the embed
 	  --dataset_name faces --dataset_split 'train[:90%]' --validation_split 'train[90%:]' --random_flip \
 	  --prior_dataset_name digits --learning_rate 1e-3 --train_batch_size 32 --max_train_steps 1500
 
-test: .venv/installed-dev  ## the whole test suite, on a CPU, offline
+test: .venv/installed-dev  ## the tests, on a CPU, offline
 	$(BIN)/python -m pytest
+
+test-all: .venv/installed-dev  ## the slow ones, too
+	$(BIN)/python -m pytest -m ""
 
 lint: .venv/installed-dev  ## style and format
 	$(BIN)/ruff check .

@@ -60,7 +60,7 @@ def main(args):
     import torch
 
     from utils import run
-    from utils.features import digit_statistics, load_extractor
+    from utils.features import digit_statistics, file_hash, load_extractor
     from utils.metrics import compare
     from utils.models import check_writable, choose_sampler, load_pipeline, write_scheduler
     from utils.real_images import RealImages, load_folder
@@ -107,11 +107,14 @@ def main(args):
             continue
         unet, own = load_pipeline(model)
         record = Path(model) / "training_args.json"
-        trained_on = json.loads(record.read_text())["arguments"]["dataset_split"] if record.is_file() else None
+        flags = json.loads(record.read_text())["arguments"] if record.is_file() else {}
+        trained_on, ema = flags.get("dataset_split"), flags.get("use_ema")
         if trained_on not in (None, args.reference_split):
             say(
                 f"warning: {model} was trained on {trained_on}, not on --reference_split {args.reference_split}: copies and floor mislead"
             )
+        files = sorted(Path(model).glob("unet/*.safetensors"))
+        weights = file_hash(*files) if files else None
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         if args.validation_loss:
@@ -128,7 +131,7 @@ def main(args):
             )
             start = time.perf_counter()
             images = sample_images(*setting)
-            facts = dict(sampler=type(sampler).__name__, steps=steps)
+            facts = dict(sampler=type(sampler).__name__, steps=steps, ema=ema, weights=weights)
             facts["images_per_second"] = args.num_samples / (time.perf_counter() - start)
             measure(f"{Path(model).name} {name} {steps}" if name else Path(model).name, images, **facts)
             tried.append((sampler, rows[-1:]))

@@ -14,7 +14,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--evaluation", metavar="FILE", help="results.json of evaluate.py; its numbers go into the card"
     )
-    add_hub_arguments(parser.add_argument_group("Hub"))
+    add_hub_arguments(parser.add_argument_group("Hub (defaults: what the run was started with)"))
+    parser.set_defaults(hub_private_repo=None, hub_logs=None)
     return parser.parse(argv)
 
 
@@ -28,21 +29,25 @@ def main(args):
     from utils.cards import add_results
     from utils.hub import Hub
 
-    folder, logs = Path(args.output_dir), "logs"
+    folder = Path(args.output_dir)
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a folder with a pipeline; expected the output of a training script")
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint; give the run's folder, {folder.parent}")
+    settings = {**vars(args), "hub_private_repo": False, "hub_logs": False, "logging_dir": "logs"}
     if (folder / "training_args.json").is_file():
-        logs = json.loads((folder / "training_args.json").read_text())["arguments"]["logging_dir"]
+        recorded = json.loads((folder / "training_args.json").read_text())["arguments"]
+        names = ("hub_model_id", "hub_private_repo", "hub_revision", "hub_logs", "logging_dir")
+        settings |= {name: recorded[name] for name in names if name in recorded}
+    settings |= {name: value for name, value in vars(args).items() if value is not None}
+    settings |= dict(push_to_hub=True, hub_strategy="end", push_required=False)
     if args.evaluation:
         try:
             add_results(folder, json.loads(Path(args.evaluation).read_text()))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--evaluation {args.evaluation}: {error}; expected results.json of evaluate.py") from error
-    settings = dict(push_to_hub=True, hub_strategy="end", push_required=False, logging_dir=logs)
     accelerator = run.start_process(None)
-    return run.leave(accelerator, Hub(accelerator, SimpleNamespace(**{**vars(args), **settings})).push())
+    return run.leave(accelerator, Hub(accelerator, SimpleNamespace(**settings)).push())
 
 
 if __name__ == "__main__":

@@ -186,9 +186,10 @@ def main(args):
             curves.check(global_step)  # no checkpoint holds a number that is not finite
             with curves.pause():
                 save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
-                hub.push_checkpoint(global_step)
         if stop:
             return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
+        if global_step % args.checkpointing_steps == 0 and global_step < max_train_steps:
+            hub.push_checkpoint(global_step)
         if validation and (global_step % args.validation_steps == 0 or global_step == max_train_steps):
             with curves.pause(), ema_model.swapped_in(unet):
                 validation.log(unet, global_step, lambda: stop_signal.received)

@@ -9,16 +9,15 @@ trains the tiny UNet on the embedded digits, and prints a row every 200 steps. "
 import argparse
 import contextlib
 import gc
+import io
+import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
 
 import psutil
 
-with contextlib.suppress(ImportError):  # run as a script: the repository is one level up
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script: the repository is one level up
 import train_ddpm
 
 ROWS = 10
@@ -30,7 +29,7 @@ def main():
     options = parser.parse_args()
     import utils.curves
 
-    process, original = psutil.Process(), utils.curves.TrainingCurves.step
+    process, original, table = psutil.Process(), utils.curves.TrainingCurves.step, sys.stdout
     print("  step  memory MiB  open files  threads  checkpoints")
 
     def step(self, global_step, *arguments, **values):
@@ -38,14 +37,15 @@ def main():
         if global_step % (options.steps // ROWS) == 0:
             gc.collect()
             memory, kept = process.memory_info().rss / 2**20, len(list(folder.glob("checkpoint-*")))
-            print(f"{global_step:6}{memory:12.0f}{process.num_fds():12}{process.num_threads():9}{kept:13}", flush=True)
+            row = f"{global_step:6}{memory:12.0f}{process.num_fds():12}{process.num_threads():9}{kept:13}"
+            print(row, file=table, flush=True)
 
     with tempfile.TemporaryDirectory() as temporary, mock.patch.object(utils.curves.TrainingCurves, "step", step):
         folder = Path(temporary) / "run"
         flags = ["--dataset_name=digits", "--unet=tiny", "--train_batch_size=16", f"--max_train_steps={options.steps}"]
         flags += ["--checkpointing_steps=50", "--sample_steps=50", "--num_samples=16", "--num_inference_steps=5"]
         flags += ["--validation_steps=50", "--dataset_split=train[:1700]", "--validation_split=train[1700:]"]
-        with contextlib.redirect_stderr(None):
+        with contextlib.redirect_stderr(None), contextlib.redirect_stdout(io.StringIO()):
             train_ddpm.main(train_ddpm.parse_args([*flags, f"--output_dir={folder}"]))
 
 

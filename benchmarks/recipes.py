@@ -2,10 +2,10 @@
 
     python benchmarks/recipes.py --steps 1000
 
-Every variant differs from the defaults in the flags that name it. The score is the Fréchet distance between 2,000
-samples and the 1,797 digits, in the 64 hidden units of a small classifier (scikit-learn's MLPClassifier, trained on the
-same digits; lower is better), and how sure that classifier is of the samples (as a share of what it is of real ones).
-"real" is one half of the digits against the other. The distance is good for comparing these rows, and for nothing else.
+Every variant differs from the defaults in the flags that name it. The score is evaluate.py's: fd_digits between 1,797
+samples and the 1,797 digits (lower is better), and how sure the classifier of digits is of the samples. "real" is one
+half of the digits against the other, which is half as many of each. The distance is good for comparing these rows, and
+for nothing else.
 """
 
 import argparse
@@ -13,20 +13,19 @@ import contextlib
 import io
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 from accelerate.state import AcceleratorState, GradientState
 from sklearn.datasets import load_digits
-from sklearn.neural_network import MLPClassifier
 
 with contextlib.suppress(ImportError):  # run as a script: the repository is one level up
     import sys
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_ddpm
+from utils.features import digit_statistics, load_extractor
 from utils.metrics import frechet_distance
 
 VARIANTS = {
@@ -49,35 +48,26 @@ def main():
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each variant")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each variant")
     options = parser.parse_args()
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).reshape(len(digits.images), -1) / 127.5 - 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        classifier = MLPClassifier((64,), random_state=0, max_iter=100, alpha=0.1).fit(images, digits.target)
-    real_confidence = classifier.predict_proba(images).max(1).mean()
-
-    def features(flat):
-        return np.maximum(flat @ classifier.coefs_[0] + classifier.intercepts_[0], 0)
-
-    print(f"{'':28}distance  sureness  seconds   ({options.steps} steps, N={options.seeds})")
-    halves = np.random.default_rng(0).permutation(len(images))
-    half = len(images) // 2
-    floor = frechet_distance(features(images[halves[:half]]), features(images[halves[half:]]))
-    print(f"{'real':28}{floor:8.2f}{1:10.3f}")
+    images = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)[:, None]
+    extract = load_extractor("digits")
+    real = extract(images)
+    print(f"{'':28}fd_digits  confidence  seconds   ({options.steps} steps, N={options.seeds})")
+    halves = np.array_split(np.random.default_rng(0).permutation(len(real)), 2)
+    floor = frechet_distance(*(real[half] for half in halves))
+    print(f"{'real':28}{floor:9.2f}{digit_statistics(images)['confidence']:12.3f}")
     for name, flags in VARIANTS.items():
         rows = []
         for seed in range(options.seeds):
             start = time.perf_counter()
             samples = train_and_sample([*flags, f"--seed={seed}", f"--max_train_steps={options.steps}"])
-            distance = frechet_distance(features(samples), features(images))
-            sureness = classifier.predict_proba(samples).max(1).mean() / real_confidence
-            rows.append((distance, sureness, time.perf_counter() - start))
-        distance, sureness, seconds = np.median(rows, axis=0)
-        print(f"{name:28}{distance:8.2f}{sureness:10.3f}{seconds:9.0f}", flush=True)
+            distance = frechet_distance(extract(samples), real)
+            rows.append((distance, digit_statistics(samples)["confidence"], time.perf_counter() - start))
+        distance, confidence, seconds = np.median(rows, axis=0)
+        print(f"{name:28}{distance:9.2f}{confidence:12.3f}{seconds:9.0f}", flush=True)
 
 
 def train_and_sample(flags: list[str]) -> np.ndarray:
-    """Run train_ddpm.py; returns its 2,000 final samples as (2000, 64) in [-1, 1]."""
+    """Run train_ddpm.py; returns its final samples, as many as there are digits, uint8 (1797, 1, 8, 8)."""
     import utils.sampling
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -90,10 +80,10 @@ def train_and_sample(flags: list[str]) -> np.ndarray:
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(utils.sampling, "sample_images", keep):
         common = ["--dataset_name=digits", "--mixed_precision=bf16", "--report_to=none", f"--output_dir={folder}/run"]
-        common += ["--num_samples=2000", "--sample_batch_size=250", "--sample_steps=1000000"]
+        common += ["--num_samples=1797", "--sample_batch_size=250", "--sample_steps=1000000"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             assert train_ddpm.main(train_ddpm.parse_args([*common, "--checkpointing_steps=1000000", *flags])) == 0
-    return drawn[-1].reshape(2000, 64) / 127.5 - 1
+    return drawn[-1]
 
 
 if __name__ == "__main__":

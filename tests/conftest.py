@@ -100,6 +100,11 @@ def finished_run(tmp_path_factory):
     return folder
 
 
+def slow(*values):
+    """A case of a parametrized test that only `make test-all` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def count_files(folder):
     """Every file below a folder, with its size and time."""
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}

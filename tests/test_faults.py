@@ -1,4 +1,4 @@
-"""The fault matrix: what may go wrong with a run, and that nothing is lost. Each test names the line that protects it.
+"""The fault matrix: what may go wrong with a run, and that nothing is lost. Tests name the line that protects it.
 
 Runs that are killed are children of a fork server that has imported everything, so that one costs a second.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, count_files, equal_weights, interrupt, parse, reset_accelerate, scalars, train
+from conftest import TINY, count_files, equal_weights, interrupt, parse, reset_accelerate, scalars, slow, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -43,7 +43,8 @@ CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
     ["train_ddpm", "torch", "diffusers", "utils.run", "utils.output_dir", "utils.validation"]
 )
-TMPFS = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/tmp"], capture_output=True).returncode == 0
+MOUNT = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/tmp"]
+TMPFS = shutil.which("unshare") is not None and subprocess.run(MOUNT, capture_output=True).returncode == 0
 
 
 def _child(name, flags, log, file_limit):
@@ -84,15 +85,26 @@ def finish(child, seconds=120):
 def _environment(**values):
     before = dict(os.environ)
     os.environ.update(values)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
-def wait_until(folder, pattern, child, before=frozenset(), seconds=60):
-    """Until the folder has a file that it had not before."""
+def folders(folder, pattern):
+    """Names and inodes: a folder that is made again under its name is another one."""
+    found = set()
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # just renamed
+            found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def wait_until(folder, pattern, child, before, seconds=60):
+    """Until the folder has a folder that it had not before."""
     deadline = time.monotonic() + seconds
-    while not set(folder.glob(pattern)) - before:
+    while not folders(folder, pattern) - before:
         assert child.is_alive() and time.monotonic() < deadline, child.log.read_text()[-2000:]
         time.sleep(0.001)
 
@@ -104,7 +116,7 @@ def flags_of(name, finished_run):
 # ----------------------------------------------------------------------------------------------------- killed and full
 
 
-@pytest.mark.parametrize("name, kills", [("ddpm", 20), ("basic", 5), ("unet2d", 5), ("faces", 5)])
+@pytest.mark.parametrize("name, kills", [("ddpm", 20), slow("basic", 5), slow("unet2d", 5), slow("faces", 5)])
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, kills):
     """Protection: ``os.rename(staging, final)`` after the manifest in ``checkpoints.save_checkpoint``, randomness by
     sample number, ``purge_step`` in ``run.start``."""
@@ -113,16 +125,16 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, ki
     assert code == 0, said
     rng, saving, folder = random.Random(0), 0, tmp_path / "run"
     for _ in range(kills):
+        before, leftovers = folders(folder, "checkpoint-*"), folders(folder, ".tmp-checkpoint-*")
         child = start(name, folder, *flags)
-        before = set(folder.glob("checkpoint-*"))
-        wait_until(folder, ".tmp-checkpoint-*", child)
+        wait_until(folder, ".tmp-checkpoint-*", child, leftovers)
         if rng.random() < 0.5:  # in the middle of a step, or of a later save
             wait_until(folder, "checkpoint-*", child, before)
         time.sleep(rng.random() * 0.04)
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL, child.log.read_text()[-2000:]
-        saving += bool(list(folder.glob(".tmp-checkpoint-*")))
+        saving += bool(folders(folder, ".tmp-checkpoint-*") - leftovers)
         for path in folder.glob("checkpoint-*"):
             verify_checkpoint(path)
     assert saving >= kills // 4  # otherwise this tests something else
@@ -192,7 +204,7 @@ mount -t tmpfs none "$1" && mkdir "$1/run" && mount -o remount,ro none "$1" && s
 
 @pytest.mark.skipif(not TMPFS, reason="needs a kernel that lets this user mount a tmpfs")
 def test_a_folder_that_cannot_be_written_to_is_said_before_training(tmp_path):
-    """Protection: ``os.access`` in ``output_dir.claim_output_dir``."""
+    """Protection: ``os.access`` in ``output_dir._inspect_output_dir``."""
     folder = tmp_path / "disk" / "run"
     (tmp_path / "disk").mkdir()
     command = [sys.executable, ROOT / "train_basic.py", *TINY, f"--output_dir={folder}"]
@@ -232,8 +244,18 @@ def at_moment(monkeypatch, moment, number):
     monkeypatch.setattr(owner, name, interrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda n: n.name)
-@pytest.mark.parametrize("moment", ["step", "saving", "sampling", "validation", "evaluation"])
+@pytest.mark.parametrize(
+    "moment, number",
+    [
+        ("step", signal.SIGUSR1),
+        ("saving", signal.SIGTERM),
+        ("sampling", signal.SIGHUP),
+        ("validation", signal.SIGINT),
+        ("evaluation", signal.SIGTERM),
+        *(slow(moment, number) for moment in ("step", "saving", "evaluation") for number in (signal.SIGINT,)),
+        *(slow(moment, number) for moment in ("step", "sampling", "validation") for number in (signal.SIGTERM,)),
+    ],
+)
 def test_a_signal_at_any_moment_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, moment, number):
     """Protection: ``StopSignal`` and the line ``if stop:`` of the scripts."""
     flags = ["--dataset_split=train[:40]", "--validation_split=train[40:48]", "--validation_steps=2"]

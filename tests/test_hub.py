@@ -1,5 +1,6 @@
 """utils/hub.py and push.py: the real client, as users start it, against a server that speaks the Hub's protocol."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import TINY, count_files, interrupt, parse
+from conftest import TINY, count_files, interrupt, parse, slow
 from fake_hub import TOKEN, FakeHub
 from PIL import Image
 from safetensors.numpy import load
@@ -51,17 +52,20 @@ def hub():
 
 def environment(hub, home):
     plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    ours = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    ours = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
     return {**plain, **ours, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def run(hub, folder, *flags, script="train_ddpm.py", launcher=(), **changes):
     """Train in a subprocess and push; returns exit code and output."""
-    flags = ["--push_to_hub", *flags] if script.startswith(("train", "finetune")) else list(flags)
-    tiny = [*TINY, f"--output_dir={folder}"] if script.startswith(("train", "finetune")) else [str(folder)]
-    tiny += ["--unet=tiny"] if script == "train_ddpm.py" else []
+    name = Path(script).name
+    if name.startswith(("train", "finetune")):
+        unet = ["--unet=tiny"] if name.startswith("train_ddpm") else []
+        flags = [*TINY, *unet, f"--output_dir={folder}", "--push_to_hub", *flags]
+    else:
+        flags = [str(folder), *flags]
     values = {**environment(hub, folder.parent / "home"), **changes}
-    command = [*(launcher or [sys.executable]), str(ROOT / script), *tiny, *flags]
+    command = [*(launcher or [sys.executable]), str(ROOT / script), *flags]
     result = subprocess.run(
         command, cwd=folder.parent, env={name: value for name, value in values.items() if value is not None},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180,
@@ -120,10 +124,10 @@ def test_a_run_is_pushed_and_a_stranger_draws_the_same_pixels(hub, tmp_path):
 
 
 def test_the_card(hub, finished, tmp_path):
-    results = {"reference": "digits", "reference_split": "train", "results": [
-        {"model": "floor", "N": 300, "fd_digits": 0.5},
-        dict(model="digits", N=300, fd_digits=7.5, fd_digits_error=0.1, recall=0.9, sampler="DDIM", steps=20),
-    ]}  # fmt: skip
+    weights = hashlib.sha256((finished / WEIGHTS).read_bytes()).hexdigest()[:12]
+    row = dict(model="a name", N=300, fd_digits=7.5, fd_digits_error=0.1, recall=0.9, sampler="DDIM", steps=20)
+    rows = [{"model": "floor", "N": 300, "fd_digits": 0.5}, {**row, "weights": weights}]
+    results = {"reference": "digits", "reference_split": "train", "results": rows}
     (tmp_path / "results.json").write_text(json.dumps(results))
     code, said = run(hub, finished, f"--evaluation={tmp_path}/results.json", script="push.py")
     assert code == 0, said
@@ -164,6 +168,7 @@ def test_two_processes_push_once(hub, tmp_path):
     assert hub.requests.count("POST /api/repos/create") == 2  # the check, and the push
 
 
+@pytest.mark.slow
 def test_a_branch(hub, finished):
     code, said = run(hub, finished, "--hub_model_id=me/x", "--hub_revision=draft", script="push.py")
     assert code == 0, said
@@ -185,16 +190,17 @@ def test_only_what_is_allowed_is_pushed(hub, finished, tmp_path):
     (finished / "unet").rename(tmp_path / "unet")
     (finished / "unet").symlink_to(tmp_path / "unet")
     code, said = run(hub, finished, "--hub_model_id=me/second", script="push.py")
-    assert not [path for path in hub.files("me/second") if path.startswith("unet")]
+    assert code == PUSH_FAILED and "below, a link, and only files are pushed" in said, said
+    assert hub.files("me/second") == {}
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
 
 REFUSED = [
-    ("whoami", 401, "Run `hf auth login`, or set HF_TOKEN"),
-    ("create", 403, "the token may not write to me/digits"),
     ("auth-check", 403, "the token may not write to me/digits"),
-    ("auth-check", 404, "me/digits is not there, or this token may not see it"),
+    slow("whoami", 401, "Run `hf auth login`, or set HF_TOKEN"),
+    slow("create", 403, "the token may not write to me/digits"),
+    slow("auth-check", 404, "me/digits is not there, or this token may not see it"),
 ]
 
 
@@ -208,6 +214,7 @@ def test_what_cannot_work_is_said_before_training(hub, tmp_path, where, status, 
     assert time.monotonic() - began < 30 and not list((tmp_path / "digits").glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_no_login_is_said_before_training(hub, tmp_path):
     code, said = run(hub, tmp_path / "digits", HF_TOKEN=None)
     assert code == 1 and "you are not logged in" in said, said
@@ -220,22 +227,22 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, tmp_path):
 
 
 FAULTS = [  # where, what, how often; whether the push succeeds
-    ("/commit/", 503, 1, True),
+    slow("/commit/", 503, 1, True),
     ("/commit/", (429, {"Retry-After": "2"}), 1, True),
-    ("/commit/", 409, 1, True),
-    ("/commit/", 412, 1, True),
-    ("/commit/", "drop", 1, True),
+    slow("/commit/", 409, 1, True),
+    slow("/commit/", 412, 1, True),
+    slow("/commit/", "drop", 1, True),
     ("repos/create", (503, {}), 3, True),
-    ("repos/create", "drop", 2, True),
-    ("PUT /lfs", 500, 2, True),
+    slow("repos/create", "drop", 2, True),
+    slow("PUT /lfs", 500, 2, True),
     ("/commit/", 500, 10**6, False),
-    ("/commit/", 413, 10**6, False),
-    ("/commit/", 403, 10**6, False),
-    ("preupload", 403, 10**6, False),
+    slow("/commit/", 413, 10**6, False),
+    slow("/commit/", 403, 10**6, False),
+    slow("preupload", 403, 10**6, False),
     ("PUT /lfs", 403, 10**6, False),
     ("/commit/", "hang", 10**6, False),
-    (".", 503, 10**6, False),
-    (".", "drop", 10**6, False),
+    slow(".", 503, 10**6, False),
+    slow(".", "drop", 10**6, False),
 ]
 
 
@@ -253,7 +260,10 @@ def test_a_fault_never_costs_the_model(hub, finished, where, action, times, succ
     else:
         assert code == PUSH_FAILED and "Not pushed: " in said and "Traceback" not in said, said
         command = said.rstrip().splitlines()[-1].strip()
-        assert command == f"python push.py {finished} --hub_model_id me/digits"
+        assert (
+            command
+            == f"python {os.path.relpath(ROOT / 'push.py', finished.parent)} {finished} --hub_model_id me/digits"
+        )
         hub.faults.clear()
         sent = [request for request in hub.requests if request.startswith("PUT /lfs")]
         code, said = run(hub, finished, *command.split()[3:], script="push.py")
@@ -267,8 +277,8 @@ def test_a_fault_never_costs_the_model(hub, finished, where, action, times, succ
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "ConnectError"),
-        ({"HF_ENDPOINT": "http://no.such.host.invalid"}, "ConnectError"),
+        slow({"HF_ENDPOINT": "http://127.0.0.1:9"}, "ConnectError"),
+        slow({"HF_ENDPOINT": "http://no.such.host.invalid"}, "ConnectError"),
         ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
     ],
 )
@@ -295,6 +305,7 @@ def test_uploads_beside_training_hold_nothing_up(hub, tmp_path):
     assert (seconds[1] - seconds[0]) % 3600 < 30
 
 
+@pytest.mark.slow
 def test_what_is_pushed_stays_while_checkpoints_are_pruned(hub, tmp_path):
     hub.fail("/commit/", (429, {"Retry-After": "3"}), 1)
     flags = ["--hub_strategy=every_checkpoint", "--checkpointing_steps=1", "--checkpoints_total_limit=1"]
@@ -303,15 +314,19 @@ def test_what_is_pushed_stays_while_checkpoints_are_pruned(hub, tmp_path):
     assert hub.repos["me/run"]["commits"] == 2
 
 
-def test_a_full_disk_does_not_stop_training_and_is_said(hub, tmp_path):
-    code, said = run(hub, tmp_path / "run", "--hub_timeout=4")
-    assert code == 0
-    import shutil
-
-    shutil.rmtree(tmp_path / "run" / "hub")
-    (tmp_path / "run" / "hub-staging").write_text("in the way of the folder")
-    code, said = run(hub, tmp_path / "run", "--hub_timeout=4", script="push.py")
-    assert code == PUSH_FAILED and "Not pushed: " in said and "The model is complete in" in said, said
+def test_what_cannot_be_copied_does_not_stop_training_and_is_said(hub, tmp_path):
+    """Protection: ``except Exception`` in ``Hub.push_checkpoint`` and ``Hub.push``."""
+    flags = ["--hub_strategy=every_checkpoint", "--hub_timeout=4"]
+    driver = tmp_path / "train_ddpm_driver.py"
+    driver.write_text(
+        f"import sys, pathlib; sys.path.insert(0, {str(ROOT)!r})\nimport train_ddpm, utils.hub\n"
+        "from utils.run import run_script\ndef copyfile(*paths):\n    raise OSError(28, 'No space left on device')\n"
+        "utils.hub.shutil.copyfile = copyfile\nrun_script(train_ddpm.main, train_ddpm.parse_args())\n"
+    )
+    code, said = run(hub, tmp_path / "run", *flags, script=str(driver))
+    assert "checkpoint-3 is not pushed: OSError: [Errno 28] No space left on device" in said, said
+    assert code == PUSH_FAILED and "Not pushed: OSError: [Errno 28]" in said and "Finished, after 6" in said, said
+    verify_checkpoint(tmp_path / "run" / "checkpoint-6")
 
 
 def test_ctrl_c_while_pushing(hub, finished):
@@ -320,11 +335,13 @@ def test_ctrl_c_while_pushing(hub, finished):
     process = subprocess.Popen(
         command, env=environment(hub, finished.parent / "home"), stdout=subprocess.PIPE, text=True
     )
+    deadline = time.monotonic() + 60
     while not any("preupload" in request for request in hub.requests):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=30)
-    assert process.returncode == PUSH_FAILED and "stopped by SIGINT" in said and "python push.py" in said
+    assert process.returncode == PUSH_FAILED and "stopped by a signal" in said and "python push.py" in said
 
 
 # --------------------------------------------------------------------------------------------------- without a server
@@ -357,17 +374,28 @@ def test_push_refuses_what_it_cannot_push(hub, finished, tmp_path, kind):
     elif kind == "a checkpoint":
         folder, expected = finished / "checkpoint-6", "is a checkpoint; give the run's folder"
     else:
-        (tmp_path / "results.json").write_text('{"results": [{"model": "another"}]}')
-        flags, expected = [f"--evaluation={tmp_path}/results.json"], "it has no row of digits; it has another"
+        (tmp_path / "results.json").write_text('{"results": [{"model": "digits", "weights": "other"}]}')
+        flags, expected = [f"--evaluation={tmp_path}/results.json"], "none of its rows is of the weights in"
     code, said = run(hub, folder, *flags, script="push.py")
     assert code == 1 and expected in said and not hub.repos, said
 
 
-def test_an_interrupted_run_pushes_when_it_is_finished(hub, tmp_path):
-    code, said = run(hub, tmp_path / "run", "--max_train_steps=6")
-    assert code == 0
+@pytest.mark.slow
+def test_a_run_that_goes_on_pushes_what_it_has_become(hub, tmp_path):
+    code, said = run(hub, tmp_path / "run", "--lr_scheduler=constant")
+    assert code == 0, said
+    before = hub.files("me/run")[WEIGHTS]
     interrupt(tmp_path / "run", "checkpoint-3")
-    commits = hub.repos["me/run"]["commits"]
-    code, said = run(hub, tmp_path / "run", "--max_train_steps=6")
-    assert code == 0 and "3 optimizer steps done" in said, said
-    assert hub.repos["me/run"]["commits"] <= commits + 1
+    code, said = run(hub, tmp_path / "run", "--lr_scheduler=constant", "--max_train_steps=9")
+    assert code == 0 and "3 optimizer steps done" in said and "Pushed to" in said, said
+    assert hub.files("me/run")[WEIGHTS] == (tmp_path / "run" / WEIGHTS).read_bytes() != before
+
+
+def test_a_push_later_goes_where_the_run_was_to_go(hub, tmp_path):
+    """Protection: ``recorded`` in push.py. A private model must not be published by a shorter command."""
+    hub.fail("/commit/", 413, 1)
+    code, said = run(hub, tmp_path / "run", "--hub_model_id=me/faces", "--hub_private_repo", "--hub_logs")
+    assert code == PUSH_FAILED, said
+    hub.repos.clear()
+    code, said = run(hub, tmp_path / "run", script="push.py")
+    assert code == 0 and list(hub.repos) == ["me/faces"] and hub.repos["me/faces"]["private"], said

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, scalars
+from conftest import TINY, scalars, slow
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -190,12 +190,12 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
     "command, number, workers",
     [
         (ONE, signal.SIGTERM, 0),
-        (ONE, signal.SIGTERM, 2),
-        (ONE, signal.SIGINT, 0),
-        (TWO, signal.SIGTERM, 0),
         (TWO, signal.SIGTERM, 2),
-        (TORCHRUN, signal.SIGTERM, 0),
-        (TORCHRUN, signal.SIGINT, 0),
+        slow(ONE, signal.SIGTERM, 2),
+        slow(ONE, signal.SIGINT, 0),
+        slow(TWO, signal.SIGTERM, 0),
+        slow(TORCHRUN, signal.SIGTERM, 0),
+        slow(TORCHRUN, signal.SIGINT, 0),
     ],
 )
 def test_a_signal_to_the_launcher_stops_everything_and_the_same_command_goes_on(tmp_path, command, number, workers):
@@ -230,7 +230,7 @@ def saved_step(folder):
     return int(saved.name.split("-")[1])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [slow(1), 2])
 def test_a_slurm_job_saves_and_queues_itself_again(tmp_path, processes):
     """Protection: ``trap`` in configs/slurm.sbatch."""
     (tmp_path / "bin").mkdir()

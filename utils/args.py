@@ -143,7 +143,7 @@ def add_hub_arguments(group) -> None:
     Parser.switch(group, "--hub_private_repo", False, "make it a private repository; an existing public one is refused")
     group.add_argument("--hub_revision", metavar="BRANCH", help="branch to push to (default: main)")
     Parser.switch(group, "--hub_logs", False, "push TensorBoard's files, too: the Hub shows them; they may hold pictures of training images")
-    group.add_argument("--hub_timeout", type=real(4), default=1800.0, help="seconds after which a push that does not come through is given up")
+    group.add_argument("--hub_timeout", type=real(4), default=1800.0, help="give up a push after this many seconds of failing")
 
 
 def add_features_arguments(group) -> None:
@@ -223,7 +223,7 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--num_inference_steps", type=integer(1, 1000), help="UNet calls per sample")
 
     group = parser.add_argument_group("Hub")
-    parser.switch(group, "--push_to_hub", False, "push the model in the end; log in with `hf auth login` or HF_TOKEN")
+    parser.switch(group, "--push_to_hub", False, "push the model at the end; log in with `hf auth login` or HF_TOKEN")
     add_hub_arguments(group)
     group.add_argument("--hub_strategy", choices=("end", "every_checkpoint"), default="end", help="when to push; checkpoints go beside training")
     parser.switch(group, "--push_required", False, "do not train if the Hub cannot be reached at the start")

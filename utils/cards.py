@@ -16,10 +16,13 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 
+from .features import file_hash
 from .hardware import device_name
 
 logger = logging.getLogger(__name__)
 
+# Flags that say where things are on this machine, or concern it alone
+PRIVATE = {"output_dir", "logging_dir", "config", "resume_from_checkpoint", "report_to"}
 TRAINING_FLAGS = (
     "learning_rate",
     "lr_scheduler",
@@ -90,6 +93,10 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **facts)
     trust = f"`trust_remote_code=True` runs the code that comes with the model: {', '.join(code)}. Read it first.\n\n"
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, diffusers, accelerate))
     state = accelerate.PartialState()
+    final = folder.resolve() == Path(args.output_dir).resolve()  # otherwise a checkpoint, which has no pictures
+    drawn = f"""The weights drew the samples above ({args.num_samples} images, \
+{vars(args).get("sampler", sampler)}, {args.num_inference_steps} steps, seed {args.seed}, not selected)."""
+    has_curves = final and {"all", "tensorboard"} & set(args.report_to.split(","))
     text = f"""---
 {data.to_yaml()}
 ---
@@ -98,15 +105,13 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **facts)
 
 Draws images like those in {_escape(facts["data"])}, with a {index["unet"][1]}.
 
-![samples](samples.png)
+{"![samples](samples.png)" if final else "From before the end of training."}
 
-{_snippet(folder, args)}{trust if code else ""}The saved scheduler is `{sampler}`; the weights drew the samples above
-({args.num_samples} images, {vars(args).get("sampler", sampler)}, {args.num_inference_steps} steps, \
-seed {args.seed}, not selected).
+{_snippet(folder, args, final)}{trust if code else ""}The saved scheduler is `{sampler}`. {drawn if final else ""}
 
 ## Training
 
-{"![curves](curves.png)" if args.report_to in ("all", "tensorboard") else ""}
+{"![curves](curves.png)" if has_curves else ""}
 
     {command_line()}
 
@@ -119,14 +124,14 @@ seed {args.seed}, not selected).
     ModelCard(text).save(folder / "README.md")
 
 
-def _snippet(folder: Path, args) -> str:
+def _snippet(folder: Path, args, run_it: bool) -> str:
     """How to load and draw, as Markdown; nothing if that failed here."""
     name = Path(args.output_dir).resolve().name
     load = how_to_load(folder, name)
     code = f"from diffusers import {load.split('.')[0]}\n\npipeline = {load}\n"
     code += f"images = pipeline(batch_size=4, num_inference_steps={args.num_inference_steps}).images\n"
     code += 'images[0].save("sample.png")'
-    if folder.resolve() == Path(args.output_dir).resolve():
+    if run_it:
         once = code.replace(repr(name), repr(str(folder.resolve())))
         once = re.sub(r"batch_size=4, num_inference_steps=\d+", "batch_size=1, num_inference_steps=1", once)
         try:
@@ -155,20 +160,26 @@ def without_path(value):
     return flag + equals + (Path(text).name if is_path else text)
 
 
+def public(values: dict) -> dict:
+    """Flags and facts that may be published: nothing about this machine."""
+    return {name: without_path(value) for name, value in values.items() if name not in PRIVATE}
+
+
 def add_results(folder: Path, results: dict) -> None:
     """Put what evaluate.py has found into the card's metadata.
 
     Args:
-        folder: with a README.md.
-        results: of a ``results.json``; rows that name this folder count.
+        folder: a saved pipeline with a README.md.
+        results: of a ``results.json``; rows of these weights count.
 
     Raises:
         ValueError: none of them does.
     """
-    rows = [row for row in results["results"] if row["model"].split(" ")[0] == folder.resolve().name]
+    weights = file_hash(*(folder / "unet").glob("*.safetensors"))
+    rows = [row for row in results["results"] if row.get("weights") == weights]
     if not rows:
-        names = ", ".join(row["model"] for row in results["results"])
-        raise ValueError(f"it has no row of {folder.resolve().name}; it has {names}")
+        names = ", ".join(f"{row['model']} ({row.get('weights', 'no weights')})" for row in results["results"])
+        raise ValueError(f"none of its rows is of the weights in {folder} ({weights}): {names}. Run evaluate.py again")
     card = ModelCard.load(folder / "README.md")
     reference = Path(results["reference"]).name if not is_hub_id(results["reference"]) else results["reference"]
     card.data.model_name = folder.resolve().name

@@ -62,7 +62,7 @@ def save_checkpoint(
             if final.exists():  # a damaged one
                 os.rename(final, final.with_name(f".tmp-removed-{final.name}"))
             os.rename(staging, final)
-            _sync(output_dir)
+            sync(output_dir)
             _prune(output_dir, total_limit)
             remove_leftovers(output_dir)
 
@@ -250,10 +250,10 @@ def _write_manifest(folder: Path) -> None:
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             files[file.relative_to(folder).as_posix()] = [file.stat().st_size, _digest(file)]
-        _sync(file)
+        sync(file)
     _write_json(folder / MANIFEST, {"files": files})
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -265,7 +265,8 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk write what the system has of a file or folder."""
     if os.name == "nt":  # opens no folders, and syncs no file that is open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)

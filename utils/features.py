@@ -74,7 +74,7 @@ def load_extractor(name: str, model_name_or_path: str | None = None, device: str
     """
     if name == "digits":
         return Extractor(
-            name, _file_hash(DIGITS_WEIGHTS), lambda images: digits_net(device)(_as_digits(images, device))[0]
+            name, file_hash(DIGITS_WEIGHTS), lambda images: digits_net(device)(_as_digits(images, device))[0]
         )
     if name == "pixels":
         return Extractor(name, "none", lambda images: _shrink(images.float() / 255, 16).flatten(1))
@@ -117,8 +117,12 @@ def _shrink(images: torch.Tensor, side: int) -> torch.Tensor:
     return images if images.shape[-1] <= side else F.interpolate(images, (side, side), mode="area")
 
 
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+def file_hash(*paths: Path) -> str:
+    """The first 12 digits of the SHA-256 of files, one after the other by name."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _transformer(name: str, model_name_or_path: str, device) -> Extractor:

@@ -2,19 +2,22 @@
 
 What is pushed is copied to ``hub/`` in the output folder first, by a list of what may be published: never optimizer
 states, checkpoints, links, or pictures that hold training images. That folder is what the Hub shows, and nothing else
-writes to it. Uploads run in a thread beside training; only the main process talks to the network.
+writes to it. Checkpoints are uploaded in a thread beside training; only the main process talks to the network.
 """
 
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx2
 import huggingface_hub
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, constants
@@ -23,10 +26,12 @@ from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils._http import default_client_factory
 
 from . import UserError
-from .cards import draw_curves, without_path
+from .cards import draw_curves
+from .signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
+UPLOAD = "upload to the Hub"  # name of the thread
 PUSH_FAILED = 75  # exit code, EX_TEMPFAIL of sysexits.h: try again
 REQUEST_TIMEOUT = 60.0  # seconds without an answer; the client's default is to wait for ever
 ALLOWED = (
@@ -34,8 +39,6 @@ ALLOWED = (
     "unet/*.py", "scheduler/scheduler_config.json", "scheduler/*.py", "adapter/*.json", "adapter/*.safetensors",
 )  # fmt: skip
 PICTURES = ("samples.png", "curves.png", "walk.png", "before_after.png", "guided.png", "samples/*.png")
-# Flags that say where things are on this machine, or concern it alone
-PRIVATE = {"output_dir", "logging_dir", "config", "resume_from_checkpoint", "report_to"}
 
 
 class Hub:
@@ -52,13 +55,14 @@ class Hub:
     """
 
     def __init__(self, accelerator, args):
-        self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir)
+        self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir).resolve()
         self.repo_id, self.thread, self.failure = args.hub_model_id, None, None
         self.active = args.push_to_hub and accelerator.is_main_process
         problem = [None]
         if self.active:
             factory = lambda: _with_timeout(min(REQUEST_TIMEOUT, args.hub_timeout / 4))  # noqa: E731
             huggingface_hub.set_client_factory(factory)
+            constants.HF_HUB_DISABLE_XET = True  # another client, of its own, on whose requests there is no time limit
             disable_progress_bars()
             try:
                 self._check()
@@ -114,8 +118,8 @@ class Hub:
         try:
             draw_curves(self.folder, self.folder / self.args.logging_dir)
             self._snapshot(self.folder / f"checkpoint-{step}")
-        except OSError as error:
-            logger.warning(f"checkpoint-{step} is not pushed: {error}")
+        except Exception as error:  # of a disk, of a drawing: no reason to stop training
+            logger.warning(f"checkpoint-{step} is not pushed: {type(error).__name__}: {error}")
             return
         self._upload(f"checkpoint-{step}", time.monotonic() + self.args.hub_timeout)
 
@@ -127,55 +131,65 @@ class Hub:
         """
         if not self.active:
             return 0
-        deadline = time.monotonic() + self.args.hub_timeout
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
         try:
-            if self.thread:
-                self.thread.join(self.args.hub_timeout)
+            self._wait()
             self._snapshot(self.folder)
-            self._upload("end of training", deadline)
-            self.thread.join(max(0, deadline - time.monotonic()) + REQUEST_TIMEOUT)
-            if self.thread.is_alive():
-                self.failure = TimeoutError(f"no end after {self.args.hub_timeout:.0f} seconds")
+            self._upload("end of training", time.monotonic() + self.args.hub_timeout)
+            self._wait()
         except KeyboardInterrupt:
-            self.failure = InterruptedError("stopped by SIGINT")
-        except OSError as error:
+            self.failure = InterruptedError("stopped by a signal")
+        except Exception as error:  # of the disk, of the network, or of files that may not be published
             self.failure = error
         if self.failure is None:
             print(f"\nPushed to {constants.ENDPOINT}/{self.repo_id}", flush=True)
             return 0
         print(
-            f"\nNot pushed: {_explain(self.failure, self.repo_id)}.\nThe model is complete in {self.folder}. This "
-            f"sends what is missing:\n  {self._command()}",
+            f"\nNot pushed: {_explain(self.failure, self.repo_id)}.\nThe model is complete in {self.args.output_dir}. "
+            f"This sends what is missing:\n  {self._command()}",
             flush=True,
         )
         return PUSH_FAILED
 
+    def _wait(self) -> None:
+        if self.thread:
+            self.thread.join(self.args.hub_timeout + REQUEST_TIMEOUT)
+            if self.thread.is_alive():
+                raise TimeoutError(f"no end after {self.args.hub_timeout:.0f} seconds")
+
     def _command(self) -> str:
-        parts = ["python", "push.py", str(self.folder)]
+        script = os.path.relpath(Path(__file__).parent.parent / "push.py")
+        parts = ["python", script, self.args.output_dir]
         parts += ["--hub_model_id", self.repo_id] if self.repo_id else []
         parts += ["--hub_private_repo"] if self.args.hub_private_repo else []
         parts += ["--hub_revision", self.args.hub_revision] if self.args.hub_revision else []
         return shlex.join([*parts, *(["--hub_logs"] if self.args.hub_logs else [])])
 
     def _snapshot(self, source: Path) -> None:
-        """Copy what may be published, of a saved pipeline and of the run's folder, to ``hub/``."""
+        """Copy what may be published, of a saved pipeline and of the run's folder, to ``hub/``.
+
+        Raises:
+            ValueError: a part of the pipeline is a link, or it has no weights.
+        """
         target, staging = self.folder / "hub", self.folder / "hub-staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         logs = self.folder / self.args.logging_dir
         files = [(path, path.relative_to(source)) for pattern in ALLOWED for path in sorted(source.glob(pattern))]
-        files += [(path, path.relative_to(self.folder)) for pattern in PICTURES for path in self.folder.glob(pattern)]
-        if self.args.hub_logs:  # their names end in the name of the machine
-            runs = sorted(logs.glob("**/events.out.*"))
-            places = [path.parent.relative_to(self.folder) for path in runs]
-            names = [f"{'.'.join(path.name.split('.')[:4])}.{k}" for k, path in enumerate(runs)]
-            files += [(path, place / name) for path, place, name in zip(runs, places, names, strict=True)]
-        grids = sorted(self.folder.glob("samples/*.png"))
-        if grids and not (self.folder / "samples.png").exists():  # not finished yet
-            files.append((grids[-1], Path("samples.png")))
+        for path, _ in files:
+            if path.is_symlink() or path.parent.is_symlink():
+                raise ValueError(f"{path} is, or is below, a link, and only files are pushed: put a copy in its place")
+        if not any(place.suffix == ".safetensors" for _, place in files):
+            raise ValueError(f"{source}/unet has no weights (.safetensors)")
+        for pattern in PICTURES:
+            files += [(path, path.relative_to(self.folder)) for path in self.folder.glob(pattern)]
+        for path in logs.glob("**/events.out.*") if self.args.hub_logs else ():
+            parts = path.name.split(".")  # events.out.tfevents.TIME.HOST.PID.NUMBER, without the name of this machine
+            files.append((path, "logs" / path.relative_to(logs).with_name(".".join(parts[:4] + parts[-2:]))))
         for path, place in files:
-            inside = [path, *path.parents][: len(path.relative_to(self.folder).parts)]
-            if any(part.is_symlink() for part in inside):
+            if path.is_symlink() or path.parent.is_symlink():
                 logger.warning(f"{path} is, or is below, a link: not pushed")
                 continue
             (staging / place).parent.mkdir(parents=True, exist_ok=True)
@@ -187,11 +201,9 @@ class Hub:
     def _write_arguments(self, folder: Path) -> None:
         """``training_args.json`` without paths of this machine."""
         file = self.folder / "training_args.json"
-        if file.is_file():
-            record = json.loads(file.read_text())
-            flags = {flag: value for flag, value in record["arguments"].items() if flag not in PRIVATE}
-            record = {key: without_path(value) for key, value in record.items()}
-            record["arguments"] = {flag: without_path(value) for flag, value in flags.items()}
+        record = json.loads(file.read_text()) if file.is_file() else {}
+        if "public_arguments" in record:
+            record["arguments"] = record.pop("public_arguments")
             (folder / "training_args.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def _upload(self, message: str, deadline: float) -> None:
@@ -212,7 +224,7 @@ class Hub:
                 self.failure = error
                 logger.warning(f"{message} is not pushed: {_explain(error, self.repo_id)}")
 
-        self.thread = threading.Thread(target=send, daemon=True)
+        self.thread = threading.Thread(target=send, daemon=True, name=UPLOAD)
         self.thread.start()
 
     def _finish_card(self) -> None:
@@ -243,7 +255,7 @@ def _persist(action: Callable[[], object], deadline: float) -> None:
             response = _response(error)
             asked_for = response.headers.get("retry-after", "") if response is not None else ""
             pause = max(wait, int(asked_for) if asked_for.isdigit() else 0)
-            if _is_refusal(error) or time.monotonic() + pause > deadline:
+            if not _may_pass(error) or time.monotonic() + pause > deadline:
                 raise
             logger.info(f"The Hub: {_explain(error, '')}; trying again in {pause:.0f} s")
             time.sleep(pause)
@@ -263,11 +275,18 @@ def _status(error: Exception) -> int:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether trying again cannot help."""
+    """Whether the Hub, or the client for it, has said no."""
     if isinstance(error, (UserError, LocalTokenNotFoundError, HFValidationError)):
         return True
-    status = _status(error)
-    return 400 <= status < 500 and status not in (408, 409, 412, 429)
+    return 400 <= _status(error) < 500 and not _may_pass(error)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether trying again may help: a server that is busy, two commits at once, a connection that broke."""
+    if _response(error) is not None:
+        return _status(error) in (408, 409, 412, 429) or _status(error) >= 500
+    broken = isinstance(error, (httpx2.TransportError, ConnectionError, TimeoutError))
+    return broken and not isinstance(error, OfflineModeIsEnabled)
 
 
 def _explain(error: Exception, repo_id: str | None) -> str:

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
 from . import UserError, checkpoints
+from .cards import public
 from .hardware import device_name
 
 try:
@@ -179,7 +180,8 @@ def write_arguments(accelerator, args, **facts) -> None:
         return
     content = {
         "arguments": vars(args),
-        **facts,
+        "public_arguments": public(vars(args)),  # now, while it can be seen what is a path
+        **public(facts),
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "device": device_name(accelerator.device),
@@ -188,4 +190,6 @@ def write_arguments(accelerator, args, **facts) -> None:
     path = Path(args.output_dir) / ARGUMENTS
     temporary = path.with_name(f".tmp-{ARGUMENTS}")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
+    checkpoints.sync(temporary)
     temporary.replace(path)
+    checkpoints.sync(path.parent)

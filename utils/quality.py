@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoints import together
+from .checkpoints import sync, together
 from .features import load_extractor
 from .metrics import frechet_distance, kernel_distance
 from .sampling import to_uint8
@@ -99,6 +99,8 @@ class Quality:
             staging.mkdir()
             save_pipeline(staging)
             (staging / RECORD).write_text(json.dumps(self.values, indent=2) + "\n")
+            for path in [*staging.rglob("*"), staging]:
+                sync(path)
             if self.folder.exists():
                 os.rename(self.folder, self.previous)
             os.rename(staging, self.folder)

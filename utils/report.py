@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from .images import make_grid
 
 NOTE = """
-Rows with the same N can be compared with each other, and with no other table. The floor is what real, held-out images
+N: samples, and as many real images. Rows with the same N can be compared with each other, and with no other table. ema:
+whether the weights are averages, where that is known. The floor is what real, held-out images
 get, the ceiling what noise gets. Lower is better for fd, kid and class_distance (of the digits' frequencies from equal
 ones), higher for precision, recall, density and coverage. confidence: how sure the classifier is; noise can make it
 sure, too. copies: the share of images nearer to a training image than 99 % of the held-out ones are. Errors: of fd by
@@ -57,7 +58,8 @@ def best_setting(tried: list[tuple]) -> tuple:
     rows = [(sampler, row, _distance(row)) for sampler, (row,) in tried]
     lowest = min(rows, key=lambda entry: entry[2])
     limit = lowest[2] + _distance(lowest[1], "_error")
-    sampler, row, _ = min((entry for entry in rows if entry[2] <= limit), key=lambda entry: entry[1]["steps"])
+    near = [entry for entry in rows if entry[2] <= limit]
+    sampler, row, _ = min(near, key=lambda entry: (entry[1]["steps"], entry[2]))
     return sampler, row["steps"]
 
 

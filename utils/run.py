@@ -1,5 +1,6 @@
 """A run's surroundings: the accelerator, the trackers, the first and the last words."""
 
+import contextlib
 import errno
 import importlib.metadata
 import logging
@@ -7,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,12 +19,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from . import UserError, printable
-from .cards import draw_curves, how_to_load, without_path
+from .cards import draw_curves, how_to_load, public
 from .hardware import device_name, has_bf16, set_up_process, use_all_cores
-from .hub import PRIVATE, PUSH_FAILED
+from .hub import UPLOAD
 from .output_dir import write_arguments
 
 logger = logging.getLogger(__name__)
@@ -100,7 +103,10 @@ def _check_trackers(report_to: str) -> list[str]:
 
 def _check_versions() -> None:
     """One line about packages of versions that these scripts were not tested with."""
-    installed = {name: importlib.metadata.version(name) for name in TESTED}
+    installed = {}
+    for name in TESTED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every script needs each
+            installed[name] = importlib.metadata.version(name)
     others = [
         f"{name} {version} (tested: {TESTED[name]})"
         for name, version in installed.items()
@@ -145,7 +151,7 @@ def start(accelerator, args, name: str, first_step: int, **facts) -> None:
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     logger.info(f"{accelerator.num_processes} x {device_name(accelerator.device)}, {precision}")
     tensorboard = {"purge_step": first_step + 1} if first_step else {}
-    values = {flag: without_path(value) for flag, value in {**vars(args), **facts}.items() if flag not in PRIVATE}
+    values = public({**vars(args), **facts})
     scalars = {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in values.items() if v is not None}
     try:
         accelerator.init_trackers(name, config=scalars, init_kwargs={"tensorboard": tensorboard})
@@ -165,9 +171,12 @@ def finish(accelerator, args, global_step: int, stop_signal, hub, **facts) -> in
     write_arguments(accelerator, args, **facts, finished_at_step=global_step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    stop_signal.restore()
     if accelerator.is_main_process:
-        draw_curves(Path(args.output_dir), Path(args.output_dir) / args.logging_dir)
+        try:
+            draw_curves(Path(args.output_dir), Path(args.output_dir) / args.logging_dir)
+        except Exception as error:  # a full disk, a damaged file: the model is there
+            logger.warning(f"curves.png could not be drawn: {type(error).__name__}: {error}")
+    stop_signal.restore()
     say_finished(accelerator, args, global_step)
     return leave(accelerator, hub.push())
 
@@ -182,13 +191,13 @@ def leave(accelerator, code: int) -> int:
     """End this process at once if something may keep it from ending by itself; otherwise return the exit code.
 
     With several processes, what remains of DistributedDataParallel may wait for the process group for ever, in one run
-    of ten, when the script's variables are taken down. After a failed push, the client's threads may wait for answers.
+    of ten, when the script's variables are taken down. An upload that is still under way would be waited for.
     """
-    return _leave(accelerator.num_processes > 1 or code == PUSH_FAILED, code)
+    return _leave(accelerator.num_processes > 1, code)
 
 
 def _leave(at_once: bool, code: int) -> int:
-    if at_once:
+    if at_once or any(thread.name == UPLOAD for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -262,8 +271,9 @@ def _advice(error: Exception, args) -> str | None:
     """What the user can do about an error; None for what looks like a mistake of ours."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"{error}. When this is mended, the same command goes on from the newest checkpoint"
+    if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+        resumes = " from the newest checkpoint" if "checkpointing_steps" in vars(args) else ""
+        return f"{error}. When this is mended, the same command goes on{resumes}"
     # torch's error on a CPU is a RuntimeError like any other
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
         return _less_memory(error, args)
@@ -273,7 +283,7 @@ def _advice(error: Exception, args) -> str | None:
 def _less_memory(error: Exception, args) -> str:
     """What to change, with values that keep the images per optimizer step, and so the learning rate."""
     flags, advice = vars(args), []
-    batch, sampled = flags.get("train_batch_size", 1), flags["sample_batch_size"]
+    batch, sampled = flags.get("train_batch_size", 1), flags.get("sample_batch_size", 1)
     if batch > 1:
         smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
         micro_steps = flags["gradient_accumulation_steps"] * batch // smaller

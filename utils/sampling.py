@@ -116,6 +116,8 @@ def sample_batch(
     options = {}
     if "generator" in inspect.signature(sampler.step).parameters:
         options["generator"] = randomness.sample_generators(seed, "sampler", numbers, device)
+    if "use_clipped_model_output" in inspect.signature(sampler.step).parameters:  # DDIM: image and noise must agree
+        options["use_clipped_model_output"] = True
     with evaluating(model):
         for timestep in sampler.timesteps[first_step:]:
             if stop():

@@ -103,12 +103,16 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     Timesteps are spaced "trailing": the first is the last training timestep, where diffusers' default "leading" would
     start at t=960 of 1000 with 25 steps, from noise that the model takes for an image (arXiv:2305.08891, Sec. 3.3).
     Predicted clean images are clipped to [-1, 1] where the model predicts noise: near t=T an error of the noise is one
-    of the image, magnified a hundred times and more.
+    of the image, magnified a hundred times and more. DDIM must then derive the noise again from the clipped image, or
+    the two contradict each other and every further step makes it worse: see ``sampling.sample_batch``.
     """
-    overrides = {"timestep_spacing": "trailing"}
     config = noise_scheduler.config
-    if name in ("dpmsolver++", "unipc") and config.prediction_type == "epsilon":
-        overrides["thresholding"] = True  # clips to [-1, 1], as the other two do by themselves
+    clips = config.prediction_type == "epsilon"
+    overrides = {"timestep_spacing": "trailing"}
+    if name == "ddim":
+        overrides |= {"clip_sample": clips, "thresholding": False}
+    elif name != "ddpm":  # which clips by itself
+        overrides["thresholding"] = clips
     if config.beta_schedule == "sigmoid" and name != "ddpm":  # only DDPMScheduler knows it: hand over its betas
         plain = DDPMScheduler.from_config(config, rescale_betas_zero_snr=False)
         overrides["trained_betas"] = plain.betas.tolist()
@@ -122,10 +126,15 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def pipeline_scheduler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
-    """The scheduler to save in a ``DDPMPipeline``: the sampler, or DDPM where the pipeline cannot call it.
+    """The scheduler to save in a ``DDPMPipeline``: the sampler, or another where the pipeline cannot call it.
 
-    ``DDPMPipeline`` passes a generator to ``step``, which UniPC's does not take.
+    ``DDPMPipeline`` passes a generator to ``step``, which UniPC's does not take: DDPM instead. It does not tell DDIM to
+    derive the noise again after clipping: DPM-Solver++ of the first order does, and is DDIM otherwise (Lu et al. 2022,
+    arXiv:2211.01095, Sec. 4).
     """
+    if name == "ddim" and noise_scheduler.config.prediction_type == "epsilon":
+        solver = make_sampler("dpmsolver++", noise_scheduler)
+        return type(solver).from_config(solver.config, solver_order=1)
     return make_sampler("ddpm" if name == "unipc" else name, noise_scheduler)
 
 
