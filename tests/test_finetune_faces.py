@@ -75,7 +75,7 @@ def test_curves_of_validation_and_of_the_distance_to_the_base(adapted):
 def test_lora_ends_as_a_plain_pipeline_with_its_adapter_beside(adapted, base):
     for folder in (adapted, adapted / "checkpoint-6"):
         pipeline = DDPMPipeline.from_pretrained(folder, use_safetensors=True)
-        assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+        assert pipeline.scheduler.config.solver_order == 1  # DDIM that clips: the base predicts noise
         assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
         assert (folder / "adapter" / "adapter_model.safetensors").is_file()
         assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["r"] == 8

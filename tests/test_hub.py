@@ -295,7 +295,7 @@ def test_without_a_network_training_goes_on_unless_the_push_is_required(hub, tmp
 
 def test_uploads_beside_training_hold_nothing_up(hub, tmp_path):
     """Protection: the thread in ``Hub._upload``. A server that never answers, and a run that is over at once."""
-    hub.fail("preupload", "hang")
+    hub.fail("auth-check", "hang")
     flags = ["--hub_strategy=every_checkpoint", "--checkpointing_steps=1", "--max_train_steps=40", "--hub_timeout=4"]
     flags += ["--checkpoints_total_limit=1"]
     code, said = run(hub, tmp_path / "run", *flags)

@@ -160,3 +160,8 @@ def test_the_fault_table_names_tests_that_exist():
                 named += 1
                 assert f"\ndef {name}" in tests[current], (current, name)
     assert named > 25
+
+
+def test_readme_counts_the_lines_of_the_scripts():
+    for script, lines in re.findall(r"\| `(\w+\.py)` \| .* \| (\d+) \| .* \|", (ROOT / "README.md").read_text()):
+        assert len((ROOT / script).read_text().splitlines()) == int(lines), script

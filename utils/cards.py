@@ -15,6 +15,7 @@ import diffusers
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .features import file_hash
 from .hardware import device_name
@@ -213,6 +214,9 @@ def draw_curves(folder: Path, logs: Path) -> None:
                 points = events.Scalars(tag)
                 axes.plot([point.step for point in points], [point.value for point in points], label=tag)
     if axes.lines:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
         axes.legend()
         figure.savefig(folder / "curves.png")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .images import make_grid
 
@@ -84,6 +85,8 @@ def plot_sweep(rows: list[dict]) -> Figure:
     axes.axhline(floor, color="grey", linestyle="--", label=f"held-out images: {floor:.2g}")
     steps = sorted({row["steps"] for row in rows if "steps" in row})
     axes.set_xticks(steps, [str(n) for n in steps])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.legend()
     axes.set_title(f"N={rows[0]['N']}; bars: standard error by bootstrap", fontsize="medium")
