@@ -121,7 +121,7 @@ class Hub:
         except Exception as error:  # of a disk, of a drawing: no reason to stop training
             logger.warning(f"checkpoint-{step} is not pushed: {type(error).__name__}: {error}")
             return
-        self._upload(f"checkpoint-{step}", time.monotonic() + self.args.hub_timeout)
+        self._upload(f"checkpoint-{step}")
 
     def push(self) -> int:
         """Upload the finished model, and say what became of it.
@@ -135,10 +135,11 @@ class Hub:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler)
         try:
-            self._wait()
+            if self.thread:  # the upload of a checkpoint; it ends, for no request waits for ever
+                self.thread.join()
             self._snapshot(self.folder)
-            self._upload("end of training", time.monotonic() + self.args.hub_timeout)
-            self._wait()
+            self._upload("end of training")
+            self.thread.join()
         except KeyboardInterrupt:
             self.failure = InterruptedError("stopped by a signal")
         except Exception as error:  # of the disk, of the network, or of files that may not be published
@@ -152,12 +153,6 @@ class Hub:
             flush=True,
         )
         return PUSH_FAILED
-
-    def _wait(self) -> None:
-        if self.thread:
-            self.thread.join(self.args.hub_timeout + REQUEST_TIMEOUT)
-            if self.thread.is_alive():
-                raise TimeoutError(f"no end after {self.args.hub_timeout:.0f} seconds")
 
     def _command(self) -> str:
         script = os.path.relpath(Path(__file__).parent.parent / "push.py")
@@ -206,18 +201,18 @@ class Hub:
             record["arguments"] = record.pop("public_arguments")
             (folder / "training_args.json").write_text(json.dumps(record, indent=2) + "\n")
 
-    def _upload(self, message: str, deadline: float) -> None:
+    def _upload(self, message: str) -> None:
         """Start the upload of ``hub/`` in a thread; what goes wrong in it is kept in ``failure``."""
 
         def send():
             try:
-                _persist(self._create, deadline)
+                _persist(self._create, self.args.hub_timeout)
                 self._finish_card()
                 upload = lambda: HfApi().upload_folder(  # noqa: E731
                     repo_id=self.repo_id, folder_path=self.folder / "hub", revision=self.args.hub_revision or None,
                     commit_message=f"Upload model, {message}",
                 )  # fmt: skip
-                _persist(upload, deadline)
+                _persist(upload, self.args.hub_timeout)
                 self.failure = None
                 logger.info(f"Sent to the Hub: {message}")
             except Exception as error:  # as in ``_check``; training must not stop for it
@@ -241,18 +236,18 @@ def _with_timeout(seconds: float):
     return client
 
 
-def _persist(action: Callable[[], object], deadline: float) -> None:
-    """Try again what may succeed later, until the deadline (of ``time.monotonic``).
+def _persist(action: Callable[[], object], patience: float) -> None:
+    """Try again what may succeed later, for so many seconds after it failed first.
 
     The client tries some requests again by itself; ``create_repo`` and a commit without Xet it does not.
     """
-    wait = 1.0
+    wait, deadline = 1.0, None
     while True:
         try:
             action()
             return
         except Exception as error:  # as in ``_check``
-            response = _response(error)
+            deadline, response = deadline or time.monotonic() + patience, _response(error)
             asked_for = response.headers.get("retry-after", "") if response is not None else ""
             pause = max(wait, int(asked_for) if asked_for.isdigit() else 0)
             if not _may_pass(error) or time.monotonic() + pause > deadline:
