@@ -87,7 +87,7 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **facts)
     for key in {"data", "base"} & (set(facts) - set(on_hub)):
         facts[key] = Path(facts[key]).name  # no path of one machine
     sampler = index["scheduler"][1]
-    settings = facts | {key: vars(args)[key] for key in TRAINING_FLAGS if key in vars(args)}
+    settings = facts | {key: vars(args)[key] for key in TRAINING_FLAGS if vars(args).get(key) is not None}
     table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in settings.items())
     folders = [folder, *(folder / part for part in ("scheduler", "unet"))]
     code = [f"`{path.relative_to(folder)}`" for place in folders for path in place.glob("*.py")]
