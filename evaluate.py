@@ -66,7 +66,7 @@ def main(args):
     from utils.real_images import RealImages, load_folder
     from utils.report import best_setting, write_report
     from utils.sampling import estimate_seconds, sample_images
-    from utils.schedulers import training_scheduler
+    from utils.schedulers import pipeline_scheduler, training_scheduler
     from utils.validation import DenoisingLoss
 
     if args.write_best:
@@ -122,7 +122,7 @@ def main(args):
                 images = torch.from_numpy(real.like(shape, split)[: args.num_validation_images])
                 loss = DenoisingLoss(images.float() / 127.5 - 1, training_scheduler(own), args.seed)
                 losses.append(dict(model=Path(model).name, images=split, **loss.measure(unet, accelerator)))
-        tried = []  # samplers, and their rows
+        tried = []  # samplers' names, and their rows
         for name, steps in settings(args):
             sampler = choose_sampler(own, name, steps)
             setting = (unet, sampler, accelerator, args.num_samples, shape, steps, args.sample_batch_size, args.seed)
@@ -134,9 +134,10 @@ def main(args):
             facts = dict(sampler=type(sampler).__name__, steps=steps, ema=ema, weights=weights)
             facts["images_per_second"] = args.num_samples / (time.perf_counter() - start)
             measure(f"{Path(model).name} {name} {steps}" if name else Path(model).name, images, **facts)
-            tried.append((sampler, rows[-1:]))
+            tried.append((name, rows[-1:]))
         if args.write_best and accelerator.is_main_process:
-            sampler, steps = best_setting(tried)
+            name, steps = best_setting(tried)
+            sampler = pipeline_scheduler(name, own)
             write_scheduler(Path(model), sampler, steps)
             say(f"{model} carries {type(sampler).__name__} now, at its best with {steps} steps")
 

@@ -274,8 +274,9 @@ def main(args):
             with curves.pause(), ema_model.swapped_in(unet):
                 validation.log(unet, global_step, lambda: stop_signal.received)
         if args.evaluate_steps and (global_step % args.evaluate_steps == 0 or global_step == max_train_steps):
-            with curves.pause(), ema_model.swapped_in(unet):
-                quality.log(draw(quality.count), global_step)
+            with curves.pause():
+                with ema_model.swapped_in(unet):
+                    quality.log(draw(quality.count), global_step)
                 quality.keep(save_pipeline)
         if global_step % args.sample_steps == 0 and global_step < max_train_steps:
             sample(output_dir / "samples" / f"step-{global_step:06}.png")

@@ -3,7 +3,7 @@
     python benchmarks/ladder.py --dataset_name mnist --output_dir outputs/ladder
 
 First every stage with the same number of images; then every stage for the time that stage 3 took, by the median of its
-images/s. Interrupted, the same command goes on. About 80 minutes on 2 cores, a third of it for the samples.
+images/s. Interrupted, the same command goes on. About 50 minutes on 2 cores, a quarter of it for the comparison.
 """
 
 import argparse

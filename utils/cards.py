@@ -214,11 +214,16 @@ def draw_curves(folder: Path, logs: Path) -> None:
                 points = events.Scalars(tag)
                 axes.plot([point.step for point in points], [point.value for point in points], label=tag)
     if axes.lines:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
+        label_log_axis(axes)
         axes.legend()
         figure.savefig(folder / "curves.png")
+
+
+def label_log_axis(axes) -> None:
+    """Labels at 1, 2, 5, 10 ... as plain numbers; by default a short logarithmic axis has one label, or none."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
 
 
 def is_hub_id(name: str) -> bool:

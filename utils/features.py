@@ -20,7 +20,6 @@ from . import UserError
 
 DIGITS_WEIGHTS = Path(__file__).parent.parent / "assets" / "digits_net.safetensors"
 DEFAULT_MODELS = {"dinov2": "facebook/dinov2-base", "clip": "openai/clip-vit-base-patch32"}
-EXTRACTORS = ("digits", "pixels", "dinov2", "clip", "inception")
 
 
 class DigitsNet(torch.nn.Module):

@@ -26,7 +26,6 @@ from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils._http import default_client_factory
 
 from . import UserError
-from .cards import draw_curves
 from .signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class Hub:
         """Find out the repository's full name, create it if need be, and see that it can be written to."""
         api, private = HfApi(), self.args.hub_private_repo
         if not self.repo_id or "/" not in self.repo_id:
-            name = self.repo_id or re.sub(r"[^\w.-]+", "-", self.folder.resolve().name).strip("-.") or "model"
+            name = self.repo_id or re.sub(r"[^\w.-]+", "-", self.folder.name).strip("-.") or "model"
             self.repo_id = f"{api.whoami()['name']}/{name}"
         api.create_repo(self.repo_id, private=private or None, exist_ok=True)
         api.auth_check(self.repo_id, write=True)
@@ -116,7 +115,6 @@ class Hub:
             if tracker.name == "tensorboard":
                 tracker.writer.flush()
         try:
-            draw_curves(self.folder, self.folder / self.args.logging_dir)
             self._snapshot(self.folder / f"checkpoint-{step}")
         except Exception as error:  # of a disk, of a drawing: no reason to stop training
             logger.warning(f"checkpoint-{step} is not pushed: {type(error).__name__}: {error}")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
+from .cards import label_log_axis
 from .images import make_grid
 
 NOTE = """
@@ -54,7 +54,7 @@ def best_setting(tried: list[tuple]) -> tuple:
     """The sampler and the number of steps with the lowest Fréchet distance; within its error, the fewest steps.
 
     Args:
-        tried: samplers, each with a list of its one row.
+        tried: samplers or their names, each with a list of its one row.
     """
     rows = [(sampler, row, _distance(row)) for sampler, (row,) in tried]
     lowest = min(rows, key=lambda entry: entry[2])
@@ -65,14 +65,18 @@ def best_setting(tried: list[tuple]) -> tuple:
 
 
 def _distance(row: dict, suffix: str = "") -> float:
-    (key,) = [key for key in row if key.startswith(("fd_", "fid_")) and not key.endswith("_error")]
-    return row[key + suffix]
+    return row[_metric(row) + suffix]
+
+
+def _metric(row: dict) -> str:
+    """The name of the Fréchet distance in a row."""
+    return next(key for key in row if key.startswith(("fd_", "fid_")))
 
 
 def plot_sweep(rows: list[dict]) -> Figure:
     """Fréchet distance against UNet calls per image, a line for each model and sampler."""
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="UNet calls per image", ylabel=_metric(rows))
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="UNet calls per image", ylabel=_metric(rows[0]))
     lines = {}
     for row in rows:
         if "steps" in row:
@@ -85,16 +89,10 @@ def plot_sweep(rows: list[dict]) -> Figure:
     axes.axhline(floor, color="grey", linestyle="--", label=f"held-out images: {floor:.2g}")
     steps = sorted({row["steps"] for row in rows if "steps" in row})
     axes.set_xticks(steps, [str(n) for n in steps])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
+    label_log_axis(axes)
     axes.legend()
     axes.set_title(f"N={rows[0]['N']}; bars: standard error by bootstrap", fontsize="medium")
     return figure
-
-
-def _metric(rows: list[dict]) -> str:
-    return next(key for key in rows[0] if key.startswith(("fd_", "fid_")))
 
 
 def write_report(
