@@ -57,24 +57,26 @@ def main(args):
     import time
     from functools import partial
 
-    import torch
-
-    from utils import run
-    from utils.features import digit_statistics, file_hash, load_extractor
-    from utils.metrics import compare
-    from utils.models import check_writable, choose_sampler, load_pipeline, write_scheduler
-    from utils.real_images import RealImages, load_folder
-    from utils.report import best_setting, write_report
-    from utils.sampling import estimate_seconds, sample_images
-    from utils.schedulers import pipeline_scheduler, training_scheduler
-    from utils.validation import DenoisingLoss
+    from utils.diffusion import sample_images
+    from utils.diffusion.pipelines import choose_sampler, estimate_seconds, load_pipeline, training_scheduler
+    from utils.diffusion.schedulers import pipeline_scheduler
+    from utils.evaluation.denoising_loss import DenoisingLoss
+    from utils.evaluation.features import digit_statistics, load_extractor
+    from utils.evaluation.image_folder import load_folder
+    from utils.evaluation.metrics import compare
+    from utils.evaluation.reference import Reference
+    from utils.evaluation.report import write_report
+    from utils.evaluation.sweep import best_setting, check_writable, write_scheduler
+    from utils.pictures import from_uint8
+    from utils.training import run
+    from utils.training.checkpoints import file_hash
 
     if args.write_best:
         for model in args.models:
             check_writable(model)
     accelerator = run.start_process(args.mixed_precision)
     extract = load_extractor(args.features, args.features_model_name_or_path, accelerator.device)
-    real = RealImages(args, accelerator)
+    real = Reference(args, accelerator)
     rows, losses, grids, pairs = [], [], {}, {}
     say = partial(print, flush=True) if accelerator.is_main_process else lambda text: None
 
@@ -82,7 +84,7 @@ def main(args):
         """Add a row for images, uint8 (N, C, H, W)."""
         if not accelerator.is_main_process:
             return
-        reference = real.like(images.shape[1:])
+        reference = real.resized(images.shape[1:])
         count = min(len(images), len(reference), args.num_samples)
         row = dict(model=name, N=count, **facts)
         features = extract(images[:count])
@@ -114,13 +116,13 @@ def main(args):
                 f"warning: {model} was trained on {trained_on}, not on --reference_split {args.reference_split}: copies and floor mislead"
             )
         files = sorted(Path(model).glob("unet/*.safetensors"))
-        weights = file_hash(*files) if files else None
+        weights = file_hash(*files)[:12] if files else None
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         if args.validation_loss:
             for split in (args.reference_split, args.held_out_split):
-                images = torch.from_numpy(real.like(shape, split)[: args.num_validation_images])
-                loss = DenoisingLoss(images.float() / 127.5 - 1, training_scheduler(own), args.seed)
+                images = from_uint8(real.resized(shape, split)[: args.num_validation_images])
+                loss = DenoisingLoss(images, training_scheduler(own), args.seed)
                 losses.append(dict(model=Path(model).name, images=split, **loss.measure(unet, accelerator)))
         tried = []  # samplers' names, and their rows
         for name, steps in settings(args):
@@ -147,7 +149,6 @@ def main(args):
         facts = dict(features=extract.name, features_hash=extract.hash, reference=args.reference)
         facts |= dict(reference_split=args.reference_split, held_out_split=args.held_out_split, seed=args.seed)
         write_report(Path(args.output_dir), rows, losses, grids, pairs, bool(args.sweep), **facts)
-    return 0
 
 
 def is_folder_of_images(name):
@@ -164,6 +165,6 @@ def settings(args):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.run import run_script
+    from utils.training.run import run_script
 
     run_script(main, arguments)

@@ -63,22 +63,17 @@ def main(args):
     from diffusers import DDPMPipeline, DDPMScheduler
     from diffusers.optimization import get_scheduler
 
-    from utils import run
-    from utils.adapt import adamw, base_weights, choose_trainable, distance_to_base, merged, save_adapter, say_counts
-    from utils.cards import write_card
-    from utils.curves import TrainingCurves
-    from utils.datasets import load_train_data
-    from utils.ema import EMA
-    from utils.guidance import make_guidance
-    from utils.hub import Hub
-    from utils.images import make_grid
-    from utils.models import check_fit, check_noise_scheduler, count_parameters, image_format, load_pretrained
-    from utils.output_dir import claim_output_dir, resume, save
+    from utils.data import load_train_data
+    from utils.diffusion import adapters, check_fit, load_pretrained, sample_images
+    from utils.diffusion.guidance import make_guidance
+    from utils.diffusion.schedulers import make_sampler, pipeline_scheduler
+    from utils.evaluation import Validation
+    from utils.evaluation.reference import show_nearest
+    from utils.pictures import make_grid, save_picture, to_uint8
+    from utils.publishing import Hub, write_card
     from utils.randomness import sample_noise, uniform
-    from utils.sampling import sample_images, save_picture
-    from utils.schedulers import make_sampler, pipeline_scheduler, total_train_steps
     from utils.signals import StopSignal
-    from utils.validation import Validation, show_nearest
+    from utils.training import EMA, TrainingCurves, claim_output_dir, resume, run, save
 
     # Accelerator
     accelerator = run.make_accelerator(args)
@@ -88,20 +83,22 @@ def main(args):
 
     # Data
     pretrained = load_pretrained(args.pretrained_model_name_or_path)
-    train_data = load_train_data(args, accelerator, **image_format(pretrained.unet))
+    train_data = load_train_data(args, accelerator, pretrained.unet.config)
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
-    max_train_steps = total_train_steps(args, train_data.length, global_batch_size)
+    max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
-        return run.finished_before(accelerator, args, finished_at, hub)
-    training_images = train_data.examples(1000)
+        run.print_finished(accelerator, args, finished_at, again=True)
+        hub.push()
+        return
 
     # Model
     unet = pretrained.unet
     unet.register_to_config(sample_size=train_data.resolution)
-    check_fit(unet, train_data.resolution, train_data.channels)
-    say_counts(unet, args)
-    parameters, base = count_parameters(unet), base_weights(unet)
-    choose_trainable(unet, args.method, args.lora_rank, args.lora_targets.replace(" ", "").split(","), args.seed)
+    adapters.log_trainable_counts(unet, args)
+    parameters, base = unet.num_parameters(), adapters.base_weights(unet)
+    adapters.choose_trainable(
+        unet, args.method, args.lora_rank, args.lora_targets.replace(" ", "").split(","), args.seed
+    )
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if accelerator.device.type == "cuda":
@@ -110,15 +107,15 @@ def main(args):
 
     # Noise scheduler
     noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
-    check_noise_scheduler(noise_scheduler, args.num_inference_steps)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     prediction_type = noise_scheduler.config.prediction_type
+    check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
     sampler = make_sampler(args.sampler, noise_scheduler)
     validation = Validation(args, accelerator, train_data, noise_scheduler)
     guidance = make_guidance(args, accelerator.device)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
-    optimizer = adamw(args.optimizer, accelerator.device)(
+    optimizer = adapters.adamw(args.optimizer, accelerator.device)(
         [parameter for parameter in unet.parameters() if parameter.requires_grad], lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
     )  # fmt: skip
@@ -140,35 +137,34 @@ def main(args):
 
     # Resume
     base_samples = draw(min(8, args.num_samples))  # of the pretrained model, to compare with
-    global_step = resume(accelerator, args, train_data.facts, ema_model)
+    global_step = resume(accelerator, args, train_data.settings, ema_model)
 
     # Trackers
-    facts = dict(prediction_type=prediction_type, method=args.method, base=args.pretrained_model_name_or_path)
-    facts |= dict(
-        **train_data.facts, data_license=train_data.license, parameters=parameters, max_train_steps=max_train_steps
-    )
-    run.start(accelerator, args, "finetune_faces", global_step, **facts)
-    curves = TrainingCurves(
-        accelerator, train_data, args.logging_steps, num_train_timesteps, global_step, max_train_steps
-    )
+    summary = dict(
+        prediction_type=prediction_type, method=args.method, base=args.pretrained_model_name_or_path,
+        **train_data.settings,
+        data_license=train_data.license, parameters=parameters, max_train_steps=max_train_steps,
+    )  # fmt: skip
+    run.start(accelerator, args, "finetune_faces", global_step, **summary)
+    curves = TrainingCurves(accelerator, args, train_data, num_train_timesteps, global_step, max_train_steps)
     stop_signal = StopSignal(accelerator)
+    training_images = to_uint8(train_data.examples(1000))
 
     def validate():
         with curves.pause(), ema_model.swapped_in(unet):
-            distance = distance_to_base(unet, base)
-            validation.log(unet, global_step, lambda: stop_signal.received, distance_to_base=distance)
+            distance = adapters.distance_to_base(unet, base)
+            validation.log(unet, global_step, stop_signal.requested, distance_to_base=distance)
 
     def sample(path):
         with curves.pause(), ema_model.swapped_in(unet):
-            images = draw(args.num_samples, stop=lambda: stop_signal.received)
-            guided = draw(len(base_samples), guidance, lambda: stop_signal.received) if guidance else None
+            images = draw(args.num_samples, stop=stop_signal.requested)
+            guided = draw(len(base_samples), guidance, stop_signal.requested) if guidance else None
         if images is None or (guidance and guided is None):  # interrupted
             return
         first = images[: len(base_samples)]
-        pictures = {
-            "before_after": make_grid(np.concatenate([base_samples, first]), captions=["base", "adapted"]),
-            "nearest": show_nearest(first, training_images),
-        }
+        both = np.concatenate([base_samples, first])
+        pictures = {"before_after": make_grid(both, captions=["base", "adapted"])}
+        pictures["nearest"] = show_nearest(first, training_images)
         if guidance:
             pictures["guided"] = make_grid(np.concatenate([first, guided]), captions=["adapted", "guided"])
         for name, picture in pictures.items():
@@ -177,9 +173,10 @@ def main(args):
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
-            save_adapter(unet, folder / "adapter")
-            DDPMPipeline(merged(unet), pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
-        write_card(folder, "Adapted DDPM", args, of_people=True, **facts)
+            adapters.save_adapter(unet, folder / "adapter")
+            plain = adapters.merged(unet)
+            DDPMPipeline(plain, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
+        write_card(folder, "Adapted DDPM", args, of_people=True, **summary)
 
     if global_step == 0:
         validate()
@@ -188,13 +185,13 @@ def main(args):
     model.train()
     for batch in train_data.batches(global_step, max_train_steps):
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
-        numbers = batch["sample_numbers"]  # (B,) optimizer step x global batch + place in it; all randomness follows
-        torch.manual_seed(args.seed + int(numbers[0]))  # of dropout: another for each process and micro-step
+        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        torch.manual_seed(args.seed + int(sample_ids[0]))  # of dropout: another for each process and micro-step
 
         # Noise and timesteps, in float32 whatever the UNet computes in
-        noise = sample_noise(args.seed, "noise", numbers, image_shape, accelerator.device)
-        fractions = uniform(args.seed, "timesteps", numbers)  # of T, in [0, 1)
-        fractions = (numbers % global_batch_size + fractions) / global_batch_size  # one from each part of it
+        noise = sample_noise(args.seed, "noise", sample_ids, image_shape, accelerator.device)
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # of T, in [0, 1)
+        fractions = (sample_ids % global_batch_size + fractions) / global_batch_size  # one from each part of it
         timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
@@ -223,18 +220,18 @@ def main(args):
 
         # Once in N steps
         curves.step(global_step, grad_norm, learning_rate=learning_rate, ema_decay=ema_model.cur_decay_value or 0)
-        stop = stop_signal.check(global_step)
-        if stop or global_step % args.checkpointing_steps == 0 or global_step == max_train_steps:
+        stop, is_last = stop_signal.check(global_step), global_step == max_train_steps
+        if stop or is_last or global_step % args.checkpointing_steps == 0:
             curves.check(global_step)  # no checkpoint holds a number that is not finite
             with curves.pause():
-                save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
+                save(accelerator, args, train_data.settings, ema_model, global_step, save_pipeline)
         if stop:
-            return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
-        if global_step % args.checkpointing_steps == 0 and global_step < max_train_steps:
+            run.stop(accelerator, args, global_step, max_train_steps, stop)
+        if global_step % args.checkpointing_steps == 0 and not is_last:
             hub.push_checkpoint(global_step)
-        if global_step % args.validation_steps == 0 or global_step == max_train_steps:
+        if is_last or global_step % args.validation_steps == 0:
             validate()
-        if global_step % args.sample_steps == 0 and global_step < max_train_steps:
+        if global_step % args.sample_steps == 0 and not is_last:
             sample(output_dir / "samples" / f"step-{global_step:06}.png")
 
     # Save
@@ -242,11 +239,12 @@ def main(args):
         save_pipeline(output_dir)
     sample(output_dir / "samples.png")
     curves.close()
-    return run.finish(accelerator, args, global_step, stop_signal, hub, **facts)
+    run.finish(accelerator, args, global_step, stop_signal, **summary)
+    hub.push()
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.run import run_script
+    from utils.training.run import run_script
 
     run_script(main, arguments)

@@ -25,9 +25,10 @@ def main(args):
     from pathlib import Path
     from types import SimpleNamespace
 
-    from utils import UserError, run
-    from utils.cards import add_results
-    from utils.hub import Hub
+    from utils import UserError
+    from utils.publishing import Hub
+    from utils.publishing.model_card import add_results
+    from utils.training import run
 
     folder = Path(args.output_dir)
     if not (folder / "model_index.json").is_file():
@@ -47,11 +48,11 @@ def main(args):
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--evaluation {args.evaluation}: {error}; expected results.json of evaluate.py") from error
     accelerator = run.start_process(None)
-    return run.leave(accelerator, Hub(accelerator, SimpleNamespace(**settings)).push())
+    Hub(accelerator, SimpleNamespace(**settings)).push()
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.run import run_script
+    from utils.training.run import run_script
 
     run_script(main, arguments)

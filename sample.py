@@ -38,20 +38,21 @@ def parse_args(argv=None):
 
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
+    import sys
     from functools import partial
 
     import numpy as np
     import torch
     from tqdm.auto import tqdm
 
-    from utils import run
-    from utils.drawings import Drawings, load_image, save_gif
-    from utils.guidance import make_guidance
-    from utils.images import make_grid
-    from utils.models import choose_sampler, load_pipeline
+    from utils.diffusion.guidance import make_guidance
+    from utils.diffusion.pipelines import choose_sampler, load_pipeline
+    from utils.diffusion.sampling import sample_batch
+    from utils.evaluation.image_folder import ImageFolder, load_image
+    from utils.pictures import make_grid, save_gif, to_uint8
     from utils.randomness import sample_noise, slerp
-    from utils.sampling import sample_batch, to_uint8
     from utils.signals import StopSignal
+    from utils.training import run
 
     # Model
     accelerator = run.start_process(args.mixed_precision)
@@ -65,10 +66,10 @@ def main(args):
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
 
     # What images start from, and what they are steered to
-    def between(numbers):
+    def between(sample_ids):
         ends = [sample_noise(args.seed, "samples", np.array([k]), shape) for k in args.interpolate]
-        fractions = torch.from_numpy(numbers / max(1, args.num_samples - 1)).float()
-        return slerp(*(end.expand(len(numbers), -1, -1, -1) for end in ends), fractions)
+        fractions = torch.from_numpy(sample_ids / max(1, args.num_samples - 1)).float()
+        return slerp(*(end.expand(len(sample_ids), -1, -1, -1) for end in ends), fractions)
 
     options = dict(guidance=make_guidance(args, accelerator.device), strength=args.strength)
     if args.interpolate:
@@ -81,9 +82,9 @@ def main(args):
     )  # fmt: skip
 
     # Draw what is not there yet, every process its share
-    drawings = Drawings(accelerator, args)
+    images_folder = ImageFolder(accelerator, args)
     stop_signal = StopSignal(accelerator, "stopping; images that are complete stay")
-    missing = drawings.missing()
+    missing = images_folder.missing()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(
         total=args.num_samples,
@@ -92,33 +93,35 @@ def main(args):
         disable=not accelerator.is_main_process,
     )
     for start in range(0, len(mine), args.sample_batch_size):
-        numbers = mine[start : start + args.sample_batch_size]
-        images = draw(numbers=numbers, stop=lambda: stop_signal.received)
+        sample_ids = mine[start : start + args.sample_batch_size]
+        images = draw(sample_ids=sample_ids, stop=stop_signal.requested)
         if images is None:
             break
-        drawings.save(numbers, to_uint8(images))
-        progress.update(len(numbers) * accelerator.num_processes)
+        images_folder.save(sample_ids, to_uint8(images))
+        progress.update(len(sample_ids) * accelerator.num_processes)
     progress.close()
     accelerator.wait_for_everyone()
-    if stop_signal.check(0):
-        return drawings.say_stopped(stop_signal.check(0))
+    stop = stop_signal.check(0)
+    if stop:
+        images_folder.print_stopped()
+        sys.exit(128 + stop)
 
     # Pictures of them all
     if accelerator.is_main_process:
-        make_grid(drawings.load(64)).save(drawings.folder / "grid.png")
+        make_grid(images_folder.load(64)).save(images_folder.folder / "grid.png")
         if args.format != "png":
-            drawings.export(args.format)
+            images_folder.export(args.format)
         if args.gif:
             frames = []
-            numbers = np.arange(min(16, args.num_samples))
-            draw(numbers=numbers, watch=lambda *pair: frames.append([to_uint8(images) for images in pair]))
-            save_gif(frames, drawings.folder / "walk.gif")
+            sample_ids = np.arange(min(16, args.num_samples))
+            draw(sample_ids=sample_ids, watch=lambda *pair: frames.append([to_uint8(images) for images in pair]))
+            save_gif(frames, images_folder.folder / "walk.gif")
     accelerator.wait_for_everyone()
-    return drawings.say_finished()
+    images_folder.print_finished()
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.run import run_script
+    from utils.training.run import run_script
 
     run_script(main, arguments)

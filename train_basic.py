@@ -30,22 +30,17 @@ def main(args):
     from accelerate.utils import set_seed
     from diffusers.optimization import get_scheduler
 
-    from utils import run
-    from utils.basic_unet import BasicUNet
-    from utils.cards import write_card
-    from utils.curves import TrainingCurves
-    from utils.datasets import load_train_data
-    from utils.ema import EMA
-    from utils.hub import Hub
-    from utils.images import make_grid
-    from utils.models import check_fit, count_parameters
-    from utils.output_dir import claim_output_dir, resume, save
-    from utils.pipeline import LinearMixPipeline
+    from utils.data import load_train_data
+    from utils.diffusion import check_fit, sample_images
+    from utils.diffusion.basic_unet import BasicUNet
+    from utils.diffusion.illustrations import show_denoising, show_walk
+    from utils.diffusion.linear_mix import LinearMixPipeline, LinearMixScheduler
+    from utils.evaluation import Validation
+    from utils.pictures import make_grid, save_picture
+    from utils.publishing import Hub, write_card
     from utils.randomness import sample_noise, uniform
-    from utils.sampling import sample_images, save_picture, show_denoising, show_walk
-    from utils.schedulers import LinearMixScheduler, total_train_steps
     from utils.signals import StopSignal
-    from utils.validation import Validation
+    from utils.training import EMA, TrainingCurves, claim_output_dir, resume, run, save
 
     # Accelerator
     accelerator = run.make_accelerator(args)
@@ -56,19 +51,21 @@ def main(args):
     # Data
     train_data = load_train_data(args, accelerator)
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
-    max_train_steps = total_train_steps(args, train_data.length, global_batch_size)
+    max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
-        return run.finished_before(accelerator, args, finished_at, hub)
+        run.print_finished(accelerator, args, finished_at, again=True)
+        hub.push()
+        return
 
     # Model
     shape = dict(sample_size=train_data.resolution, in_channels=train_data.channels, out_channels=train_data.channels)
     unet = BasicUNet(**shape)
-    check_fit(unet, train_data.resolution, train_data.channels)
     ema_model = EMA(unet, args.ema_max_decay, args.ema_inv_gamma, args.ema_power, enabled=args.use_ema)
 
     # Noise scheduler
     noise_scheduler = LinearMixScheduler()
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
     validation = Validation(args, accelerator, train_data, noise_scheduler) if args.validation_split else None
 
     # Optimizer and learning rate; the schedule counts optimizer steps
@@ -85,19 +82,15 @@ def main(args):
     ema_model.to(accelerator.device)
 
     # Resume
-    global_step = resume(accelerator, args, train_data.facts, ema_model)
+    global_step = resume(accelerator, args, train_data.settings, ema_model)
 
     # Trackers
-    facts = dict(
-        **train_data.facts,
-        data_license=train_data.license,
-        parameters=count_parameters(unet),
-        max_train_steps=max_train_steps,
-    )
-    run.start(accelerator, args, "train_basic", global_step, **facts)
-    curves = TrainingCurves(
-        accelerator, train_data, args.logging_steps, num_train_timesteps, global_step, max_train_steps
-    )
+    summary = dict(
+        **train_data.settings,
+        data_license=train_data.license, parameters=unet.num_parameters(), max_train_steps=max_train_steps,
+    )  # fmt: skip
+    run.start(accelerator, args, "train_basic", global_step, **summary)
+    curves = TrainingCurves(accelerator, args, train_data, num_train_timesteps, global_step, max_train_steps)
     stop_signal = StopSignal(accelerator)
     examples = train_data.examples(8).to(accelerator.device)
 
@@ -105,7 +98,7 @@ def main(args):
         with curves.pause(), ema_model.swapped_in(unet):
             images = sample_images(
                 unet, noise_scheduler, accelerator, args.num_samples, image_shape,
-                args.num_inference_steps, args.sample_batch_size, args.seed, lambda: stop_signal.received,
+                args.num_inference_steps, args.sample_batch_size, args.seed, stop_signal.requested,
             )  # fmt: skip
             denoising = show_denoising(unet, noise_scheduler, examples, args.seed)
             walk = show_walk(unet, noise_scheduler, 8, image_shape, 5, args.seed, accelerator.device)
@@ -117,17 +110,17 @@ def main(args):
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
             LinearMixPipeline(unet, noise_scheduler).save_pretrained(folder)
-        write_card(folder, "Basic denoiser", args, **facts)
+        write_card(folder, "Basic denoiser", args, **summary)
 
     # Train
     model.train()
     for batch in train_data.batches(global_step, max_train_steps):
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
-        numbers = batch["sample_numbers"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
 
         # Noise and timesteps, in float32 whatever the UNet computes in
-        noise = sample_noise(args.seed, "noise", numbers, image_shape, accelerator.device, "uniform")  # in [-1, 1]
-        fractions = uniform(args.seed, "timesteps", numbers)  # of noise, in [0, 1)
+        noise = sample_noise(args.seed, "noise", sample_ids, image_shape, accelerator.device, "uniform")  # in [-1, 1]
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # of noise, in [0, 1)
         timesteps = torch.from_numpy(fractions * num_train_timesteps).float().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # x_a = (1 - a) x_0 + a u
 
@@ -151,19 +144,19 @@ def main(args):
 
         # Once in N steps
         curves.step(global_step, grad_norm, learning_rate=learning_rate, ema_decay=ema_model.cur_decay_value or 0)
-        stop = stop_signal.check(global_step)
-        if stop or global_step % args.checkpointing_steps == 0 or global_step == max_train_steps:
+        stop, is_last = stop_signal.check(global_step), global_step == max_train_steps
+        if stop or is_last or global_step % args.checkpointing_steps == 0:
             curves.check(global_step)  # no checkpoint holds a number that is not finite
             with curves.pause():
-                save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
+                save(accelerator, args, train_data.settings, ema_model, global_step, save_pipeline)
         if stop:
-            return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
-        if global_step % args.checkpointing_steps == 0 and global_step < max_train_steps:
+            run.stop(accelerator, args, global_step, max_train_steps, stop)
+        if global_step % args.checkpointing_steps == 0 and not is_last:
             hub.push_checkpoint(global_step)
-        if validation and (global_step % args.validation_steps == 0 or global_step == max_train_steps):
+        if validation and (is_last or global_step % args.validation_steps == 0):
             with curves.pause(), ema_model.swapped_in(unet):
-                validation.log(unet, global_step, lambda: stop_signal.received)
-        if global_step % args.sample_steps == 0 and global_step < max_train_steps:
+                validation.log(unet, global_step, stop_signal.requested)
+        if global_step % args.sample_steps == 0 and not is_last:
             sample(output_dir / "samples" / f"step-{global_step:06}.png")
 
     # Save
@@ -171,11 +164,12 @@ def main(args):
         save_pipeline(output_dir)
     sample(output_dir / "samples.png")
     curves.close()
-    return run.finish(accelerator, args, global_step, stop_signal, hub, **facts)
+    run.finish(accelerator, args, global_step, stop_signal, **summary)
+    hub.push()
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.run import run_script
+    from utils.training.run import run_script
 
     run_script(main, arguments)

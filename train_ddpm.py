@@ -10,37 +10,28 @@ An image is noised step by step, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_ba
 what undoes it; samples start from noise and follow its predictions back.
 """
 
-from utils.args import SAMPLERS, Parser, add_common_arguments, add_features_arguments, check_common, integer, real
+from utils.args import SAMPLERS, Parser, add_common_arguments, add_evaluation_arguments, check_common, integer, real
 
 # fmt: off
 UNETS = {  # --unet: keyword arguments of UNet2DModel
     "tiny": dict(  # 1.0 M parameters: for tests and first looks
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        add_attention=False,
+        block_out_channels=(32, 64, 64), layers_per_block=1, add_attention=False,
+        down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
     ),
     "small": dict(  # 2.5 M: 8 to 32 pixels, on a CPU; attention would cost more than it gives in minutes
-        block_out_channels=(32, 64, 128),
-        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        add_attention=False,
+        block_out_channels=(32, 64, 128), layers_per_block=1, add_attention=False,
+        down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
     ),
     "base": dict(  # 25.8 M: 32 to 64 pixels, on a GPU; attention at a quarter of the resolution
-        block_out_channels=(128, 256, 256),
+        block_out_channels=(128, 256, 256), layers_per_block=2,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
         attention_head_dim=64,  # diffusers' default of 8 makes many small heads, which is slow
     ),
     "large": dict(  # 113.7 M, as google/ddpm-celebahq-256: 128 to 256 pixels, on several GPUs
-        block_out_channels=(128, 128, 256, 256, 512, 512),
+        block_out_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2, attention_head_dim=64,
         down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
-        attention_head_dim=64,
     ),
 }
 NOISE = dict(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
@@ -49,10 +40,11 @@ NOISE = dict(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", predic
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("model")
-    group.add_argument("--unet", choices=UNETS, help="architecture, see UNETS in this script (default: small)")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--unet", choices=UNETS, help="architecture, see UNETS in this script (default: small)")
+    one.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet; random weights")
+    one.add_argument("--pretrained_model_name_or_path", help="pipeline whose weights and noise schedule training starts from")
     group.add_argument("--dropout", type=real(0, 1), help="in the residual blocks of --unet (default: 0)")
-    group.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet; random weights")
-    group.add_argument("--pretrained_model_name_or_path", help="pipeline whose weights and noise schedule training starts from")
     parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
     parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first, meant for GPUs")
 
@@ -65,24 +57,11 @@ def parse_args(argv=None):
     group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
 
-    group = parser.add_argument_group("evaluation while training")
-    group.add_argument("--evaluate_steps", type=integer(1), help="optimizer steps between evaluations: curves of fd and kid against training images")
-    group.add_argument("--num_evaluation_samples", type=integer(10), default=1000, help="N of each; more images make it surer and slower")
-    add_features_arguments(group)
-    parser.switch(group, "--keep_best", False, "keep the pipeline with the lowest fd so far in OUTPUT_DIR/best")
-
+    add_evaluation_arguments(parser)
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/ddpm", num_inference_steps=25)
     args = parser.parse(argv)
     check_common(parser, args)
-    if sum(x is not None for x in (args.unet, args.model_config_name_or_path, args.pretrained_model_name_or_path)) > 1:
-        parser.error("--unet, --model_config_name_or_path and --pretrained_model_name_or_path exclude each other; give one")
-    if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
-        parser.error("--rescale_betas_zero_snr with --prediction_type epsilon teaches nothing at the last timestep, where the input is the noise itself; take v_prediction or sample")
-    if args.num_train_timesteps and args.num_inference_steps > args.num_train_timesteps:
-        parser.error(f"--num_inference_steps {args.num_inference_steps} is more than --num_train_timesteps {args.num_train_timesteps}")
-    if args.keep_best and not args.evaluate_steps:
-        parser.error("--keep_best needs --evaluate_steps: what is best is found by evaluating")
     if args.dropout is not None and (args.model_config_name_or_path or args.pretrained_model_name_or_path):
         parser.error("--dropout goes with --unet; a config or a pretrained model brings its own")
     return args
@@ -97,29 +76,15 @@ def main(args):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_scheduler
 
-    from utils import run
-    from utils.cards import write_card
-    from utils.curves import TrainingCurves
-    from utils.datasets import load_train_data
-    from utils.ema import EMA
-    from utils.hub import Hub
-    from utils.images import make_grid
-    from utils.models import (
-        check_fit,
-        check_noise_scheduler,
-        count_parameters,
-        image_format,
-        load_config,
-        load_pretrained,
-        make_unet,
-    )
-    from utils.output_dir import claim_output_dir, resume, save
-    from utils.quality import Quality
+    from utils.data import load_train_data
+    from utils.diffusion import check_fit, load_pretrained, noise_flags, sample_images, unet_from_config
+    from utils.diffusion.schedulers import make_sampler, min_snr_weights, pipeline_scheduler
+    from utils.evaluation import SampleQuality, Validation
+    from utils.pictures import make_grid, save_picture
+    from utils.publishing import Hub, write_card
     from utils.randomness import sample_noise, uniform
-    from utils.sampling import estimate_seconds, sample_images, save_picture
-    from utils.schedulers import compute_snr, make_sampler, min_snr_weights, pipeline_scheduler, total_train_steps
     from utils.signals import StopSignal
-    from utils.validation import Validation
+    from utils.training import EMA, TrainingCurves, claim_output_dir, resume, run, save
 
     # Accelerator
     accelerator = run.make_accelerator(args)
@@ -128,14 +93,14 @@ def main(args):
     set_seed(args.seed)
 
     # Data
-    pretrained = None
-    if args.pretrained_model_name_or_path:
-        pretrained = load_pretrained(args.pretrained_model_name_or_path)
-    train_data = load_train_data(args, accelerator, **(image_format(pretrained.unet) if pretrained else {}))
+    pretrained = load_pretrained(args.pretrained_model_name_or_path) if args.pretrained_model_name_or_path else None
+    train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
-    max_train_steps = total_train_steps(args, train_data.length, global_batch_size)
+    max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
-        return run.finished_before(accelerator, args, finished_at, hub)
+        run.print_finished(accelerator, args, finished_at, again=True)
+        hub.push()
+        return
 
     # Model
     shape = dict(sample_size=train_data.resolution, in_channels=train_data.channels, out_channels=train_data.channels)
@@ -143,10 +108,9 @@ def main(args):
         unet = pretrained.unet
         unet.register_to_config(sample_size=train_data.resolution)
     elif args.model_config_name_or_path:
-        unet = make_unet(load_config(args.model_config_name_or_path, **shape))
+        unet = unet_from_config(args.model_config_name_or_path, **shape)
     else:
         unet = UNet2DModel(**shape, dropout=args.dropout or 0.0, **UNETS[args.unet or "small"])
-    check_fit(unet, train_data.resolution, train_data.channels)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if accelerator.device.type == "cuda":
@@ -154,14 +118,12 @@ def main(args):
     ema_model = EMA(unet, args.ema_max_decay, args.ema_inv_gamma, args.ema_power, enabled=args.use_ema)
 
     # Noise scheduler
-    given = {name: getattr(args, name) for name in (*NOISE, "rescale_betas_zero_snr")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.beta_schedule or args.num_train_timesteps:
-        given["trained_betas"] = None  # a pretrained pipeline may bring explicit ones
-    noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config if pretrained else NOISE, **given)
+    noise_scheduler = DDPMScheduler.from_config(
+        pretrained.scheduler.config if pretrained else NOISE, **noise_flags(args)
+    )
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     prediction_type = noise_scheduler.config.prediction_type
-    check_noise_scheduler(noise_scheduler, args.num_inference_steps)
+    check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
     sampler = make_sampler(args.sampler, noise_scheduler)
     validation = Validation(args, accelerator, train_data, noise_scheduler) if args.validation_split else None
 
@@ -181,30 +143,27 @@ def main(args):
     ema_model.to(accelerator.device)
 
     # Resume
-    global_step = resume(accelerator, args, train_data.facts, ema_model)
+    global_step = resume(accelerator, args, train_data.settings, ema_model)
 
     # Trackers
-    facts = dict(prediction_type=prediction_type, beta_schedule=noise_scheduler.config.beta_schedule)
-    facts |= dict(
-        **train_data.facts,
-        data_license=train_data.license,
-        parameters=count_parameters(unet),
-        max_train_steps=max_train_steps,
-    )
-    run.start(accelerator, args, "train_ddpm", global_step, **facts)
-    curves = TrainingCurves(
-        accelerator, train_data, args.logging_steps, num_train_timesteps, global_step, max_train_steps
-    )
+    summary = dict(
+        prediction_type=prediction_type, beta_schedule=noise_scheduler.config.beta_schedule, **train_data.settings,
+        data_license=train_data.license, parameters=unet.num_parameters(), max_train_steps=max_train_steps,
+    )  # fmt: skip
+    run.start(accelerator, args, "train_ddpm", global_step, **summary)
+    curves = TrainingCurves(accelerator, args, train_data, num_train_timesteps, global_step, max_train_steps)
+    quality = SampleQuality(args, accelerator, train_data, global_step) if args.evaluate_steps else None
     stop_signal = StopSignal(accelerator)
 
-    def draw(count, function=sample_images):
-        return function(
-            unet, sampler, accelerator, count, image_shape,
-            args.num_inference_steps, args.sample_batch_size, args.seed, lambda: stop_signal.received,
-        )  # fmt: skip
+    def draw(count):
+        with ema_model.swapped_in(unet):
+            return sample_images(
+                unet, sampler, accelerator, count, image_shape,
+                args.num_inference_steps, args.sample_batch_size, args.seed, stop_signal.requested,
+            )  # fmt: skip
 
     def sample(path):
-        with curves.pause(), ema_model.swapped_in(unet):
+        with curves.pause():
             images = draw(args.num_samples)
         if images is not None:  # not interrupted
             save_picture(make_grid(images), path, accelerator, global_step, "samples")
@@ -212,24 +171,20 @@ def main(args):
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
             DDPMPipeline(unet, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
-        write_card(folder, "DDPM", args, **facts)
-
-    if args.evaluate_steps:
-        quality = Quality(args, accelerator, train_data, global_step)
-        quality.announce(draw(quality.count, estimate_seconds))
+        write_card(folder, "DDPM", args, **summary)
 
     # Train
     model.train()
     for batch in train_data.batches(global_step, max_train_steps):
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
-        numbers = batch["sample_numbers"]  # (B,) optimizer step x global batch + place in it; all randomness follows
-        torch.manual_seed(args.seed + int(numbers[0]))  # of dropout: another for each process and micro-step
+        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        torch.manual_seed(args.seed + int(sample_ids[0]))  # of dropout: another for each process and micro-step
 
         # Noise and timesteps, in float32 whatever the UNet computes in
-        noise = sample_noise(args.seed, "noise", numbers, image_shape, accelerator.device)
-        fractions = uniform(args.seed, "timesteps", numbers)  # of T, in [0, 1)
+        noise = sample_noise(args.seed, "noise", sample_ids, image_shape, accelerator.device)
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # of T, in [0, 1)
         if args.timestep_sampling == "stratified":
-            fractions = (numbers % global_batch_size + fractions) / global_batch_size
+            fractions = (sample_ids % global_batch_size + fractions) / global_batch_size
         timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
@@ -244,8 +199,7 @@ def main(args):
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
             loss = losses.mean()
             if args.snr_gamma is not None:
-                snr = compute_snr(noise_scheduler, timesteps)
-                loss = (min_snr_weights(snr, args.snr_gamma, prediction_type) * losses).mean()
+                loss = (min_snr_weights(noise_scheduler, timesteps, args.snr_gamma) * losses).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
@@ -261,24 +215,23 @@ def main(args):
 
         # Once in N steps
         curves.step(global_step, grad_norm, learning_rate=learning_rate, ema_decay=ema_model.cur_decay_value or 0)
-        stop = stop_signal.check(global_step)
-        if stop or global_step % args.checkpointing_steps == 0 or global_step == max_train_steps:
+        stop, is_last = stop_signal.check(global_step), global_step == max_train_steps
+        if stop or is_last or global_step % args.checkpointing_steps == 0:
             curves.check(global_step)  # no checkpoint holds a number that is not finite
             with curves.pause():
-                save(accelerator, args, train_data.facts, ema_model, global_step, save_pipeline)
+                save(accelerator, args, train_data.settings, ema_model, global_step, save_pipeline)
         if stop:
-            return run.say_stopped(accelerator, args, global_step, max_train_steps, stop)
-        if global_step % args.checkpointing_steps == 0 and global_step < max_train_steps:
+            run.stop(accelerator, args, global_step, max_train_steps, stop)
+        if global_step % args.checkpointing_steps == 0 and not is_last:
             hub.push_checkpoint(global_step)
-        if validation and (global_step % args.validation_steps == 0 or global_step == max_train_steps):
+        if validation and (is_last or global_step % args.validation_steps == 0):
             with curves.pause(), ema_model.swapped_in(unet):
-                validation.log(unet, global_step, lambda: stop_signal.received)
-        if args.evaluate_steps and (global_step % args.evaluate_steps == 0 or global_step == max_train_steps):
+                validation.log(unet, global_step, stop_signal.requested)
+        if quality and (is_last or global_step % args.evaluate_steps == 0):
             with curves.pause():
-                with ema_model.swapped_in(unet):
-                    quality.log(draw(quality.count), global_step)
+                quality.log(draw, global_step)
                 quality.keep(save_pipeline)
-        if global_step % args.sample_steps == 0 and global_step < max_train_steps:
+        if global_step % args.sample_steps == 0 and not is_last:
             sample(output_dir / "samples" / f"step-{global_step:06}.png")
 
     # Save
@@ -286,11 +239,12 @@ def main(args):
         save_pipeline(output_dir)
     sample(output_dir / "samples.png")
     curves.close()
-    return run.finish(accelerator, args, global_step, stop_signal, hub, **facts)
+    run.finish(accelerator, args, global_step, stop_signal, **summary)
+    hub.push()
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.run import run_script
+    from utils.training.run import run_script
 
     run_script(main, arguments)

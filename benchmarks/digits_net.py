@@ -2,8 +2,8 @@
 
     python benchmarks/digits_net.py --dataset_name mnist
 
-writes assets/digits_net.safetensors and its card. A fixed seed; the same machine writes the same file. Augmented by
-shifts of up to two pixels and rotations of up to ten degrees.
+writes utils/evaluation/digits_net.safetensors and its card. The seed is fixed: the same machine writes the same file.
+The images are augmented by shifts of up to two pixels and rotations of up to ten degrees.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.features import DIGITS_WEIGHTS, DigitsNet  # noqa: E402
+from utils.evaluation.features import DIGITS_WEIGHTS, DigitsNet  # noqa: E402
 
 CARD = """# digits_net.safetensors
 

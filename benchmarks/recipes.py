@@ -25,8 +25,8 @@ with contextlib.suppress(ImportError):  # run as a script: the repository is one
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_ddpm
-from utils.features import digit_statistics, load_extractor
-from utils.metrics import frechet_distance
+from utils.evaluation.features import digit_statistics, load_extractor
+from utils.evaluation.metrics import frechet_distance
 
 VARIANTS = {
     "defaults": [],
@@ -68,17 +68,17 @@ def main():
 
 def train_and_sample(flags: list[str]) -> np.ndarray:
     """Run train_ddpm.py; returns its final samples, as many as there are digits, uint8 (1797, 1, 8, 8)."""
-    import utils.sampling
+    import utils.diffusion
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    drawn, original = [], utils.sampling.sample_images
+    drawn, original = [], utils.diffusion.sample_images
 
     def keep(*arguments, **options):
         drawn.append(original(*arguments, **options))
         return drawn[-1]
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(utils.sampling, "sample_images", keep):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(utils.diffusion, "sample_images", keep):
         common = ["--dataset_name=digits", "--mixed_precision=bf16", "--report_to=none", f"--output_dir={folder}/run"]
         common += ["--num_samples=1797", "--sample_batch_size=250", "--sample_steps=1000000"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from PIL import ImageColor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.guidance import Guidance, color_loss
-from utils.models import load_pipeline
-from utils.sampling import sample_images
-from utils.schedulers import make_sampler
+from utils.diffusion.guidance import Guidance, color_loss
+from utils.diffusion.pipelines import load_pipeline
+from utils.diffusion.sampling import sample_images
+from utils.diffusion.schedulers import make_sampler
 
 
 def main():

@@ -24,11 +24,11 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 import train_ddpm
-from utils.datasets import TrainData
-from utils.ema import EMA
+from utils.data.datasets import TrainData
+from utils.data.sources import load_source
 from utils.hardware import device_name, set_up_process
 from utils.randomness import sample_noise, uniform
-from utils.sources import load_source
+from utils.training.ema import EMA
 
 
 class Ours:
@@ -49,7 +49,7 @@ class Ours:
 
     def step(self):
         batch = next(self.batches)
-        images, numbers = batch["images"], batch["sample_numbers"]
+        images, numbers = batch["images"], batch["sample_ids"]
         noise = sample_noise(0, "noise", numbers, images.shape[1:], images.device)
         size = self.data.global_batch_size
         fractions = (numbers % size + uniform(0, "timesteps", numbers)) / size

@@ -55,10 +55,19 @@ def parse(*flags, script=train_ddpm):
     return script.parse_args([*tiny, *flags])
 
 
+def exit_code(main, args):
+    """Run a script's ``main`` in this process, with a fresh accelerate state; returns its exit code."""
+    reset_accelerate()
+    try:
+        main(args)
+    except SystemExit as request:
+        return request.code
+    return 0
+
+
 def train(output_dir, *flags, script=train_ddpm):
     """Run a training script in this process; returns its exit code."""
-    reset_accelerate()
-    return script.main(parse("--output_dir", output_dir, *flags, script=script))
+    return exit_code(script.main, parse("--output_dir", output_dir, *flags, script=script))
 
 
 def interrupt(folder, keep):

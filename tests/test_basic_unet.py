@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import count
 
-from utils.basic_unet import BasicUNet
+from utils.diffusion.basic_unet import BasicUNet
 
 
 def test_it_has_the_size_that_the_readme_names():

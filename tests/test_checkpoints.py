@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from utils import checkpoints
-from utils.checkpoints import CheckpointError, find_checkpoint, list_checkpoints, save_checkpoint, verify_checkpoint
+from utils.training import checkpoints
+from utils.training.checkpoints import (
+    CheckpointError,
+    find_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """utils/datasets.py, sources.py, streaming.py: the same samples in the same order however they are loaded."""
 
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from conftest import parse
 from PIL import Image
 
 from utils import UserError
-from utils.datasets import load_train_data
+from utils.data.datasets import load_train_data
 
 
 def batches(accelerator, *flags, steps=(0, 3), **options):
@@ -18,7 +20,7 @@ def batches(accelerator, *flags, steps=(0, 3), **options):
 
 def same(first, second):
     return len(first) == len(second) and all(
-        np.array_equal(a["sample_numbers"], b["sample_numbers"]) and torch.equal(a["images"], b["images"])
+        np.array_equal(a["sample_ids"], b["sample_ids"]) and torch.equal(a["images"], b["images"])
         for a, b in zip(first, second, strict=True)
     )
 
@@ -69,7 +71,7 @@ def test_starting_later_continues_the_same_order(accelerator):
     _, whole = batches(accelerator, "--train_batch_size=500", steps=(0, 9))  # crosses two epochs
     _, tail = batches(accelerator, "--train_batch_size=500", steps=(5, 9))
     assert same(whole[5:], tail)
-    numbers = np.concatenate([batch["sample_numbers"] for batch in whole])
+    numbers = np.concatenate([batch["sample_ids"] for batch in whole])
     assert np.array_equal(numbers, np.arange(4500))
 
 
@@ -104,7 +106,7 @@ def test_colour_and_grey(accelerator, folder, tmp_path_factory):
 
 
 def test_local_parquet_arrow_and_saved_sets(accelerator, tmp_path):
-    from utils.sources import _embedded_digits
+    from utils.data.sources import _embedded_digits
 
     digits = _embedded_digits().select(range(64))
     digits.to_parquet(tmp_path / "digits.parquet")
@@ -122,7 +124,7 @@ def test_unnamed_source_falls_back_to_digits_with_one_warning(accelerator, caplo
     assert data.name == "digits"
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert "ylecun/mnist cannot be had" in warnings[0] and "--dataset_name" in warnings[0]
+    assert "ylecun/mnist is not available" in warnings[0] and "--dataset_name" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_small_images_are_enlarged_and_counted(accelerator, tmp_path, caplog):
 
 
 def test_defaults_from_a_pretrained_model(accelerator):
-    data, _ = batches(accelerator, resolution=12, image_mode="RGB")
+    data, _ = batches(accelerator, made_for=SimpleNamespace(sample_size=12, in_channels=3))
     assert (data.resolution, data.channels) == (12, 3)
 
 
@@ -246,18 +248,18 @@ def test_shape_flags_reach_the_images(accelerator, folder):
 
 
 def test_images_that_do_not_fit_in_memory_are_decoded_as_they_come(accelerator, monkeypatch):
-    import utils.datasets
+    import utils.data.datasets
 
     data, cached = batches(accelerator)
     assert data._cache is not None
-    monkeypatch.setattr(utils.datasets, "CACHE_LIMIT", 1000)
+    monkeypatch.setattr(utils.data.datasets, "CACHE_LIMIT", 1000)
     data, loaded = batches(accelerator)
     assert data._cache is None and same(cached, loaded)
 
 
 def test_configurations_of_a_data_set(accelerator, tmp_path):
     """A folder with two configurations in its card, as on the Hub."""
-    from utils.sources import _embedded_digits
+    from utils.data.sources import _embedded_digits
 
     for name, count in (("few", 16), ("many", 32)):
         (tmp_path / name).mkdir()

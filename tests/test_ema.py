@@ -6,7 +6,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from utils import UserError
-from utils.ema import EMA
+from utils.training.ema import EMA
 
 
 def small_unet(channels=32):

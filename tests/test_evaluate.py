@@ -6,23 +6,22 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import reset_accelerate
+from conftest import exit_code
 from diffusers import DDPMPipeline
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import evaluate
 from utils import UserError
-from utils.features import DIGITS_WEIGHTS, digit_statistics, load_extractor
-from utils.report import best_setting
+from utils.evaluation.features import DIGITS_WEIGHTS, digit_statistics, load_extractor
+from utils.evaluation.sweep import best_setting
 
 REAL = ["--reference=digits", "--reference_split=train[:900]", "--held_out_split=train[900:]"]
 
 
 def run(output_dir, *flags):
-    reset_accelerate()
     args = evaluate.parse_args([f"--output_dir={output_dir}", "--num_samples=300", *REAL, *map(str, flags)])
-    assert evaluate.main(args) == 0
+    assert exit_code(evaluate.main, args) == 0
     results = json.loads((output_dir / "results.json").read_text())
     return {row["model"]: row for row in results["results"]}, results
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import finetune_faces
 from utils import UserError
-from utils.models import load_pretrained
+from utils.diffusion.pretrained import load_pretrained
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FAST = ["--learning_rate=1e-3", "--lr_warmup_steps=0", "--sampler=ddim"]

@@ -7,9 +7,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from utils import UserError
-from utils.guidance import Guidance, clip_loss, color_loss
-from utils.sampling import sample_images
-from utils.schedulers import SAMPLER_CLASSES, LinearMixScheduler, make_sampler, output_for, predicted_images
+from utils.diffusion.guidance import Guidance, clip_loss, color_loss
+from utils.diffusion.linear_mix import LinearMixScheduler
+from utils.diffusion.sampling import sample_images
+from utils.diffusion.schedulers import SAMPLER_CLASSES, make_sampler, output_for, predicted_images
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 

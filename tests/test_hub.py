@@ -20,9 +20,9 @@ from safetensors.numpy import load
 
 import train_basic
 import train_ddpm
-from utils.cards import without_path
-from utils.checkpoints import verify_checkpoint
-from utils.hub import PUSH_FAILED
+from utils.publishing.hub import PUSH_FAILED
+from utils.training.checkpoints import verify_checkpoint
+from utils.training.output_dir import without_path
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -157,7 +157,7 @@ def test_the_card(hub, finished, tmp_path):
 def test_the_first_stages_push_their_code(hub, tmp_path):
     code, said = run(hub, tmp_path / "basic", "--hub_model_id=me/first", script="train_basic.py")
     assert code == 0, said
-    code_files = {"pipeline.py", "unet/basic_unet.py", "scheduler/schedulers.py", "walk.png", "samples.png"}
+    code_files = {"linear_mix.py", "unet/basic_unet.py", "scheduler/linear_mix.py", "walk.png", "samples.png"}
     assert set(hub.files("me/first")) == PIPELINE | code_files | {WEIGHTS}  # denoising.png shows training images
 
 
@@ -319,9 +319,10 @@ def test_what_cannot_be_copied_does_not_stop_training_and_is_said(hub, tmp_path)
     flags = ["--hub_strategy=every_checkpoint", "--hub_timeout=4"]
     driver = tmp_path / "train_ddpm_driver.py"
     driver.write_text(
-        f"import sys, pathlib; sys.path.insert(0, {str(ROOT)!r})\nimport train_ddpm, utils.hub\n"
-        "from utils.run import run_script\ndef copyfile(*paths):\n    raise OSError(28, 'No space left on device')\n"
-        "utils.hub.shutil.copyfile = copyfile\nrun_script(train_ddpm.main, train_ddpm.parse_args())\n"
+        f"import sys, pathlib; sys.path.insert(0, {str(ROOT)!r})\nimport train_ddpm, utils.publishing.hub\n"
+        "from utils.training.run import run_script\n"
+        "def copyfile(*paths):\n    raise OSError(28, 'No space left on device')\n"
+        "utils.publishing.hub.shutil.copyfile = copyfile\nrun_script(train_ddpm.main, train_ddpm.parse_args())\n"
     )
     code, said = run(hub, tmp_path / "run", *flags, script=str(driver))
     assert "checkpoint-3 is not pushed: OSError: [Errno 28] No space left on device" in said, said

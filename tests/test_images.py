@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.images import BadImage, augment, decode_image, make_grid, prepare_image, to_uint8
+from utils.data.images import BadImage, augment, decode_image, prepare_image, to_eight_bits
+from utils.pictures import make_grid
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 
@@ -18,7 +19,7 @@ def encode(image, format="PNG", **options):
 
 
 def load(image, mode, format="PNG", **options):
-    return np.asarray(to_uint8(decode_image(encode(image, format, **options), "x"), mode, "x"))
+    return np.asarray(to_eight_bits(decode_image(encode(image, format, **options), "x"), mode, "x"))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_float_images_without_a_known_range_are_refused(values):
     image = Image.fromarray(np.array([values], np.float32))
     with pytest.raises(BadImage, match=r"scan\.tif: values from .*expected floats"):
         load_named = decode_image(encode(image, "TIFF"), "scan.tif")
-        to_uint8(load_named, "L", "scan.tif")
+        to_eight_bits(load_named, "L", "scan.tif")
 
 
 def test_transparent_pixels_become_white_not_what_they_hide():
@@ -103,7 +104,9 @@ def test_mutated_files_never_raise_anything_but_a_named_error():
         where = rng.integers(0, len(content), size=rng.integers(1, 12))
         content[where] = rng.integers(0, 256, size=len(where))
         try:
-            image = to_uint8(decode_image(content.tobytes()[: rng.integers(1, len(content) + 1)], f"file{k}"), "L", "x")
+            image = to_eight_bits(
+                decode_image(content.tobytes()[: rng.integers(1, len(content) + 1)], f"file{k}"), "L", "x"
+            )
             assert image.mode == "L"
         except BadImage as error:
             refused += 1

@@ -18,52 +18,126 @@ import train_unet2d
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
-UTILS = sorted((ROOT / "utils").glob("*.py"))
+UTILS = sorted((ROOT / "utils").rglob("*.py"))
+WINGS = {  # which others a wing may import; the ground floor, the files right in utils/, is for all of them
+    "ground": set(),
+    "data": {"ground"},
+    "diffusion": {"ground"},
+    "training": {"ground"},
+    "publishing": {"ground", "data", "diffusion", "training"},
+    "evaluation": {"ground", "data", "diffusion", "training"},
+}
 
 
-def imports(path):
-    names = set()
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(path):
+    """Every module that a file imports, at any depth of its functions: dotted names, files of this repository among
+    them as ``utils.data.sources`` even where the import is relative."""
+    package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names.add("." * node.level + (node.module or ""))
-            names |= {"." * node.level + alias.name for alias in node.names} if not node.module else set()
-    return names
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *([node.module] if node.module else [])))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def files_imported(path):
+    """The files of utils/ that an import of this file brings along directly, packages' ``__init__.py`` among them."""
+    files = set()
+    for module in imported(path):
+        parts = module.split(".")
+        for length in range(1, len(parts) + 1):
+            place = ROOT.joinpath(*parts[:length])
+            files |= {file for file in (place.with_suffix(".py"), place / "__init__.py") if file in UTILS}
+    return files - {path}
+
+
+def wing_of(path):
+    parent = path.parent.name
+    return "ground" if parent == "utils" else parent
 
 
 def test_no_script_imports_a_script_and_nothing_needs_torchvision():
-    assert len(SCRIPTS) >= 1 and len(UTILS) >= 10
+    assert len(SCRIPTS) >= 7 and len(UTILS) >= 30
     stems = {path.stem for path in SCRIPTS}
     for path in SCRIPTS + UTILS:
-        names = imports(path)
+        names = set(imported(path))
         assert not names & stems, path
-        assert not any("torchvision" in name for name in names), path
+        assert not any(name.startswith("torchvision") for name in names), path
 
 
-def test_utils_import_no_script_and_never_in_a_circle():
-    stems = {path.stem for path in UTILS}
-    siblings = {path.stem: {name[1:] for name in imports(path) if name[1:] in stems} for path in UTILS}
+def test_wings_import_the_ground_floor_and_what_is_below_them():
+    assert {wing_of(path) for path in UTILS} == set(WINGS)
+    for path in UTILS:
+        for other in files_imported(path):
+            if other != ROOT / "utils" / "__init__.py":
+                allowed = {wing_of(path), *WINGS[wing_of(path)]}
+                assert wing_of(other) in allowed, f"{name_of(path)} imports {name_of(other)}"
+
+
+def test_utils_never_import_each_other_in_a_circle():
+    siblings = {path: {f for f in files_imported(path) if f.name != "__init__.py"} for path in UTILS}
     visited = []
 
-    def visit(name, above):
-        assert name not in above, f"circle: {[*above, name]}"
-        for sibling in siblings[name]:
-            visit(sibling, [*above, name])
-        visited.append(name)
+    def visit(path, above):
+        assert path not in above, f"circle: {[*map(name_of, above), name_of(path)]}"
+        for sibling in siblings[path]:
+            visit(sibling, [*above, path])
+        visited.append(path)
 
-    for name in siblings:
-        visit(name, [])
-    assert set(visited) == stems
+    for path in siblings:
+        visit(path, [])
+    assert set(visited) == set(UTILS)
 
 
-@pytest.mark.parametrize("path", SCRIPTS + UTILS, ids=lambda path: path.name)
+def closure(script, without=()):
+    """The files of utils/ that a script needs, each with the import that brought it: {file: file that imports it}."""
+    reached, todo = {}, [script]
+    while todo:
+        path = todo.pop(0)
+        for other in sorted(files_imported(path)):
+            if other not in reached and wing_of(other) not in without:
+                reached[other] = path
+                todo.append(other)
+    return reached
+
+
+@pytest.mark.parametrize(
+    "without, files, lines", [((), 24, 4000), (("publishing", "evaluation"), 18, 3000)], ids=["whole", "stripped"]
+)
+def test_what_a_copy_of_train_ddpm_drags_along(without, files, lines):
+    """The wings' ``__init__.py`` count as lines, not as files: each is one sentence and a few re-exports."""
+    reached = closure(ROOT / "train_ddpm.py", without)
+    modules = {path: by for path, by in reached.items() if path.name != "__init__.py"}
+    count = sum(len(path.read_text().splitlines()) for path in reached)
+    listing = "\n".join(f"{name_of(path)}, imported by {name_of(by)}" for path, by in modules.items())
+    assert len(modules) <= files and count <= lines, f"{len(modules)} files, {count} lines:\n{listing}"
+    for path in reached:
+        if path.name == "__init__.py" and path.parent.name != "utils":
+            assert len(path.read_text().splitlines()) <= 20, path
+
+
+def test_nothing_drags_along_what_it_does_not_show():
+    """The smallest denoiser needs no guidance, no adapter and nothing of the tools."""
+    for script in ("train_basic.py", "train_unet2d.py", "train_ddpm.py"):
+        names = {path.stem for path in closure(ROOT / script)}
+        assert not names & {"guidance", "adapters", "pipelines", "report", "sweep", "reference", "image_folder"}, script
+    assert not {"basic_unet", "linear_mix", "illustrations"} & {p.stem for p in closure(ROOT / "train_ddpm.py")}
+
+
+@pytest.mark.parametrize("path", SCRIPTS + UTILS, ids=name_of)
 def test_a_file_can_be_read_in_one_sitting(path):
     assert len(path.read_text().splitlines()) <= 350
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-@pytest.mark.parametrize("path", UTILS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", UTILS, ids=name_of)
 def test_public_functions_say_what_they_do(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.col_offset == 0 and not node.name.startswith("_"):
@@ -128,10 +202,12 @@ def test_benchmarks_still_fit_the_rest(path):
     assert path.name in (ROOT / "README.md").read_text()
 
 
-def test_readme_names_every_file_that_exists_and_no_other():
+def test_readme_names_every_script_and_wing_and_no_file_that_is_not_there():
     text = (ROOT / "README.md").read_text()
-    for path in SCRIPTS + [path for path in UTILS if path.stem != "__init__"]:
+    for path in SCRIPTS:
         assert path.name in text, path
+    for wing in set(WINGS) - {"ground"}:
+        assert f"utils/{wing}/" in text, wing
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link
 

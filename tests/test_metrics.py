@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from utils.metrics import (
+from utils.evaluation.metrics import (
     bootstrap,
     compare,
     density_coverage,

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import reset_accelerate, train
+from conftest import exit_code, train
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UNet2DModel
 from PIL import Image
 
@@ -22,9 +22,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def draw(model, output_dir, *flags):
-    reset_accelerate()
     flags = ["--num_samples=5", "--num_inference_steps=3", *map(str, flags)]
-    return sample.main(sample.parse_args([str(model), f"--output_dir={output_dir}", *flags]))
+    return exit_code(sample.main, sample.parse_args([str(model), f"--output_dir={output_dir}", *flags]))
 
 
 def images(folder, count=5):
@@ -153,7 +152,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, basic):
     import shutil
 
     shutil.copytree(basic, tmp_path / "evil")
-    for name in ("pipeline.py", "unet/basic_unet.py", "scheduler/schedulers.py"):
+    for name in ("linear_mix.py", "unet/basic_unet.py", "scheduler/linear_mix.py"):
         (tmp_path / "evil" / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert draw(tmp_path / "evil", tmp_path / "drawn") == 0
     index = json.loads((tmp_path / "evil" / "model_index.json").read_text())

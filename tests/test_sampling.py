@@ -8,9 +8,12 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
+from utils.diffusion.illustrations import show_denoising, show_walk
+from utils.diffusion.linear_mix import LinearMixScheduler
+from utils.diffusion.sampling import sample_images
+from utils.diffusion.schedulers import SAMPLER_CLASSES, make_sampler
+from utils.pictures import save_picture
 from utils.randomness import sample_noise, slerp
-from utils.sampling import sample_images, save_picture, show_denoising, show_walk
-from utils.schedulers import SAMPLER_CLASSES, LinearMixScheduler, make_sampler
 
 
 def model(dropout=0.5):

@@ -8,17 +8,16 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 
-from utils.sampling import sample_batch, sample_images
-from utils.schedulers import (
+from utils.diffusion.linear_mix import LinearMixScheduler
+from utils.diffusion.sampling import sample_batch, sample_images
+from utils.diffusion.schedulers import (
     SAMPLER_CLASSES,
-    LinearMixScheduler,
-    compute_snr,
     make_sampler,
     min_snr_weights,
     pipeline_scheduler,
     signal_and_noise,
-    total_train_steps,
 )
+from utils.training.run import total_train_steps
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -35,18 +34,17 @@ def test_min_snr_weights_amount_to_the_same_loss_on_the_clean_image(prediction_t
     noise_of_wrong = (noisy - a * wrong) / s  # what says "the clean image is `wrong`" in each parametrization
     output = {"epsilon": noise_of_wrong, "sample": wrong, "v_prediction": a * noise_of_wrong - s * wrong}
     target = {"epsilon": noise, "sample": clean, "v_prediction": a * noise - s * clean}
-    snr = compute_snr(noise_scheduler, timesteps).double()
+    snr = (alpha_bar / (1 - alpha_bar)).flatten()
     error = (output[prediction_type] - target[prediction_type]).square().mean((1, 2, 3))
     expected = snr.clamp(max=5) * (wrong - clean).square().mean((1, 2, 3))
-    assert torch.allclose(min_snr_weights(snr, 5.0, prediction_type) * error, expected, rtol=1e-4)
+    assert torch.allclose(min_snr_weights(noise_scheduler, timesteps, 5.0) * error, expected, rtol=1e-4)
 
 
 def test_min_snr_weights_are_finite_where_nothing_is_left_of_the_image():
-    noise_scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
-    snr = compute_snr(noise_scheduler, torch.arange(1000))
-    assert snr[-1] < 1e-6
     for prediction_type in PREDICTIONS:
-        weights = min_snr_weights(snr, 5.0, prediction_type)
+        noise_scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction_type)
+        assert noise_scheduler.alphas_cumprod[-1] < 1e-6
+        weights = min_snr_weights(noise_scheduler, torch.arange(1000), 5.0)
         assert weights.isfinite().all() and (weights >= 0).all() and weights.max() <= 5
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import train_basic
 import train_unet2d
 from utils import UserError
-from utils.schedulers import LinearMixScheduler
+from utils.diffusion.linear_mix import LinearMixScheduler
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPTS = pytest.mark.parametrize("script", [train_basic, train_unet2d], ids=["basic", "unet2d"])
@@ -49,8 +49,8 @@ def test_curves_are_in_tensorboard(finished):
 def test_the_folder_and_every_checkpoint_bring_their_code(finished):
     for folder in (finished, finished / "checkpoint-3", finished / "checkpoint-6"):
         index = json.loads((folder / "model_index.json").read_text())
-        assert index["_class_name"] == ["pipeline", "LinearMixPipeline"]
-        assert (folder / "pipeline.py").is_file() and (folder / "scheduler" / "schedulers.py").is_file()
+        assert index["_class_name"] == ["linear_mix", "LinearMixPipeline"]
+        assert (folder / "linear_mix.py").is_file() and (folder / "scheduler" / "linear_mix.py").is_file()
     assert equal_weights(finished / WEIGHTS, finished / "checkpoint-6" / WEIGHTS)
     raw = load_file(finished / "checkpoint-6" / "training_state" / "model.safetensors")
     averaged = load_file(finished / WEIGHTS)
@@ -61,7 +61,7 @@ def test_the_card_says_how_to_load_it_and_that_code_runs(finished):
     card = (finished / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["diffusers", "unconditional-image-generation"]
     assert "DiffusionPipeline.from_pretrained('run', trust_remote_code=True)" in card
-    assert "`pipeline.py`" in card and "`scheduler/schedulers.py`" in card and "Read it first" in card
+    assert "`linear_mix.py`" in card and "`scheduler/linear_mix.py`" in card and "Read it first" in card
     assert str(finished) not in card
 
 

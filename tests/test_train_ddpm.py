@@ -206,7 +206,7 @@ def test_going_back_to_an_older_checkpoint_sets_the_newer_aside(tmp_path):
 def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, monkeypatch, caplog):
     import fcntl
 
-    from utils import output_dir
+    from utils.training import output_dir
 
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(output_dir.time, "sleep", lambda seconds: None)
@@ -422,7 +422,7 @@ def test_presets_have_the_sizes_that_their_comments_name():
 
 
 def test_a_stream_trains_and_resumes_bit_for_bit(tmp_path):
-    from utils.sources import _embedded_digits
+    from utils.data.sources import _embedded_digits
 
     _embedded_digits().select(range(60)).to_parquet(tmp_path / "digits.parquet")
     flags = [f"--dataset_name={tmp_path}/digits.parquet", "--streaming", "--shuffle_buffer_size=20"]

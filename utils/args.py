@@ -152,6 +152,15 @@ def add_features_arguments(group) -> None:
     group.add_argument("--features_model_name_or_path", metavar="MODEL", help="weights for dinov2 and clip: a Hub id or a folder")
 
 
+def add_evaluation_arguments(parser: Parser) -> None:
+    """Whether, and how, samples are evaluated while a model trains."""
+    group = parser.add_argument_group("evaluation while training")
+    group.add_argument("--evaluate_steps", type=integer(1), help="optimizer steps between evaluations: curves of fd and kid against training images")
+    group.add_argument("--num_evaluation_samples", type=integer(10), default=1000, help="N of each; more images make it surer and slower")
+    add_features_arguments(group)
+    parser.switch(group, "--keep_best", False, "keep the pipeline with the lowest fd so far in OUTPUT_DIR/best")
+
+
 def add_guidance_arguments(group) -> None:
     """What samples are steered towards."""
     group.add_argument("--guidance_color", metavar="COLOR", help="steer samples towards a colour: a name or #rrggbb")
@@ -163,7 +172,7 @@ def add_guidance_arguments(group) -> None:
 
 def _add_data_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="Hub id, local folder or parquet/arrow file, or: mnist, digits and faces (8x8 and 25x25, embedded). With neither this nor --train_data_dir: MNIST, or the embedded digits where it cannot be had")
+    group.add_argument("--dataset_name", help="Hub id, local folder or parquet/arrow file, or: mnist, digits and faces (8x8 and 25x25, embedded). With neither this nor --train_data_dir: MNIST, or the embedded digits where it is not available")
     group.add_argument("--dataset_config_name", help="configuration of the data set, where it has several")
     group.add_argument("--dataset_split", default="train", help="split to train on; slices such as train[:1%%] work")
     group.add_argument("--train_data_dir", metavar="DIR", help="folder of image files, instead of --dataset_name")
@@ -262,6 +271,16 @@ def check_common(parser: Parser, args) -> None:
     for flag in ("hub_model_id", "hub_private_repo", "hub_revision", "hub_logs", "push_required"):
         if vars(args)[flag] and not args.push_to_hub:
             parser.error(f"--{flag} needs --push_to_hub")
+    if vars(args).get("rescale_betas_zero_snr") and args.prediction_type == "epsilon":
+        parser.error(
+            "--rescale_betas_zero_snr with --prediction_type epsilon teaches nothing at the last timestep, where the "
+            "input is the noise itself; take v_prediction or sample"
+        )
+    levels = vars(args).get("num_train_timesteps")
+    if levels and args.num_inference_steps > levels:
+        parser.error(f"--num_inference_steps {args.num_inference_steps} is more than --num_train_timesteps {levels}")
+    if vars(args).get("keep_best") and not args.evaluate_steps:
+        parser.error("--keep_best needs --evaluate_steps: what is best is found by evaluating")
     if args.hub_strategy == "every_checkpoint" and not args.push_to_hub:
         parser.error("--hub_strategy every_checkpoint needs --push_to_hub")
     if args.streaming and not (args.dataset_name or args.train_data_dir):

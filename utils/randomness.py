@@ -1,7 +1,7 @@
-"""Randomness as a function of (seed, purpose, sample number), never of history.
+"""Randomness as a function of (seed, purpose, sample id), never of history.
 
-A training run numbers its samples 0, 1, 2 ...: optimizer step ``s`` with a global batch of ``G`` takes the numbers
-``s*G ... s*G+G-1``, whichever process and micro-step works on them. Every draw is computed from that number. So nothing
+A training run numbers its samples 0, 1, 2 ...: optimizer step ``s`` with a global batch of ``G`` takes the ids
+``s*G ... s*G+G-1``, whichever process and micro-step works on them. Every draw is computed from that id. So nothing
 depends on the number of workers, on prefetching or on where a run was interrupted, and two processes draw what one
 process with twice the accumulation draws.
 """
@@ -15,13 +15,13 @@ import torch
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def random_bits(seed: int, purpose: str, numbers: np.ndarray) -> np.ndarray:
-    """64 random bits for each sample number: SplitMix64 (Steele et al. 2014) of a key and the number.
+def random_bits(seed: int, purpose: str, sample_ids: np.ndarray) -> np.ndarray:
+    """64 random bits for each sample id: SplitMix64 (Steele et al. 2014) of a key and the id.
 
     Args:
         seed: the run's seed.
         purpose: separates streams, for example "flip" and "timesteps".
-        numbers: non-negative integers, any shape.
+        sample_ids: non-negative integers, any shape.
 
     Returns:
         uint64 of the same shape.
@@ -34,26 +34,26 @@ def random_bits(seed: int, purpose: str, numbers: np.ndarray) -> np.ndarray:
 
     with np.errstate(over="ignore"):
         key = mix(mix(np.array([seed], np.uint64) + _GOLDEN) ^ np.uint64(zlib.crc32(purpose.encode())))
-        numbers = np.asarray(numbers)
-        return mix(key + (numbers.astype(np.uint64).reshape(-1) + np.uint64(1)) * _GOLDEN).reshape(numbers.shape)
+        sample_ids = np.asarray(sample_ids)
+        return mix(key + (sample_ids.astype(np.uint64).reshape(-1) + np.uint64(1)) * _GOLDEN).reshape(sample_ids.shape)
 
 
-def uniform(seed: int, purpose: str, numbers: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1) for each sample number; see ``random_bits``."""
-    return (random_bits(seed, purpose, numbers) >> np.uint64(11)) * 2.0**-53
+def uniform(seed: int, purpose: str, sample_ids: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1) for each sample id; see ``random_bits``."""
+    return (random_bits(seed, purpose, sample_ids) >> np.uint64(11)) * 2.0**-53
 
 
-def shuffled_indices(seed: int, numbers: np.ndarray, length: int) -> np.ndarray:
-    """Index into a data set of ``length`` images for each sample number; each epoch is its own permutation.
+def shuffled_indices(seed: int, sample_ids: np.ndarray, length: int) -> np.ndarray:
+    """Index into a data set of ``length`` images for each sample id; each epoch is its own permutation.
 
     Sample ``k`` is entry ``k % length`` of the permutation of epoch ``k // length``: nothing is dropped at an epoch's
     end, and the length of the data need not divide by the batch size.
     """
-    numbers = np.asarray(numbers)
-    indices = np.empty(numbers.shape, dtype=np.int64)
-    for epoch in np.unique(numbers // length):
-        chosen = numbers // length == epoch
-        indices[chosen] = _permutation(seed, int(epoch), length)[numbers[chosen] % length]
+    sample_ids = np.asarray(sample_ids)
+    indices = np.empty(sample_ids.shape, dtype=np.int64)
+    for epoch in np.unique(sample_ids // length):
+        chosen = sample_ids // length == epoch
+        indices[chosen] = _permutation(seed, int(epoch), length)[sample_ids[chosen] % length]
     return indices
 
 
@@ -62,26 +62,26 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
-def sample_generators(seed: int, purpose: str, numbers: np.ndarray, device="cpu") -> list[torch.Generator]:
-    """One torch generator for each sample number, on ``device``."""
-    return [torch.Generator(device).manual_seed(bits) for bits in random_bits(seed, purpose, numbers).tolist()]
+def sample_generators(seed: int, purpose: str, sample_ids: np.ndarray, device="cpu") -> list[torch.Generator]:
+    """One torch generator for each sample id, on ``device``."""
+    return [torch.Generator(device).manual_seed(bits) for bits in random_bits(seed, purpose, sample_ids).tolist()]
 
 
 def sample_noise(
-    seed: int, purpose: str, numbers: np.ndarray, shape: tuple[int, ...], device="cpu", distribution: str = "normal"
+    seed: int, purpose: str, sample_ids: np.ndarray, shape: tuple[int, ...], device="cpu", distribution: str = "normal"
 ) -> torch.Tensor:
-    """float32 noise (len(numbers), *shape), a function of (seed, purpose, number) for each sample.
+    """float32 noise (len(sample_ids), *shape), a function of (seed, purpose, sample id) for each sample.
 
     The values differ between device types (CPU, CUDA), as torch's generators do, and on nothing else.
 
     Args:
         distribution: ``normal``, with mean 0 and variance 1, or ``uniform`` in [-1, 1).
     """
-    noise = torch.empty(len(numbers), *shape, device=device)
+    noise = torch.empty(len(sample_ids), *shape, device=device)
     generator = torch.Generator(device)
     draw = {"normal": torch.Tensor.normal_, "uniform": torch.Tensor.uniform_}[distribution]
     limits = {"normal": (0, 1), "uniform": (-1, 1)}[distribution]
-    for row, bits in zip(noise, random_bits(seed, purpose, numbers).tolist(), strict=True):
+    for row, bits in zip(noise, random_bits(seed, purpose, sample_ids).tolist(), strict=True):
         draw(row, *limits, generator=generator.manual_seed(bits))
     return noise
 

@@ -33,6 +33,10 @@ class StopSignal:
         elif time.monotonic() - self.at > self.GRACE * (1 if number == self.received else 5):
             os._exit(128 + number)
 
+    def requested(self) -> bool:
+        """Whether this process has received a signal: asked before each model call of what takes long."""
+        return self.received is not None
+
     def check(self, global_step: int) -> int | None:
         """The signal that any process has received, or None. Call it on all processes, after every optimizer step.
 

@@ -1,0 +1,106 @@
+"""utils/evaluation/denoising_loss.py: the same questions every time; and the nearest training images."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import scalars, train
+from diffusers import DDPMScheduler
+
+import train_basic
+import train_ddpm
+import train_unet2d
+from utils import UserError
+from utils.diffusion.linear_mix import LinearMixScheduler
+from utils.evaluation.denoising_loss import DenoisingLoss
+from utils.evaluation.reference import show_nearest
+
+
+class Knows:
+    """A model that knows the images, up to an error."""
+
+    training = True
+
+    def __init__(self, images, scheduler, error=0.0):
+        self.images, self.scheduler, self.error, self.calls, self.asked = images, scheduler, error, 0, []
+
+    def __call__(self, noisy, timesteps):
+        self.asked.append((noisy, timesteps))
+        errors = torch.full_like(noisy, self.error)
+        return type("Output", (), {"sample": self.answer(noisy, timesteps) + errors})
+
+    def answer(self, noisy, timesteps):
+        alpha_bar = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return (noisy - alpha_bar.sqrt() * self.images[0]) / (1 - alpha_bar).sqrt()
+
+    def eval(self):
+        self.training = False
+
+    def train(self, mode):
+        self.training = mode
+
+
+@pytest.fixture
+def setup():
+    scheduler = DDPMScheduler()
+    images = torch.linspace(-1, 1, 16).view(1, 1, 4, 4).repeat(5, 1, 1, 1)  # five times the same
+    return images, scheduler
+
+
+def test_a_perfect_model_has_no_loss_and_errors_are_squared(accelerator, setup):
+    images, scheduler = setup
+    loss = DenoisingLoss(images, scheduler, seed=0, batch_size=3)
+    assert loss.measure(Knows(images, scheduler), accelerator)["loss"] < 1e-6
+    measured = loss.measure(Knows(images, scheduler, error=0.5), accelerator)
+    assert list(measured) == ["loss", "0-249", "250-499", "500-749", "750-999"]
+    assert all(value == pytest.approx(0.25, rel=1e-2) for value in measured.values())
+
+
+def test_every_measurement_asks_the_same_whatever_the_batch_size(accelerator, setup):
+    images, scheduler = setup
+    asked = []
+    for size in (3, 20):
+        model = Knows(images, scheduler)
+        DenoisingLoss(images, scheduler, seed=0, batch_size=size).measure(model, accelerator)
+        assert model.training
+        asked.append([torch.cat(part) for part in zip(*model.asked, strict=True)])
+    assert torch.equal(asked[0][0], asked[1][0]) and torch.equal(asked[0][1], asked[1][1])
+    timesteps = asked[0][1]
+    assert len(timesteps) == 20 and torch.bincount(timesteps // 250).tolist() == [5, 5, 5, 5]
+
+
+def test_linear_mixing_is_asked_with_uniform_noise(accelerator, setup):
+    images, scheduler = setup[0], LinearMixScheduler()
+    model = Knows(images, scheduler, error=0.1)
+    model.answer = lambda noisy, timesteps: images[:1].expand_as(noisy)
+    measured = DenoisingLoss(images, scheduler, seed=0).measure(model, accelerator)
+    assert measured["loss"] == pytest.approx(0.01, rel=1e-3)
+    assert all(noisy.abs().max() <= 1 for noisy, _ in model.asked)  # a mixture of two things in [-1, 1]
+
+
+@pytest.mark.parametrize("script", [train_basic, train_unet2d, train_ddpm])
+def test_training_scripts_validate(tmp_path, script):
+    flags = ["--dataset_split=train[:100]", "--validation_split=train[100:]", "--validation_steps=4"]
+    flags += ["--num_validation_images=6", "--report_to=tensorboard"]
+    assert train(tmp_path / "run", *flags, script=script) == 0
+    for name in ("train", "held_out"):
+        curve = scalars(tmp_path / "run", f"validation_loss/{name}")
+        assert list(curve) == [4, 6]
+        assert curve[6] < curve[4] < 3
+        assert scalars(tmp_path / "run", f"validation_0-249/{name}")[6] > 0
+
+
+def test_a_validation_split_that_is_trained_on_is_refused(tmp_path):
+    with pytest.raises(UserError, match="shares images"):
+        train(tmp_path / "run", "--dataset_split=train[:100]", "--validation_split=train[90:]", script=train_basic)
+    assert not (tmp_path / "run" / "training_args.json").exists()
+
+
+def test_nearest_images_are_found_and_shown():
+    training = np.random.default_rng(0).integers(0, 256, (6, 3, 64, 64), dtype=np.uint8)
+    samples = training[[4, 2]]
+    mirrored = np.ascontiguousarray(samples[..., ::-1])
+    for shown in (samples, mirrored):  # copies are found mirrored, too
+        picture = np.asarray(show_nearest(shown, training)).astype(int)
+        assert picture.shape[0] == 2 * 68 + 4
+        assert np.array_equal(picture[4:68, -68:-4], picture[72:136, -68:-4])  # the second sample above its copy
+        assert np.array_equal(picture[4:68, -136:-72], picture[72:136, -136:-72])  # and the first

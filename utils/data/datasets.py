@@ -1,0 +1,357 @@
+"""Images to train on: where they come from, how they are shaped, and in what order they arrive.
+
+    train_data = load_train_data(args, accelerator)
+    for batch in train_data.batches(first_step, last_step):
+        batch["images"]   # float32 (B, C, H, W) in [-1, 1], on the device
+
+The order, the crops and the flips are functions of (seed, sample id); see ``randomness``. They are the same with
+and without the cache, with any number of workers, after a resume, and for any split of a global batch into processes
+and micro-steps.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import torch
+from datasets.utils.file_utils import xopen
+
+from .. import UserError, randomness
+from ..pictures import from_uint8
+from ..signals import STOP_SIGNALS
+from .cache import Cache
+from .images import (
+    GREY_MODES,
+    SKIP_HINT,
+    BadImage,
+    augment,
+    check_bad_count,
+    decode_image,
+    prepare_image,
+    to_eight_bits,
+)
+from .sources import check_disjoint, data_license, flags_called, load_source
+from .streaming import Stream, read_ahead
+
+logger = logging.getLogger(__name__)
+
+MAX_DEFAULT_RESOLUTION = 64  # pixels
+CACHE_LIMIT = 4 * 2**30  # bytes of decoded images in memory, per machine
+MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
+INSPECTED = 64  # images that are looked at to find mode and size
+
+
+def load_train_data(args, accelerator, made_for=None) -> "TrainData":
+    """Everything between the flags and the batches.
+
+    Args:
+        args: the flags of ``args.add_common_arguments``.
+        accelerator: says which process this is, and where batches go.
+        made_for: config of a pretrained model, whose ``sample_size`` and ``in_channels`` (1 or 3) count where
+            ``--resolution`` is not given and ``--image_mode`` is auto.
+
+    Raises:
+        UserError: see ``load_source``; also an empty data set, or one with fewer images than a global batch.
+    """
+    dataset, name = load_source(args, accelerator)
+    resolution, image_mode = (made_for.sample_size, MODES[made_for.in_channels]) if made_for else (None, None)
+    return TrainData(dataset, name, args, accelerator, resolution, image_mode)
+
+
+def load_images(args, accelerator, train_data: "TrainData", kind: str) -> torch.Tensor:
+    """Images to validate with, shaped as the training images, float32 in [-1, 1]: see ``PreparedImages.examples``.
+
+    Args:
+        kind: ``validation``, another split of the training data (``--validation_split``), or ``prior``, another data
+            set (``--prior_dataset_name``, ``--prior_dataset_split``).
+
+    Returns:
+        ``--num_validation_images`` of them, or as many as there are.
+
+    Raises:
+        UserError: as ``load_source``; images that are trained on, too.
+    """
+    changed = dict(label_column=None, max_train_samples=None, dataset_split=args.validation_split)
+    flags = {"--dataset_split": "--validation_split"}
+    if kind == "prior":
+        changed |= dict(dataset_name=args.prior_dataset_name, dataset_split=args.prior_dataset_split)
+        changed |= dict(train_data_dir=None, dataset_config_name=None, image_column=None, streaming=False)
+        flags = {"--dataset_split": "--prior_dataset_split", "--dataset_name": "--prior_dataset_name"}
+    else:
+        check_disjoint(args, accelerator)
+    args = SimpleNamespace(**{**vars(args), **changed})
+    with flags_called(flags):
+        dataset, name = load_source(args, accelerator)
+        prepare = partial(prepare_image, resolution=train_data.resolution, interpolation=args.interpolation)
+        images = PreparedImages(dataset, name, args, train_data.mode, False, prepare)
+        return from_uint8(images.examples(args.num_validation_images))
+
+
+class TrainData:
+    """Batches of training images, by optimizer step.
+
+    Attributes:
+        name: of the source.
+        length: number of images; None for a stream.
+        resolution: side of the images, pixels.
+        channels: 1 or 3.
+        label_names: names of the classes, if ``--label_column`` is given.
+        image_shape: (C, H, W).
+        global_batch_size: images per optimizer step, over all processes and micro-steps.
+        settings: what a resumed run must not find changed.
+        license: of the images, as far as it is known.
+    """
+
+    def __init__(self, dataset, name: str, args, accelerator, resolution=None, image_mode=None):
+        self.name, self.args, self.accelerator = name, args, accelerator
+        self.global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        label = dataset.features.get("label")
+        self.label_names = label.names if label else []
+        self.length = None if args.streaming else len(dataset)
+        if self.length is not None and self.length < self.global_batch_size:
+            factor = self.global_batch_size // args.train_batch_size  # micro-steps x processes
+            fitting = f"try --train_batch_size {self.length // factor}, or" if self.length >= factor else "please"
+            raise UserError(
+                f"{name} has {self.length} images, fewer than one global batch of {self.global_batch_size} "
+                f"({args.train_batch_size} x {factor} micro-steps and processes); {fitting} add images"
+            )
+        self._inspect(dataset, resolution, image_mode)
+        self.image_shape = (self.channels, self.resolution, self.resolution)
+        self.license = data_license(dataset, name)
+        self.settings = dict(data=name, images=self.length, global_batch_size=self.global_batch_size)
+        self.settings["image_shape"] = list(self.image_shape)
+        prepare = partial(prepare_image, resolution=self.resolution, interpolation=args.interpolation)
+        self._images = PreparedImages(dataset, name, args, self.mode, self._refuse_colour, prepare)
+        self._cache = None
+        if self._wants_cache():
+            self._cache = Cache(self._images, self.resolution, accelerator)
+
+    def _inspect(self, dataset, resolution: int | None, image_mode: str | None) -> None:
+        """Find mode and resolution from some of the images; the same ones on every process."""
+        if self.length is None:
+            rows = enumerate(dataset.take(INSPECTED))
+        else:
+            spread = sorted({int(index) for index in np.linspace(0, self.length - 1, INSPECTED)})
+            rows = zip(spread, dataset.select(spread), strict=True)
+        sizes, modes = [], set()
+        for index, row in rows:
+            try:
+                image = decode_image(*locate(row, self.name, index))
+            except BadImage as error:
+                if self.args.bad_images == "error":
+                    raise BadImage(f"{error}. {SKIP_HINT}") from None
+                continue
+            sizes.append(image.size)
+            modes.add(image.mode)
+        if not sizes:
+            raise UserError(f"{self.name}: no readable image found; expected a data set of images")
+        grey = modes <= set(GREY_MODES)
+        chosen = image_mode if self.args.image_mode == "auto" else self.args.image_mode
+        self.mode = chosen or ("L" if grey else "RGB")
+        self._refuse_colour = chosen is None and grey  # found to be grey from some images: the others had better be
+        self.channels = len(self.mode)
+        shorter = min(min(size) for size in sizes)
+        # A multiple of 4, so that a UNet that halves twice fits; larger nets ask for more and say so.
+        self.resolution = self.args.resolution or resolution or max(4, min(shorter, MAX_DEFAULT_RESOLUTION) // 4 * 4)
+        if self.args.resolution is None and resolution is None:
+            logger.info(f"Training at {self.resolution} pixels (the smallest side found: {shorter}); see --resolution")
+        if self.mode == "L" and not grey and self.args.image_mode == "auto":
+            logger.warning("The pretrained model is grey: these colour images are made grey, too")
+        small = sum(min(size) < self.resolution for size in sizes)
+        if 0 < small < len(sizes):  # where all are smaller, it was meant
+            logger.warning(
+                f"{small} of {len(sizes)} images looked at are smaller than {self.resolution} pixels (the smallest "
+                f"side is {shorter}) and will be enlarged. --resolution sets the size"
+            )
+        areas = [self.resolution**2 * (1 if self.args.center_crop else max(s) / min(s)) for s in sizes]
+        self.bytes_per_image = self.channels * float(np.mean(areas))
+
+    def _wants_cache(self) -> bool:
+        if self.args.streaming or self.args.cache_images == "never":
+            return False
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each keeps its own copy
+        needed = self.length * self.bytes_per_image * processes_here
+        limit = min(CACHE_LIMIT, psutil.virtual_memory().available / 2)
+        if self.args.cache_images == "auto" and needed > limit:
+            logger.info(f"{needed / 2**30:.1f} GiB of images are too many to keep in memory; decoding as they come.")
+            return False
+        return True
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[dict]:
+        """This process's micro-batches of the optimizer steps ``first_step`` up to but not including ``last_step``.
+
+        Yields:
+            ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_ids`` int64 (B,) NumPy array;
+            ``labels`` int64 (B,) on the device, if ``--label_column`` is given.
+        """
+        source = self._stream if self.length is None else self._from_memory if self._cache else self._from_loader
+        for sample_ids, images, labels in source(self._sample_ids(first_step, last_step)):
+            images = from_uint8(images.to(self.accelerator.device, non_blocking=True))
+            batch = {"sample_ids": sample_ids, "images": images}
+            if self.label_names:
+                batch["labels"] = labels.to(self.accelerator.device, non_blocking=True)
+            yield batch
+
+    def examples(self, count: int) -> torch.Tensor:
+        """Training images to show and to compare with, float32 in [-1, 1], on the CPU; see ``PreparedImages``."""
+        return from_uint8(self._images.examples(count))
+
+    def _sample_ids(self, first_step: int, last_step: int) -> Iterator[np.ndarray]:
+        """Sample ids of each micro-batch: step * global batch + place in the global batch."""
+        size = self.args.train_batch_size
+        for step in range(first_step, last_step):
+            for micro_step in range(self.args.gradient_accumulation_steps):
+                chunk = micro_step * self.accelerator.num_processes + self.accelerator.process_index
+                yield step * self.global_batch_size + chunk * size + np.arange(size)
+
+    def _from_memory(self, batches):
+        for sample_ids in batches:
+            indices = randomness.shuffled_indices(self.args.seed, sample_ids, self.length)
+            images = self._cache.take(indices, sample_ids, self.args)
+            yield sample_ids, images, self._cache.labels[torch.from_numpy(indices)]
+
+    def _from_loader(self, batches):
+        def keys():
+            for sample_ids in batches:
+                indices = randomness.shuffled_indices(self.args.seed, sample_ids, self.length)
+                yield list(zip(indices.tolist(), sample_ids.tolist(), strict=True))
+
+        workers = self.args.dataloader_num_workers
+        loader = torch.utils.data.DataLoader(
+            self._images,
+            batch_sampler=keys(),
+            num_workers=workers,
+            worker_init_fn=leave_signals_to_the_main_process,
+            collate_fn=collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # its seed is not drawn from the global generator, which stays as it was
+        )
+        yield from self._checked(loader)
+
+    def _stream(self, batches):
+        yield from self._checked(map(collate, read_ahead(Stream(self._images, batches, self.args, self.accelerator))))
+
+    def _checked(self, loader):
+        """Turn what went wrong in a worker into this process's error, and count the skipped images."""
+        skipped, loaded = set(), iter(loader)
+        while True:
+            try:
+                batch = next(loaded)
+            except StopIteration:
+                return
+            except UserError as error:  # torch puts a worker's traceback before the message
+                raise UserError(str(error).strip().split("UserError: ")[-1]) from None
+            for index, message in batch["bad"]:
+                if self.args.bad_images == "error":
+                    raise BadImage(f"{message}. {SKIP_HINT}")
+                if index not in skipped:
+                    skipped.add(index)
+                    logger.warning(f"skipped ({len(skipped)} so far): {message}")
+                check_bad_count(len(skipped), self.args)
+            yield batch["sample_ids"].numpy(), batch["images"], batch["labels"]
+
+
+def locate(row: dict, source: str, index: int) -> tuple[bytes | str, str]:
+    """Bytes or path of a row's image, and its name for messages."""
+    record = row["image"] or {"bytes": b"", "path": None}
+    where = f"image {index} of {source}" if not record["path"] else f"{record['path']} (image {index} of {source})"
+    source = record["path"] if record["bytes"] is None else record["bytes"]
+    if isinstance(source, str) and "://" in source:  # streamed from the Hub, or inside an archive
+        try:
+            with xopen(source, "rb") as stream:
+                source = stream.read()
+        except Exception as error:  # whatever the file system behind it raises
+            raise BadImage(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
+    return source, where
+
+
+class PreparedImages(torch.utils.data.Dataset):
+    """Decoded and prepared images by row. Knows nothing of processes, so that it travels to workers."""
+
+    def __init__(self, dataset, name: str, args, mode: str, refuse_colour: bool, prepare):
+        self.dataset, self.name, self.args, self.mode = dataset, name, args, mode
+        self.refuse_colour, self.prepare = refuse_colour, prepare
+
+    def examples(self, count: int) -> np.ndarray:
+        """Some of the images, cut in the middle: uint8 (N, C, H, W).
+
+        The same ones on every process: of a stream the first, otherwise ``count`` at random, or all if there are fewer.
+        Bad images are left out with ``--bad_images skip``.
+
+        Raises:
+            BadImage: one cannot be read.
+        """
+        if self.args.streaming:
+            rows = enumerate(self.dataset.take(count))
+        else:
+            drawn = np.arange(min(count, len(self.dataset)))
+            indices = randomness.shuffled_indices(self.args.seed, drawn, len(self.dataset)).tolist()
+            rows = ((index, self.dataset[index]) for index in indices)
+        images = []
+        for index, row in rows:
+            try:
+                images.append(self.prepared(row, index, center_crop=True))
+            except BadImage as error:
+                if self.args.bad_images == "error":
+                    raise BadImage(f"{error}. {SKIP_HINT}") from None
+        if not images:
+            raise UserError(f"{self.name}: no readable image found; expected a data set of images")
+        return np.stack(images)
+
+    def prepared(self, row: dict, index: int, center_crop: bool = False) -> np.ndarray:
+        """uint8 (C, H, W), the shorter side at the training resolution, the longer one too if it is cropped."""
+        source, where = locate(row, self.name, index)
+        image = decode_image(source, where)
+        if self.refuse_colour and image.mode not in GREY_MODES:
+            raise UserError(
+                f"{where} has colour (mode {image.mode}), but the images looked at before training were all grey. "
+                "Choose with --image_mode L or --image_mode RGB"
+            )
+        crop = center_crop or self.args.center_crop
+        return self.prepare(to_eight_bits(image, self.mode, where), center_crop=crop)
+
+    def attempt(self, job: tuple[dict, int]) -> np.ndarray | BadImage:
+        """``prepared`` for a pool of threads: a bad image is returned as the error that names it."""
+        try:
+            return self.prepared(*job)
+        except BadImage as error:
+            return error
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """The image at an index, cropped and flipped for a sample id; instead of a bad one the next good one."""
+        index, sample_id = key
+        bad = []
+        for candidate in range(index, index + len(self.dataset)):
+            candidate %= len(self.dataset)
+            row = self.dataset[candidate]
+            try:
+                image = augment(self.prepared(row, candidate), sample_id, self.args)
+                return {"image": image, "label": row.get("label", 0), "sample_id": sample_id, "bad": bad}
+            except BadImage as error:
+                bad.append((candidate, str(error)))
+                if self.args.bad_images == "error" or len(bad) > self.args.max_bad_images:
+                    size = self.prepare.keywords["resolution"]
+                    blank = np.zeros((len(self.mode), size, size), np.uint8)
+                    return {"image": blank, "label": 0, "sample_id": sample_id, "bad": bad}
+        raise UserError(f"{self.name} has no readable image")
+
+
+def leave_signals_to_the_main_process(worker_id: int) -> None:
+    """A launcher signals the whole process group; a worker that dies of it would take the last checkpoint along."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def collate(items: list[dict]) -> dict:
+    return {
+        "images": torch.from_numpy(np.stack([item["image"] for item in items])),
+        "labels": torch.tensor([item["label"] for item in items]),
+        "sample_ids": torch.tensor([item["sample_id"] for item in items]),
+        "bad": [entry for item in items for entry in item["bad"]],
+    }

@@ -1,0 +1,130 @@
+"""Weights and configs that come from elsewhere, and whether model, images and noise schedule fit each other."""
+
+import logging
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, SchedulerMixin, UNet2DModel
+
+from .. import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def load_pretrained(name_or_path: str) -> DDPMPipeline:
+    """An unconditional pipeline with its weights, from a folder or the Hub; a learned variance is left out.
+
+    Raises:
+        UserError: it cannot be loaded, or is not a UNet2DModel that predicts one value per channel, or two.
+    """
+    flag = f"--pretrained_model_name_or_path {name_or_path}"
+    refuse_missing(flag, name_or_path)
+    try:
+        pipeline = DDPMPipeline.from_pretrained(name_or_path)
+    except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors
+        raise UserError(
+            f"{flag}: cannot be loaded as a DDPMPipeline: {type(error).__name__}: {shorten(error)}. "
+            "Expected a Hub id, or a folder with model_index.json: without a network the output of train_ddpm.py, or "
+            "what `hf download ID --local-dir DIR` fetched elsewhere"
+        ) from error
+    unet = pipeline.unet
+    local = Path(name_or_path).exists()
+    unet.register_to_config(_name_or_path=None if local else name_or_path)  # no path of this machine is saved again
+    if not isinstance(unet, UNet2DModel):
+        raise UserError(f"{flag}: its unet is a {type(unet).__name__}; expected a UNet2DModel (unconditional)")
+    if unet.class_embedding is not None:
+        raise UserError(f"{flag}: its unet wants class labels; expected an unconditional one")
+    channels = unet.config.in_channels
+    if channels not in (1, 3):
+        raise UserError(f"{flag}: its unet takes {channels} channels; expected 1 or 3")
+    if unet.config.out_channels == 2 * channels:
+        logger.info(
+            f"{name_or_path} predicts a variance, too (arXiv:2102.09672): its mean is used, the variance is not"
+        )
+        last = unet.conv_out
+        unet.conv_out = torch.nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding)
+        unet.conv_out.load_state_dict({"weight": last.weight[:channels], "bias": last.bias[:channels]})
+        unet.register_to_config(out_channels=channels)
+        pipeline.scheduler.register_to_config(variance_type="fixed_small")
+    elif unet.config.out_channels != channels:
+        raise UserError(f"{flag}: {channels} channels in, {unet.config.out_channels} out; expected as many, or twice")
+    return pipeline
+
+
+def refuse_missing(flag: str, name_or_path: str) -> None:
+    """A path that is not there would be looked for on the Hub, for a minute where there is no network."""
+    path = Path(name_or_path).expanduser()
+    looks_local = name_or_path[0] in "./~" or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
+    if looks_local and not path.exists():
+        raise UserError(f"{flag or name_or_path}: there is no such folder; expected a saved pipeline, or a Hub id")
+
+
+def shorten(error: Exception) -> str:
+    """The first 160 characters: libraries append advice about their own functions."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
+
+
+def unet_from_config(name_or_path: str, **overrides) -> UNet2DModel:
+    """A UNet2DModel with random weights.
+
+    Args:
+        name_or_path: a JSON file, a folder with config.json, or a Hub id.
+        overrides: values that replace those of the config.
+
+    Raises:
+        UserError: there is no such config, or diffusers or torch refuse it.
+    """
+    try:
+        path = Path(name_or_path)
+        config = UNet2DModel._dict_from_json_file(path) if path.is_file() else UNet2DModel.load_config(name_or_path)
+    except Exception as error:
+        raise UserError(
+            f"--model_config_name_or_path {name_or_path}: {type(error).__name__}: {' '.join(str(error).split())}. "
+            "Expected a JSON file, a folder with config.json, or a Hub id"
+        ) from error
+    try:
+        return UNet2DModel.from_config({**config, **overrides})
+    except Exception as error:  # torch's layers raise what they like
+        raise UserError(f"--model_config_name_or_path: no UNet2DModel can be made of it: {error}") from error
+
+
+def check_fit(unet: UNet2DModel, noise_scheduler: SchedulerMixin, train_data, num_inference_steps: int) -> None:
+    """Refuse a model, images, a noise schedule and a number of sampling steps that do not fit each other.
+
+    Raises:
+        UserError: wrong number of channels; a resolution that cannot be halved as often as the model halves it; see
+            also ``check_noise_scheduler``.
+    """
+    check_noise_scheduler(noise_scheduler, num_inference_steps)
+    if unet.config.in_channels != train_data.channels:
+        raise UserError(
+            f"the images have {train_data.channels} channels, the model takes {unet.config.in_channels}; --image_mode "
+            f"{ {1: 'L', 3: 'RGB'}.get(unet.config.in_channels, '?') } converts them"
+        )
+    halvings = len(unet.config.block_out_channels) - 1
+    if train_data.resolution % 2**halvings:
+        near = max(2**halvings, round(train_data.resolution / 2**halvings) * 2**halvings)
+        raise UserError(
+            f"images of {train_data.resolution} pixels: this UNet halves them {halvings} times, so it needs a multiple "
+            f"of {2**halvings}; try --resolution {near}"
+        )
+
+
+def check_noise_scheduler(noise_scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Refuse what cannot be trained, and more sampling steps than there are noise levels.
+
+    Raises:
+        UserError: says which flag to change.
+    """
+    config = noise_scheduler.config
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
+        raise UserError(
+            "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: at its last timestep the input "
+            "is nothing but noise, and to predict that noise teaches nothing about images"
+        )
+    if num_inference_steps > config.num_train_timesteps:
+        raise UserError(
+            f"--num_inference_steps {num_inference_steps}: there are only {config.num_train_timesteps} noise levels; "
+            "give at most that many"
+        )

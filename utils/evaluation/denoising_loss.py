@@ -1,0 +1,100 @@
+"""The denoising loss on fixed questions: on training images and on held-out ones, so that overfitting shows."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .. import randomness
+from ..data.datasets import load_images
+from ..diffusion.sampling import evaluating
+from ..diffusion.schedulers import output_for
+from ..training.curves import NOISE_LEVELS, noise_levels
+
+
+class DenoisingLoss:
+    """Mean squared error on fixed (image, timestep, noise) triples: every measurement asks the same questions.
+
+    Each image appears once in every range of timesteps. The processes share the work; call it on all of them.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1], the same on every process.
+        noise_scheduler: the one with which the model was trained: a ``DDPMScheduler``, or linear mixing.
+        seed: of timesteps and noise.
+        batch_size: triples at once, per process.
+    """
+
+    def __init__(self, images: torch.Tensor, noise_scheduler, seed: int, batch_size: int = 8):
+        self.images, self.noise_scheduler, self.seed, self.batch_size = images, noise_scheduler, seed, batch_size
+
+    @torch.no_grad()
+    def measure(
+        self, model: torch.nn.Module, accelerator, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """The mean loss as ``loss`` and that of each range of timesteps as ``0-249`` and so on.
+
+        Nothing if ``stop``, which a single process asks before every batch, says so.
+        """
+        steps = self.noise_scheduler.config.num_train_timesteps
+        distribution = getattr(self.noise_scheduler, "noise_distribution", "normal")
+        numbers = np.arange(len(self.images) * NOISE_LEVELS)  # of the triples
+        sums = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)
+        mine = numbers[accelerator.process_index :: accelerator.num_processes]
+        with evaluating(model):
+            for batch in np.array_split(mine, range(self.batch_size, len(mine), self.batch_size)):
+                if accelerator.num_processes == 1 and stop():
+                    return {}
+                levels = batch % NOISE_LEVELS
+                fractions = (levels + randomness.uniform(self.seed, "validation timesteps", batch)) / NOISE_LEVELS
+                timesteps = torch.from_numpy(fractions * steps).long().to(accelerator.device)
+                clean_images = self.images[batch // NOISE_LEVELS].to(accelerator.device)
+                shape = tuple(clean_images.shape[1:])
+                noise = randomness.sample_noise(
+                    self.seed, "validation noise", batch, shape, accelerator.device, distribution
+                )
+                noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
+                target = output_for(self.noise_scheduler, clean_images, noisy_images, timesteps.view(-1, 1, 1, 1))
+                output = model(noisy_images, timesteps).sample.float()
+                losses = F.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
+                index = torch.from_numpy(levels).to(accelerator.device)
+                sums[0].index_add_(0, index, losses)
+                sums[1].index_add_(0, index, torch.ones_like(losses))
+        totals, counts = accelerator.reduce(sums, "sum").cpu()
+        means = totals / counts
+        return {"loss": means.mean().item(), **dict(zip(noise_levels(steps), means.tolist(), strict=True))}
+
+
+class Validation:
+    """Curves of the denoising loss: on training images, held-out ones and, of an adapted model, those of its base.
+
+    Args:
+        args: the flags of a training script; without ``validation_split`` and ``prior_dataset_name`` there are only the
+            training images.
+        train_data: what the script trains on.
+        noise_scheduler: with which it trains.
+
+    Raises:
+        UserError: a split cannot be loaded, or shares images with the training set.
+    """
+
+    def __init__(self, args, accelerator, train_data, noise_scheduler):
+        images = {"train": train_data.examples(args.num_validation_images)}
+        if args.validation_split:
+            images["held_out"] = load_images(args, accelerator, train_data, "validation")
+        if vars(args).get("prior_dataset_name"):
+            images["prior"] = load_images(args, accelerator, train_data, "prior")
+        self.accelerator = accelerator
+        self.losses = {name: DenoisingLoss(images[name], noise_scheduler, args.seed) for name in images}
+
+    def log(self, model: torch.nn.Module, step: int, stop: Callable[[], bool] = lambda: False, **values: float) -> None:
+        """Measure, and write to the trackers, beside further values. Call it on all processes.
+
+        Args:
+            step: optimizer steps done.
+            stop: see ``DenoisingLoss.measure``.
+        """
+        for name, denoising_loss in self.losses.items():
+            for part, value in denoising_loss.measure(model, self.accelerator, stop).items():
+                values[f"validation_{part}/{name}"] = value
+        self.accelerator.log(values, step=step)

@@ -1,0 +1,152 @@
+"""What images are compared by: extractors that turn them into vectors.
+
+    extractor = load_extractor("digits")
+    features = extractor(images)   # uint8 (N, C, H, W) -> float32 (N, D)
+
+``extractor.name`` and ``extractor.hash`` say which weights, so that numbers of different ones are never compared.
+"""
+
+import hashlib
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from .. import UserError
+from ..training.checkpoints import file_hash
+
+DIGITS_WEIGHTS = Path(__file__).parent / "digits_net.safetensors"
+DEFAULT_MODELS = {"dinov2": "facebook/dinov2-base", "clip": "openai/clip-vit-base-patch32"}
+
+
+class DigitsNet(torch.nn.Module):
+    """A small CNN for 28x28 digits; its 64 hidden units are the features. Trained by benchmarks/digits_net.py."""
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 1
+        for width, stride in ((32, 1), (32, 2), (64, 1), (64, 2), (48, 2)):
+            layers += [torch.nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), torch.nn.BatchNorm2d(width)]
+            layers.append(torch.nn.ReLU())
+            channels = width
+        self.convs = torch.nn.Sequential(*layers)
+        self.hidden = torch.nn.Linear(48 * 4 * 4, 64)
+        self.logits = torch.nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (N, 64) and logits (N, 10) of images (N, 1, 28, 28) in [0, 1]."""
+        features = F.relu(self.hidden(self.convs(images).flatten(1)))
+        return features, self.logits(features)
+
+
+class Extractor:
+    """Turns images into features in batches, without gradients.
+
+    Attributes:
+        name: in the names of metrics.
+        hash: the first 12 digits of the weights' SHA-256, or of the model's id.
+    """
+
+    def __init__(self, name: str, hash: str, function, batch_size: int = 250):
+        self.name, self.hash, self.function, self.batch_size = name, hash, function, batch_size
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """float32 (N, D) for uint8 images (N, C, H, W)."""
+        batches = [images[k : k + self.batch_size] for k in range(0, len(images), self.batch_size)]
+        return np.concatenate([self.function(torch.from_numpy(batch)).float().cpu().numpy() for batch in batches])
+
+
+def load_extractor(name: str, model_name_or_path: str | None = None, device: str | torch.device = "cpu") -> Extractor:
+    """The extractor of that name.
+
+    Args:
+        name: ``digits``; ``pixels``, averaged down to 16x16 at most; ``dinov2`` or ``clip``, through transformers;
+            ``inception``, through torch-fidelity.
+        model_name_or_path: weights of ``dinov2`` or ``clip``: a Hub id or a folder.
+
+    Raises:
+        UserError: weights or package are missing.
+    """
+    if name == "digits":
+        return Extractor(
+            name, file_hash(DIGITS_WEIGHTS)[:12], lambda images: digits_net(device)(_as_digits(images, device))[0]
+        )
+    if name == "pixels":
+        return Extractor(name, "none", lambda images: shrink(images.float() / 255, 16).flatten(1))
+    if name == "inception":
+        return _inception(device)
+    return _transformer(name, model_name_or_path or DEFAULT_MODELS[name], device)
+
+
+def digit_statistics(images: np.ndarray, device: str | torch.device = "cpu") -> dict[str, float]:
+    """What the classifier of digits says of images, uint8 (N, C, H, W).
+
+    Returns:
+        ``confidence``, its mean probability of the likeliest class; ``class_distance``, the total variation distance of
+        the classes' frequencies from 1/10 each, in [0, 0.9]: 0.03 or so is what MNIST itself has.
+    """
+    net = digits_net(device)
+    probabilities = Extractor("digits", "", lambda batch: net(_as_digits(batch, device))[1].softmax(1))(images)
+    frequencies = np.bincount(probabilities.argmax(1), minlength=10) / len(images)
+    return {"confidence": float(probabilities.max(1).mean()), "class_distance": float(abs(frequencies - 0.1).sum() / 2)}
+
+
+@lru_cache
+def digits_net(device: str | torch.device = "cpu") -> DigitsNet:
+    """The trained network of digits_net.safetensors; digits_net.md describes it."""
+    net = DigitsNet()
+    net.load_state_dict(load_file(DIGITS_WEIGHTS))
+    return net.to(device).eval()
+
+
+def _as_digits(images: torch.Tensor, device) -> torch.Tensor:
+    """Grey, 28x28, in [0, 1]. Digits of another size are taken to fill their frame, as the embedded ones do: MNIST's
+    are 20 pixels high and have a margin."""
+    images = images.to(device).float().mean(1, keepdim=True) / 255
+    if images.shape[-1] == 28:
+        return images
+    return F.pad(F.interpolate(images, (18, 18), mode="bicubic", antialias=True).clamp(0, 1), (5, 5, 5, 5))
+
+
+def shrink(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Float images (N, C, H, W), averaged down to ``side`` pixels; smaller ones as they are."""
+    return images if images.shape[-1] <= side else F.interpolate(images, (side, side), mode="area")
+
+
+def _transformer(name: str, model_name_or_path: str, device) -> Extractor:
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path, use_fast=False)
+        model = AutoModel.from_pretrained(model_name_or_path)
+    except Exception as error:  # the Hub client and transformers share no class of errors
+        raise UserError(
+            f"--features {name}: {model_name_or_path} cannot be loaded: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}. Expected a Hub id or a folder in --features_model_name_or_path"
+        ) from error
+    model = model.to(device).eval()
+
+    def function(images):
+        pixels = processor(list(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()), return_tensors="pt")
+        pixels = pixels["pixel_values"].to(device)
+        output = model.get_image_features(pixels) if name == "clip" else model(pixels)
+        return output.pooler_output
+
+    return Extractor(name, hashlib.sha256(model_name_or_path.encode()).hexdigest()[:12], function, batch_size=50)
+
+
+def _inception(device) -> Extractor:
+    if importlib.util.find_spec("torch_fidelity") is None or importlib.util.find_spec("torchvision") is None:
+        raise UserError(
+            "--features inception needs torch-fidelity and a torchvision that fits torch: pip install torch-fidelity "
+            "torchvision. Without them: dinov2, clip, digits or pixels"
+        )
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
+    return Extractor("inception", "2015-12-05", lambda images: net(images.expand(-1, 3, -1, -1).to(device))[0], 50)

@@ -1,0 +1,146 @@
+"""Numbered images in a folder, drawn by all processes; an interrupted run goes on with what is missing."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+
+from .. import UserError
+from ..data.images import GREY_MODES, decode_image, prepare_image, to_eight_bits
+from ..data.sources import load_source
+from ..pictures import from_uint8
+from .reference import PLAIN
+
+SETTINGS = "sampling_args.json"
+# Flags that may change between two runs into one folder: they do not change image k
+ALSO = ("walk.gif", "images.npz", "images.parquet")
+FREE = {"output_dir", "num_samples", "sample_batch_size", "format", "gif", "compile", "config"}
+
+
+class ImageFolder:
+    """The images of one model, sampler and seed: ``images/000000.png`` and so on.
+
+    Args:
+        accelerator: call this on all processes.
+        args: the flags of sample.py.
+
+    Raises:
+        UserError: the folder holds something else, or images drawn with other settings.
+    """
+
+    def __init__(self, accelerator, args):
+        self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir)
+        problem = [None]
+        if accelerator.is_main_process:
+            try:
+                self._claim()
+            except UserError as error:
+                problem[0] = str(error)
+            except (OSError, ValueError) as error:
+                problem[0] = f"--output_dir {self.folder} cannot be used: {error}. Choose another folder"
+        if broadcast_object_list(problem)[0]:
+            raise UserError(problem[0])
+
+    def _claim(self) -> None:
+        settings = {flag: value for flag, value in vars(self.args).items() if flag not in FREE}
+        if self.args.interpolate:
+            settings["interpolate"] = [*self.args.interpolate, f"in {self.args.num_samples} images"]
+        path = self.folder / SETTINGS
+        if path.is_file():
+            found = json.loads(path.read_text())
+            names = sorted({*found, *settings})
+            changed = [
+                f"{n} was {found.get(n)!r}, is {settings.get(n)!r}" for n in names if found.get(n) != settings.get(n)
+            ]
+            if changed:
+                raise UserError(
+                    f"--output_dir {self.folder} holds images drawn otherwise: {'; '.join(changed)}. Give the old "
+                    "values to go on with them, or another --output_dir"
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"--output_dir {self.folder} is not empty, and not the output of sample.py. Choose another")
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def _path(self, sample_id: int) -> Path:
+        return self.folder / "images" / f"{sample_id:06}.png"
+
+    def missing(self) -> np.ndarray:
+        """Numbers of the images that are not there yet, the same on every process. Call it before any is saved."""
+        sample_ids = [sample_id for sample_id in range(self.args.num_samples) if not self._path(sample_id).is_file()]
+        return np.array(broadcast_object_list([sample_ids])[0], dtype=np.int64)
+
+    def save(self, sample_ids: np.ndarray, images: np.ndarray) -> None:
+        """Write images, uint8 (N, C, H, W), each complete or not at all."""
+        for sample_id, image in zip(sample_ids, images, strict=True):
+            temporary = self._path(sample_id).with_suffix(".tmp")
+            Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(temporary, format="PNG")
+            os.replace(temporary, self._path(sample_id))
+
+    def load(self, count: int) -> np.ndarray:
+        """The first images, uint8 (N, C, H, W)."""
+        images = [np.atleast_3d(Image.open(self._path(k))) for k in range(min(count, self.args.num_samples))]
+        return np.stack(images).transpose(0, 3, 1, 2)
+
+    def export(self, kind: str) -> None:
+        """Write all images into ``images.npz`` (``images``, uint8 (N, H, W, C)) or ``images.parquet`` (a data set)."""
+        if kind == "npz":
+            np.savez_compressed(
+                self.folder / "images.npz", images=self.load(self.args.num_samples).transpose(0, 2, 3, 1)
+            )
+            return
+        import datasets
+
+        paths = [{"bytes": self._path(k).read_bytes(), "path": None} for k in range(self.args.num_samples)]
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict({"image": paths}, features=features).to_parquet(self.folder / "images.parquet")
+
+    def print_stopped(self) -> None:
+        """How to go on after a signal."""
+        count = sum(self._path(k).is_file() for k in range(self.args.num_samples))
+        self.accelerator.print(f"\nStopped with {count} of {self.args.num_samples} images. The same command goes on.")
+
+    def print_finished(self) -> None:
+        """Where everything is."""
+        self.accelerator.print(
+            f"\nDrawn: {self.args.num_samples} images of {self.args.model}."
+            f"\n  images  {self.folder / 'images'}"
+            f"\n  grid    {self.folder / 'grid.png'}"
+            + "".join(f"\n  also    {path}" for path in sorted(self.folder.glob("*")) if path.name in ALSO)
+        )
+
+
+def load_image(path: str, shape: tuple[int, int, int]) -> torch.Tensor:
+    """A picture as a model takes it: float32 (1, C, H, W) in [-1, 1], resized and cut in the middle.
+
+    Raises:
+        UserError: it is not there, or not an image.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--init_image {path}: there is no such file; expected a picture")
+    image = to_eight_bits(decode_image(path, f"--init_image {path}"), "L" if shape[0] == 1 else "RGB", path)
+    return from_uint8(prepare_image(image, shape[-1], "bicubic", True))[None]
+
+
+def load_folder(folder: str, accelerator, seed: int, limit: int = 100_000) -> np.ndarray:
+    """The images of a folder, uint8 (N, C, H, W).
+
+    Raises:
+        UserError: there are none, or they differ in size.
+    """
+    if (Path(folder) / "images").is_dir():  # what sample.py made
+        folder = str(Path(folder) / "images")
+    flags = SimpleNamespace(**{**PLAIN, "train_data_dir": folder}, dataset_name=None, dataset_split="train", seed=seed)
+    dataset = load_source(flags, accelerator)[0]
+    decoded = [decode_image(row["image"]["bytes"] or row["image"]["path"], folder) for row in dataset.take(limit)]
+    sizes = {image.size for image in decoded}
+    if len(sizes) > 1 or len(set(*sizes)) > 1:
+        raise UserError(f"{folder}: images of {len(sizes)} sizes, such as {min(sizes)}; expected squares of one size")
+    mode = "L" if all(image.mode in GREY_MODES for image in decoded) else "RGB"
+    arrays = np.stack([np.atleast_3d(np.asarray(image.convert(mode))) for image in decoded])
+    return arrays.transpose(0, 3, 1, 2)

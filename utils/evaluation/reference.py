@@ -1,0 +1,115 @@
+"""The real images that samples are compared with: what a model was trained on, and what it has not seen."""
+
+import logging
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .. import randomness
+from ..data.datasets import PreparedImages
+from ..data.images import GREY_MODES, decode_image, prepare_image
+from ..data.sources import flags_called, load_source
+from ..pictures import make_grid, to_uint8
+from .features import load_extractor, shrink
+from .metrics import nearest_distances
+
+logger = logging.getLogger(__name__)
+
+MEMORY = 2**30  # bytes of a split's images at most
+PLAIN = dict(  # flags of the data sources that evaluating does not have
+    train_data_dir=None, dataset_config_name=None, image_column=None, label_column=None, max_train_samples=None,
+    streaming=False, bad_images="error", interpolation="bicubic", center_crop=True,
+)  # fmt: skip
+
+
+class Reference:
+    """Both splits of the reference, at the size and in the mode of whatever they are compared with.
+
+    Args:
+        args: ``reference``, ``reference_split``, ``held_out_split``, ``seed``.
+
+    Attributes:
+        held_out: uint8 (N, C, H, W), at the images' own size.
+    """
+
+    def __init__(self, args, accelerator):
+        self.args, self._prepared, self._baselines = args, {}, {}
+        self._sources = {}
+        for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
+            flags = SimpleNamespace(**PLAIN, dataset_name=args.reference, dataset_split=split, seed=args.seed)
+            with flags_called({"--dataset_name": "--reference", "--dataset_split": flag}):
+                self._sources[split] = load_source(flags, accelerator)[0], flags
+        first = self._sources[args.held_out_split][0][0]["image"]
+        image = decode_image(first["bytes"] or first["path"], args.reference)
+        self.held_out = self._load(args.held_out_split, min(image.size), "L" if image.mode in GREY_MODES else "RGB")
+
+    def _load(self, split: str, side: int, mode: str) -> np.ndarray:
+        if (split, side, mode) not in self._prepared:
+            dataset, flags = self._sources[split]
+            prepare = partial(prepare_image, resolution=side, interpolation=flags.interpolation)
+            images = PreparedImages(dataset, self.args.reference, flags, mode, False, prepare)
+            limit = MEMORY // (side * side * len(mode))
+            if limit < len(dataset):
+                logger.warning(f"{self.args.reference}, {split}: of {len(dataset)} images, {limit} at random are used")
+            self._prepared[split, side, mode] = images.examples(limit)
+        return self._prepared[split, side, mode]
+
+    def resized(self, shape: tuple[int, int, int], split: str | None = None) -> np.ndarray:
+        """Images of a split (default: the reference), shuffled, of this (C, H, W); uint8 (N, C, H, W)."""
+        return self._load(split or self.args.reference_split, shape[-1], {1: "L", 3: "RGB"}[shape[0]])
+
+    def noise(self, count: int) -> np.ndarray:
+        """Uniform noise in the shape of the images."""
+        noise = randomness.sample_noise(
+            self.args.seed, "ceiling", np.arange(count), self.held_out.shape[1:], "cpu", "uniform"
+        )
+        return to_uint8(noise)
+
+    def copies(self, images: np.ndarray) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
+        """How many of the images are nearer to a training image than real ones are.
+
+        An image's ratio is its distance to the nearest training image over that to the nearest held-out one. The rate
+        is the share of images whose ratio is below the lowest hundredth of that of the held-out images themselves:
+        about 0.01 is what real images have.
+
+        Returns:
+            The rate; the eight images with the lowest ratio and their nearest training images, uint8.
+        """
+        train, pixels, trained, unseen, threshold = self._baseline(images)
+        to_train, indices = nearest_distances(pixels(images), trained)
+        held_out = self.resized(images.shape[1:], self.args.held_out_split)
+        same = len(images) <= len(held_out) and np.array_equal(images, held_out[: len(images)])  # the floor
+        ratios = to_train / np.maximum(nearest_distances(pixels(images), unseen, skip_first=same)[0], 1e-12)
+        closest = np.argsort(ratios)[:8]
+        return float((ratios < threshold).mean()), (images[closest], train[indices[closest]])
+
+    def _baseline(self, images: np.ndarray) -> tuple:
+        """What images of this shape are compared with; the distances of all real images are measured once."""
+        if images.shape[1:] not in self._baselines:
+            shape = images.shape[1:]
+            train, held_out = self.resized(shape), self.resized(shape, self.args.held_out_split)
+            train = np.concatenate([train, train[..., ::-1]])  # as it may have been shown with --random_flip
+            pixels = load_extractor("pixels")
+            trained, unseen = pixels(train), pixels(held_out)
+            to_unseen = nearest_distances(unseen, unseen, skip_first=True)[0]
+            ratios = nearest_distances(unseen, trained)[0] / np.maximum(to_unseen, 1e-12)
+            self._baselines[images.shape[1:]] = train, pixels, trained, unseen, np.quantile(ratios, 0.01)
+        return self._baselines[images.shape[1:]]
+
+
+def show_nearest(samples: np.ndarray, training_images: np.ndarray) -> Image.Image:
+    """A picture of samples and, below each, its nearest training image by the pixels, averaged down to 32x32 at most.
+
+    Each training image is compared as it is and mirrored, for that is how ``--random_flip`` has shown it.
+
+    Args:
+        samples, training_images: uint8 (N, C, H, W) and (M, C, H, W).
+    """
+    both = np.concatenate([training_images, training_images[..., ::-1]])
+    first, second = (shrink(torch.from_numpy(images).float(), 32).flatten(1).numpy() for images in (samples, both))
+    _, indices = nearest_distances(first, second)
+    captions = ["samples", f"nearest of {len(training_images)}"]
+    return make_grid(np.concatenate([samples, both[indices]]), captions=captions)

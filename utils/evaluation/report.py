@@ -1,0 +1,98 @@
+"""What evaluate.py found, as a table for people and as JSON for programs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ..pictures import make_grid
+from .sweep import plot_sweep
+
+NOTE = """
+N: samples, and as many real images. Rows with the same N can be compared with each other, and with no other table. ema:
+whether the weights are averages, where that is known. The floor is what real, held-out images
+get, the ceiling what noise gets. Lower is better for fd, kid and class_distance (of the digits' frequencies from equal
+ones), higher for precision, recall, density and coverage. confidence: how sure the classifier is; noise can make it
+sure, too. copies: the share of images nearer to a training image than 99 % of the held-out ones are. Errors: of fd by
+bootstrap over the generated images, of kid over its subsets.
+"""
+LOSS_NOTE = """
+Denoising loss on frozen (image, timestep, noise) triples, whole and by range of timesteps. A model that has learned by
+heart has a lower one on the images that it was trained on than on held-out ones. Models with different targets or
+noise cannot be compared by it.
+"""
+
+
+def table_of(rows: list[dict]) -> str:
+    """Markdown. Columns are the keys in order of appearance; a key with ``_error`` goes beside its own as +-."""
+    keys = []
+    for row in rows:
+        keys += [key for key in row if key not in keys and not key.endswith("_error")]
+    table = [keys]
+    for row in rows:
+        cells = []
+        for key in keys:
+            text = _show(row.get(key))
+            error = row.get(f"{key}_error")
+            cells.append(f"{text} ± {_show(error)}" if error is not None else text)
+        table.append(cells)
+    widths = [max(len(cells[k]) for cells in table) for k in range(len(keys))]
+    lines = [
+        "| " + " | ".join(c.ljust(width) for c, width in zip(cells, widths, strict=True)) + " |" for cells in table
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _show(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write_report(
+    folder: Path, rows: list[dict], losses: list[dict], grids: dict, pairs: dict, sweep: bool, **facts
+) -> None:
+    """Write ``results.json``, ``results.md``, ``samples.png`` and ``nearest.png``, and print the tables.
+
+    If samplers are compared, also ``sweep.png``.
+
+    Args:
+        rows: one result each, with ``model`` its name; the first one is the floor.
+        losses: denoising losses, a second table; may be empty.
+        grids: uint8 (N, C, H, W) by name, samples to show.
+        pairs: two of the same by name: the images most like training images, and those.
+        sweep: whether there are rows for several numbers of steps.
+        facts: what holds for all rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    said = ", ".join(f"{key} {value}" for key, value in facts.items())
+    text = f"{said}\n\n{table_of(rows)}\n{NOTE}"
+    if losses:
+        text += f"{LOSS_NOTE}\n{table_of(losses)}\n"
+    files = ["results.json", "results.md", "samples.png", "nearest.png"]
+    if sweep:
+        plot_sweep(rows).savefig(folder / "sweep.png")
+        files.append("sweep.png")
+    print(f"\n{text}\nwritten to {folder}: {', '.join(files)}")
+    (folder / "results.md").write_text(text)
+    record = {**facts, "results": rows, "denoising_losses": losses}
+    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    _strip(grids).save(folder / "samples.png")
+    both = {}
+    for name, (images, trained_on) in pairs.items():
+        both |= {name: images, f"{name}: nearest": trained_on}
+    _strip(both).save(folder / "nearest.png")
+
+
+def _strip(groups: dict):
+    """One row of eight images a name, all in colour if one is, enlarged to the largest side."""
+    side = max(images.shape[-1] for images in groups.values())
+    rows = []
+    for images in groups.values():
+        factor = side // images.shape[-1]
+        images = np.pad(images, ((0, 8 - len(images)), (0, 0), (0, 0), (0, 0)))
+        images = images.repeat(factor, axis=2).repeat(factor, axis=3)
+        rest = side - images.shape[-1]
+        images = np.pad(images, ((0, 0), (0, 0), (0, rest), (0, rest)))
+        rows.append(images if images.shape[1] == 3 else images.repeat(3, axis=1))
+    return make_grid(np.concatenate(rows), captions=list(groups))

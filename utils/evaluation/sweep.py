@@ -1,0 +1,93 @@
+"""Samplers and numbers of steps compared: which is best, a plot of them all, and the best written into a pipeline."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from diffusers import SchedulerMixin
+from matplotlib.figure import Figure
+
+from .. import UserError
+from ..training.curves import label_log_axis
+
+
+def best_setting(tried: list[tuple]) -> tuple:
+    """The sampler and the number of steps with the lowest Fréchet distance; within its error, the fewest steps.
+
+    Args:
+        tried: samplers or their names, each with a list of its one row.
+    """
+    rows = [(sampler, row, _distance(row)) for sampler, (row,) in tried]
+    lowest = min(rows, key=lambda entry: entry[2])
+    limit = lowest[2] + _distance(lowest[1], "_error")
+    near = [entry for entry in rows if entry[2] <= limit]
+    sampler, row, _ = min(near, key=lambda entry: (entry[1]["steps"], entry[2]))
+    return sampler, row["steps"]
+
+
+def _distance(row: dict, suffix: str = "") -> float:
+    return row[_metric(row) + suffix]
+
+
+def _metric(row: dict) -> str:
+    """The name of the Fréchet distance in a row."""
+    return next(key for key in row if key.startswith(("fd_", "fid_")))
+
+
+def plot_sweep(rows: list[dict]) -> Figure:
+    """Fréchet distance against UNet calls per image, a line for each model and sampler."""
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="UNet calls per image", ylabel=_metric(rows[0]))
+    lines = {}
+    for row in rows:
+        if "steps" in row:
+            lines.setdefault(row["model"].rsplit(" ", 1)[0], []).append(row)
+    for name, points in lines.items():
+        points = sorted(points, key=lambda row: row["steps"])
+        distances, errors = ([_distance(row, suffix) for row in points] for suffix in ("", "_error"))
+        axes.errorbar([row["steps"] for row in points], distances, errors, marker="o", capsize=3, label=name)
+    floor = _distance(rows[0])
+    axes.axhline(floor, color="grey", linestyle="--", label=f"held-out images: {floor:.2g}")
+    steps = sorted({row["steps"] for row in rows if "steps" in row})
+    axes.set_xticks(steps, [str(n) for n in steps])
+    label_log_axis(axes)
+    axes.legend()
+    axes.set_title(f"N={rows[0]['N']}; bars: standard error by bootstrap", fontsize="medium")
+    return figure
+
+
+def check_writable(name: str) -> None:
+    """Refuse a pipeline whose scheduler cannot be replaced.
+
+    Raises:
+        UserError: no folder, not a DDPMPipeline, or a checkpoint, whose files are listed with their hashes.
+    """
+    index = Path(name) / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"--write_best: {name} is not a folder with a pipeline; expected the output of train_ddpm.py")
+    if (Path(name) / "manifest.json").exists():
+        raise UserError(f"--write_best: {name} is a checkpoint, and stays as it was saved; give the run's folder")
+    pipeline_class = json.loads(index.read_text())["_class_name"]
+    if pipeline_class != "DDPMPipeline":
+        raise UserError(f"--write_best: {name} is a {pipeline_class}, which has one sampler; expected a DDPMPipeline")
+
+
+def write_scheduler(folder: Path, scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Put another scheduler into a saved DDPMPipeline, and into the lines of its README.md that load it."""
+    changes = {}
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    changes["model_index.json"] = json.dumps(index, indent=2) + "\n"
+    changes["scheduler/scheduler_config.json"] = scheduler.to_json_string()
+    if (folder / "README.md").is_file():
+        card = re.sub(
+            r"num_inference_steps=\d+", f"num_inference_steps={num_inference_steps}", (folder / "README.md").read_text()
+        )
+        changes["README.md"] = re.sub(
+            r"saved scheduler is `\w+`", f"saved scheduler is `{type(scheduler).__name__}`", card
+        )
+    for name, text in changes.items():  # each of them complete or as it was
+        staging = folder / f"{name}.tmp"
+        staging.write_text(text)
+        os.replace(staging, folder / name)

@@ -1,0 +1,175 @@
+"""The README.md of a trained model, written by the run that trained it."""
+
+import contextlib
+import io
+import json
+import logging
+import re
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..hardware import device_name
+from ..training.checkpoints import file_hash
+from ..training.output_dir import how_to_load, is_hub_id, without_path
+
+logger = logging.getLogger(__name__)
+
+TRAINING_FLAGS = (
+    "learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "dropout", "use_ema", "random_flip", "seed",
+)  # fmt: skip
+USE = """
+## Intended use and limits
+
+For studying and illustrating diffusion models, and to start others from. It draws what its training images show, with
+their gaps and biases; what it draws is evidence of nothing. Small data sets are memorised: compare samples with the
+training images before showing them. The licence of the training images applies, too.
+"""
+PEOPLE = """
+## People
+
+The training images may show real people. Whoever trains or publishes such a model needs their consent, or a licence
+that covers it. A model adapted to few images repeats them: before showing samples, compare them with the training
+images (`nearest.png`, written by the run, shows the nearest by their pixels: that finds copies, not likenesses).
+Intended for studying and illustrating generative models. Not for depicting an identifiable person without consent, for
+deceiving anyone, or for recognising or judging people; what it draws says nothing about anybody.
+"""
+
+
+def write_card(folder: Path, title: str, args, of_people: bool = False, **summary) -> None:
+    """Write ``README.md``: valid metadata, the samples, a snippet that loads the model, and how it was trained.
+
+    In the run's own folder the snippet has been run, with one step, before it is written.
+
+    Args:
+        folder: a saved pipeline.
+        title: what kind of model it is, one line.
+        args: the run's flags.
+        of_people: whether the images show people; adds a section.
+        summary: what the run found out; ``data`` is the Hub id, path or short name of the training images,
+            ``data_license`` their licence, ``base`` the id or path of the pipeline that it started from.
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    on_hub = {key: name for key, name in summary.items() if key in ("data", "base") and is_hub_id(name)}
+    tags = ["diffusers", "unconditional-image-generation"]
+    data = ModelCardData(
+        license=args.hub_license,
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=tags + (["ddpm"] if index["_class_name"] == "DDPMPipeline" else []),
+        datasets=[on_hub["data"]] if "data" in on_hub else None,
+        base_model=on_hub.get("base"),
+    )
+    for key in {"data", "base"} & (set(summary) - set(on_hub)):
+        summary[key] = Path(summary[key]).name  # no path of one machine
+    sampler = index["scheduler"][1]
+    settings = summary | {key: vars(args)[key] for key in TRAINING_FLAGS if vars(args).get(key) is not None}
+    table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in settings.items())
+    folders = [folder, *(folder / part for part in ("scheduler", "unet"))]
+    code = [f"`{path.relative_to(folder)}`" for place in folders for path in place.glob("*.py")]
+    trust = f"`trust_remote_code=True` runs the code that comes with the model: {', '.join(code)}. Read it first.\n\n"
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, diffusers, accelerate))
+    state = accelerate.PartialState()
+    final = folder.resolve() == Path(args.output_dir).resolve()  # otherwise a checkpoint, which has no pictures
+    drawn = f"""The weights drew the samples above ({args.num_samples} images, \
+{vars(args).get("sampler", sampler)}, {args.num_inference_steps} steps, seed {args.seed}, not selected)."""
+    has_curves = final and {"all", "tensorboard"} & set(args.report_to.split(","))
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {_escape(title)}
+
+Draws images like those in {_escape(summary["data"])}, with a {index["unet"][1]}.
+
+{"![samples](samples.png)" if final else "From before the end of training."}
+
+{_snippet(folder, args, final)}{trust if code else ""}The saved scheduler is `{sampler}`. {drawn if final else ""}
+
+## Training
+
+{"![curves](curves.png)" if has_curves else ""}
+
+    {command_line()}
+
+{versions}; {state.num_processes} x {device_name(state.device)}
+
+| | |
+|---|---|
+{table}
+{USE}{PEOPLE if of_people else ""}"""
+    ModelCard(text).save(folder / "README.md")
+
+
+def _snippet(folder: Path, args, run_it: bool) -> str:
+    """How to load and draw, as Markdown; nothing if that failed here."""
+    name = Path(args.output_dir).resolve().name
+    load = how_to_load(folder, name)
+    code = f"from diffusers import {load.split('.')[0]}\n\npipeline = {load}\n"
+    code += f"images = pipeline(batch_size=4, num_inference_steps={args.num_inference_steps}).images\n"
+    code += 'images[0].save("sample.png")'
+    if run_it:
+        once = code.replace(repr(name), repr(str(folder.resolve())))
+        once = re.sub(r"batch_size=4, num_inference_steps=\d+", "batch_size=1, num_inference_steps=1", once)
+        try:
+            with tempfile.TemporaryDirectory() as place, contextlib.chdir(place), torch.random.fork_rng(devices=[]):
+                with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+                    exec(once, {})
+        except Exception as error:  # the model is saved: a card without the snippet is better than none
+            logger.warning(
+                f"{folder}: the saved pipeline could not be loaded and called: {type(error).__name__}: {error}"
+            )
+            return ""
+    return f"```python\n{code}\n```\n\n"
+
+
+def command_line() -> str:
+    """The command that started this process, without paths of this machine."""
+    return shlex.join(["python", *(without_path(argument) for argument in sys.argv)]).replace("\n", " ")
+
+
+def add_results(folder: Path, results: dict) -> None:
+    """Put what evaluate.py has found into the card's metadata.
+
+    Args:
+        folder: a saved pipeline with a README.md.
+        results: of a ``results.json``; rows of these weights count.
+
+    Raises:
+        ValueError: none of them does.
+    """
+    weights = file_hash(*(folder / "unet").glob("*.safetensors"))[:12]
+    rows = [row for row in results["results"] if row.get("weights") == weights]
+    if not rows:
+        names = ", ".join(f"{row['model']} ({row.get('weights', 'no weights')})" for row in results["results"])
+        raise ValueError(f"none of its rows is of the weights in {folder} ({weights}): {names}. Run evaluate.py again")
+    card = ModelCard.load(folder / "README.md")
+    reference = Path(results["reference"]).name if not is_hub_id(results["reference"]) else results["reference"]
+    card.data.model_name = folder.resolve().name
+    card.data.eval_results = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=reference,
+            dataset_name=reference,
+            dataset_split=results["reference_split"],
+            metric_type=metric,
+            metric_name=f"{metric}, N={row['N']}, {row['sampler']}, {row['steps']} steps",
+            metric_value=round(value, 4),
+        )
+        for row in rows
+        for metric, value in row.items()
+        if metric.startswith(("fd_", "fid_", "kid_", "precision", "recall", "coverage")) and "error" not in metric
+    ]
+    card.save(folder / "README.md")
+
+
+def _escape(value) -> str:
+    """One line of Markdown text without markup, whatever the user named things."""
+    text = " ".join(str(value).split())
+    return "".join("\\" + character if character in "\\`*_[]<>|#" else character for character in text)

@@ -1,0 +1,301 @@
+"""Checkpoints that are complete or not there.
+
+``checkpoint-N`` is a pipeline that ``from_pretrained`` loads, plus ``training_state/`` to resume from. It is written to
+a staging folder beside its place; a manifest with the size and SHA-256 of every file comes last; then one rename
+publishes it. Older checkpoints are removed after that, never before. Nothing in it runs code when it is loaded: weights
+are safetensors, the optimizer and the random state are read with ``weights_only=True``, the rest is JSON.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list, gather_object
+
+from .. import UserError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or is not complete."""
+
+
+def save_checkpoint(
+    accelerator, output_dir: Path, step: int, save_pipeline: Callable[[Path], None], state: dict, total_limit: int
+) -> Path:
+    """Publish ``checkpoint-<step>``. Call it on all processes, at an optimizer step's end.
+
+    Args:
+        save_pipeline: writes what ``from_pretrained`` loads into the folder it gets; called on the main process.
+        state: JSON-ready, returned by ``load_checkpoint``.
+        total_limit: complete checkpoints to keep, the newest first.
+
+    Raises:
+        CheckpointError: on every process if any of them failed; earlier checkpoints are untouched.
+    """
+    final, staging = (output_dir / f"checkpoint-{step}", output_dir / f".tmp-checkpoint-{step}")
+    space = _space(accelerator, output_dir)
+
+    def stage():
+        _check_finite(accelerator)
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+            if space[1] < space[0]:
+                raise OSError("the disk is full")
+            staging.mkdir(parents=True)
+
+    def publish():
+        if accelerator.is_main_process:
+            save_pipeline(staging)
+            facts = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+            _write_json(staging / STATE, {**state, **facts, "global_step": step})
+            _write_manifest(staging)
+            if final.exists():  # a damaged one
+                os.rename(final, final.with_name(f".tmp-removed-{final.name}"))
+            os.rename(staging, final)
+            sync(output_dir)
+            _prune(output_dir, total_limit)
+            remove_leftovers(output_dir)
+
+    advice = "It takes about {:.0f} MiB, and {:.0f} MiB of its disk were free".format(*(n / 2**20 for n in space))
+    try:
+        for action in (stage, lambda: accelerator.save_state(str(staging / "training_state")), publish):
+            on_all_processes(accelerator, f"{final} cannot be saved", action, advice)
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+    logger.info(f"Saved {final}")
+    return final
+
+
+def find_checkpoint(accelerator, output_dir: Path, request: str | None) -> Path | None:
+    """The checkpoint to resume from, the same on every process.
+
+    Args:
+        request: ``latest``, a path, or None, which is latest if there is any.
+
+    Returns:
+        None only if ``request`` is None and there is no complete checkpoint.
+
+    Raises:
+        CheckpointError: the requested one does not exist or is not complete.
+    """
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = _find(output_dir, request)
+        except CheckpointError as error:
+            answer[1] = str(error)
+    path, problem = broadcast_object_list(answer)
+    if problem:
+        raise CheckpointError(problem)
+    return path
+
+
+def _find(output_dir: Path, request: str | None) -> Path | None:
+    if request not in (None, "latest"):
+        verify_checkpoint(Path(request))
+        return Path(request)
+    for path in reversed(list_checkpoints(output_dir)):
+        try:
+            verify_checkpoint(path)
+            return path
+        except CheckpointError as error:
+            logger.warning(f"Skipping a damaged checkpoint. {error}")
+    if request == "latest":
+        raise CheckpointError(
+            f"--resume_from_checkpoint latest: {output_dir} has no complete checkpoint. Check --output_dir, or leave "
+            "the flag out to start from scratch"
+        )
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders named ``checkpoint-<number>``, by number, complete or not."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing or damaged.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"--resume_from_checkpoint {path}: there is no such folder; expected .../checkpoint-N")
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {MANIFEST} is missing or damaged") from error
+    state_files = {file.relative_to(path).as_posix() for file in path.glob("training_state/**/*") if file.is_file()}
+    for name in sorted(state_files - set(files)):  # accelerate loads whatever it finds there
+        raise CheckpointError(
+            f"{path} is damaged: {name} is not in its manifest. Remove it if you know where it is from"
+        )
+    for name, (size, digest) in files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise CheckpointError(f"{path} is damaged: {name} lies outside of it")
+        if not file.is_file():
+            raise CheckpointError(f"{path} is not a complete checkpoint: {name} is missing")
+        if file.stat().st_size != size or file_hash(file) != digest:
+            raise CheckpointError(f"{path} is damaged: {name} is not what was saved")
+
+
+def read_state(path: Path) -> dict:
+    """What ``save_checkpoint`` was given as ``state``, with ``global_step`` and ``num_processes``."""
+    return json.loads((path / STATE).read_text())
+
+
+def load_checkpoint(accelerator, path: Path, state: dict) -> None:
+    """Load weights, optimizer, schedule and random state into what ``accelerator`` prepared.
+
+    Args:
+        path: a checkpoint that ``find_checkpoint`` returned.
+        state: what ``read_state`` returned.
+    """
+    if state["num_processes"] != accelerator.num_processes:
+        logger.warning(
+            f"{path} was saved by {state['num_processes']} processes, this run has {accelerator.num_processes}: "
+            "same samples and learning rates, sums in another order"
+        )
+    if state["mixed_precision"] != accelerator.mixed_precision:
+        logger.warning(
+            f"{path} was saved with mixed precision {state['mixed_precision']!r}, this run has "
+            f"{accelerator.mixed_precision!r}: it goes on, but not bit for bit as before"
+        )
+    scaler = accelerator.scaler
+    if not (path / "training_state" / "scaler.pt").exists():
+        accelerator.scaler = None  # saved in another precision: the scaler of fp16 starts anew
+    try:
+        accelerator.load_state(str(path / "training_state"))  # weights_only: nothing in it is run
+    except Exception as error:  # the manifest fits, so somebody has made it for these files
+        raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    accelerator.scaler = scaler
+    for wrapped in accelerator._schedulers:  # the rate that this run's schedule has now, should its length have changed
+        schedule = wrapped.scheduler
+        rates = [
+            base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
+    accelerator.step = 0  # micro-steps: a checkpoint stands at an optimizer step's end
+
+
+def set_aside_newer(output_dir: Path, path: Path) -> None:
+    """Rename checkpoints newer than ``path``, so that a run that goes back to it does not mistake them for its own."""
+    checkpoints = list_checkpoints(output_dir)
+    if path.resolve() not in [checkpoint.resolve() for checkpoint in checkpoints]:
+        return
+    for newer in checkpoints:
+        if int(newer.name.split("-")[1]) > int(path.name.split("-")[1]):
+            number, target = 0, newer.with_name(f"abandoned-{newer.name}")
+            while target.exists():
+                number += 1
+                target = newer.with_name(f"abandoned-{newer.name}-{number}")
+            os.rename(newer, target)
+            logger.warning(f"{newer} is newer than {path.name}, which this run goes back to: renamed to {target.name}")
+
+
+def on_all_processes(accelerator, problem: str, action: Callable[[], None], advice: str) -> None:
+    """Run ``action`` on every process; if it fails on one, fail on all, so that nobody waits for ever.
+
+    Raises:
+        CheckpointError: the problem, the first process's failure and the advice.
+    """
+    try:
+        action()
+        failure = None
+    except Exception as error:
+        where = f"process {accelerator.process_index}: " if accelerator.num_processes > 1 else ""
+        failure = f"{where}{type(error).__name__}: {error}"
+    failures = [message for message in gather_object([failure]) if message]
+    if failures:
+        raise CheckpointError(
+            f"{problem}: {failures[0]}. {advice}. Earlier checkpoints are intact: when this is fixed, the same "
+            "command goes on from the newest"
+        )
+
+
+def _space(accelerator, output_dir: Path) -> tuple[float, int]:
+    """Bytes that a checkpoint takes, by the one before or by the weights, their average and two moments; bytes free."""
+    earlier = list_checkpoints(output_dir)
+    if earlier:
+        needed = sum(file.stat().st_size for file in earlier[-1].rglob("*") if file.is_file()) * 1.1
+    else:
+        needed = 4 * sum(weight.nbytes for model in accelerator._models for weight in model.parameters())
+    return needed, shutil.disk_usage(output_dir).free
+
+
+def _check_finite(accelerator) -> None:
+    for model in accelerator._models:
+        for name, weight in model.named_parameters():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite; start anew with a lower --learning_rate")
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            files[file.relative_to(folder).as_posix()] = [file.stat().st_size, file_hash(file)]
+        sync(file)
+    _write_json(folder / MANIFEST, {"files": files})
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def file_hash(*files: Path) -> str:
+    """SHA-256 of files, one after the other by name: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        with open(file, "rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the disk write what the system has of a file or folder."""
+    if os.name == "nt":  # opens no folders, and syncs no file that is open for reading
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(output_dir: Path, total_limit: int) -> None:
+    complete = [path for path in list_checkpoints(output_dir) if (path / MANIFEST).is_file()]
+    for path in complete[:-total_limit]:
+        try:
+            doomed = path.with_name(f".tmp-removed-{path.name}")  # at no moment half a checkpoint by its name
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning(f"{path} cannot be removed: {error}")
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a killed run left half-written or half-removed."""
+    for path in output_dir.glob(".tmp-*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,225 @@
+"""The output folder: whose it is, which settings it was made with, and where to go on."""
+
+import json
+import logging
+import os
+import re
+import time
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
+
+from .. import UserError
+from ..hardware import device_name
+from . import checkpoints
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS = "training_args.json"
+# Flags that say where things are on this machine, or concern it alone
+PRIVATE = {"output_dir", "logging_dir", "config", "resume_from_checkpoint", "report_to"}
+LOCK = ".lock"
+DRAWING = {  # a finished run with others draws and saves again
+    "num_samples", "sampler", "num_inference_steps", "guidance_color", "guidance_prompt", "guidance_scale",
+    "guidance_mode", "clip_model_name_or_path",
+}  # fmt: skip
+_locks = {}  # files that this process has locked, by folder
+# Flags that may change when a run is resumed: they say where, how fast and how often, not what is computed. The batch
+# geometry may change too, as long as the global batch stays what it was.
+FREE_ON_RESUME = {
+    "bad_images", "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config",
+    "dataloader_num_workers", "evaluate_steps", "features", "features_model_name_or_path",
+    "gradient_accumulation_steps", "gradient_checkpointing", "hub_license", "hub_logs", "hub_model_id",
+    "hub_private_repo", "hub_revision", "hub_strategy", "hub_timeout", "keep_best", "logging_dir", "logging_steps",
+    "max_bad_images", "max_train_steps", "mixed_precision", "num_evaluation_samples", "num_train_epochs",
+    "num_validation_images", "output_dir", "prior_dataset_name", "prior_dataset_split", "push_required",
+    "push_to_hub", "report_to", "resume_from_checkpoint", "sample_batch_size", "sample_steps", "train_batch_size",
+    "validation_split", "validation_steps", *DRAWING,
+}  # fmt: skip
+
+
+def claim_output_dir(accelerator, args) -> tuple[Path, int | None]:
+    """Make the output folder this run's, or find that it holds this run already.
+
+    Returns:
+        The folder, and the number of optimizer steps after which a run in it finished, or None.
+
+    Raises:
+        UserError: the folder cannot be written, holds something else, or a run with other settings.
+    """
+    folder, answer = Path(args.output_dir), [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = _inspect_output_dir(folder, args)
+        except UserError as error:
+            answer[1] = str(error)
+        except (OSError, ValueError) as error:
+            answer[1] = f"--output_dir {folder} cannot be used: {error}. Choose another folder"
+    finished_at, problem = broadcast_object_list(answer)
+    if problem:
+        raise UserError(problem)
+    return folder, finished_at
+
+
+def _inspect_output_dir(folder: Path, args) -> int | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder} cannot be written to. Choose another folder")
+    foreign = [path for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(".tmp-")]
+    if foreign and not (folder / ARGUMENTS).is_file():
+        raise UserError(
+            f"--output_dir {folder} is not empty, and not the output of these scripts. Choose another folder"
+        )
+    _lock(folder)
+    if not (folder / ARGUMENTS).is_file():
+        return None
+    found = json.loads((folder / ARGUMENTS).read_text())
+    check_settings(f"--output_dir {folder}", found["arguments"], vars(args))
+    redraw = any(found["arguments"].get(flag) != vars(args).get(flag) for flag in DRAWING)
+    complete = (folder / "model_index.json").is_file() and (folder / "samples.png").is_file()
+    return found.get("finished_at_step") if complete and not redraw else None
+
+
+def _lock(folder: Path) -> None:
+    """Keep other runs out of the folder until this process ends; where there is no ``fcntl`` (Windows), do nothing.
+
+    A launcher that is killed returns before its child has saved: the same command, given at once, waits for that.
+    """
+    if fcntl is None or folder.resolve() in _locks:
+        return
+    file = open(folder / LOCK, "w")  # noqa: SIM115  open as long as the process lives
+    for seconds in range(60):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locks[folder.resolve()] = file
+            return
+        except BlockingIOError:
+            if seconds == 0:
+                logger.warning(f"Another run is writing to {folder}; waiting up to a minute for it to end.")
+            time.sleep(1)
+    raise UserError(f"--output_dir {folder}: another run is writing to it. Wait for it, or choose another folder")
+
+
+def check_settings(where: str, old: dict, new: dict) -> None:
+    """Refuse to go on with a run whose results would depend on when the settings changed.
+
+    Args:
+        where: the folder, for the message.
+        old, new: settings by name; those in ``FREE_ON_RESUME`` may differ.
+
+    Raises:
+        UserError: lists what differs.
+    """
+    names = sorted({*old, *new} - FREE_ON_RESUME)
+    changed = [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)
+    ]
+    unknown = [name for name in names if old.get(name) != new.get(name) and not (name in old and name in new)]
+    if unknown:
+        raise UserError(
+            f"{where} holds a run of another script, or of another version of this one: {', '.join(unknown)} are not "
+            "flags of both. Choose another --output_dir"
+        )
+    if changed:
+        raise UserError(
+            f"{where} holds a run with other settings: {'; '.join(changed)}. Give the old values to go on with it, or "
+            "another --output_dir to start afresh"
+        )
+
+
+def resume(accelerator, args, data_settings: dict, ema_model) -> int:
+    """Load the checkpoint that the flags ask for into what ``accelerator`` prepared and into ``ema_model``.
+
+    Args:
+        data_settings: further settings that must not have changed, such as the number of images.
+
+    Returns:
+        Optimizer steps done; 0 for a run from scratch.
+    """
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        checkpoints.remove_leftovers(output_dir)
+    path = checkpoints.find_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
+    if path is None:
+        logger.info(f"Starting a new run in {output_dir}.")
+        return 0
+    state = checkpoints.read_state(path)
+    check_settings(str(path), state["settings"], {**vars(args), **data_settings})
+    if accelerator.is_main_process:
+        checkpoints.set_aside_newer(output_dir, path)
+    checkpoints.load_checkpoint(accelerator, path, state)
+    averaged = {}  # the checkpoint's pipeline holds them, and its low-rank adapter if there is one
+    for file in [*path.glob("unet/*.safetensors"), *path.glob("adapter/*.safetensors")]:
+        averaged |= load_file(file)
+    ema_model.load(averaged, state["ema_step"])
+    logger.info(f"Resuming from {path}, {state['global_step']} optimizer steps done.")
+    return state["global_step"]
+
+
+def save(accelerator, args, data_settings: dict, ema_model, global_step: int, save_pipeline) -> None:
+    """Publish ``checkpoint-<global_step>``, what ``resume`` goes on from. Call it on all processes.
+
+    Args:
+        data_settings: as for ``resume``.
+        save_pipeline: writes a pipeline into the folder it gets, with the averaged weights in ``unet`` or ``adapter``.
+    """
+    state = dict(settings={**vars(args), **data_settings}, ema_step=ema_model.optimization_step)
+    folder, limit = Path(args.output_dir), args.checkpoints_total_limit
+    checkpoints.save_checkpoint(accelerator, folder, global_step, save_pipeline, state, limit)
+
+
+def write_arguments(accelerator, args, **summary) -> None:
+    """Write ``training_args.json``: the flags, what was found out, the versions and the machine."""
+    if not accelerator.is_main_process:
+        return
+    content = {
+        "arguments": vars(args),
+        "public_arguments": public(vars(args)),  # now, while it can be seen what is a path
+        **public(summary),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "device": device_name(accelerator.device),
+        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, accelerate)},
+    }
+    path = Path(args.output_dir) / ARGUMENTS
+    temporary = path.with_name(f".tmp-{ARGUMENTS}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    checkpoints.sync(temporary)
+    temporary.replace(path)
+    checkpoints.sync(path.parent)
+
+
+def how_to_load(folder: Path, name: str | Path) -> str:
+    """The expression that loads the pipeline saved in ``folder`` as ``name``: a path, or an id on the Hub."""
+    pipeline_class = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    if isinstance(pipeline_class, list):  # its code is in the folder
+        return f"DiffusionPipeline.from_pretrained({str(name)!r}, trust_remote_code=True)"
+    return f"{pipeline_class}.from_pretrained({str(name)!r})"
+
+
+def without_path(value):
+    """A flag's value, or ``--flag=value``; a path of this machine is cut down to its last part."""
+    flag, equals, text = value.partition("=") if str(value).startswith("--") else ("", "", value)
+    if not isinstance(text, str) or not text or is_hub_id(text):
+        return value
+    is_path = text.startswith(("/", "./", "../", "~")) or (("/" in text or "\\" in text) and Path(text).exists())
+    return flag + equals + (Path(text).name if is_path else text)
+
+
+def public(values: dict) -> dict:
+    """Flags and results that may be published: nothing about this machine."""
+    return {name: without_path(value) for name, value in values.items() if name not in PRIVATE}
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it looks like user/name, and no such path is here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists()

@@ -1,0 +1,300 @@
+"""A run's surroundings: the accelerator, logging, the trackers, exit codes, and advice about errors."""
+
+import contextlib
+import errno
+import importlib.metadata
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+
+from .. import UserError, printable
+from ..args import Arguments
+from ..hardware import device_name, has_bf16, set_up_process, use_all_cores
+from .curves import draw_curves
+from .output_dir import how_to_load, public, write_arguments
+
+logger = logging.getLogger(__name__)
+
+UPLOAD = "upload"  # name of a thread that the end of the process does not wait for
+REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"  # what the tests have run with
+# Accelerators of several processes live until the process ends: taking DistributedDataParallel down waits for the other
+# processes for ever in one run of ten
+_keep = []
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def make_accelerator(args) -> Accelerator:
+    """The Accelerator of a training run, see ``start_process``.
+
+    Raises:
+        UserError: also for an unknown or missing tracker.
+    """
+    trackers = _check_trackers(args.report_to)
+    # The schedule counts optimizer steps. By default accelerate steps it once per process, which no schedule's length
+    # survives unless it is multiplied by the number of processes.
+    accelerator = start_process(
+        args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
+        ),
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def start_process(mixed_precision: str | None, **options) -> Accelerator:
+    """An Accelerator, with threads and logging set up and what cannot work refused.
+
+    Raises:
+        UserError: fp16 on a CPU, several processes that do not know of each other.
+    """
+    set_up_process()
+    group = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # others wait while one downloads
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group], **options)
+    if accelerator.num_processes > 1:
+        _keep.append(accelerator)
+    _set_up_logging(accelerator)
+    _check_versions()
+    use_all_cores(accelerator.device)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size != accelerator.num_processes:
+        raise UserError(
+            f"{world_size} processes were started, but they form no group (this one counts "
+            f"{accelerator.num_processes}): they would work apart and write to the same folder. On a CPU, set "
+            "ACCELERATE_USE_CPU=true"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
+    if accelerator.mixed_precision == "bf16" and not has_bf16(accelerator.device):
+        logger.warning(
+            f"{device_name(accelerator.device)} has no bf16 instructions: --mixed_precision no is probably faster, "
+            "and fp16 on a GPU"
+        )
+    return accelerator
+
+
+def _check_trackers(report_to: str) -> list[str]:
+    if report_to in ("none", "all"):
+        return [] if report_to == "none" else ["all"]
+    known, available = (LoggerType.list(), [str(tracker) for tracker in get_available_trackers()])
+    names = [name.strip() for name in report_to.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--report_to {name}: unknown tracker; expected none, {', '.join(known)}")
+        if name not in available:
+            raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or choose none")
+    return names
+
+
+def _check_versions() -> None:
+    """One line about packages of other versions than requirements.txt pins; a further release of one counts as it."""
+    pinned = re.findall(r"^([\w-]+)==([\w.]+)", REQUIREMENTS.read_text(), re.M) if REQUIREMENTS.is_file() else []
+    others = []
+    for name, tested in pinned:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every script needs each
+            version = importlib.metadata.version(name)
+            if version.split("+")[0].split(".")[:2] != tested.split(".")[:2]:
+                others.append(f"{name} {version} (tested: {tested})")
+    if others:
+        logger.warning(f"Not tested with {', '.join(others)}. If something fails: pip install -r requirements.txt")
+
+
+class _AboveTheBar(logging.Handler):
+    """Log lines above a progress bar instead of through it."""
+
+    def emit(self, record):
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
+
+
+def _set_up_logging(accelerator) -> None:
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.WARNING,
+        handlers=[_AboveTheBar()],
+        force=True,
+    )
+    diffusers.utils.logging.disable_progress_bar()  # of loading two small files
+    logging.getLogger("huggingface_hub").propagate = False  # it has its own handler; once is enough
+    logging.getLogger("utils").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    if not accelerator.is_main_process:
+        diffusers.utils.logging.set_verbosity_error()
+
+
+def start(accelerator, args, name: str, first_step: int, **summary) -> None:
+    """Log what is about to be trained, write ``training_args.json`` and open the trackers.
+
+    Args:
+        name: the trackers' project; TensorBoard's folder is ``<output_dir>/<logging_dir>/<name>``.
+        first_step: optimizer steps done; what TensorBoard has from later steps is hidden.
+        summary: what was found out, to be recorded beside the flags.
+    """
+    write_arguments(accelerator, args, **summary)
+    logger.info("Training: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    logger.info(f"{accelerator.num_processes} x {device_name(accelerator.device)}, {precision}")
+    tensorboard = {"purge_step": first_step + 1} if first_step else {}
+    values = public({**vars(args), **summary})
+    scalars = {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in values.items() if v is not None}
+    try:
+        accelerator.init_trackers(name, config=scalars, init_kwargs={"tensorboard": tensorboard})
+    except Exception as error:  # each tracker has its own: no login, no network, no folder
+        raise UserError(f"--report_to {args.report_to} cannot start: {type(error).__name__}: {error}") from error
+
+
+def total_train_steps(args, num_images: int | None, global_batch_size: int) -> int:
+    """Optimizer steps of a run, the length of its learning-rate schedule too.
+
+    Args:
+        args: with ``max_train_steps``, or None for ``num_train_epochs`` passes over the data.
+        num_images: in the data set; None for a stream, which needs ``max_train_steps``.
+        global_batch_size: images per optimizer step: per process x accumulation x processes.
+    """
+    return args.max_train_steps or math.ceil(args.num_train_epochs * num_images / global_batch_size)
+
+
+def finish(accelerator, args, global_step: int, stop_signal, **summary) -> None:
+    """Record that the run is complete, close the trackers and print the last lines; ``stop`` if a signal came.
+
+    Args:
+        summary: as for ``start``.
+    """
+    number = stop_signal.check(0)
+    if number:  # what was being drawn is missing
+        stop(accelerator, args, global_step, summary["max_train_steps"], number)
+    write_arguments(accelerator, args, **summary, finished_at_step=global_step)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        try:
+            draw_curves(Path(args.output_dir), Path(args.output_dir) / args.logging_dir)
+        except Exception as error:  # a full disk, a damaged file, no matplotlib: the model is there
+            logger.warning(f"curves.png could not be drawn: {type(error).__name__}: {error}")
+    stop_signal.restore()
+    print_finished(accelerator, args, global_step)
+
+
+def print_finished(accelerator, args, global_step: int, again: bool = False) -> None:
+    """The last lines: where the grid and the pipeline are, and what to do next."""
+    if not accelerator.is_main_process:
+        return
+    folder, script = args.output_dir, os.path.relpath(sys.argv[0])
+    config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
+    options = f" --quiet --config_file {config}" if os.path.isfile(config) else ""
+    base = vars(args).get("pretrained_model_name_or_path")
+    images = "--train_data_dir DIR --output_dir outputs/mine"
+    if base:
+        images += f" --pretrained_model_name_or_path {base} --learning_rate {args.learning_rate:g}"
+    pictures = sorted(path.name for path in Path(folder).glob("*.png") if path.name != "samples.png")
+    print(
+        f"\n{'This run was finished before' if again else 'Finished'}, after {global_step} optimizer steps."
+        f"\n  samples      {', '.join([str(Path(folder) / 'samples.png'), *pictures])}"
+        f"\n  pipeline     {how_to_load(Path(folder), folder)}"
+        f"\n  curves       {_command('tensorboard')} --logdir {folder}"
+        f"\n  train on     the same command with a larger --max_train_steps"
+        f"\n  your images  {_command('accelerate')} launch{options} {script} {images}"
+    )
+
+
+def _command(name: str) -> str:
+    """How to call a program of this environment: by name, or by path where it is not activated."""
+    beside = Path(sys.executable).parent / name
+    return name if shutil.which(name) or not beside.exists() else os.path.relpath(beside)
+
+
+def stop(accelerator, args, global_step: int, max_train_steps: int, number: int) -> NoReturn:
+    """Say how to go on after a signal, and exit with 128 + its number: 143 for SIGTERM, 130 for SIGINT."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    _close_bars()
+    accelerator.print(
+        f"\nStopped by {signal.Signals(number).name} after {global_step} of {max_train_steps} optimizer steps; "
+        f"{Path(args.output_dir) / f'checkpoint-{global_step}'} is complete.\nThe same command goes on from there."
+    )
+    sys.exit(128 + number)
+
+
+def _close_bars() -> None:
+    """A progress bar is printed once more when it is closed: before the last words, not after them."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
+def run_script(main: Callable[[Arguments], None], args: Arguments) -> NoReturn:
+    """Call ``main(args)`` and exit: with 0, its code, or 1 and one line for a mistake that the user can correct."""
+    code = 0
+    try:
+        main(args)
+    except SystemExit as request:
+        code = request.code or 0
+    except KeyboardInterrupt:  # later on, StopSignal has it
+        print("\nStopped by SIGINT before training began.", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        _close_bars()
+        advice, code = _advice(error, args), 1
+        if advice is None:
+            traceback.print_exc()
+        else:
+            print(printable(f"error: {advice}"), file=sys.stderr)
+    # At once, where something may keep the process from ending: other processes, or an upload that is still under way
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or any(thread.name == UPLOAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _advice(error: Exception, args) -> str | None:
+    """What the user can do about an error; None for what looks like a mistake of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+        resumes = " from the newest checkpoint" if "checkpointing_steps" in vars(args) else ""
+        return f"{error}. When this is fixed, the same command goes on{resumes}"
+    # torch's error on a CPU is a RuntimeError like any other
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+        return _less_memory(error, args)
+    return None
+
+
+def _less_memory(error: Exception, args) -> str:
+    """What to change, with values that keep the images per optimizer step, and so the learning rate."""
+    flags, advice = vars(args), []
+    batch, sampled = flags.get("train_batch_size", 1), flags.get("sample_batch_size", 1)
+    if batch > 1:
+        smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
+        micro_steps = flags["gradient_accumulation_steps"] * batch // smaller
+        advice.append(
+            f"--train_batch_size {smaller} --gradient_accumulation_steps {micro_steps} (the same images in each "
+            "optimizer step, the same learning rate: the same result)"
+        )
+    if flags.get("gradient_checkpointing") is False:
+        advice.append("--gradient_checkpointing")
+    if sampled > 1:
+        advice.append(f"if it happened while samples were drawn, --sample_batch_size {sampled // 2}")
+    advice.append("a smaller --resolution" if "resolution" in flags else "a smaller model")
+    first_line = str(error).splitlines()[0] if str(error) else "no memory is left"
+    return f"{first_line} Add to the same command {'; or '.join(advice)}"
