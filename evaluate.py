@@ -105,7 +105,7 @@ def main(args):
     # Samples
     for model in args.models:
         if is_folder_of_images(model):
-            measure(model, load_folder(model, accelerator, args.seed))
+            measure(model, load_folder(model, accelerator))
             continue
         unet, own = load_pipeline(model)
         record = Path(model) / "training_args.json"

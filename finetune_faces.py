@@ -11,15 +11,7 @@ What is new against train_ddpm.py: only some weights may learn (--method), the m
 comes from, and samples can be steered towards a colour or a sentence (--guidance_color, --guidance_prompt).
 """
 
-from utils.args import (
-    SAMPLERS,
-    Parser,
-    add_common_arguments,
-    add_guidance_arguments,
-    check_common,
-    check_guidance,
-    integer,
-)
+from utils.args import SAMPLERS, Parser, add_common_arguments, add_guidance_arguments, check_common, integer
 
 
 # fmt: off
@@ -47,7 +39,6 @@ def parse_args(argv=None):
     parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, validation_steps=250, num_samples=16, sample_batch_size=8)
     args = parser.parse(argv)
     check_common(parser, args)
-    check_guidance(parser, args)
     if not (args.train_data_dir or args.dataset_name):
         parser.error("give the images to adapt to: --train_data_dir DIR, or --dataset_name")
     return args
@@ -77,13 +68,13 @@ def main(args):
 
     # Accelerator
     accelerator = run.make_accelerator(args)
-    output_dir, finished_at = claim_output_dir(accelerator, args)
+    output_dir, finished_at = claim_output_dir(accelerator, args, "finetune_faces")
     hub = Hub(accelerator, args)
     set_seed(args.seed)
 
     # Data
     pretrained = load_pretrained(args.pretrained_model_name_or_path)
-    train_data = load_train_data(args, accelerator, pretrained.unet.config)
+    train_data = load_train_data(args, accelerator, pretrained.unet.config)  # or own_images=...: see there
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
@@ -239,7 +230,7 @@ def main(args):
         save_pipeline(output_dir)
     sample(output_dir / "samples.png")
     curves.close()
-    run.finish(accelerator, args, global_step, stop_signal, **summary)
+    run.finish(accelerator, args, global_step, max_train_steps, stop_signal)
     hub.push()
 
 

@@ -23,10 +23,9 @@ UNETS = {  # --unet: keyword arguments of UNet2DModel
         down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
     ),
     "base": dict(  # 25.8 M: 32 to 64 pixels, on a GPU; attention at a quarter of the resolution
-        block_out_channels=(128, 256, 256), layers_per_block=2,
+        block_out_channels=(128, 256, 256), layers_per_block=2, attention_head_dim=64,  # diffusers' 8 is slow
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        attention_head_dim=64,  # diffusers' default of 8 makes many small heads, which is slow
     ),
     "large": dict(  # 113.7 M, as google/ddpm-celebahq-256: 128 to 256 pixels, on several GPUs
         block_out_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2, attention_head_dim=64,
@@ -88,13 +87,13 @@ def main(args):
 
     # Accelerator
     accelerator = run.make_accelerator(args)
-    output_dir, finished_at = claim_output_dir(accelerator, args)
+    output_dir, finished_at = claim_output_dir(accelerator, args, "train_ddpm")
     hub = Hub(accelerator, args)
     set_seed(args.seed)
 
     # Data
     pretrained = load_pretrained(args.pretrained_model_name_or_path) if args.pretrained_model_name_or_path else None
-    train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)
+    train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)  # or own_images=...: see there
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
@@ -155,15 +154,14 @@ def main(args):
     quality = SampleQuality(args, accelerator, train_data, global_step) if args.evaluate_steps else None
     stop_signal = StopSignal(accelerator)
 
-    def draw(count):
-        with ema_model.swapped_in(unet):
-            return sample_images(
-                unet, sampler, accelerator, count, image_shape,
-                args.num_inference_steps, args.sample_batch_size, args.seed, stop_signal.requested,
-            )  # fmt: skip
+    def draw(count, num_inference_steps=args.num_inference_steps):
+        return sample_images(
+            unet, sampler, accelerator, count, image_shape,
+            num_inference_steps, args.sample_batch_size, args.seed, stop_signal.requested,
+        )  # fmt: skip
 
     def sample(path):
-        with curves.pause():
+        with curves.pause(), ema_model.swapped_in(unet):
             images = draw(args.num_samples)
         if images is not None:  # not interrupted
             save_picture(make_grid(images), path, accelerator, global_step, "samples")
@@ -172,6 +170,8 @@ def main(args):
         with ema_model.swapped_in(unet):
             DDPMPipeline(unet, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
         write_card(folder, "DDPM", args, **summary)
+
+    draw(1, num_inference_steps=1)  # a model that cannot draw is found out now, not after hours
 
     # Train
     model.train()
@@ -228,7 +228,7 @@ def main(args):
             with curves.pause(), ema_model.swapped_in(unet):
                 validation.log(unet, global_step, stop_signal.requested)
         if quality and (is_last or global_step % args.evaluate_steps == 0):
-            with curves.pause():
+            with curves.pause(), ema_model.swapped_in(unet):
                 quality.log(draw, global_step)
                 quality.keep(save_pipeline)
         if global_step % args.sample_steps == 0 and not is_last:
@@ -239,7 +239,7 @@ def main(args):
         save_pipeline(output_dir)
     sample(output_dir / "samples.png")
     curves.close()
-    run.finish(accelerator, args, global_step, stop_signal, **summary)
+    run.finish(accelerator, args, global_step, max_train_steps, stop_signal)
     hub.push()
 
 

@@ -63,12 +63,12 @@ def main(args):
 
     # Accelerator
     accelerator = run.make_accelerator(args)
-    output_dir, finished_at = claim_output_dir(accelerator, args)
+    output_dir, finished_at = claim_output_dir(accelerator, args, "train_unet2d")
     hub = Hub(accelerator, args)
     set_seed(args.seed)
 
     # Data
-    train_data = load_train_data(args, accelerator)
+    train_data = load_train_data(args, accelerator)  # or own_images=...: see there
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
@@ -123,12 +123,15 @@ def main(args):
     stop_signal = StopSignal(accelerator)
     examples = train_data.examples(8).to(accelerator.device)
 
+    def draw(count, num_inference_steps=args.num_inference_steps):
+        return sample_images(
+            unet, noise_scheduler, accelerator, count, image_shape,
+            num_inference_steps, args.sample_batch_size, args.seed, stop_signal.requested,
+        )  # fmt: skip
+
     def sample(path):
         with curves.pause(), ema_model.swapped_in(unet):
-            images = sample_images(
-                unet, noise_scheduler, accelerator, args.num_samples, image_shape,
-                args.num_inference_steps, args.sample_batch_size, args.seed, stop_signal.requested,
-            )  # fmt: skip
+            images = draw(args.num_samples)
             denoising = show_denoising(unet, noise_scheduler, examples, args.seed)
             walk = show_walk(unet, noise_scheduler, 8, image_shape, 5, args.seed, accelerator.device)
         save_picture(denoising, output_dir / "denoising.png", accelerator, global_step, "denoising")
@@ -140,6 +143,8 @@ def main(args):
         with ema_model.swapped_in(unet):
             LinearMixPipeline(unet, noise_scheduler).save_pretrained(folder)
         write_card(folder, "UNet2D denoiser", args, **summary)
+
+    draw(1, num_inference_steps=1)  # a model that cannot draw is found out now, not after hours
 
     # Train
     model.train()
@@ -194,7 +199,7 @@ def main(args):
         save_pipeline(output_dir)
     sample(output_dir / "samples.png")
     curves.close()
-    run.finish(accelerator, args, global_step, stop_signal, **summary)
+    run.finish(accelerator, args, global_step, max_train_steps, stop_signal)
     hub.push()
 
 

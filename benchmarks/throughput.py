@@ -24,8 +24,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 import train_ddpm
-from utils.data.datasets import TrainData
-from utils.data.sources import load_source
+from utils.data import load_train_data
+from utils.data.sources import ImageSource, load_source
 from utils.hardware import device_name, set_up_process
 from utils.randomness import sample_noise, uniform
 from utils.training.ema import EMA
@@ -36,7 +36,7 @@ class Ours:
 
     def __init__(self, args, accelerator, unet, noise_scheduler):
         self.args, self.accelerator, self.scheduler = args, accelerator, noise_scheduler
-        self.data = TrainData(*load_source(args, accelerator), args, accelerator)
+        self.data = load_train_data(args, accelerator)
         if accelerator.device.type == "cuda":
             unet.to(memory_format=torch.channels_last)
         if args.compile:
@@ -74,8 +74,9 @@ class Plain:
         self.optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
         self.ema = EMAModel(unet.parameters(), use_ema_warmup=True)
         self.ema.to(self.device)
-        dataset, _ = load_source(args, accelerator)
         import datasets
+
+        dataset, _ = load_source(ImageSource.from_args(args), accelerator)
 
         dataset = dataset.cast_column("image", datasets.Image())
 

@@ -19,6 +19,7 @@ import train_unet2d
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 UTILS = sorted((ROOT / "utils").rglob("*.py"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WINGS = {  # which others a wing may import; the ground floor, the files right in utils/, is for all of them
     "ground": set(),
     "data": {"ground"},
@@ -199,17 +200,44 @@ def test_every_flag_is_tested_or_documented(capsys, script):
 def test_benchmarks_still_fit_the_rest(path):
     """Only that they can be imported; they are too long to be run here."""
     runpy.run_path(str(path), run_name="imported")
-    assert path.name in (ROOT / "README.md").read_text()
+    assert f"`benchmarks/{path.name}`" in (ROOT / "docs" / "results.md").read_text()
 
 
-def test_readme_names_every_script_and_wing_and_no_file_that_is_not_there():
+def test_readme_is_short_and_names_every_script_wing_and_folder():
     text = (ROOT / "README.md").read_text()
-    for path in SCRIPTS:
-        assert path.name in text, path
-    for wing in set(WINGS) - {"ground"}:
-        assert f"utils/{wing}/" in text, wing
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / link).exists(), link
+    assert len(text.encode()) <= 10_000
+    files = text[text.index("## Files") : text.index("## Limits")]
+    wings = [f"utils/{wing}/" for wing in set(WINGS) - {"ground"}]
+    for name in [*(path.name for path in SCRIPTS), *wings, "utils/", "benchmarks/", "docs/", "tests/"]:
+        assert f"`{name}`" in files, name
+    assert "configs/slurm.sbatch" in files
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{path.name})" in text, path
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_readme_and_docs_link_and_name_only_what_is_there(path):
+    text = path.read_text()
+    for link, section in re.findall(r"\]\(([^)#:]+)(?:#([\w-]+))?\)", text):
+        target = path.parent / link
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if section else []
+        assert not section or section in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+    for name in re.findall(r"\b(?:utils|benchmarks|configs|docs|tests)/[\w/]+\.(?:py|md|sbatch)\b", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_readme_results_are_those_of_the_full_table():
+    """Each row of the README stands in docs/results.md, with the same numbers in the same order."""
+    readme, results = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.splitlines()]
+    full = {row[0]: row[1:] for row in cells if len(row) == 11}
+    table = readme[readme.index("## Results") : readme.index("## When it stops")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line][2:]
+    assert len(rows) >= 7
+    for name, *numbers in rows:
+        steps, minutes, distance, _, _, _, coverage, _, speed, _ = full[name]
+        assert numbers == [steps, minutes, distance, coverage, speed], name
 
 
 @pytest.mark.parametrize("script", [path.removesuffix(".py") for path in TRAINING])
@@ -222,10 +250,10 @@ def test_the_mistake_of_a_flag_is_found_without_torch(script):
 
 
 def test_the_fault_table_names_tests_that_exist():
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("| Fault |") : text.index("## Files")]
+    text = (ROOT / "docs" / "faults.md").read_text()
+    table = text[text.index("| Fault |") :]
     tests = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
-    current, named = "test_faults.py", 0
+    named = 0
     for line in table.splitlines():
         current = "test_faults.py"
         for file, name in re.findall(
@@ -234,14 +262,16 @@ def test_the_fault_table_names_tests_that_exist():
             current = file or current
             if name:
                 named += 1
-                assert f"\ndef {name}" in tests[current], (current, name)
+                assert f"\ndef {name}(" in tests[current], (current, name)
+            elif file:
+                assert file in tests, file
     assert named > 25
 
 
 def test_readme_counts_the_lines_of_the_scripts():
     text = (ROOT / "README.md").read_text()
-    table = text[text.index("## Which script") : text.index("Each comes with `utils/`")]
+    table = text[text.index("## Which script") : text.index("## Make it yours")]
     rows = re.findall(r"\n\| `(\w+\.py)` \| .* \| (\d+) \| .* \|", table)
-    assert len(rows) == 4
+    assert {script for script, _ in rows} == set(TRAINING)
     for script, lines in rows:
         assert len((ROOT / script).read_text().splitlines()) == int(lines), script

@@ -41,11 +41,19 @@ def _number(kind, low, high, noun):
 class Arguments:
     """Parsed flags: attributes to read, none to assign. ``vars(args)`` is the dictionary of them."""
 
-    def __init__(self, values: argparse.Namespace):
+    __slots__ = ("__dict__", "_defaults")  # ``_defaults`` is not among ``vars(args)``
+
+    def __init__(self, values: argparse.Namespace, defaults: dict | None = None):
         self.__dict__.update(vars(values))
+        object.__setattr__(self, "_defaults", defaults or {})
 
     def __setattr__(self, name, value):
         raise AttributeError(f"--{name} is read-only after parsing")
+
+
+def defaults_of(args) -> dict:
+    """The default of each flag of parsed arguments, by name."""
+    return getattr(args, "_defaults", {})
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -99,7 +107,7 @@ class Parser(argparse.ArgumentParser):
         config, rest = known.parse_known_args(argv)
         values = self.parse_args(self._read_config(config.config) + rest)
         values.config = config.config
-        return Arguments(values)
+        return Arguments(values, {action.dest: self.get_default(action.dest) for action in self._actions})
 
     def _read_config(self, path: str | None) -> list[str]:
         """The flags in a YAML file as a list of arguments, so that they are checked as typed ones are."""
@@ -223,7 +231,7 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--logging_steps", type=integer(1), default=10, help="optimizer steps between points of a curve")
     group.add_argument("--checkpointing_steps", type=integer(1), default=500, help="optimizer steps between checkpoints")
     group.add_argument("--checkpoints_total_limit", type=integer(1), default=2, help="checkpoints to keep, newest first")
-    group.add_argument("--resume_from_checkpoint", metavar="latest|DIR", help="latest, or one checkpoint (default: latest if --output_dir holds an unfinished run, otherwise from scratch)")
+    group.add_argument("--resume_from_checkpoint", metavar="latest|DIR", help="one checkpoint; latest, which is what happens anyway: the newest in --output_dir, or a new run where there is none")
 
     group = parser.add_argument_group("samples")
     group.add_argument("--sample_steps", type=integer(1), default=500, help="optimizer steps between sample grids")
@@ -262,6 +270,8 @@ def check_guidance(parser: Parser, args) -> None:
 
 def check_common(parser: Parser, args) -> None:
     """Refuse combinations that cannot work, before anything is imported or written."""
+    if "guidance_color" in vars(args):
+        check_guidance(parser, args)
     if args.dataset_name and args.train_data_dir:
         parser.error("--dataset_name and --train_data_dir are both given; choose one source of images")
     if args.streaming and args.max_train_steps is None:

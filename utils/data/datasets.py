@@ -13,29 +13,18 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from functools import partial
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import psutil
 import torch
-from datasets.utils.file_utils import xopen
 
 from .. import UserError, randomness
 from ..pictures import from_uint8
 from ..signals import STOP_SIGNALS
 from .cache import Cache
-from .images import (
-    GREY_MODES,
-    SKIP_HINT,
-    BadImage,
-    augment,
-    check_bad_count,
-    decode_image,
-    prepare_image,
-    to_eight_bits,
-)
-from .sources import check_disjoint, data_license, flags_called, load_source
+from .images import GREY_MODES, BadImage, PreparedImages, decode_image, locate
+from .sources import ImageSource, OwnImages, check_disjoint, data_license, load_source
 from .streaming import Stream, read_ahead
 
 logger = logging.getLogger(__name__)
@@ -46,7 +35,7 @@ MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 INSPECTED = 64  # images that are looked at to find mode and size
 
 
-def load_train_data(args, accelerator, made_for=None) -> "TrainData":
+def load_train_data(args, accelerator, made_for=None, own_images: OwnImages | None = None) -> "TrainData":
     """Everything between the flags and the batches.
 
     Args:
@@ -54,11 +43,21 @@ def load_train_data(args, accelerator, made_for=None) -> "TrainData":
         accelerator: says which process this is, and where batches go.
         made_for: config of a pretrained model, whose ``sample_size`` and ``in_channels`` (1 or 3) count where
             ``--resolution`` is not given and ``--image_mode`` is auto.
+        own_images: take these instead of what the flags name:
+            ``load_train_data(args, accelerator, own_images=OwnImages(array))``.
 
     Raises:
         UserError: see ``load_source``; also an empty data set, or one with fewer images than a global batch.
     """
-    dataset, name = load_source(args, accelerator)
+    if own_images is not None:
+        if args.streaming or args.validation_split or args.label_column or args.max_train_samples:
+            raise UserError(
+                "own images are neither streamed nor split: leave out --streaming, --validation_split, --label_column "
+                "and --max_train_samples, and give the script the images and labels that it should have"
+            )
+        dataset, name = own_images, "own images"
+    else:
+        dataset, name = load_source(ImageSource.from_args(args), accelerator)
     resolution, image_mode = (made_for.sample_size, MODES[made_for.in_channels]) if made_for else (None, None)
     return TrainData(dataset, name, args, accelerator, resolution, image_mode)
 
@@ -76,24 +75,33 @@ def load_images(args, accelerator, train_data: "TrainData", kind: str) -> torch.
     Raises:
         UserError: as ``load_source``; images that are trained on, too.
     """
-    changed = dict(label_column=None, max_train_samples=None, dataset_split=args.validation_split)
-    flags = {"--dataset_split": "--validation_split"}
     if kind == "prior":
-        changed |= dict(dataset_name=args.prior_dataset_name, dataset_split=args.prior_dataset_split)
-        changed |= dict(train_data_dir=None, dataset_config_name=None, image_column=None, streaming=False)
-        flags = {"--dataset_split": "--prior_dataset_split", "--dataset_name": "--prior_dataset_name"}
+        flags = {"name": "--prior_dataset_name", "split": "--prior_dataset_split"}
+        source = ImageSource(args.prior_dataset_name, args.prior_dataset_split, flags=flags)
     else:
-        check_disjoint(args, accelerator)
-    args = SimpleNamespace(**{**vars(args), **changed})
-    with flags_called(flags):
-        dataset, name = load_source(args, accelerator)
-        prepare = partial(prepare_image, resolution=train_data.resolution, interpolation=args.interpolation)
-        images = PreparedImages(dataset, name, args, train_data.mode, False, prepare)
-        return from_uint8(images.examples(args.num_validation_images))
+        trained_on = ImageSource.from_args(args)
+        flags = {**trained_on.flags, "split": "--validation_split"}
+        source = replace(trained_on, split=args.validation_split, label_column=None, max_samples=None, flags=flags)
+        check_disjoint(trained_on, source, accelerator)
+    dataset, name = load_source(source, accelerator)
+    images = PreparedImages(dataset, name, train_data.mode, train_data.resolution, **reading(args))
+    return from_uint8(images.examples(args.num_validation_images))
+
+
+def reading(args) -> dict:
+    """How the flags want images to be read, as ``PreparedImages`` takes it."""
+    return dict(
+        interpolation=args.interpolation, center_crop=args.center_crop, random_flip=args.random_flip, seed=args.seed,
+        max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,
+        advice="--bad_images skip goes on without it",
+    )  # fmt: skip
 
 
 class TrainData:
-    """Batches of training images, by optimizer step.
+    """Batches of training images, by optimizer step: what a script needs from its data, and all that it needs.
+
+    Sample ids number the samples of the whole run, 0, 1, 2 ..., over all processes: optimizer step s takes the ids from
+    s x global batch on. Order, crops, flips, noise and timesteps follow from them, see ``randomness``.
 
     Attributes:
         name: of the source.
@@ -125,11 +133,10 @@ class TrainData:
         self.license = data_license(dataset, name)
         self.settings = dict(data=name, images=self.length, global_batch_size=self.global_batch_size)
         self.settings["image_shape"] = list(self.image_shape)
-        prepare = partial(prepare_image, resolution=self.resolution, interpolation=args.interpolation)
-        self._images = PreparedImages(dataset, name, args, self.mode, self._refuse_colour, prepare)
-        self._cache = None
-        if self._wants_cache():
-            self._cache = Cache(self._images, self.resolution, accelerator)
+        self._images = PreparedImages(
+            dataset, name, self.mode, self.resolution, refuse_colour=self._refuse_colour, **reading(args)
+        )
+        self._cache = Cache(self._images, accelerator) if self._wants_cache() else None
 
     def _inspect(self, dataset, resolution: int | None, image_mode: str | None) -> None:
         """Find mode and resolution from some of the images; the same ones on every process."""
@@ -144,7 +151,7 @@ class TrainData:
                 image = decode_image(*locate(row, self.name, index))
             except BadImage as error:
                 if self.args.bad_images == "error":
-                    raise BadImage(f"{error}. {SKIP_HINT}") from None
+                    raise BadImage(f"{error}. {reading(self.args)['advice']}") from None
                 continue
             sizes.append(image.size)
             modes.add(image.mode)
@@ -212,7 +219,7 @@ class TrainData:
     def _from_memory(self, batches):
         for sample_ids in batches:
             indices = randomness.shuffled_indices(self.args.seed, sample_ids, self.length)
-            images = self._cache.take(indices, sample_ids, self.args)
+            images = self._cache.take(indices, sample_ids)
             yield sample_ids, images, self._cache.labels[torch.from_numpy(indices)]
 
     def _from_loader(self, batches):
@@ -248,98 +255,13 @@ class TrainData:
             except UserError as error:  # torch puts a worker's traceback before the message
                 raise UserError(str(error).strip().split("UserError: ")[-1]) from None
             for index, message in batch["bad"]:
-                if self.args.bad_images == "error":
-                    raise BadImage(f"{message}. {SKIP_HINT}")
+                if self._images.max_bad_images is None:
+                    raise self._images.error(message)
                 if index not in skipped:
                     skipped.add(index)
                     logger.warning(f"skipped ({len(skipped)} so far): {message}")
-                check_bad_count(len(skipped), self.args)
+                self._images.check_count(len(skipped))
             yield batch["sample_ids"].numpy(), batch["images"], batch["labels"]
-
-
-def locate(row: dict, source: str, index: int) -> tuple[bytes | str, str]:
-    """Bytes or path of a row's image, and its name for messages."""
-    record = row["image"] or {"bytes": b"", "path": None}
-    where = f"image {index} of {source}" if not record["path"] else f"{record['path']} (image {index} of {source})"
-    source = record["path"] if record["bytes"] is None else record["bytes"]
-    if isinstance(source, str) and "://" in source:  # streamed from the Hub, or inside an archive
-        try:
-            with xopen(source, "rb") as stream:
-                source = stream.read()
-        except Exception as error:  # whatever the file system behind it raises
-            raise BadImage(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
-    return source, where
-
-
-class PreparedImages(torch.utils.data.Dataset):
-    """Decoded and prepared images by row. Knows nothing of processes, so that it travels to workers."""
-
-    def __init__(self, dataset, name: str, args, mode: str, refuse_colour: bool, prepare):
-        self.dataset, self.name, self.args, self.mode = dataset, name, args, mode
-        self.refuse_colour, self.prepare = refuse_colour, prepare
-
-    def examples(self, count: int) -> np.ndarray:
-        """Some of the images, cut in the middle: uint8 (N, C, H, W).
-
-        The same ones on every process: of a stream the first, otherwise ``count`` at random, or all if there are fewer.
-        Bad images are left out with ``--bad_images skip``.
-
-        Raises:
-            BadImage: one cannot be read.
-        """
-        if self.args.streaming:
-            rows = enumerate(self.dataset.take(count))
-        else:
-            drawn = np.arange(min(count, len(self.dataset)))
-            indices = randomness.shuffled_indices(self.args.seed, drawn, len(self.dataset)).tolist()
-            rows = ((index, self.dataset[index]) for index in indices)
-        images = []
-        for index, row in rows:
-            try:
-                images.append(self.prepared(row, index, center_crop=True))
-            except BadImage as error:
-                if self.args.bad_images == "error":
-                    raise BadImage(f"{error}. {SKIP_HINT}") from None
-        if not images:
-            raise UserError(f"{self.name}: no readable image found; expected a data set of images")
-        return np.stack(images)
-
-    def prepared(self, row: dict, index: int, center_crop: bool = False) -> np.ndarray:
-        """uint8 (C, H, W), the shorter side at the training resolution, the longer one too if it is cropped."""
-        source, where = locate(row, self.name, index)
-        image = decode_image(source, where)
-        if self.refuse_colour and image.mode not in GREY_MODES:
-            raise UserError(
-                f"{where} has colour (mode {image.mode}), but the images looked at before training were all grey. "
-                "Choose with --image_mode L or --image_mode RGB"
-            )
-        crop = center_crop or self.args.center_crop
-        return self.prepare(to_eight_bits(image, self.mode, where), center_crop=crop)
-
-    def attempt(self, job: tuple[dict, int]) -> np.ndarray | BadImage:
-        """``prepared`` for a pool of threads: a bad image is returned as the error that names it."""
-        try:
-            return self.prepared(*job)
-        except BadImage as error:
-            return error
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        """The image at an index, cropped and flipped for a sample id; instead of a bad one the next good one."""
-        index, sample_id = key
-        bad = []
-        for candidate in range(index, index + len(self.dataset)):
-            candidate %= len(self.dataset)
-            row = self.dataset[candidate]
-            try:
-                image = augment(self.prepared(row, candidate), sample_id, self.args)
-                return {"image": image, "label": row.get("label", 0), "sample_id": sample_id, "bad": bad}
-            except BadImage as error:
-                bad.append((candidate, str(error)))
-                if self.args.bad_images == "error" or len(bad) > self.args.max_bad_images:
-                    size = self.prepare.keywords["resolution"]
-                    blank = np.zeros((len(self.mode), size, size), np.uint8)
-                    return {"image": blank, "label": 0, "sample_id": sample_id, "bad": bad}
-        raise UserError(f"{self.name} has no readable image")
 
 
 def leave_signals_to_the_main_process(worker_id: int) -> None:

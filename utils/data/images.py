@@ -1,4 +1,4 @@
-"""One image, from bytes to a uint8 array of the training size.
+"""Images, from bytes to uint8 arrays of the training size: one at a time, and those of a data set by their row.
 
 Pillow's ``convert`` turns 16-bit images white and float images black without a word, drops alpha and with it uncovers
 what transparent pixels hide. Here ranges are scaled, alpha is laid over white and EXIF rotation is applied.
@@ -8,33 +8,25 @@ import io
 import os
 
 import numpy as np
+import torch
+from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps
 
 from .. import UserError, randomness
 
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box", "nearest")}
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-SKIP_HINT = "--bad_images skip goes on without it"
 
 
 class BadImage(UserError):
     """An image that cannot be used; the message names it."""
 
 
-def check_bad_count(count: int, args) -> None:
-    """Raise UserError above ``--max_bad_images`` skipped images."""
-    if count > args.max_bad_images:
-        raise UserError(
-            f"more than --max_bad_images {args.max_bad_images} images are unreadable; the lines above name them. "
-            "Repair or remove the files, or raise the limit"
-        )
-
-
-def decode_image(source: bytes | str, name: str) -> Image.Image:
+def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
     """Open, fully load and upright an image.
 
     Args:
-        source: the file's bytes, or its path.
+        source: the file's bytes, or its path; an image that is open already is returned as it is.
         name: what to call it in errors (a path, or a row of a data set).
 
     Returns:
@@ -43,6 +35,8 @@ def decode_image(source: bytes | str, name: str) -> Image.Image:
     Raises:
         BadImage: empty, truncated, not an image, or over Pillow's limit of 89 megapixels.
     """
+    if isinstance(source, Image.Image):
+        return source
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where Pillow only warns
@@ -107,8 +101,8 @@ def prepare_image(image: Image.Image, resolution: int, interpolation: str, cente
     return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
 
-def augment(image: np.ndarray, sample_id: int, args) -> np.ndarray:
-    """Random crop to a square and, with ``--random_flip``, a mirroring; a function of (seed, sample id).
+def augment(image: np.ndarray, sample_id: int, seed: int, random_flip: bool) -> np.ndarray:
+    """Random crop to a square and, with ``random_flip``, a mirroring; a function of (seed, sample id).
 
     Args:
         image: uint8 (C, H, W).
@@ -121,10 +115,10 @@ def augment(image: np.ndarray, sample_id: int, args) -> np.ndarray:
     top, left = 0, 0
     if image.shape[1] != image.shape[2]:
         room = max(image.shape[1:]) - size
-        offset = int(randomness.uniform(args.seed, "crop", np.array(sample_id)) * (room + 1))
+        offset = int(randomness.uniform(seed, "crop", np.array(sample_id)) * (room + 1))
         top, left = (offset, 0) if image.shape[1] > image.shape[2] else (0, offset)
     image = image[:, top : top + size, left : left + size]
-    if args.random_flip and flips(args.seed, np.array(sample_id)):
+    if random_flip and flips(seed, np.array(sample_id)):
         image = image[:, :, ::-1]
     return np.ascontiguousarray(image)
 
@@ -132,3 +126,131 @@ def augment(image: np.ndarray, sample_id: int, args) -> np.ndarray:
 def flips(seed: int, sample_ids: np.ndarray) -> np.ndarray:
     """Whether each sample is mirrored: bool, the shape of ``sample_ids``."""
     return randomness.uniform(seed, "flip", sample_ids) < 0.5
+
+
+def locate(row: dict, source: str, index: int) -> tuple[bytes | str | Image.Image, str]:
+    """Bytes or path of a row's image, or the image itself, and its name for messages."""
+    where = f"image {index} of {source}"
+    if callable(row["image"]):  # see ``sources.OwnImages``
+        return row["image"](), where
+    record = row["image"] or {"bytes": b"", "path": None}
+    if record["path"]:
+        where = f"{record['path']} ({where})"
+    source = record["path"] if record["bytes"] is None else record["bytes"]
+    if isinstance(source, str) and "://" in source:  # streamed from the Hub, or inside an archive
+        try:
+            with xopen(source, "rb") as stream:
+                source = stream.read()
+        except Exception as error:  # whatever the file system behind it raises
+            raise BadImage(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
+    return source, where
+
+
+class PreparedImages(torch.utils.data.Dataset):
+    """Decoded and prepared images by row. Knows nothing of processes, so that it travels to workers.
+
+    Args:
+        dataset: rows with ``image``, not decoded, and perhaps ``label``; a stream has no length.
+        name: of the data set, for messages.
+        mode: ``L`` or ``RGB``.
+        resolution: of the shorter side, pixels.
+        interpolation: see ``FILTERS``.
+        center_crop: cut the middle out of images that are not square, instead of a random part.
+        random_flip: mirror half of the images.
+        seed: of crops, flips and the choice of ``examples``.
+        max_bad_images: unreadable images to pass over; None: the first one is an error.
+        advice: what the user can do about an unreadable image, for the error.
+        refuse_colour: whether an image that is not grey is an error.
+    """
+
+    def __init__(
+        self, dataset, name: str, mode: str, resolution: int, interpolation: str = "bicubic", center_crop: bool = False,
+        random_flip: bool = False, seed: int = 0, max_bad_images: int | None = None, advice: str = "",
+        refuse_colour: bool = False,
+    ):  # fmt: skip
+        self.dataset, self.name, self.mode, self.resolution = dataset, name, mode, resolution
+        self.interpolation, self.center_crop, self.random_flip, self.seed = (
+            interpolation,
+            center_crop,
+            random_flip,
+            seed,
+        )
+        self.max_bad_images, self.advice, self.refuse_colour = max_bad_images, advice, refuse_colour
+
+    def examples(self, count: int) -> np.ndarray:
+        """Some of the images, cut in the middle: uint8 (N, C, H, W).
+
+        The same ones on every process: of a stream the first, otherwise ``count`` at random, or all if there are fewer.
+        Bad images are left out if they may be passed over.
+
+        Raises:
+            BadImage: one cannot be read.
+        """
+        if hasattr(self.dataset, "__len__"):
+            drawn = np.arange(min(count, len(self.dataset)))
+            indices = randomness.shuffled_indices(self.seed, drawn, len(self.dataset)).tolist()
+            rows = ((index, self.dataset[index]) for index in indices)
+        else:
+            rows = enumerate(self.dataset.take(count))
+        images = []
+        for index, row in rows:
+            try:
+                images.append(self.prepared(row, index, center_crop=True))
+            except BadImage as error:
+                if self.max_bad_images is None:
+                    raise self.error(error) from None
+        if not images:
+            raise UserError(f"{self.name}: no readable image found; expected a data set of images")
+        return np.stack(images)
+
+    def prepared(self, row: dict, index: int, center_crop: bool = False) -> np.ndarray:
+        """uint8 (C, H, W), the shorter side at the training resolution, the longer one too if it is cropped."""
+        source, where = locate(row, self.name, index)
+        image = decode_image(source, where)
+        if self.refuse_colour and image.mode not in GREY_MODES:
+            raise UserError(
+                f"{where} has colour (mode {image.mode}), but the images looked at before training were all grey. "
+                "Choose with --image_mode L or --image_mode RGB"
+            )
+        image = to_eight_bits(image, self.mode, where)
+        return prepare_image(image, self.resolution, self.interpolation, center_crop or self.center_crop)
+
+    def attempt(self, job: tuple[dict, int]) -> np.ndarray | BadImage:
+        """``prepared`` for a pool of threads: a bad image is returned as the error that names it."""
+        try:
+            return self.prepared(*job)
+        except BadImage as error:
+            return error
+
+    def error(self, problem: BadImage | str) -> BadImage:
+        """The error about an unreadable image, with the advice."""
+        return BadImage(f"{problem}. {self.advice}" if self.advice else str(problem))
+
+    def too_many(self, bad: int) -> bool:
+        """Whether so many unreadable images are more than may be passed over."""
+        return bad > (self.max_bad_images or 0)
+
+    def check_count(self, bad: int) -> None:
+        """Raise UserError for more unreadable images than may be passed over."""
+        if self.too_many(bad):
+            raise UserError(
+                f"more than --max_bad_images {self.max_bad_images} images are unreadable; the lines above name them. "
+                "Repair or remove the files, or raise the limit"
+            )
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """The image at an index, cropped and flipped for a sample id; instead of a bad one the next good one."""
+        index, sample_id = key
+        bad = []
+        for candidate in range(index, index + len(self.dataset)):
+            candidate %= len(self.dataset)
+            row = self.dataset[candidate]
+            try:
+                image = augment(self.prepared(row, candidate), sample_id, self.seed, self.random_flip)
+                return {"image": image, "label": row.get("label", 0), "sample_id": sample_id, "bad": bad}
+            except BadImage as error:
+                bad.append((candidate, str(error)))
+                if self.too_many(len(bad)):  # the main process raises the error
+                    blank = np.zeros((len(self.mode), self.resolution, self.resolution), np.uint8)
+                    return {"image": blank, "label": 0, "sample_id": sample_id, "bad": bad}
+        raise UserError(f"{self.name} has no readable image")

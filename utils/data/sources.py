@@ -1,30 +1,71 @@
-"""Where images come from: the Hub, a folder, a file, or one of the embedded sets, as one column of images.
+"""Where images come from: the Hub, a folder, a file, one of the embedded sets, or what is in Python's memory already.
 
 Images are not decoded here, so that whoever decodes them can name the one that is bad.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import datasets.data_files
 import numpy as np
+import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from .. import UserError
+from .images import BadImage
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_DATASET = "ylecun/mnist"
 
 
-def load_source(args, accelerator) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
-    """The data set that the flags name, with the columns ``image`` (not decoded) and, if asked for, ``label``.
+@dataclass(frozen=True)
+class ImageSource:
+    """Which images are meant, and how messages call the flags that said so.
+
+    Attributes:
+        name: Hub id, local path, or one of the embedded sets; None for MNIST, or the digits where it is not available.
+        split: of the data set; slices such as train[:1%] work.
+        is_folder: ``name`` is a folder of image files.
+        config_name: configuration of the data set, where it has several.
+        image_column: None for the only one of type Image.
+        label_column: a column of type ClassLabel to keep as ``label``.
+        max_samples: only the first of the images.
+        streaming: read them as they are needed.
+        flags: what the user knows ``name`` and ``split`` as.
+    """
+
+    name: str | None
+    split: str = "train"
+    is_folder: bool = False
+    config_name: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    max_samples: int | None = None
+    streaming: bool = False
+    flags: dict[str, str] = field(default_factory=lambda: {"name": "--dataset_name", "split": "--dataset_split"})
+
+    @classmethod
+    def from_args(cls, args) -> "ImageSource":
+        """The training images that the flags of ``args.add_common_arguments`` name."""
+        source = cls(
+            args.train_data_dir or args.dataset_name, args.dataset_split, args.train_data_dir is not None,
+            args.dataset_config_name, args.image_column, args.label_column, args.max_train_samples, args.streaming,
+        )  # fmt: skip
+        return replace(source, flags={**source.flags, "name": "--train_data_dir"}) if source.is_folder else source
+
+    def said(self, attribute: str) -> str:
+        """The flag and its value, for messages: ``--dataset_split test``."""
+        return f"{self.flags[attribute]} {getattr(self, attribute)}"
+
+
+def load_source(source: ImageSource, accelerator) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
+    """The data set that is meant, with the columns ``image`` (not decoded) and, if asked for, ``label``.
 
     Returns:
         The data set and its name, for messages and the model card.
@@ -32,74 +73,62 @@ def load_source(args, accelerator) -> tuple[datasets.Dataset | datasets.Iterable
     Raises:
         UserError: not found, no such split or column, no images, ambiguous columns.
     """
-    name = args.train_data_dir or args.dataset_name
-    if not name:  # one process decides, or the processes might train on different data
-        choice = [_default_source(args) if accelerator.is_main_process else None]
-        name = broadcast_object_list(choice)[0]
+    if not source.name:  # one process decides, or the processes might train on different data
+        choice = [_default_source(source) if accelerator.is_main_process else None]
+        source = replace(source, name=broadcast_object_list(choice)[0])
     failure = None
     with accelerator.main_process_first():
         try:
-            dataset = _open_source(name, args)
+            dataset = _open_source(source)
         except UserError as error:  # raised after the barrier in which the other processes wait
             failure = error
     if failure:
         raise failure
-    return _select_columns(dataset, name, args), name
+    return _select_columns(dataset, source), source.name
 
 
 def data_license(dataset, name: str) -> str:
     """Under which licence the images are, as far as the data set says."""
     known = {"digits": "CC BY 4.0 (UCI Machine Learning Repository)", "faces": "not stated (photographs from the news)"}
-    return known.get(name) or (dataset.info.license if dataset.info else None) or "not stated"
+    info = getattr(dataset, "info", None)
+    return known.get(name) or (info.license if info else None) or "not stated"
 
 
-@contextmanager
-def flags_called(names: dict[str, str]) -> Iterator[None]:
-    """Inside, errors name the flags that the user gave: a key of ``names`` is replaced by its value."""
-    try:
-        yield
-    except UserError as error:
-        message = str(error)
-        for flag, given in names.items():
-            message = message.replace(flag, given)
-        raise UserError(message) from None
-
-
-def check_disjoint(args, accelerator) -> None:
-    """Refuse a ``--validation_split`` that shares images with ``--dataset_split``.
+def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) -> None:
+    """Refuse a held-out split that shares images with the training split of the same data set.
 
     Raises:
         UserError: says which.
     """
-    specs = [args.dataset_split, args.validation_split]
-    names = [{part.split("[")[0] for part in spec.split("+")} for spec in specs]
+    pair = (trained_on, held_out)
+    names = [{part.split("[")[0] for part in source.split.split("+")} for source in pair]
     shared = names[0] & names[1]
     if not shared:
         return
     ranges = []
-    for spec, wholes in zip(specs, names, strict=True):
+    for source, wholes in zip(pair, names, strict=True):
         lengths = {}
         for whole in wholes:
-            values = {**vars(args), "dataset_split": whole, "label_column": None, "max_train_samples": None}
-            lengths[whole] = 1 if args.streaming else len(load_source(SimpleNamespace(**values), accelerator)[0])
-        parts = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
+            entire = replace(source, split=whole, label_column=None, max_samples=None)
+            lengths[whole] = 1 if source.streaming else len(load_source(entire, accelerator)[0])
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
         ranges.append([(part.splitname, part.from_, part.to) for part in parts])
     pairs = [(first, second) for first in ranges[0] for second in ranges[1] if first[0] == second[0]]
     if any(max(first[1], second[1]) < min(first[2], second[2]) for first, second in pairs):
         raise UserError(
-            f"--validation_split {args.validation_split} shares images with --dataset_split {args.dataset_split}, so "
-            "it would not be held out. Take parts that do not overlap, such as --dataset_split 'train[:90%]' and "
-            "--validation_split 'train[90%:]'"
+            f"{held_out.said('split')} shares images with {trained_on.said('split')}, so it would not be held out. "
+            f"Take parts that do not overlap, such as {trained_on.flags['split']} 'train[:90%]' and "
+            f"{held_out.flags['split']} 'train[90%:]'"
         )
 
 
-def _default_source(args) -> str:
+def _default_source(source: ImageSource) -> str:
     hub_logger = logging.getLogger("huggingface_hub")
     level = hub_logger.level
     hub_logger.setLevel(logging.CRITICAL)  # its retries take twenty seconds and as many lines
     logger.info(f"No data set named: trying {DEFAULT_DATASET} from the Hub's cache and the Hub.")
     try:
-        datasets.load_dataset(DEFAULT_DATASET, split=args.dataset_split)
+        datasets.load_dataset(DEFAULT_DATASET, split=source.split)
         return DEFAULT_DATASET
     except Exception as error:  # no common class: httpx2, ConnectionError, OSError, ValueError ...
         reason = " ".join(str(error).split())
@@ -112,64 +141,64 @@ def _default_source(args) -> str:
         hub_logger.setLevel(level)
 
 
-def _open_source(name: str, args):
+def _open_source(source: ImageSource):
     embedded = {"digits": _embedded_digits, "faces": _embedded_faces}
-    if args.train_data_dir is None and name in embedded:
-        if args.streaming:
+    name = source.name
+    if not source.is_folder and name in embedded:
+        if source.streaming:
             raise UserError(f"--streaming: {name} is embedded and already in memory; drop the flag")
-        return _slice(embedded[name](), name, args)
+        return _slice(embedded[name](), source)
     path = Path(name).expanduser()
-    load = partial(datasets.load_dataset, split=args.dataset_split, streaming=args.streaming)
+    load = partial(datasets.load_dataset, split=source.split, streaming=source.streaming)
     try:
-        if args.train_data_dir is not None:
+        if source.is_folder:
             if not path.is_dir():
                 problem = "is a file" if path.exists() else "there is no such folder"
-                raise UserError(f"--train_data_dir {name}: {problem}; expected a folder with image files")
+                raise UserError(f"{source.said('name')}: {problem}; expected a folder with image files")
             return load("imagefolder", data_dir=str(path))
         if name == "mnist":
             name = DEFAULT_DATASET
         if path.is_file():
             kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
             if kind is None:
-                raise UserError(f"--dataset_name {name}: expected a .parquet or .arrow file, a folder or a Hub id")
+                raise UserError(f"{source.said('name')}: expected a .parquet or .arrow file, a folder or a Hub id")
             return load(kind, data_files=str(path))
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _from_disk(path, args)
+            return _from_disk(path, source)
         if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-            raise UserError(f"--dataset_name {name}: there is no such file or folder")
-        return load(str(path) if path.exists() else name, name=args.dataset_config_name)
+            raise UserError(f"{source.said('name')}: there is no such file or folder")
+        return load(str(path) if path.exists() else name, name=source.config_name)
     except UserError:
         raise
     except Exception as error:  # as above, there is no common class
-        flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError):
             reason = "it holds no image files"
         elif isinstance(error, ConnectionError):
             reason += ". Without a network there are digits and faces, which are embedded, and local paths"
-        raise UserError(f"{flag} {name} cannot be loaded, split {args.dataset_split!r}: {reason}") from error
+        raise UserError(f"{source.said('name')} cannot be loaded, {source.said('split')!r}: {reason}") from error
 
 
-def _from_disk(path: Path, args):
+def _from_disk(path: Path, source: ImageSource):
     """What ``Dataset.save_to_disk`` wrote."""
     dataset = datasets.load_from_disk(str(path))
     if isinstance(dataset, datasets.DatasetDict):
-        if args.dataset_split not in dataset:
-            raise UserError(f"--dataset_split {args.dataset_split}: {path} has the splits {', '.join(dataset)}")
-        dataset = dataset[args.dataset_split]
+        if source.split not in dataset:
+            raise UserError(f"{source.said('split')}: {path} has the splits {', '.join(dataset)}")
+        dataset = dataset[source.split]
     else:
-        dataset = _slice(dataset, str(path), args)
-    return dataset.to_iterable_dataset() if args.streaming else dataset
+        dataset = _slice(dataset, source)
+    return dataset.to_iterable_dataset() if source.streaming else dataset
 
 
-def _slice(dataset, name: str, args):
-    """The part that ``--dataset_split`` names, such as train[:80%], of a set that has the one split train."""
+def _slice(dataset, source: ImageSource):
+    """The part that the split names, such as train[:80%], of a set that has the one split train."""
     try:
-        parts = datasets.ReadInstruction.from_spec(args.dataset_split).to_absolute({"train": len(dataset)})
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({"train": len(dataset)})
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"--dataset_split {args.dataset_split}: {name} has the one split train; expected that, or a part of it "
-            "such as train[:80%]"
+            f"{source.said('split')}: {source.name} has the one split train; expected that, or a part of it such as "
+            "train[:80%]"
         ) from error
     return datasets.concatenate_datasets([dataset.select(range(part.from_, part.to)) for part in parts])
 
@@ -195,27 +224,106 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, names: list[str]) -> da
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def _select_columns(dataset, name: str, args):
+def _select_columns(dataset, source: ImageSource):
     if dataset.features is None:  # a stream that does not say what it holds
         dataset = dataset._resolve_features()
     columns = dict(dataset.features)
     listing = ", ".join(f"{key} ({getattr(kind, '_type', type(kind).__name__)})" for key, kind in columns.items())
     images = [key for key, kind in columns.items() if isinstance(kind, datasets.Image)]
-    if args.image_column is None and len(images) != 1:
+    if source.image_column is None and len(images) != 1:
         problem = "no column of images" if not images else f"{len(images)} columns of images: {', '.join(images)}"
-        raise UserError(f"{name} has {problem}. Name one with --image_column; the columns are {listing}")
-    image_column = args.image_column or images[0]
+        raise UserError(f"{source.name} has {problem}. Name one with --image_column; the columns are {listing}")
+    image_column = source.image_column or images[0]
     if image_column not in images:
-        raise UserError(f"--image_column {image_column}: not a column of type Image. {name} has {listing}")
+        raise UserError(f"--image_column {image_column}: not a column of type Image. {source.name} has {listing}")
     wanted = {image_column: "image"}
-    if args.label_column is not None:
-        if not isinstance(columns.get(args.label_column), datasets.ClassLabel):
+    if source.label_column is not None:
+        if not isinstance(columns.get(source.label_column), datasets.ClassLabel):
             raise UserError(
-                f"--label_column {args.label_column}: not a column of type ClassLabel. {name} has {listing}"
+                f"--label_column {source.label_column}: not a column of type ClassLabel. {source.name} has {listing}"
             )
-        wanted[args.label_column] = "label"
+        wanted[source.label_column] = "label"
     dataset = dataset.select_columns(list(wanted)).cast_column(image_column, datasets.Image(decode=False))
     dataset = dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
-    if args.max_train_samples is not None:
-        dataset = dataset.take(args.max_train_samples)
-    return dataset
+    return dataset if source.max_samples is None else dataset.take(source.max_samples)
+
+
+class OwnImages:
+    """Images that are in Python already, in the place of a ``datasets.Dataset``.
+
+    Args:
+        images: an array or tensor (N, C, H, W), (N, H, W, C) or (N, H, W); a torch ``Dataset`` whose items are images,
+            tuples that begin with one, or dictionaries with ``image``; or a function from an index to an image. An
+            image is a Pillow image, or an array or tensor (C, H, W), (H, W, C) or (H, W) with C of 1 or 3. It is asked
+            for from several threads or processes at once.
+        length: number of images; needed with a function.
+        labels: class of each image, from 0 up; adds a loss curve for each.
+        label_names: of the classes; by default their numbers.
+        value_range: what black and white are in images of floats; uint8 images need none. Floats become 8 bits a value.
+
+    Raises:
+        UserError: no length, or labels that do not fit.
+    """
+
+    def __init__(
+        self, images: np.ndarray | torch.Tensor | torch.utils.data.Dataset | Callable, length: int | None = None,
+        labels: Sequence[int] | None = None, label_names: Sequence[str] | None = None,
+        value_range: tuple[float, float] = (0.0, 1.0),
+    ):  # fmt: skip
+        if length is None and not hasattr(images, "__len__"):
+            raise UserError("own images: a function from an index to an image needs length=, the number of images")
+        self.length = len(images) if length is None else length
+        self.get = images.__getitem__ if hasattr(images, "__getitem__") else images
+        self.value_range, self.labels, self.features = value_range, None, {}
+        if labels is not None:
+            self.labels = [int(label) for label in labels]
+            names = list(label_names or map(str, range(max(self.labels, default=0) + 1)))
+            if len(self.labels) != self.length or not set(self.labels) <= set(range(len(names))):
+                raise UserError(
+                    f"own images: {len(self.labels)} labels, {sorted(set(self.labels))[:10]} among them, for "
+                    f"{self.length} images; expected one label an image, from 0 to {len(names) - 1}"
+                )
+            self.features = {"label": datasets.ClassLabel(names=names)}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: int | slice) -> dict:
+        """A row with ``image``, a function that makes the image, and perhaps ``label``; of a slice, lists of them."""
+        if isinstance(key, slice):
+            rows = [self[index] for index in range(*key.indices(self.length))]
+            return {name: [row[name] for row in rows] for name in rows[0]}
+        row = {"image": partial(self._image, key)}
+        return row if self.labels is None else {**row, "label": self.labels[key]}
+
+    def select(self, indices: Sequence[int]) -> list[dict]:
+        """Rows, as those of a ``datasets.Dataset``."""
+        return [self[index] for index in indices]
+
+    def _image(self, index: int) -> Image.Image:
+        where = f"own image {index}"
+        try:
+            image = self.get(index)
+        except OSError as error:  # a file that cannot be read; what else goes wrong is not about one image
+            raise BadImage(f"{where}: {type(error).__name__}: {error}") from error
+        image = image["image"] if isinstance(image, dict) else image[0] if isinstance(image, tuple) else image
+        if isinstance(image, Image.Image):
+            return image
+        array = np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image)
+        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+            array = array.transpose(1, 2, 0)
+        if array.ndim == 3 and array.shape[2] == 1:
+            array = array[:, :, 0]
+        if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+            raise BadImage(f"{where} has the shape {tuple(np.shape(image))}; expected C of 1 or 3 and H and W above 0")
+        if array.dtype != np.uint8:
+            low, high = self.value_range
+            if not np.issubdtype(array.dtype, np.floating):
+                raise BadImage(f"{where} is of {array.dtype}; expected uint8, or floats from {low:g} to {high:g}")
+            if not (array.min() >= low and array.max() <= high):  # also refuses NaN
+                raise BadImage(
+                    f"{where} has values from {array.min():g} to {array.max():g}; expected {low:g} to {high:g}. "
+                    "Say value_range=(black, white)"
+                )
+            array = np.rint((array.astype(np.float64) - low) * (255 / (high - low))).astype(np.uint8)
+        return Image.fromarray(np.ascontiguousarray(array))

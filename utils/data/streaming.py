@@ -52,12 +52,12 @@ class Stream:
                         if isinstance(image, BadImage):
                             bad.append((index, str(image)))
                             bad_count += 1
-                            if self.args.bad_images == "error" or bad_count > self.args.max_bad_images:
+                            if self.images.too_many(bad_count):
                                 yield [{"image": np.zeros(0), "label": 0, "sample_id": 0, "bad": bad}]
                                 return
                             continue
                         sample_id = int(sample_ids[len(items)])
-                        image = augment(image, sample_id, self.args)
+                        image = augment(image, sample_id, self.images.seed, self.images.random_flip)
                         items.append({"image": image, "label": row.get("label", 0), "sample_id": sample_id, "bad": bad})
                         bad = []
                 yield items

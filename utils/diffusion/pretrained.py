@@ -89,25 +89,32 @@ def unet_from_config(name_or_path: str, **overrides) -> UNet2DModel:
         raise UserError(f"--model_config_name_or_path: no UNet2DModel can be made of it: {error}") from error
 
 
-def check_fit(unet: UNet2DModel, noise_scheduler: SchedulerMixin, train_data, num_inference_steps: int) -> None:
+def check_fit(unet: torch.nn.Module, noise_scheduler: SchedulerMixin, train_data, num_inference_steps: int) -> None:
     """Refuse a model, images, a noise schedule and a number of sampling steps that do not fit each other.
 
+    Of a model only what its config says is checked.
+
     Raises:
-        UserError: wrong number of channels; a resolution that cannot be halved as often as the model halves it; see
-            also ``check_noise_scheduler``.
+        UserError: wrong number of channels; a resolution that cannot be halved as often as the model halves it, or cut
+            into its patches; see also ``check_noise_scheduler``.
     """
     check_noise_scheduler(noise_scheduler, num_inference_steps)
-    if unet.config.in_channels != train_data.channels:
+    config = getattr(unet, "config", {})
+    channels = config.get("in_channels", train_data.channels)
+    if channels != train_data.channels:
         raise UserError(
-            f"the images have {train_data.channels} channels, the model takes {unet.config.in_channels}; --image_mode "
-            f"{ {1: 'L', 3: 'RGB'}.get(unet.config.in_channels, '?') } converts them"
+            f"the images have {train_data.channels} channels, the model takes {channels}; --image_mode "
+            f"{ {1: 'L', 3: 'RGB'}.get(channels, '?') } converts them"
         )
-    halvings = len(unet.config.block_out_channels) - 1
-    if train_data.resolution % 2**halvings:
-        near = max(2**halvings, round(train_data.resolution / 2**halvings) * 2**halvings)
+    factor, does = config.get("patch_size") or 1, "cuts them into patches"
+    if "block_out_channels" in config:
+        halvings = len(config["block_out_channels"]) - 1
+        factor, does = 2**halvings, f"halves them {halvings} times"
+    if train_data.resolution % factor:
+        near = max(factor, round(train_data.resolution / factor) * factor)
         raise UserError(
-            f"images of {train_data.resolution} pixels: this UNet halves them {halvings} times, so it needs a multiple "
-            f"of {2**halvings}; try --resolution {near}"
+            f"images of {train_data.resolution} pixels: this model {does}, so it needs a multiple of {factor}; try "
+            f"--resolution {near}"
         )
 
 

@@ -67,13 +67,15 @@ def sample_batch(
     init_images: torch.Tensor | None = None,
     strength: float = 1.0,
     watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    model_inputs: Callable[[np.ndarray], dict] | None = None,
 ) -> torch.Tensor | None:
     """Draw the images with these ids.
 
     As in ``DDPMPipeline``, but in float32 outside the model, and each image from its own generator.
 
     Args:
-        model: called as ``model(noisy, timestep).sample``; prepared (so that it autocasts), but not the DDP wrapper.
+        model: called as ``model(noisy, timesteps, **inputs).sample`` with timesteps (B,); prepared (so that it
+            autocasts), but not the DDP wrapper.
         sampler: a diffusers scheduler.
         shape: (C, H, W) of one image.
         num_inference_steps: model calls per image.
@@ -85,6 +87,7 @@ def sample_batch(
             (N, C, H, W) in [-1, 1].
         strength: of that noise, in (0, 1]; of the steps, this share is done.
         watch: called at every step with what the model is given and which clean images it predicts, (B, C, H, W) each.
+        model_inputs: what else the model needs for images of these ids (B,), by name: class labels, a condition.
 
     Returns:
         float32 (B, C, H, W), images in [-1, 1] or about it; None if stopped.
@@ -100,6 +103,11 @@ def sample_batch(
             sampler.set_begin_index(first_step)
         chosen = init_images[torch.from_numpy(sample_ids) % len(init_images)].to(device)
         sample = sampler.add_noise(chosen, sample, sampler.timesteps[first_step].expand(len(sample_ids)))
+    inputs = model_inputs(sample_ids) if model_inputs else {}
+
+    def predict(noisy, timestep):
+        return model(noisy, timestep.expand(len(noisy)), **inputs)
+
     options = {}
     if "generator" in inspect.signature(sampler.step).parameters:
         options["generator"] = randomness.sample_generators(seed, "sampler", sample_ids, device)
@@ -110,9 +118,9 @@ def sample_batch(
             if stop():
                 return None
             if guidance:
-                model_output = guidance.predict(model, sampler, sample, timestep)
+                model_output = guidance.predict(predict, sampler, sample, timestep)
             else:
-                model_output = model(sampler.scale_model_input(sample, timestep), timestep).sample.float()
+                model_output = predict(sampler.scale_model_input(sample, timestep), timestep).sample.float()
             if watch:
                 watch(sample, predicted_images(sampler, model_output, sample, timestep))
             sample = sampler.step(model_output, timestep, sample, **options).prev_sample

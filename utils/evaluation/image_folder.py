@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -12,9 +11,8 @@ from PIL import Image
 
 from .. import UserError
 from ..data.images import GREY_MODES, decode_image, prepare_image, to_eight_bits
-from ..data.sources import load_source
+from ..data.sources import ImageSource, load_source
 from ..pictures import from_uint8
-from .reference import PLAIN
 
 SETTINGS = "sampling_args.json"
 # Flags that may change between two runs into one folder: they do not change image k
@@ -127,7 +125,7 @@ def load_image(path: str, shape: tuple[int, int, int]) -> torch.Tensor:
     return from_uint8(prepare_image(image, shape[-1], "bicubic", True))[None]
 
 
-def load_folder(folder: str, accelerator, seed: int, limit: int = 100_000) -> np.ndarray:
+def load_folder(folder: str, accelerator, limit: int = 100_000) -> np.ndarray:
     """The images of a folder, uint8 (N, C, H, W).
 
     Raises:
@@ -135,8 +133,8 @@ def load_folder(folder: str, accelerator, seed: int, limit: int = 100_000) -> np
     """
     if (Path(folder) / "images").is_dir():  # what sample.py made
         folder = str(Path(folder) / "images")
-    flags = SimpleNamespace(**{**PLAIN, "train_data_dir": folder}, dataset_name=None, dataset_split="train", seed=seed)
-    dataset = load_source(flags, accelerator)[0]
+    source = ImageSource(folder, is_folder=True, flags={"name": "folder", "split": "split"})
+    dataset = load_source(source, accelerator)[0]
     decoded = [decode_image(row["image"]["bytes"] or row["image"]["path"], folder) for row in dataset.take(limit)]
     sizes = {image.size for image in decoded}
     if len(sizes) > 1 or len(set(*sizes)) > 1:

@@ -1,17 +1,14 @@
 """The real images that samples are compared with: what a model was trained on, and what it has not seen."""
 
 import logging
-from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
 
 from .. import randomness
-from ..data.datasets import PreparedImages
-from ..data.images import GREY_MODES, decode_image, prepare_image
-from ..data.sources import flags_called, load_source
+from ..data.images import GREY_MODES, PreparedImages, decode_image
+from ..data.sources import ImageSource, load_source
 from ..pictures import make_grid, to_uint8
 from .features import load_extractor, shrink
 from .metrics import nearest_distances
@@ -19,10 +16,6 @@ from .metrics import nearest_distances
 logger = logging.getLogger(__name__)
 
 MEMORY = 2**30  # bytes of a split's images at most
-PLAIN = dict(  # flags of the data sources that evaluating does not have
-    train_data_dir=None, dataset_config_name=None, image_column=None, label_column=None, max_train_samples=None,
-    streaming=False, bad_images="error", interpolation="bicubic", center_crop=True,
-)  # fmt: skip
 
 
 class Reference:
@@ -39,18 +32,16 @@ class Reference:
         self.args, self._prepared, self._baselines = args, {}, {}
         self._sources = {}
         for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
-            flags = SimpleNamespace(**PLAIN, dataset_name=args.reference, dataset_split=split, seed=args.seed)
-            with flags_called({"--dataset_name": "--reference", "--dataset_split": flag}):
-                self._sources[split] = load_source(flags, accelerator)[0], flags
-        first = self._sources[args.held_out_split][0][0]["image"]
+            source = ImageSource(args.reference, split, flags={"name": "--reference", "split": flag})
+            self._sources[split] = load_source(source, accelerator)[0]
+        first = self._sources[args.held_out_split][0]["image"]
         image = decode_image(first["bytes"] or first["path"], args.reference)
         self.held_out = self._load(args.held_out_split, min(image.size), "L" if image.mode in GREY_MODES else "RGB")
 
     def _load(self, split: str, side: int, mode: str) -> np.ndarray:
         if (split, side, mode) not in self._prepared:
-            dataset, flags = self._sources[split]
-            prepare = partial(prepare_image, resolution=side, interpolation=flags.interpolation)
-            images = PreparedImages(dataset, self.args.reference, flags, mode, False, prepare)
+            dataset = self._sources[split]
+            images = PreparedImages(dataset, self.args.reference, mode, side, center_crop=True, seed=self.args.seed)
             limit = MEMORY // (side * side * len(mode))
             if limit < len(dataset):
                 logger.warning(f"{self.args.reference}, {split}: of {len(dataset)} images, {limit} at random are used")

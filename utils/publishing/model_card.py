@@ -69,7 +69,9 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
     for key in {"data", "base"} & (set(summary) - set(on_hub)):
         summary[key] = Path(summary[key]).name  # no path of one machine
     sampler = index["scheduler"][1]
-    settings = summary | {key: vars(args)[key] for key in TRAINING_FLAGS if vars(args).get(key) is not None}
+    record = Path(args.output_dir) / "training_args.json"
+    ran = json.loads(record.read_text()).get("ran", {}) if record.is_file() else {}
+    settings = summary | ran | {key: vars(args)[key] for key in TRAINING_FLAGS if vars(args).get(key) is not None}
     table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in settings.items())
     folders = [folder, *(folder / part for part in ("scheduler", "unet"))]
     code = [f"`{path.relative_to(folder)}`" for place in folders for path in place.glob("*.py")]

@@ -81,13 +81,13 @@ def find_checkpoint(accelerator, output_dir: Path, request: str | None) -> Path 
     """The checkpoint to resume from, the same on every process.
 
     Args:
-        request: ``latest``, a path, or None, which is latest if there is any.
+        request: a path; or ``latest`` or None, which mean the newest complete one if there is any.
 
     Returns:
-        None only if ``request`` is None and there is no complete checkpoint.
+        None if there is no complete checkpoint and no path was given.
 
     Raises:
-        CheckpointError: the requested one does not exist or is not complete.
+        CheckpointError: what the path names does not exist or is not complete.
     """
     answer = [None, None]
     if accelerator.is_main_process:
@@ -112,10 +112,7 @@ def _find(output_dir: Path, request: str | None) -> Path | None:
         except CheckpointError as error:
             logger.warning(f"Skipping a damaged checkpoint. {error}")
     if request == "latest":
-        raise CheckpointError(
-            f"--resume_from_checkpoint latest: {output_dir} has no complete checkpoint. Check --output_dir, or leave "
-            "the flag out to start from scratch"
-        )
+        logger.info(f"--resume_from_checkpoint latest: {output_dir} has no complete checkpoint.")
     return None
 
 
@@ -184,6 +181,8 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
     accelerator.scaler = scaler
     for wrapped in accelerator._schedulers:  # the rate that this run's schedule has now, should its length have changed
         schedule = wrapped.scheduler
+        if not hasattr(schedule, "lr_lambdas"):  # torch's others keep their length in the state that was loaded
+            continue
         rates = [
             base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         ]

@@ -1,5 +1,6 @@
 """The output folder: whose it is, which settings it was made with, and where to go on."""
 
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
 from .. import UserError
+from ..args import defaults_of
 from ..hardware import device_name
 from . import checkpoints
 
@@ -28,6 +30,8 @@ ARGUMENTS = "training_args.json"
 # Flags that say where things are on this machine, or concern it alone
 PRIVATE = {"output_dir", "logging_dir", "config", "resume_from_checkpoint", "report_to"}
 LOCK = ".lock"
+# What may be in an output folder before its first run: a lock, and the log of that very command (`... | tee DIR/log`)
+OUR_FILES = re.compile(r"\.lock|\.tmp-.*|log|nohup\.out|.*\.(log|out|err)")
 DRAWING = {  # a finished run with others draws and saves again
     "num_samples", "sampler", "num_inference_steps", "guidance_color", "guidance_prompt", "guidance_scale",
     "guidance_mode", "clip_model_name_or_path",
@@ -47,8 +51,11 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-def claim_output_dir(accelerator, args) -> tuple[Path, int | None]:
+def claim_output_dir(accelerator, args, script: str) -> tuple[Path, int | None]:
     """Make the output folder this run's, or find that it holds this run already.
+
+    Args:
+        script: its name; the folder of another one is refused.
 
     Returns:
         The folder, and the number of optimizer steps after which a run in it finished, or None.
@@ -59,7 +66,7 @@ def claim_output_dir(accelerator, args) -> tuple[Path, int | None]:
     folder, answer = Path(args.output_dir), [None, None]
     if accelerator.is_main_process:
         try:
-            answer[0] = _inspect_output_dir(folder, args)
+            answer[0] = _inspect_output_dir(folder, args, script)
         except UserError as error:
             answer[1] = str(error)
         except (OSError, ValueError) as error:
@@ -70,11 +77,11 @@ def claim_output_dir(accelerator, args) -> tuple[Path, int | None]:
     return folder, finished_at
 
 
-def _inspect_output_dir(folder: Path, args) -> int | None:
+def _inspect_output_dir(folder: Path, args, script: str) -> int | None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise UserError(f"--output_dir {folder} cannot be written to. Choose another folder")
-    foreign = [path for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(".tmp-")]
+    foreign = [path for path in folder.iterdir() if not OUR_FILES.fullmatch(path.name) or path.is_dir()]
     if foreign and not (folder / ARGUMENTS).is_file():
         raise UserError(
             f"--output_dir {folder} is not empty, and not the output of these scripts. Choose another folder"
@@ -83,7 +90,11 @@ def _inspect_output_dir(folder: Path, args) -> int | None:
     if not (folder / ARGUMENTS).is_file():
         return None
     found = json.loads((folder / ARGUMENTS).read_text())
-    check_settings(f"--output_dir {folder}", found["arguments"], vars(args))
+    if found.get("script", script) != script:
+        raise UserError(
+            f"--output_dir {folder} holds a run of another script, {found['script']}. Choose another --output_dir"
+        )
+    check_settings(f"--output_dir {folder}", found["arguments"], vars(args), defaults_of(args))
     redraw = any(found["arguments"].get(flag) != vars(args).get(flag) for flag in DRAWING)
     complete = (folder / "model_index.json").is_file() and (folder / "samples.png").is_file()
     return found.get("finished_at_step") if complete and not redraw else None
@@ -102,33 +113,47 @@ def _lock(folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _locks[folder.resolve()] = file
             return
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+                logger.warning(
+                    f"The file system of {folder} knows no locks ({error}): see to it that no other run writes there."
+                )
+                return
+            if not isinstance(error, BlockingIOError):
+                raise
             if seconds == 0:
                 logger.warning(f"Another run is writing to {folder}; waiting up to a minute for it to end.")
             time.sleep(1)
     raise UserError(f"--output_dir {folder}: another run is writing to it. Wait for it, or choose another folder")
 
 
-def check_settings(where: str, old: dict, new: dict) -> None:
+def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
     """Refuse to go on with a run whose results would depend on when the settings changed.
+
+    A flag that the old run did not know counts as having had its default. One that is gone is named in a warning.
 
     Args:
         where: the folder, for the message.
         old, new: settings by name; those in ``FREE_ON_RESUME`` may differ.
+        defaults: of the flags of now, by name.
 
     Raises:
         UserError: lists what differs.
     """
-    names = sorted({*old, *new} - FREE_ON_RESUME)
-    changed = [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)
-    ]
-    unknown = [name for name in names if old.get(name) != new.get(name) and not (name in old and name in new)]
-    if unknown:
-        raise UserError(
-            f"{where} holds a run of another script, or of another version of this one: {', '.join(unknown)} are not "
-            "flags of both. Choose another --output_dir"
+    added, gone = ({*new} - {*old} - FREE_ON_RESUME, {*old} - {*new} - FREE_ON_RESUME)
+    if added:
+        logger.info(
+            f"{where} is of a run that did not know {', '.join(sorted(added))}; their defaults are taken for it."
         )
+    if gone:
+        said = ", ".join(f"{name} (it was {old[name]!r})" for name in sorted(gone))
+        logger.warning(f"{where} is of a run with settings that this script does not have: {said}; they are ignored.")
+    old = {**{name: defaults.get(name) for name in added}, **old}
+    changed = [
+        f"{name} was {old[name]!r}, is {new[name]!r}"
+        for name in sorted({*new} - FREE_ON_RESUME)
+        if old[name] != new[name]
+    ]
     if changed:
         raise UserError(
             f"{where} holds a run with other settings: {'; '.join(changed)}. Give the old values to go on with it, or "
@@ -153,7 +178,7 @@ def resume(accelerator, args, data_settings: dict, ema_model) -> int:
         logger.info(f"Starting a new run in {output_dir}.")
         return 0
     state = checkpoints.read_state(path)
-    check_settings(str(path), state["settings"], {**vars(args), **data_settings})
+    check_settings(str(path), state["settings"], {**vars(args), **data_settings}, defaults_of(args))
     if accelerator.is_main_process:
         checkpoints.set_aside_newer(output_dir, path)
     checkpoints.load_checkpoint(accelerator, path, state)
@@ -177,25 +202,54 @@ def save(accelerator, args, data_settings: dict, ema_model, global_step: int, sa
     checkpoints.save_checkpoint(accelerator, folder, global_step, save_pipeline, state, limit)
 
 
-def write_arguments(accelerator, args, **summary) -> None:
-    """Write ``training_args.json``: the flags, what was found out, the versions and the machine."""
+def write_arguments(accelerator, args, script: str, **summary) -> None:
+    """Write ``training_args.json``: the flags, what was found out, what ran, the versions and the machine."""
     if not accelerator.is_main_process:
         return
     content = {
+        "script": script,
         "arguments": vars(args),
         "public_arguments": public(vars(args)),  # now, while it can be seen what is a path
         **public(summary),
+        "ran": _what_ran(accelerator),
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "device": device_name(accelerator.device),
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, accelerate)},
     }
-    path = Path(args.output_dir) / ARGUMENTS
+    _write_record(Path(args.output_dir) / ARGUMENTS, content)
+
+
+def write_finished(accelerator, args, global_step: int) -> None:
+    """Note in ``training_args.json`` that the run is complete."""
+    if accelerator.is_main_process:
+        path = Path(args.output_dir) / ARGUMENTS
+        _write_record(path, {**json.loads(path.read_text()), "finished_at_step": global_step})
+
+
+def _write_record(path: Path, content: dict) -> None:
     temporary = path.with_name(f".tmp-{ARGUMENTS}")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     checkpoints.sync(temporary)
     temporary.replace(path)
     checkpoints.sync(path.parent)
+
+
+def _what_ran(accelerator) -> dict[str, str]:
+    """Classes and settings of what the accelerator prepared, whatever the flags say."""
+
+    def described(thing, settings):
+        plain = {name: value for name, value in settings.items() if isinstance(value, (int, float, str, tuple))}
+        return f"{type(thing).__name__}({', '.join(f'{name}={value}' for name, value in plain.items())})"
+
+    ran = {"model": [type(accelerator.unwrap_model(model)).__name__ for model in accelerator._models]}
+    ran["optimizer"] = [described(wrapped.optimizer, wrapped.optimizer.defaults) for wrapped in accelerator._optimizers]
+    ran["schedule"] = []
+    for wrapped in accelerator._schedulers:
+        state = wrapped.scheduler.state_dict().items()
+        fixed = {name: value for name, value in state if not name.startswith("_") and name != "last_epoch"}
+        ran["schedule"].append(described(wrapped.scheduler, fixed))
+    return {part: ", ".join(names) for part, names in ran.items() if names}
 
 
 def how_to_load(folder: Path, name: str | Path) -> str:

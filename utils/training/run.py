@@ -29,7 +29,7 @@ from .. import UserError, printable
 from ..args import Arguments
 from ..hardware import device_name, has_bf16, set_up_process, use_all_cores
 from .curves import draw_curves
-from .output_dir import how_to_load, public, write_arguments
+from .output_dir import how_to_load, public, write_arguments, write_finished
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def start(accelerator, args, name: str, first_step: int, **summary) -> None:
         first_step: optimizer steps done; what TensorBoard has from later steps is hidden.
         summary: what was found out, to be recorded beside the flags.
     """
-    write_arguments(accelerator, args, **summary)
+    write_arguments(accelerator, args, name, **summary)
     logger.info("Training: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     logger.info(f"{accelerator.num_processes} x {device_name(accelerator.device)}, {precision}")
@@ -175,16 +175,12 @@ def total_train_steps(args, num_images: int | None, global_batch_size: int) -> i
     return args.max_train_steps or math.ceil(args.num_train_epochs * num_images / global_batch_size)
 
 
-def finish(accelerator, args, global_step: int, stop_signal, **summary) -> None:
-    """Record that the run is complete, close the trackers and print the last lines; ``stop`` if a signal came.
-
-    Args:
-        summary: as for ``start``.
-    """
+def finish(accelerator, args, global_step: int, max_train_steps: int, stop_signal) -> None:
+    """Record that the run is complete, close the trackers and print the last lines; ``stop`` if a signal came."""
     number = stop_signal.check(0)
     if number:  # what was being drawn is missing
-        stop(accelerator, args, global_step, summary["max_train_steps"], number)
-    write_arguments(accelerator, args, **summary, finished_at_step=global_step)
+        stop(accelerator, args, global_step, max_train_steps, number)
+    write_finished(accelerator, args, global_step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:

@@ -1,0 +1,104 @@
+"""Images that are in Python already: the same batches as from any other source, and clear errors."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import parse
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from utils import UserError
+from utils.data import OwnImages, load_train_data
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The embedded digits, uint8 (N, 8, 8)."""
+    return np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+
+
+def batches(accelerator, own_images, *flags):
+    data = load_train_data(parse(*flags), accelerator, own_images=own_images)
+    return data, list(data.batches(0, 3))
+
+
+class Tuples(torch.utils.data.Dataset):
+    def __init__(self, images, form):
+        self.images, self.form = images, form
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.form(self.images[index])
+
+
+KINDS = {
+    "array N H W": OwnImages,
+    "array N C H W": lambda digits: OwnImages(digits[:, None]),
+    "array N H W C": lambda digits: OwnImages(digits[..., None]),
+    "floats": lambda digits: OwnImages((digits / 255).astype(np.float32)),
+    "floats from -1 to 1": lambda digits: OwnImages(torch.from_numpy(digits)[:, None] / 127.5 - 1, value_range=(-1, 1)),
+    "Dataset of tuples": lambda digits: OwnImages(Tuples(digits, lambda image: (torch.from_numpy(image)[None], 3))),
+    "Dataset of dictionaries": lambda digits: OwnImages(Tuples(digits, lambda image: {"image": image, "label": 3})),
+    "function": lambda digits: OwnImages(lambda index: Image.fromarray(digits[index]), length=len(digits)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", ["always", "never"])
+def test_every_kind_gives_the_batches_of_the_embedded_digits(accelerator, digits, kind, cache):
+    flags = ["--random_flip", f"--cache_images={cache}", "--dataloader_num_workers=0"]
+    expected = list(load_train_data(parse(*flags), accelerator).batches(0, 3))
+    data, found = batches(accelerator, KINDS[kind](digits), *flags)
+    assert (data.length, data.image_shape, data.name) == (1797, (1, 8, 8), "own images")
+    for mine, theirs in zip(found, expected, strict=True):
+        assert np.array_equal(mine["sample_ids"], theirs["sample_ids"])
+        assert torch.equal(mine["images"], theirs["images"])
+
+
+def test_colour_sizes_and_labels(accelerator):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (3, 20, 30 + k), dtype=np.uint8) for k in range(12)]
+    labels = [k % 3 for k in range(12)]
+    flags = ["--resolution=16", "--dataloader_num_workers=2", "--cache_images=never"]
+    data, found = batches(accelerator, OwnImages(images, labels=labels, label_names=["a", "b", "c"]), *flags)
+    assert data.image_shape == (3, 16, 16) and data.label_names == ["a", "b", "c"]
+    cached = batches(accelerator, OwnImages(images, labels=labels), "--resolution=16")[1]
+    assert all(torch.equal(a["images"], b["images"]) for a, b in zip(found, cached, strict=True))
+    assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(found, cached, strict=True))
+    assert set(torch.cat([batch["labels"] for batch in found]).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: OwnImages(lambda index: None), "needs length="),
+        (lambda: OwnImages(np.zeros((20, 8, 8), np.uint8), labels=[0]), "1 labels, .* for 20 images"),
+        (lambda: OwnImages(np.zeros((2, 8, 8), np.uint8), labels=[0, -1]), r"\[-1, 0\] among them"),
+        (lambda: OwnImages(np.zeros((20, 4, 8, 8), np.uint8)), r"own image 0 has the shape \(4, 8, 8\); expected C"),
+        (lambda: OwnImages(np.zeros((20, 8, 8), np.int64)), "is of int64; expected uint8, or floats from 0 to 1"),
+        (lambda: OwnImages(np.full((20, 8, 8), -0.5)), r"values from -0.5 to -0.5; expected 0 to 1\. Say value_range="),
+        (lambda: OwnImages(np.full((20, 8, 8), np.nan)), "values from nan"),
+        (lambda: OwnImages(np.zeros((5, 8, 8), np.uint8)), "own images has 5 images, fewer than one global batch of 8"),
+    ],
+)
+def test_what_cannot_be_an_image_is_refused(accelerator, make, message):
+    with pytest.raises(UserError, match=message):
+        batches(accelerator, make())
+
+
+def test_files_that_a_function_cannot_read_are_bad_images(accelerator, digits):
+    def read(index):
+        if index == 5:
+            raise OSError("no such file")
+        return digits[index]
+
+    with pytest.raises(UserError, match=r"own image 5: OSError: no such file\. --bad_images skip goes on without it"):
+        batches(accelerator, OwnImages(read, length=20))
+    assert len(batches(accelerator, OwnImages(read, length=20), "--bad_images=skip")[1]) == 3
+
+
+def test_flags_that_need_a_data_set_are_refused(accelerator, digits):
+    with pytest.raises(UserError, match="own images are neither streamed nor split"):
+        batches(accelerator, OwnImages(digits), "--validation_split=test")
