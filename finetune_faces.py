@@ -74,7 +74,7 @@ def main(args):
 
     # Data
     pretrained = load_pretrained(args.pretrained_model_name_or_path)
-    train_data = load_train_data(args, accelerator, pretrained.unet.config)  # or own_images=...: see there
+    train_data = load_train_data(args, accelerator, pretrained.unet.config)  # or own_images=...
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:

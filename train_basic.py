@@ -49,7 +49,7 @@ def main(args):
     set_seed(args.seed)
 
     # Data
-    train_data = load_train_data(args, accelerator)  # or own_images=...: see there
+    train_data = load_train_data(args, accelerator)  # or own_images=...
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
