@@ -24,7 +24,7 @@ from utils.evaluation.features import DIGITS_WEIGHTS, DigitsNet  # noqa: E402
 
 CARD = """# digits_net.safetensors
 
-A classifier of 28x28 digits, for comparing samples: `utils/features.py: DigitsNet`, {parameters:,} weights, 64
+A classifier of 28x28 digits, for comparing samples: `features.py: DigitsNet`, {parameters:,} weights, 64
 features. Trained by `python benchmarks/digits_net.py --dataset_name mnist` on MNIST's 60,000 training images (LeCun et
 al. 1998, CC BY-SA 3.0), {epochs} epochs, seed {seed}. Test accuracy {accuracy:.2%} of 10,000. SHA-256 `{digest}`.
 

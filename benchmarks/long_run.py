@@ -27,9 +27,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
-    import utils.curves
+    from utils.training import TrainingCurves
 
-    process, original, table = psutil.Process(), utils.curves.TrainingCurves.step, sys.stdout
+    process, original, table = psutil.Process(), TrainingCurves.step, sys.stdout
     print("  step  memory MiB  open files  threads  checkpoints")
 
     def step(self, global_step, *arguments, **values):
@@ -40,7 +40,7 @@ def main():
             row = f"{global_step:6}{memory:12.0f}{process.num_fds():12}{process.num_threads():9}{kept:13}"
             print(row, file=table, flush=True)
 
-    with tempfile.TemporaryDirectory() as temporary, mock.patch.object(utils.curves.TrainingCurves, "step", step):
+    with tempfile.TemporaryDirectory() as temporary, mock.patch.object(TrainingCurves, "step", step):
         folder = Path(temporary) / "run"
         flags = ["--dataset_name=digits", "--unet=tiny", "--train_batch_size=16", f"--max_train_steps={options.steps}"]
         flags += ["--checkpointing_steps=50", "--sample_steps=50", "--num_samples=16", "--num_inference_steps=5"]

@@ -228,7 +228,11 @@ def at_moment(monkeypatch, moment, number):
     where = {
         "step": (TrainingCurves, "add", 4),
         "saving": (utils.training.checkpoints, "_write_manifest", 1),
-        "sampling": (utils.diffusion.sampling.randomness, "sample_generators", 1),
+        "sampling": (
+            utils.diffusion.sampling.randomness,
+            "sample_generators",
+            2,
+        ),  # after the image drawn before training
         "validation": (utils.evaluation.denoising_loss, "output_for", 2),
         "evaluation": (utils.evaluation.sample_quality, "frechet_distance", 1),
     }
@@ -313,9 +317,9 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     """Protection: ``_check_finite`` in ``checkpoints.save_checkpoint``; losses and gradients were finite here."""
-    import utils.ema
+    from utils.training import EMA
 
-    original = utils.ema.EMA.step
+    original = EMA.step
 
     def step(self, parameters):
         parameters = list(parameters)
@@ -324,7 +328,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
             with torch.no_grad():
                 parameters[3].view(-1)[0] = float("inf")
 
-    monkeypatch.setattr(utils.ema.EMA, "step", step)
+    monkeypatch.setattr(EMA, "step", step)
     with pytest.raises(CheckpointError, match=r"checkpoint-6 cannot be saved: .* holds numbers that are not finite"):
         train(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-3"]

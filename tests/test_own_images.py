@@ -8,7 +8,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from utils import UserError
-from utils.data import OwnImages, load_train_data
+from utils.data import load_train_data
+from utils.data.own_images import OwnImages
 
 
 @pytest.fixture(scope="module")

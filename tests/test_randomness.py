@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from utils.randomness import random_bits, sample_noise, shuffled_indices, slerp, uniform
+from utils.diffusion.pipelines import slerp
+from utils.randomness import random_bits, sample_noise, shuffled_indices, uniform
 
 
 def test_uniform_is_uniform_and_uncorrelated():

@@ -10,10 +10,11 @@ from PIL import Image
 
 from utils.diffusion.illustrations import show_denoising, show_walk
 from utils.diffusion.linear_mix import LinearMixScheduler
+from utils.diffusion.pipelines import slerp
 from utils.diffusion.sampling import sample_images
 from utils.diffusion.schedulers import SAMPLER_CLASSES, make_sampler
 from utils.pictures import save_picture
-from utils.randomness import sample_noise, slerp
+from utils.randomness import sample_noise
 
 
 def model(dropout=0.5):
@@ -63,7 +64,7 @@ def test_images_start_from_a_picture_and_keep_more_of_it_the_weaker_the_noise(ac
         assert sample_images(oracle, sampler, accelerator, 3, (1, 8, 8), 10, 2, 0, **options).shape == (3, 1, 8, 8)
         assert len(oracle.seen) == 2 * 3  # two batches, three of ten steps
         start, timestep = oracle.seen[0]
-        assert timestep < 350
+        assert timestep.max() < 350
         assert np.corrcoef(start[0].flatten(), picture.flatten())[0, 1] > 0.25
     sampler = make_sampler("ddim", DDPMScheduler())
     full = sample_images(unet, sampler, accelerator, 3, (1, 8, 8), 10, 2, 0, init_images=picture, strength=1.0)

@@ -218,11 +218,9 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, monkeypatch
 
 
 def test_bad_checkpoints_stop_the_run_before_anything_is_touched(tmp_path):
-    with pytest.raises(UserError, match="has no complete checkpoint"):
-        train(tmp_path / "run", "--resume_from_checkpoint=latest")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     with pytest.raises(UserError, match="there is no such folder"):
         train(tmp_path / "run", f"--resume_from_checkpoint={tmp_path}/checkpoint-7")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     train(tmp_path / "run", "--max_train_steps=3")
     (tmp_path / "run" / "checkpoint-3" / WEIGHTS).write_bytes(b"")
     with pytest.raises(UserError, match=r"is damaged: unet/diffusion_pytorch_model\.safetensors"):
@@ -231,9 +229,9 @@ def test_bad_checkpoints_stop_the_run_before_anything_is_touched(tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, number, code):
-    import utils.curves
+    from utils.training import TrainingCurves
 
-    original = utils.curves.TrainingCurves.add
+    original = TrainingCurves.add
 
     def add(self, *arguments):  # in the middle of the fifth step
         original(self, *arguments)
@@ -241,7 +239,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, num
             os.kill(os.getpid(), number)
         self.calls = calls
 
-    monkeypatch.setattr(utils.curves.TrainingCurves, "add", add)
+    monkeypatch.setattr(TrainingCurves, "add", add)
     assert train(tmp_path / "stopped") == code
     assert "Stopped by" in (said := capsys.readouterr().out) and "5 of 6" in said and "The same command" in said
     assert (tmp_path / "stopped" / "checkpoint-5").is_dir()

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: what was given, what is expected, what to do. Shown without a traceback."""
+    """A mistake that the user can correct: what was given, what is expected, what to do. Shown without a traceback."""
 
 
 def printable(text: str) -> str:

@@ -250,7 +250,6 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--validation_split", help="split held out from training, for a loss curve; for example train[90%%:]")
     group.add_argument("--validation_steps", type=integer(1), default=500, help="optimizer steps between validations")
     group.add_argument("--num_validation_images", type=integer(1), default=64, help="of each set")
-# fmt: on
 
 
 def check_guidance(parser: Parser, args) -> None:
@@ -261,9 +260,7 @@ def check_guidance(parser: Parser, args) -> None:
         try:
             ImageColor.getrgb(args.guidance_color)
         except ValueError:
-            parser.error(
-                f"--guidance_color {args.guidance_color}: no such colour; expected a name such as teal, or #rrggbb"
-            )
+            parser.error(f"--guidance_color {args.guidance_color}: no such colour; expected a name such as teal, or #rrggbb")
     if args.guidance_color and args.guidance_prompt:
         parser.error("--guidance_color and --guidance_prompt exclude each other; give one")
 
@@ -282,10 +279,7 @@ def check_common(parser: Parser, args) -> None:
         if vars(args)[flag] and not args.push_to_hub:
             parser.error(f"--{flag} needs --push_to_hub")
     if vars(args).get("rescale_betas_zero_snr") and args.prediction_type == "epsilon":
-        parser.error(
-            "--rescale_betas_zero_snr with --prediction_type epsilon teaches nothing at the last timestep, where the "
-            "input is the noise itself; take v_prediction or sample"
-        )
+        parser.error("--rescale_betas_zero_snr with --prediction_type epsilon teaches nothing at the last timestep, where the input is the noise itself; take v_prediction or sample")
     levels = vars(args).get("num_train_timesteps")
     if levels and args.num_inference_steps > levels:
         parser.error(f"--num_inference_steps {args.num_inference_steps} is more than --num_train_timesteps {levels}")
@@ -295,3 +289,4 @@ def check_common(parser: Parser, args) -> None:
         parser.error("--hub_strategy every_checkpoint needs --push_to_hub")
     if args.streaming and not (args.dataset_name or args.train_data_dir):
         parser.error("--streaming needs --dataset_name or --train_data_dir")
+# fmt: on

@@ -84,18 +84,3 @@ def sample_noise(
     for row, bits in zip(noise, random_bits(seed, purpose, sample_ids).tolist(), strict=True):
         draw(row, *limits, generator=generator.manual_seed(bits))
     return noise
-
-
-def slerp(first: torch.Tensor, second: torch.Tensor, fraction: float | torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation (Shoemake 1985): between two normal noises the result is normal noise again.
-
-    Args:
-        first, second: (B, ...).
-        fraction: 0 gives ``first``, 1 gives ``second``; one, or one for each sample (B,).
-    """
-    flat = [noise.flatten(1) for noise in (first, second)]
-    cosine = torch.nn.functional.cosine_similarity(*flat, dim=1).clamp(-1, 1)
-    angle = torch.arccos(cosine).clamp(min=1e-6)
-    fraction = torch.as_tensor(fraction, dtype=first.dtype, device=first.device)
-    weights = torch.sin((1 - fraction) * angle) / torch.sin(angle), torch.sin(fraction * angle) / torch.sin(angle)
-    return sum(w.view(-1, *[1] * (first.dim() - 1)) * noise for w, noise in zip(weights, (first, second), strict=True))

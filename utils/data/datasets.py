@@ -24,7 +24,7 @@ from ..pictures import from_uint8
 from ..signals import STOP_SIGNALS
 from .cache import Cache
 from .images import GREY_MODES, BadImage, PreparedImages, decode_image, locate
-from .sources import ImageSource, OwnImages, check_disjoint, data_license, load_source
+from .sources import ImageSource, check_disjoint, data_license, load_source
 from .streaming import Stream, read_ahead
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 INSPECTED = 64  # images that are looked at to find mode and size
 
 
-def load_train_data(args, accelerator, made_for=None, own_images: OwnImages | None = None) -> "TrainData":
+def load_train_data(args, accelerator, made_for=None, own_images=None) -> "TrainData":
     """Everything between the flags and the batches.
 
     Args:
@@ -43,8 +43,7 @@ def load_train_data(args, accelerator, made_for=None, own_images: OwnImages | No
         accelerator: says which process this is, and where batches go.
         made_for: config of a pretrained model, whose ``sample_size`` and ``in_channels`` (1 or 3) count where
             ``--resolution`` is not given and ``--image_mode`` is auto.
-        own_images: take these instead of what the flags name:
-            ``load_train_data(args, accelerator, own_images=OwnImages(array))``.
+        own_images: take these instead of what the flags name, see ``own_images.OwnImages``.
 
     Raises:
         UserError: see ``load_source``; also an empty data set, or one with fewer images than a global batch.

@@ -131,7 +131,7 @@ def flips(seed: int, sample_ids: np.ndarray) -> np.ndarray:
 def locate(row: dict, source: str, index: int) -> tuple[bytes | str | Image.Image, str]:
     """Bytes or path of a row's image, or the image itself, and its name for messages."""
     where = f"image {index} of {source}"
-    if callable(row["image"]):  # see ``sources.OwnImages``
+    if callable(row["image"]):  # see ``own_images.OwnImages``
         return row["image"](), where
     record = row["image"] or {"bytes": b"", "path": None}
     if record["path"]:

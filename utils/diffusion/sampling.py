@@ -82,7 +82,7 @@ def sample_batch(
         stop: asked before every model call; True gives up.
         guidance: steers every step, see ``guidance.Guidance``.
         noise: what image k starts from, instead of the noise of seed and k; float32 (B, C, H, W) for ids (B,). For
-            example an interpolation, see ``randomness.slerp``.
+            example an interpolation, see ``pipelines.slerp``.
         init_images: start from these with noise on them (SDEdit, arXiv:2108.01073), one for all or one an image;
             (N, C, H, W) in [-1, 1].
         strength: of that noise, in (0, 1]; of the steps, this share is done.

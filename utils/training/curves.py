@@ -7,6 +7,8 @@ import itertools
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -134,23 +136,17 @@ class TrainingCurves:
             )
         return losses, grad_norms
 
-    def pause(self):
-        """A context manager for sampling and saving: their time does not count as training."""
-        return _Pause(self)
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Inside, time does not count as training: for sampling and saving."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.written_at += time.perf_counter() - started
 
     def close(self) -> None:
         self.bar.close()
-
-
-class _Pause:
-    def __init__(self, curves: TrainingCurves):
-        self.curves = curves
-
-    def __enter__(self):
-        self.started = time.perf_counter()
-
-    def __exit__(self, *exception):
-        self.curves.written_at += time.perf_counter() - self.started
 
 
 def draw_curves(folder: Path, logs: Path) -> None:

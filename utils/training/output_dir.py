@@ -142,9 +142,7 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
     """
     added, gone = ({*new} - {*old} - FREE_ON_RESUME, {*old} - {*new} - FREE_ON_RESUME)
     if added:
-        logger.info(
-            f"{where} is of a run that did not know {', '.join(sorted(added))}; their defaults are taken for it."
-        )
+        logger.info(f"{where} is of a run without {', '.join(sorted(added))}; it counts as with their defaults.")
     if gone:
         said = ", ".join(f"{name} (it was {old[name]!r})" for name in sorted(gone))
         logger.warning(f"{where} is of a run with settings that this script does not have: {said}; they are ignored.")
