@@ -60,10 +60,10 @@ def main(args):
     from utils.diffusion import sample_images
     from utils.diffusion.pipelines import choose_sampler, estimate_seconds, load_pipeline, training_scheduler
     from utils.diffusion.schedulers import pipeline_scheduler
+    from utils.evaluation.comparison import compare
     from utils.evaluation.denoising_loss import DenoisingLoss
     from utils.evaluation.features import digit_statistics, load_extractor
     from utils.evaluation.image_folder import load_folder
-    from utils.evaluation.metrics import compare
     from utils.evaluation.reference import Reference
     from utils.evaluation.report import write_report
     from utils.evaluation.sweep import best_setting, check_writable, write_scheduler

@@ -48,8 +48,8 @@ def main(args):
     from utils.diffusion.guidance import make_guidance
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, slerp
     from utils.diffusion.sampling import sample_batch
-    from utils.evaluation.image_folder import ImageFolder, load_image
-    from utils.pictures import make_grid, save_gif, to_uint8
+    from utils.evaluation.image_folder import ImageFolder, load_image, save_gif
+    from utils.pictures import make_grid, to_uint8
     from utils.randomness import sample_noise
     from utils.signals import StopSignal
     from utils.training import run

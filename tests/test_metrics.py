@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from utils.evaluation.metrics import (
-    bootstrap,
-    compare,
-    density_coverage,
-    frechet_distance,
-    kernel_distance,
-    nearest_distances,
-    precision_recall,
-    squared_mmd,
-)
+from utils.evaluation.comparison import bootstrap, compare, density_coverage, nearest_distances, precision_recall
+from utils.evaluation.metrics import frechet_distance, kernel_distance, squared_mmd
 
 
 @pytest.fixture

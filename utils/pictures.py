@@ -1,4 +1,4 @@
-"""Images as arrays and as pictures: the two ranges they are kept in, grids, films, and where pictures go."""
+"""Images as arrays and as pictures: the two ranges they are kept in, grids, and where pictures go."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,20 +64,3 @@ def save_picture(picture: Image.Image, path: Path, accelerator, step: int, name:
             tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
         elif hasattr(tracker, "log_images"):
             tracker.log_images({name: [picture]}, step=step)
-
-
-def save_gif(frames: list[list[np.ndarray]], path: Path) -> None:
-    """A film of how images arise.
-
-    Args:
-        frames: for each step, images of one or several kinds, uint8 (N, C, H, W), shown side by side.
-    """
-    pictures = []
-    for kinds in frames:
-        grids = [make_grid(images).convert("RGB") for images in kinds]
-        picture = Image.new("RGB", (sum(grid.width for grid in grids), grids[0].height))
-        for k, grid in enumerate(grids):
-            picture.paste(grid, (k * grid.width, 0))
-        pictures.append(picture)
-    durations = [100] * (len(pictures) - 1) + [2000]  # milliseconds; the last frame stays
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)

@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -24,7 +23,7 @@ from ..pictures import from_uint8
 from ..signals import STOP_SIGNALS
 from .cache import Cache
 from .images import GREY_MODES, BadImage, PreparedImages, decode_image, locate
-from .sources import ImageSource, check_disjoint, data_license, load_source
+from .sources import ImageSource, data_license, load_source
 from .streaming import Stream, read_ahead
 
 logger = logging.getLogger(__name__)
@@ -59,32 +58,6 @@ def load_train_data(args, accelerator, made_for=None, own_images=None) -> "Train
         dataset, name = load_source(ImageSource.from_args(args), accelerator)
     resolution, image_mode = (made_for.sample_size, MODES[made_for.in_channels]) if made_for else (None, None)
     return TrainData(dataset, name, args, accelerator, resolution, image_mode)
-
-
-def load_images(args, accelerator, train_data: "TrainData", kind: str) -> torch.Tensor:
-    """Images to validate with, shaped as the training images, float32 in [-1, 1]: see ``PreparedImages.examples``.
-
-    Args:
-        kind: ``validation``, another split of the training data (``--validation_split``), or ``prior``, another data
-            set (``--prior_dataset_name``, ``--prior_dataset_split``).
-
-    Returns:
-        ``--num_validation_images`` of them, or as many as there are.
-
-    Raises:
-        UserError: as ``load_source``; images that are trained on, too.
-    """
-    if kind == "prior":
-        flags = {"name": "--prior_dataset_name", "split": "--prior_dataset_split"}
-        source = ImageSource(args.prior_dataset_name, args.prior_dataset_split, flags=flags)
-    else:
-        trained_on = ImageSource.from_args(args)
-        flags = {**trained_on.flags, "split": "--validation_split"}
-        source = replace(trained_on, split=args.validation_split, label_column=None, max_samples=None, flags=flags)
-        check_disjoint(trained_on, source, accelerator)
-    dataset, name = load_source(source, accelerator)
-    images = PreparedImages(dataset, name, train_data.mode, train_data.resolution, **reading(args))
-    return from_uint8(images.examples(args.num_validation_images))
 
 
 def reading(args) -> dict:

@@ -91,34 +91,6 @@ def data_license(dataset, name: str) -> str:
     return known.get(name) or (info.license if info else None) or "not stated"
 
 
-def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) -> None:
-    """Refuse a held-out split that shares images with the training split of the same data set.
-
-    Raises:
-        UserError: says which.
-    """
-    pair = (trained_on, held_out)
-    names = [{part.split("[")[0] for part in source.split.split("+")} for source in pair]
-    shared = names[0] & names[1]
-    if not shared:
-        return
-    ranges = []
-    for source, wholes in zip(pair, names, strict=True):
-        lengths = {}
-        for whole in wholes:
-            entire = replace(source, split=whole, label_column=None, max_samples=None)
-            lengths[whole] = 1 if source.streaming else len(load_source(entire, accelerator)[0])
-        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
-        ranges.append([(part.splitname, part.from_, part.to) for part in parts])
-    pairs = [(first, second) for first in ranges[0] for second in ranges[1] if first[0] == second[0]]
-    if any(max(first[1], second[1]) < min(first[2], second[2]) for first, second in pairs):
-        raise UserError(
-            f"{held_out.said('split')} shares images with {trained_on.said('split')}, so it would not be held out. "
-            f"Take parts that do not overlap, such as {trained_on.flags['split']} 'train[:90%]' and "
-            f"{held_out.flags['split']} 'train[90%:]'"
-        )
-
-
 def _default_source(source: ImageSource) -> str:
     hub_logger = logging.getLogger("huggingface_hub")
     level = hub_logger.level

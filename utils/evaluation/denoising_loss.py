@@ -1,15 +1,20 @@
 """The denoising loss on fixed questions: on training images and on held-out ones, so that overfitting shows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .. import randomness
-from ..data.datasets import load_images
+from .. import UserError, randomness
+from ..data.datasets import reading
+from ..data.images import PreparedImages
+from ..data.sources import ImageSource, load_source
 from ..diffusion.sampling import evaluating
 from ..diffusion.schedulers import output_for
+from ..pictures import from_uint8
 from ..training.curves import NOISE_LEVELS, noise_levels
 
 
@@ -98,3 +103,57 @@ class Validation:
             for part, value in denoising_loss.measure(model, self.accelerator, stop).items():
                 values[f"validation_{part}/{name}"] = value
         self.accelerator.log(values, step=step)
+
+
+def load_images(args, accelerator, train_data, kind: str) -> torch.Tensor:
+    """Images to validate with, shaped as the training images, float32 in [-1, 1]: see ``PreparedImages.examples``.
+
+    Args:
+        kind: ``validation``, another split of the training data (``--validation_split``), or ``prior``, another data
+            set (``--prior_dataset_name``, ``--prior_dataset_split``).
+
+    Returns:
+        ``--num_validation_images`` of them, or as many as there are.
+
+    Raises:
+        UserError: as ``load_source``; images that are trained on, too.
+    """
+    if kind == "prior":
+        flags = {"name": "--prior_dataset_name", "split": "--prior_dataset_split"}
+        source = ImageSource(args.prior_dataset_name, args.prior_dataset_split, flags=flags)
+    else:
+        trained_on = ImageSource.from_args(args)
+        flags = {**trained_on.flags, "split": "--validation_split"}
+        source = replace(trained_on, split=args.validation_split, label_column=None, max_samples=None, flags=flags)
+        check_disjoint(trained_on, source, accelerator)
+    dataset, name = load_source(source, accelerator)
+    images = PreparedImages(dataset, name, train_data.mode, train_data.resolution, **reading(args))
+    return from_uint8(images.examples(args.num_validation_images))
+
+
+def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) -> None:
+    """Refuse a held-out split that shares images with the training split of the same data set.
+
+    Raises:
+        UserError: says which.
+    """
+    pair = (trained_on, held_out)
+    names = [{part.split("[")[0] for part in source.split.split("+")} for source in pair]
+    shared = names[0] & names[1]
+    if not shared:
+        return
+    ranges = []
+    for source, wholes in zip(pair, names, strict=True):
+        lengths = {}
+        for whole in wholes:
+            entire = replace(source, split=whole, label_column=None, max_samples=None)
+            lengths[whole] = 1 if source.streaming else len(load_source(entire, accelerator)[0])
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
+        ranges.append([(part.splitname, part.from_, part.to) for part in parts])
+    pairs = [(first, second) for first in ranges[0] for second in ranges[1] if first[0] == second[0]]
+    if any(max(first[1], second[1]) < min(first[2], second[2]) for first, second in pairs):
+        raise UserError(
+            f"{held_out.said('split')} shares images with {trained_on.said('split')}, so it would not be held out. "
+            f"Take parts that do not overlap, such as {trained_on.flags['split']} 'train[:90%]' and "
+            f"{held_out.flags['split']} 'train[90%:]'"
+        )

@@ -12,7 +12,7 @@ from PIL import Image
 from .. import UserError
 from ..data.images import GREY_MODES, decode_image, prepare_image, to_eight_bits
 from ..data.sources import ImageSource, load_source
-from ..pictures import from_uint8
+from ..pictures import from_uint8, make_grid
 
 SETTINGS = "sampling_args.json"
 # Flags that may change between two runs into one folder: they do not change image k
@@ -142,3 +142,20 @@ def load_folder(folder: str, accelerator, limit: int = 100_000) -> np.ndarray:
     mode = "L" if all(image.mode in GREY_MODES for image in decoded) else "RGB"
     arrays = np.stack([np.atleast_3d(np.asarray(image.convert(mode))) for image in decoded])
     return arrays.transpose(0, 3, 1, 2)
+
+
+def save_gif(frames: list[list[np.ndarray]], path: Path) -> None:
+    """A film of how images arise.
+
+    Args:
+        frames: for each step, images of one or several kinds, uint8 (N, C, H, W), shown side by side.
+    """
+    pictures = []
+    for kinds in frames:
+        grids = [make_grid(images).convert("RGB") for images in kinds]
+        picture = Image.new("RGB", (sum(grid.width for grid in grids), grids[0].height))
+        for k, grid in enumerate(grids):
+            picture.paste(grid, (k * grid.width, 0))
+        pictures.append(picture)
+    durations = [100] * (len(pictures) - 1) + [2000]  # milliseconds; the last frame stays
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)

@@ -10,8 +10,8 @@ from .. import randomness
 from ..data.images import GREY_MODES, PreparedImages, decode_image
 from ..data.sources import ImageSource, load_source
 from ..pictures import make_grid, to_uint8
+from .comparison import nearest_distances
 from .features import load_extractor, shrink
-from .metrics import nearest_distances
 
 logger = logging.getLogger(__name__)
 

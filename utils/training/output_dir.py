@@ -238,15 +238,13 @@ def _what_ran(accelerator) -> dict[str, str]:
 
     def described(thing, settings):
         plain = {name: value for name, value in settings.items() if isinstance(value, (int, float, str, tuple))}
-        return f"{type(thing).__name__}({', '.join(f'{name}={value}' for name, value in plain.items())})"
+        shown = ", ".join(f"{name}={v}" for name, v in plain.items() if name[0] != "_" and name != "last_epoch")
+        return f"{type(thing).__name__}({shown})"
 
     ran = {"model": [type(accelerator.unwrap_model(model)).__name__ for model in accelerator._models]}
     ran["optimizer"] = [described(wrapped.optimizer, wrapped.optimizer.defaults) for wrapped in accelerator._optimizers]
-    ran["schedule"] = []
-    for wrapped in accelerator._schedulers:
-        state = wrapped.scheduler.state_dict().items()
-        fixed = {name: value for name, value in state if not name.startswith("_") and name != "last_epoch"}
-        ran["schedule"].append(described(wrapped.scheduler, fixed))
+    schedules = [wrapped.scheduler for wrapped in accelerator._schedulers]
+    ran["schedule"] = [described(schedule, schedule.state_dict()) for schedule in schedules]
     return {part: ", ".join(names) for part, names in ran.items() if names}
 
 

@@ -1,0 +1,77 @@
+"""What is measured of two sets of images beside their distance, by nearest neighbours; and all metrics in one row.
+
+Every function takes features (N, D) and (M, D), float, as those in ``metrics`` do.
+"""
+
+import numpy as np
+
+from .metrics import frechet_distance, kernel_distance
+
+
+def bootstrap(metric, first: np.ndarray, second: np.ndarray, repeats: int = 20, seed: int = 0) -> float:
+    """Standard error of ``metric(first, second)``: its deviation when ``first`` is drawn again with replacement."""
+    rng = np.random.default_rng(seed)
+    return float(
+        np.std([metric(first[rng.integers(len(first), size=len(first))], second) for _ in range(repeats)], ddof=1)
+    )
+
+
+def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """Shares of one set that lie within the k-nearest-neighbour balls of the other (arXiv:1904.06991).
+
+    Returns:
+        Precision, how much of what is generated looks real; recall, how much of what is real is generated.
+    """
+    return float(_inside(generated, real, k).any(1).mean()), float(_inside(real, generated, k).any(1).mean())
+
+
+def density_coverage(generated: np.ndarray, real: np.ndarray, k: int = 5) -> tuple[float, float]:
+    """As precision and recall, but counting balls, and robust against outliers (Naeem et al. 2020, arXiv:2002.09797).
+
+    Returns:
+        Density, about 1 for equal distributions, may exceed it; coverage, in [0, 1].
+    """
+    inside = _inside(generated, real, k)
+    return float(inside.sum(1).mean() / k), float(inside.any(0).mean())
+
+
+def _inside(points: np.ndarray, centres: np.ndarray, k: int) -> np.ndarray:
+    """bool (points, centres): whether a point is within the ball to a centre's k-th nearest fellow centre."""
+    from sklearn.neighbors import NearestNeighbors
+
+    radii = NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]  # itself comes first
+    squares = (points**2).sum(1)[:, None] + (centres**2).sum(1) - 2 * points @ centres.T
+    return squares <= radii**2
+
+
+def nearest_distances(
+    points: np.ndarray, others: np.ndarray, skip_first: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Euclidean distance of each point to the nearest of the others (N,), and its index (N,).
+
+    Args:
+        skip_first: the points are among the others; each passes itself over.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    neighbours = NearestNeighbors(n_neighbors=1 + skip_first, algorithm="brute").fit(others)
+    distances, indices = neighbours.kneighbors(points)
+    return distances[:, -1], indices[:, -1]
+
+
+def compare(generated: np.ndarray, real: np.ndarray, name: str, seed: int) -> dict[str, float]:
+    """All of these metrics, called after the features' name."""
+    kid, kid_error = kernel_distance(generated, real, seed=seed)
+    precision, recall = precision_recall(generated, real)
+    density, coverage = density_coverage(generated, real)
+    distance = "fid" if name == "inception" else "fd"
+    return {
+        f"{distance}_{name}": frechet_distance(generated, real),
+        f"{distance}_{name}_error": bootstrap(frechet_distance, generated, real, seed=seed),
+        f"kid_{name}": kid,
+        f"kid_{name}_error": kid_error,
+        "precision": precision,
+        "recall": recall,
+        "density": density,
+        "coverage": coverage,
+    }
