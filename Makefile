@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train mnist faces test test-all lint benchmark clean
+.PHONY: help train mnist faces test test-slow test-all lint benchmark clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,8 +25,10 @@ faces: .venv/installed  ## a base from the embedded digits, adapted to the embed
 test: .venv/installed-dev  ## the tests, on a CPU, offline
 	$(BIN)/python -m pytest
 
-test-all: .venv/installed-dev  ## the slow ones, too
-	$(BIN)/python -m pytest -m ""
+test-slow: .venv/installed-dev  ## the slow ones: more faults, launchers and signals
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow  ## both
 
 lint: .venv/installed-dev  ## style and format
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import pytest
 
 import evaluate
 import finetune_faces
+import push
 import sample
 import train_basic
 import train_ddpm
@@ -93,6 +94,33 @@ def test_every_flag_refuses_what_it_cannot_be(capsys, script, monkeypatch):
                     assert getattr(script.parse_args([*SCRIPTS[script], f"{flag}={value}"]), action.dest) == value
     for flag in sorted(flags):  # a typing mistake is never taken for another flag
         assert "unrecognized arguments" in refused(capsys, *SCRIPTS[script], f"{flag}x", script=script)
+
+
+def flags_of(script):
+    """The flags that a script defines."""
+    found = []
+
+    class Listed(Exception):
+        pass
+
+    def parse(parser, argv=None):
+        found.extend(option for action in parser._actions for option in action.option_strings)
+        raise Listed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Listed):
+        patch.setattr(Parser, "parse", parse)
+        script.parse_args([])
+    return {flag for flag in found if flag.startswith("--") and not flag.startswith("--no-") and flag != "--help"}
+
+
+def test_a_new_flag_is_a_decision():
+    """tests/frozen_flags.txt lists every flag and the scripts that have it; one that comes or goes changes the file."""
+    table = {}
+    for script in (train_basic, train_unet2d, train_ddpm, finetune_faces, sample, evaluate, push):
+        for flag in flags_of(script):
+            table.setdefault(flag, []).append(script.__name__)
+    lines = [f"{flag}: {', '.join(scripts)}" for flag, scripts in sorted(table.items())]
+    assert lines == (ROOT / "tests" / "frozen_flags.txt").read_text().splitlines()
 
 
 def test_config_file_sets_defaults_and_the_command_line_wins(tmp_path, capsys):

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, interrupt, slow, train
+from conftest import TINY, equal_weights, interrupt, parse, reset_accelerate, slow, train
+from PIL import Image
 
+import train_ddpm
 from utils import UserError
 from utils.training.checkpoints import STATE, _write_manifest
 
 ROOT = Path(__file__).parent.parent
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPTS = ("train_basic.py", "train_unet2d.py", "train_ddpm.py", "finetune_faces.py")
 DRIVER = """
 import json, shutil, sys
@@ -249,3 +252,37 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert train(tmp_path / "run", "--max_train_steps=1") == 0
     assert "knows no locks" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- notebooks, and updates
+
+
+def test_a_script_can_be_used_from_a_notebook(tmp_path, capsys):
+    from accelerate import notebook_launcher
+
+    assert train_ddpm.main(parse(f"--output_dir={tmp_path}/cell", "--max_train_steps=1")) is None
+    reset_accelerate()
+    notebook_launcher(train_ddpm.main, (parse(f"--output_dir={tmp_path}/launched", "--max_train_steps=1"),), 1)
+    assert capsys.readouterr().out.count("Finished, after 1 optimizer steps") == 2
+    assert equal_weights(tmp_path / "cell" / WEIGHTS, tmp_path / "launched" / WEIGHTS)
+
+
+PLAIN = """
+import sys
+import huggingface_hub.utils._http
+del huggingface_hub.utils._http.default_client_factory  # as if an update had taken it away
+import train_ddpm
+train_ddpm.main(train_ddpm.parse_args(sys.argv[1:]))
+print("IMPORTED", [name for name in ("matplotlib", "sklearn", "skimage") if name in sys.modules])
+"""
+
+
+def test_a_plain_run_depends_on_nothing_that_it_does_not_use(tmp_path):
+    (tmp_path / "images").mkdir()
+    for k in range(8):
+        Image.new("L", (8, 8), 30 * k).save(tmp_path / "images" / f"{k}.png")
+    flags = [flag for flag in TINY if not flag.startswith("--dataset_name")]
+    flags += ["--unet=tiny", f"--train_data_dir={tmp_path}/images", f"--output_dir={tmp_path}/run"]
+    result = subprocess.run([sys.executable, "-c", PLAIN, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "IMPORTED []" in result.stdout, result.stdout

@@ -133,6 +133,8 @@ def _snippet(folder: Path, args, run_it: bool) -> str:
 
 def command_line() -> str:
     """The command that started this process, without paths of this machine."""
+    if "ipykernel" in sys.modules:
+        return "(in a notebook)"
     return shlex.join(["python", *(without_path(argument) for argument in sys.argv)]).replace("\n", " ")
 
 

@@ -151,12 +151,15 @@ class TrainingCurves:
 
 def draw_curves(folder: Path, logs: Path) -> None:
     """Write ``curves.png``, the losses in TensorBoard's files below ``logs``; nothing if there are none."""
+    runs = sorted({path.parent for path in logs.glob("**/events.out.*")})
+    if not runs:
+        return
     from matplotlib.figure import Figure
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss", yscale="log")
-    for run in sorted({path.parent for path in logs.glob("**/events.out.*")}):
+    for run in runs:
         events = EventAccumulator(str(run), size_guidance={"images": 1}).Reload()
         for tag in events.Tags()["scalars"]:
             if tag == "loss" or tag.startswith("validation_loss/"):
