@@ -6,8 +6,11 @@ import os
 import platform
 import signal
 import sys
+from pathlib import Path
 
 import torch
+
+LAUNCHER_SETS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # by `accelerate launch`, by torchrun
 
 
 def set_up_process() -> None:
@@ -15,7 +18,7 @@ def set_up_process() -> None:
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ):  # `accelerate launch` or torchrun
+    if LAUNCHER_SETS & set(os.environ):
         libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     with contextlib.suppress(AttributeError):  # not glibc
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: activations are not mapped and unmapped, page by page, every step
@@ -25,11 +28,22 @@ def set_up_process() -> None:
 def use_all_cores(device: torch.device) -> None:
     """On a CPU, give each process its share of the cores where the launcher left it one thread.
 
-    ``accelerate launch`` and ``torchrun`` set OMP_NUM_THREADS=1 unless it is set.
+    A number of threads that the user has set stays.
     """
-    if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+    if device.type == "cpu" and _launcher_chose_one_thread():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _launcher_chose_one_thread() -> bool:
+    """``accelerate launch`` and ``torchrun`` give their children OMP_NUM_THREADS=1 unless it is set."""
+    if os.environ.get("OMP_NUM_THREADS") != "1" or not LAUNCHER_SETS & set(os.environ):
+        return False
+    try:
+        launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes()  # as it was when the launcher started
+    except OSError:  # not Linux: nobody can tell
+        return True
+    return not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in launcher.split(b"\0"))
 
 
 def device_name(device: torch.device) -> str:

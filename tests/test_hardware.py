@@ -1,0 +1,63 @@
+"""utils/hardware.py: who chose the number of threads. (test_launch.py asks the launchers themselves.)"""
+
+import os
+import subprocess
+
+import pytest
+import torch
+
+from utils.hardware import LAUNCHER_SETS, use_all_cores
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Threads after ``use_all_cores``, which starts from three, in a given environment below a given launcher."""
+    before = torch.get_num_threads()
+    for name in (*LAUNCHER_SETS, "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def threads(launcher=None, device="cpu", **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        parent = None
+        if launcher is not None:
+            parent = subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], **launcher})
+            monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+        try:
+            torch.set_num_threads(3)
+            use_all_cores(torch.device(device))
+            return torch.get_num_threads()
+        finally:
+            if parent:
+                parent.kill()
+                parent.wait()
+
+    yield threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", sorted(LAUNCHER_SETS))
+def test_one_thread_of_the_launcher_becomes_a_share_of_the_cores(threads, name):
+    assert threads(launcher={}, OMP_NUM_THREADS="1", **{name: "no"}) == CORES
+    assert threads(launcher={}, LOCAL_WORLD_SIZE=str(CORES)) == 1
+    assert threads(launcher={}, LOCAL_WORLD_SIZE=str(CORES + 1)) == 1
+
+
+@pytest.mark.parametrize("name", sorted(LAUNCHER_SETS))
+def test_one_thread_of_the_user_stays(threads, name):
+    """Protection: ``/proc`` in ``hardware._launcher_chose_one_thread``."""
+    assert threads(OMP_NUM_THREADS="1") == 3  # no launcher
+    assert threads(launcher={"OMP_NUM_THREADS": "1"}, **{name: "no"}) == 3
+
+
+def test_other_numbers_and_other_devices_are_left_alone(threads):
+    assert threads(launcher={}, TORCHELASTIC_RUN_ID="x") == 3  # OMP_NUM_THREADS is not set: torch has all cores already
+    assert threads(launcher={}, OMP_NUM_THREADS="2") == 3
+    assert threads(launcher={}, OMP_NUM_THREADS="1", device="meta") == 3
+
+
+def test_where_the_launcher_cannot_be_asked_it_is_taken_for_its_choice(threads, monkeypatch):
+    monkeypatch.setattr(os, "getppid", lambda: 2**31 - 1)  # no such process
+    assert threads(OMP_NUM_THREADS="1", ACCELERATE_MIXED_PRECISION="no") == CORES
