@@ -4,6 +4,7 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in every child, with pytest's workers and without: the same results
 
 import json
 import shutil

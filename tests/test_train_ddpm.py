@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import equal_weights, events, interrupt, scalars, train
+from conftest import equal_weights, events, interrupt, scalars, slow, train
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -419,8 +419,13 @@ def test_presets_have_the_sizes_that_their_comments_name():
         assert math.isclose(millions, stated, rel_tol=0.06), (name, millions)
 
 
-def test_a_stream_trains_and_resumes_bit_for_bit(tmp_path):
+def test_a_stream_trains_and_resumes_bit_for_bit(tmp_path, monkeypatch):
+    import datasets
+
     from utils.data.sources import _embedded_digits
+
+    # At the end of a stream of Parquet files datasets sleeps for the sake of threads that outlive the interpreter
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
     _embedded_digits().select(range(60)).to_parquet(tmp_path / "digits.parquet")
     flags = [f"--dataset_name={tmp_path}/digits.parquet", "--streaming", "--shuffle_buffer_size=20"]
@@ -431,12 +436,20 @@ def test_a_stream_trains_and_resumes_bit_for_bit(tmp_path):
     assert equal_weights(tmp_path / "straight" / WEIGHTS, tmp_path / "cut" / WEIGHTS)
 
 
-def test_a_compiled_model_learns_the_same_and_is_saved_the_same(tmp_path):
+@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])  # the default compiles C++ for a minute
+def test_a_compiled_model_learns_the_same_and_is_saved_the_same(tmp_path, monkeypatch, backend):
+    if backend != "inductor":
+        original = UNet2DModel.compile
+        monkeypatch.setattr(UNet2DModel, "compile", lambda self: original(self, backend=backend))
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     small = dict(block_out_channels=[32], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
     (tmp_path / "small.json").write_text(json.dumps({**small, "layers_per_block": 1, "add_attention": False}))
     flags = [f"--model_config_name_or_path={tmp_path}/small.json", "--max_train_steps=2", "--report_to=tensorboard"]
     train(tmp_path / "plain", *flags)
+    assert not counters["stats"]["unique_graphs"]
     train(tmp_path / "compiled", *flags, "--compile")
+    assert counters["stats"]["unique_graphs"]
     first, second = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "compiled"))
     assert first.keys() == second.keys()
     first, second = (scalars(tmp_path / name, "loss") for name in ("plain", "compiled"))
