@@ -46,14 +46,19 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-def parse(*flags, script=train_ddpm):
-    """Arguments of a tiny run on the embedded digits; another source of images or weights replaces the tiny one."""
+def tiny(*flags, script=train_ddpm):
+    """Flags of a tiny run on the embedded digits; another source of images or weights replaces the tiny one."""
     flags = [str(flag) for flag in flags]
     other_data = any(flag.startswith("--train_data_dir") for flag in flags)
-    tiny = [flag for flag in TINY if not (other_data and "dataset_name" in flag)]
+    base = [flag for flag in TINY if not (other_data and "dataset_name" in flag)]
     if script is train_ddpm and not any("name_or_path" in flag for flag in flags):
-        tiny.append("--unet=tiny")
-    return script.parse_args([*tiny, *flags])
+        base.append("--unet=tiny")
+    return [*base, *flags]
+
+
+def parse(*flags, script=train_ddpm):
+    """Arguments of a tiny run."""
+    return script.parse_args(tiny(*flags, script=script))
 
 
 def exit_code(main, args):

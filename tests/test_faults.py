@@ -1,16 +1,11 @@
-"""The fault matrix: what may go wrong with a run, and that nothing is lost. Tests name the line that protects it.
-
-Runs that are killed are children of a fork server that has imported everything, so that one costs a second.
-"""
+"""The fault matrix: what may go wrong with a run, and that nothing is lost. Tests name the line that protects it."""
 
 import contextlib
 import json
-import multiprocessing
 import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,10 +14,12 @@ import time
 import types
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, count_files, equal_weights, interrupt, parse, reset_accelerate, scalars, slow, train
+from children import finish
+from conftest import TINY, count_files, equal_weights, interrupt, parse, reset_accelerate, scalars, slow, tiny, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -40,57 +37,15 @@ ROOT = Path(__file__).parent.parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPTS = {"basic": train_basic, "unet2d": train_unet2d, "ddpm": train_ddpm, "faces": finetune_faces}
 FLAGS = ["--report_to=tensorboard", "--random_flip", "--train_batch_size=4", "--lr_scheduler=constant"]
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(
-    ["train_ddpm", "torch", "diffusers", "utils.data", "utils.evaluation", "utils.publishing"]
-)
 MOUNT = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/tmp"]
 TMPFS = shutil.which("unshare") is not None and subprocess.run(MOUNT, capture_output=True).returncode == 0
 
 
-def _child(name, flags, log, file_limit):
-    """In a child: the script as `python SCRIPT` runs it."""
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    torch.set_num_threads(1)
-    if file_limit:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
-    script = SCRIPTS[name]
-    run.run_script(script.main, parse(*flags, script=script))
-
-
 def start(name, folder, *flags, file_limit=None):
     """Start a script in a child process."""
-    log = folder.with_suffix(".log")
-    arguments = (name, [*FLAGS, *flags, f"--output_dir={folder}"], log, file_limit)
-    with _environment(PYTHONPATH=str(ROOT)):
-        child = CHILDREN.Process(target=_child, args=arguments)
-        child.start()
-    child.log = log
-    return child
-
-
-def finish(child, seconds=120):
-    """Wait for it; its exit code and what it said."""
-    child.join(seconds)
-    if child.exitcode is None:
-        child.kill()
-        child.join()
-        raise AssertionError(f"still running after {seconds} s: {child.log.read_text()[-2000:]}")
-    return child.exitcode, child.log.read_text()
-
-
-@contextlib.contextmanager
-def _environment(**values):
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    script = SCRIPTS[name]
+    flags = tiny(*FLAGS, *flags, f"--output_dir={folder}", script=script)
+    return children.start(Path(script.__file__), *flags, log=folder.with_suffix(".log"), file_limit=file_limit)
 
 
 def folders(folder, pattern):
@@ -117,11 +72,14 @@ def flags_of(name, finished_run):
 # ----------------------------------------------------------------------------------------------------- killed and full
 
 
-@pytest.mark.parametrize("name, kills", [("ddpm", 20), slow("basic", 5), slow("unet2d", 5), slow("faces", 5)])
-def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, kills):
+@pytest.mark.parametrize(
+    "name, kills, steps",
+    [("ddpm", 6, 24), slow("ddpm", 20, 40), slow("basic", 5, 40), slow("unet2d", 5, 40), slow("faces", 5, 40)],
+)
+def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, kills, steps):
     """Protection: ``os.rename(staging, final)`` after the manifest in ``checkpoints.save_checkpoint``, randomness by
     sample number, ``purge_step`` in ``run.start``."""
-    flags = ["--checkpointing_steps=1", "--max_train_steps=40", "--sample_steps=7", *flags_of(name, finished_run)]
+    flags = ["--checkpointing_steps=1", f"--max_train_steps={steps}", "--sample_steps=7", *flags_of(name, finished_run)]
     code, said = finish(start(name, tmp_path / "straight", *flags))
     assert code == 0, said
     rng, saving, folder = random.Random(0), 0, tmp_path / "run"
@@ -142,16 +100,16 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, ki
     code, said = finish(start(name, folder, *flags))
     assert code == 0 and said.count("Resuming from") >= kills // 2, said
     assert not list(folder.glob(".tmp*"))
-    for path in (WEIGHTS, "checkpoint-40/training_state/model.safetensors"):
+    for path in (WEIGHTS, f"checkpoint-{steps}/training_state/model.safetensors"):
         assert equal_weights(folder / path, tmp_path / "straight" / path)
     optimizers = [
-        torch.load(path / "checkpoint-40/training_state/optimizer.bin", weights_only=True)["state"]
+        torch.load(path / f"checkpoint-{steps}/training_state/optimizer.bin", weights_only=True)["state"]
         for path in (folder, tmp_path / "straight")
     ]
     for key, values in optimizers[0].items():
         assert all(torch.equal(value, optimizers[1][key][part]) for part, value in values.items())
     losses = scalars(folder, "loss")
-    assert list(losses) == list(range(1, 41))  # strictly increasing, none twice
+    assert list(losses) == list(range(1, steps + 1))  # strictly increasing, none twice
     assert losses == scalars(tmp_path / "straight", "loss")
 
 
@@ -276,17 +234,21 @@ def test_a_signal_at_any_moment_saves_and_the_same_command_goes_on(tmp_path, mon
     assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "straight" / WEIGHTS)
 
 
-def _deaf(path):
-    StopSignal(types.SimpleNamespace(is_main_process=True, num_processes=1))
-    path.touch()
-    time.sleep(60)  # a step that does not end
-    time.sleep(60)
+DEAF = f"""
+import sys, time, types
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from utils.signals import StopSignal
+StopSignal(types.SimpleNamespace(is_main_process=True, num_processes=1))
+Path(sys.argv[1]).touch()
+time.sleep(60)  # a step that does not end
+time.sleep(60)
+"""
 
 
 def test_a_second_signal_exits_at_once_and_a_repeated_one_does_not(tmp_path):
     """Protection: ``GRACE`` and ``os._exit`` in ``StopSignal``."""
-    child = CHILDREN.Process(target=_deaf, args=(tmp_path / "ready",))
-    child.start()
+    child = children.start(DEAF, tmp_path / "ready", log=tmp_path / "log")
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
     for _ in range(2):  # as a launcher does

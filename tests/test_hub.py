@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import yaml
@@ -56,8 +57,8 @@ def environment(hub, home):
     return {**plain, **ours, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def run(hub, folder, *flags, script="train_ddpm.py", launcher=(), **changes):
-    """Train in a subprocess and push; returns exit code and output."""
+def run(hub, folder, *flags, script="train_ddpm.py", processes=1, **changes):
+    """Train in a child and push; returns exit code and output. ``changes`` to the environment; None removes."""
     name = Path(script).name
     if name.startswith(("train", "finetune")):
         unet = ["--unet=tiny"] if name.startswith("train_ddpm") else []
@@ -65,13 +66,10 @@ def run(hub, folder, *flags, script="train_ddpm.py", launcher=(), **changes):
     else:
         flags = [str(folder), *flags]
     values = {**environment(hub, folder.parent / "home"), **changes}
-    command = [*(launcher or [sys.executable]), str(ROOT / script), *flags]
-    result = subprocess.run(
-        command, cwd=folder.parent, env={name: value for name, value in values.items() if value is not None},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180,
-    )  # fmt: skip
-    assert TOKEN not in result.stdout
-    return result.returncode, result.stdout
+    values = {name: value for name, value in values.items() if value is not None}
+    code, said = children.run(ROOT / script, *flags, processes=processes, folder=folder.parent, environment=values)
+    assert TOKEN not in said
+    return code, said
 
 
 @pytest.fixture
@@ -110,8 +108,9 @@ def test_a_run_is_pushed_and_a_stranger_draws_the_same_pixels(hub, tmp_path):
     results = []
     for name in ("me/digits", str(folder)):
         target = tmp_path / f"{len(results)}.npy"
-        command = [sys.executable, "-I", "-c", DRAW, name, str(target)]
-        subprocess.run(command, env=environment(hub, tmp_path / "stranger"), check=True, cwd=tmp_path)
+        strange = environment(hub, tmp_path / "stranger")
+        code, said = children.run(DRAW, name, target, folder=tmp_path, environment=strange)
+        assert code == 0, said
         results.append(np.load(target))
     assert np.array_equal(*results) and results[0].std() > 0
     # Again: nothing is sent
@@ -149,8 +148,8 @@ def test_the_card(hub, finished, tmp_path):
     snippet = card.split("```python\n")[1].split("```")[0]
     place = tmp_path / "stranger"
     place.mkdir()
-    command = [sys.executable, "-I", "-c", snippet]
-    subprocess.run(command, env=environment(hub, place / "home"), check=True, cwd=place)
+    code, said = children.run(snippet, folder=place, environment=environment(hub, place / "home"))
+    assert code == 0, said
     assert Image.open(place / "sample.png").size == (8, 8)
 
 
@@ -162,8 +161,7 @@ def test_the_first_stages_push_their_code(hub, tmp_path):
 
 
 def test_two_processes_push_once(hub, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    code, said = run(hub, tmp_path / "two", "--max_train_steps=2", launcher=launcher, ACCELERATE_USE_CPU="true")
+    code, said = run(hub, tmp_path / "two", "--max_train_steps=2", processes=2)
     assert code == 0 and said.count("Pushed to http") == 1, said
     assert hub.requests.count("POST /api/repos/create") == 2  # the check, and the push
 
@@ -252,7 +250,8 @@ def test_a_fault_never_costs_the_model(hub, finished, where, action, times, succ
     before = count_files(finished / "checkpoint-6")
     hub.fail(where, action, times)
     began = time.monotonic()
-    code, said = run(hub, finished, "--hub_timeout=8", "--hub_model_id=me/digits", script="push.py")
+    patience = 8 if succeeds else 4
+    code, said = run(hub, finished, f"--hub_timeout={patience}", "--hub_model_id=me/digits", script="push.py")
     assert time.monotonic() - began < 100
     assert count_files(finished / "checkpoint-6") == before
     if succeeds:

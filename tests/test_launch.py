@@ -2,15 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import children
 import pytest
 import torch
-from conftest import TINY, scalars, slow
+from conftest import TINY, interrupt, scalars, slow
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +44,12 @@ def start(command, folder, *flags, **changes):
     )
 
 
+def run_script(script, folder, *flags, processes=1):
+    """A script in as many processes, without a launcher, which takes longer to start than to train."""
+    tiny = [*TINY, *(["--unet=tiny"] if script == SCRIPT else []), f"--output_dir={folder}"]
+    return children.run(Path(script), *tiny, *flags, processes=processes, folder=folder.parent)
+
+
 def run(command, folder, *flags, **changes):
     process = start(command, folder, *flags, **changes)
     output, _ = process.communicate(timeout=120)
@@ -58,9 +66,9 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     flags += ["--dataset_split=train[:1000]", "--validation_split=train[1000:]", "--num_validation_images=5"]
     flags += ["--validation_steps=3", "--evaluate_steps=3", "--num_evaluation_samples=33", "--features=pixels"]
     flags += ["--keep_best"]
-    code, output = run([sys.executable, SCRIPT], tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
+    code, output = run_script(SCRIPT, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
     assert code == 0, output
-    code, output = run(TWO, tmp_path / "two", *flags)
+    code, output = run_script(SCRIPT, tmp_path / "two", *flags, processes=2)
     assert code == 0, output
     assert output.count("Finished, after 6 optimizer steps") == 1
     one, two = scalars(tmp_path / "one", "loss"), scalars(tmp_path / "two", "loss")
@@ -76,38 +84,24 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     assert (state / "random_states_0.pkl").is_file() and (state / "random_states_1.pkl").is_file()
 
     # The last checkpoint of each is lost; the other number of processes goes on from the one before
-    import shutil
-
     for name in ("one", "two"):
-        shutil.rmtree(tmp_path / name / "checkpoint-6")
-        record = json.loads((tmp_path / name / "training_args.json").read_text())
-        del record["finished_at_step"]
-        (tmp_path / name / "training_args.json").write_text(json.dumps(record))
+        interrupt(tmp_path / name, "checkpoint-3")
         shutil.move(tmp_path / name / WEIGHTS, tmp_path / f"{name}.safetensors")
-    code, output = run([sys.executable, SCRIPT], tmp_path / "two", *flags, "--gradient_accumulation_steps=2")
+    code, output = run_script(SCRIPT, tmp_path / "two", *flags, "--gradient_accumulation_steps=2")
     assert code == 0 and "was saved by 2 processes, this run has 1" in output, output
-    code, output = run(TWO, tmp_path / "one", *flags)
+    code, output = run_script(SCRIPT, tmp_path / "one", *flags, processes=2)
     assert code == 0 and "was saved by 1 processes, this run has 2" in output, output
     assert close(tmp_path / "one", tmp_path / "two")
 
 
 def test_two_processes_resume_bit_for_bit(tmp_path):
     flags = ["--cache_images=never", "--dataloader_num_workers=0", "--checkpoints_total_limit=3"]
-    code, output = run(TWO, tmp_path / "straight", *flags)
+    code, output = run_script(SCRIPT, tmp_path / "straight", *flags, processes=2)
     assert code == 0, output
-    code, output = run(TWO, tmp_path / "cut", *flags, "--max_train_steps=3", "--lr_scheduler=linear")
-    assert code == 0, output
-    # as if killed at step 3: same schedule, so take the checkpoint of the straight run
-    import shutil
-
-    shutil.rmtree(tmp_path / "cut")
     shutil.copytree(tmp_path / "straight", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    interrupt(tmp_path / "cut", "checkpoint-3")
     (tmp_path / "cut" / WEIGHTS).unlink()
-    record = json.loads((tmp_path / "cut" / "training_args.json").read_text())
-    del record["finished_at_step"]
-    (tmp_path / "cut" / "training_args.json").write_text(json.dumps(record))
-    code, output = run(TWO, tmp_path / "cut", *flags)
+    code, output = run_script(SCRIPT, tmp_path / "cut", *flags, processes=2)
     assert code == 0 and "Resuming from" in output, output
     assert close(tmp_path / "straight", tmp_path / "cut", tolerance=0)
 
@@ -117,12 +111,6 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
     assert code != 0
     assert "2 processes were started, but they form no group" in output and "ACCELERATE_USE_CPU=true" in output
     assert not (tmp_path / "run" / "training_args.json").exists()
-
-
-def test_torchrun_trains(tmp_path):
-    code, output = run(TORCHRUN, tmp_path / "run", "--max_train_steps=2")
-    assert code == 0, output
-    assert (tmp_path / "run" / WEIGHTS).is_file()
 
 
 def test_accelerate_launch_uses_the_config_and_a_stranger_loads_the_result(tmp_path):
@@ -137,11 +125,11 @@ def test_accelerate_launch_uses_the_config_and_a_stranger_loads_the_result(tmp_p
 
 def loaded_by_a_stranger(folder, name, options=""):
     """Load ``run`` and draw with it in a process that has only diffusers."""
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER.format(name=name, options=options)],
-        cwd=folder, env={**os.environ, "HF_HOME": str(folder / "cache")}, capture_output=True, text=True,
+    code, said = children.run(
+        STRANGER.format(name=name, options=options),
+        folder=folder, environment={**os.environ, "HF_HOME": str(folder / "cache")},
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert code == 0, said
     assert (folder / "sample.png").is_file()
 
 
@@ -157,10 +145,9 @@ def test_the_first_stages_are_launched_and_a_stranger_loads_the_result(tmp_path,
 @STAGES
 def test_the_first_stages_do_the_same_on_two_processes(tmp_path, script):
     flags = ["--report_to=tensorboard", "--random_flip", "--num_samples=5", "--learning_rate=1e-4"]
-    one = [sys.executable, str(ROOT / script)]
-    code, output = run(one, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
+    code, output = run_script(ROOT / script, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
     assert code == 0, output
-    code, output = run([*TWO[:-1], str(ROOT / script)], tmp_path / "two", *flags)
+    code, output = run_script(ROOT / script, tmp_path / "two", *flags, processes=2)
     assert code == 0 and output.count("Finished, after 6 optimizer steps") == 1, output
     assert close(tmp_path / "one", tmp_path / "two")
     losses = scalars(tmp_path / "one", "loss"), scalars(tmp_path / "two", "loss")
@@ -171,10 +158,9 @@ def test_the_first_stages_do_the_same_on_two_processes(tmp_path, script):
 def test_fine_tuning_does_the_same_on_two_processes(tmp_path, finished_run):
     flags = [f"--pretrained_model_name_or_path={finished_run}", "--method=lora", "--learning_rate=1e-3"]
     flags += ["--report_to=tensorboard", "--dataset_split=train[7:]", "--validation_split=train[:7]", "--num_samples=5"]
-    one = [sys.executable, str(ROOT / "finetune_faces.py")]
-    code, output = run(one, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
+    code, output = run_script(ROOT / "finetune_faces.py", tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
     assert code == 0, output
-    code, output = run([*TWO[:-1], str(ROOT / "finetune_faces.py")], tmp_path / "two", *flags)
+    code, output = run_script(ROOT / "finetune_faces.py", tmp_path / "two", *flags, processes=2)
     assert code == 0 and output.count("Finished, after 6 optimizer steps") == 1, output
     assert close(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
     for tag in ("loss", "validation_loss/held_out"):
@@ -280,7 +266,8 @@ run_script(train_ddpm.main, train_ddpm.parse_args(["--unet=tiny", *sys.argv[1:]]
 
 
 def test_a_failure_in_saving_on_one_rank_stops_all_with_its_message(tmp_path):
-    """Protection: ``checkpoints.on_all_processes``; ``run.run_script``: a rank must not wait for others to leave."""
+    """Protection: ``checkpoints.on_all_processes``; ``run.run_script``: a rank must not wait for others to leave. Then
+    torchrun trains to the end."""
     (tmp_path / "driver.py").write_text(RANK_FAILS)
     began = time.monotonic()
     code, output = run([*TORCHRUN[:-1], str(tmp_path / "driver.py")], tmp_path / "run")
@@ -290,3 +277,4 @@ def test_a_failure_in_saving_on_one_rank_stops_all_with_its_message(tmp_path):
     assert saved_step(tmp_path / "run") == 3
     code, output = run(TORCHRUN, tmp_path / "run")
     assert code == 0 and "3 optimizer steps done" in output, output
+    assert (tmp_path / "run" / WEIGHTS).is_file()

@@ -1,9 +1,8 @@
 """utils/diffusion/linear_mix.py: what is saved loads where this repository is not."""
 
 import json
-import subprocess
-import sys
 
+import children
 import numpy as np
 import torch
 from diffusers import UNet2DModel
@@ -42,11 +41,8 @@ def test_a_stranger_loads_it_draws_the_same_and_saves_it_again(tmp_path):
     mine.save_pretrained(tmp_path / "saved")
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     for folder in ("saved", "again"):
-        result = subprocess.run(
-            [sys.executable, "-I", "-c", STRANGER.replace("'saved'", f"'{folder}'")],
-            cwd=tmp_path, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
+        code, said = children.run(STRANGER.replace("'saved'", f"'{folder}'"), folder=tmp_path, environment=environment)
+        assert code == 0, said
         assert np.array_equal(np.load(tmp_path / "images.npy"), draw(mine, output_type="np"))
         (tmp_path / "images.npy").unlink()
 

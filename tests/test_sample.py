@@ -3,10 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import children
 import datasets
 import numpy as np
 import pytest
@@ -62,13 +61,9 @@ def test_images_do_not_depend_on_the_batch(tmp_path, finished_run, flags):
 
 def test_two_processes_draw_what_one_draws(tmp_path, finished_run):
     draw(finished_run, tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [ROOT / "sample.py", finished_run, f"--output_dir={tmp_path}/two", "--num_samples=5"]
-    result = subprocess.run(
-        [*map(str, command), "--num_inference_steps=3", "--sample_batch_size=2"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    flags = [f"--output_dir={tmp_path}/two", "--num_samples=5", "--num_inference_steps=3", "--sample_batch_size=2"]
+    code, said = children.run(ROOT / "sample.py", finished_run, *flags, processes=2)
+    assert code == 0, said
     assert np.abs(images(tmp_path / "one") - images(tmp_path / "two")).max() <= 1
 
 

@@ -1,0 +1,89 @@
+"""Scripts in child processes, as `python SCRIPT` runs them, without the seconds that importing torch takes.
+
+A child is forked from a server that has imported slow libraries. It has its own environment: the libraries that read
+it while they are imported (huggingface_hub, and so diffusers, datasets and accelerate) are left for it to import.
+"""
+
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["torch._dynamo", "torch.utils.tensorboard", "scipy.stats", "sklearn.datasets", "matplotlib.figure", "pyarrow"]
+)
+
+
+def start(what, *arguments, log, folder=None, environment=None, file_limit=None):
+    """Start a script, or a line of code that knows nothing of this repository, in a child; it writes to ``log``.
+
+    Args:
+        what: a path, or code.
+        folder: that it runs in; this process's unless given. So for ``environment``, all of it.
+        file_limit: no file may grow over so many bytes.
+    """
+    environment = dict(os.environ if environment is None else environment)
+    arguments = (what, [str(argument) for argument in arguments], log, folder or Path.cwd(), environment, file_limit)
+    child = SERVER.Process(target=_child, args=arguments)
+    child.start()
+    child.log = Path(log)
+    return child
+
+
+def finish(child, seconds=120):
+    """Wait for a child; its exit code and what it said."""
+    child.join(seconds)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+        raise AssertionError(f"still running after {seconds} s: {child.log.read_text()[-2000:]}")
+    return child.exitcode, child.log.read_text()
+
+
+def run(what, *arguments, processes=1, environment=None, **options):
+    """``start`` and ``finish``; several processes know of each other as torchrun's do.
+
+    Returns:
+        The exit code, of several the first that is not 0, and what they said.
+    """
+    environment = dict(os.environ if environment is None else environment)
+    children = []
+    with tempfile.NamedTemporaryFile() as log, socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        server.close()  # for the first process to listen at
+        for rank in range(processes):
+            group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_PORT=port)
+            group = {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            ranked = environment | group | {"ACCELERATE_USE_CPU": "true"} if processes > 1 else environment
+            children.append(start(what, *arguments, log=log.name, environment=ranked, **options))
+        codes, said = zip(*(finish(child) for child in children), strict=True)
+    return next(filter(None, codes), 0), said[-1]
+
+
+def _child(what, arguments, log, folder, environment, file_limit):
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    if file_limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    ours = {ROOT, ROOT / "tests"}
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in ours]
+    assert not {"huggingface_hub.constants", "utils", "conftest"} & set(sys.modules)
+    if isinstance(what, Path):
+        sys.argv = [str(what), *arguments]
+        sys.path.insert(0, str(what.parent))
+        runpy.run_path(str(what), run_name="__main__")
+    else:
+        sys.argv = ["-c", *arguments]
+        exec(what, {"__name__": "__main__"})
