@@ -9,11 +9,12 @@ import torch
 from utils.hardware import LAUNCHER_SETS, use_all_cores
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+OTHER = CORES + 1  # a number of threads that nobody chooses
 
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Threads after ``use_all_cores``, which starts from three, in a given environment below a given launcher."""
+    """Threads after ``use_all_cores``, which starts from ``OTHER``, in a given environment below a given launcher."""
     before = torch.get_num_threads()
     for name in (*LAUNCHER_SETS, "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -26,7 +27,7 @@ def threads(monkeypatch):
             parent = subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], **launcher})
             monkeypatch.setattr(os, "getppid", lambda: parent.pid)
         try:
-            torch.set_num_threads(3)
+            torch.set_num_threads(OTHER)
             use_all_cores(torch.device(device))
             return torch.get_num_threads()
         finally:
@@ -42,20 +43,20 @@ def threads(monkeypatch):
 def test_one_thread_of_the_launcher_becomes_a_share_of_the_cores(threads, name):
     assert threads(launcher={}, OMP_NUM_THREADS="1", **{name: "no"}) == CORES
     assert threads(launcher={}, LOCAL_WORLD_SIZE=str(CORES)) == 1
-    assert threads(launcher={}, LOCAL_WORLD_SIZE=str(CORES + 1)) == 1
+    assert threads(launcher={}, LOCAL_WORLD_SIZE=str(2 * CORES)) == 1
 
 
 @pytest.mark.parametrize("name", sorted(LAUNCHER_SETS))
 def test_one_thread_of_the_user_stays(threads, name):
     """Protection: ``/proc`` in ``hardware._launcher_chose_one_thread``."""
-    assert threads(OMP_NUM_THREADS="1") == 3  # no launcher
-    assert threads(launcher={"OMP_NUM_THREADS": "1"}, **{name: "no"}) == 3
+    assert threads(OMP_NUM_THREADS="1") == OTHER  # no launcher
+    assert threads(launcher={"OMP_NUM_THREADS": "1"}, **{name: "no"}) == OTHER
 
 
 def test_other_numbers_and_other_devices_are_left_alone(threads):
-    assert threads(launcher={}, TORCHELASTIC_RUN_ID="x") == 3  # OMP_NUM_THREADS is not set: torch has all cores already
-    assert threads(launcher={}, OMP_NUM_THREADS="2") == 3
-    assert threads(launcher={}, OMP_NUM_THREADS="1", device="meta") == 3
+    assert threads(launcher={}, TORCHELASTIC_RUN_ID="x") == OTHER  # not set: torch has all cores
+    assert threads(launcher={}, OMP_NUM_THREADS="2") == OTHER
+    assert threads(launcher={}, OMP_NUM_THREADS="1", device="meta") == OTHER
 
 
 def test_where_the_launcher_cannot_be_asked_it_is_taken_for_its_choice(threads, monkeypatch):
