@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train mnist faces test test-slow test-all lint benchmark clean
+.PHONY: help train mnist faces conditional test test-slow test-all lint benchmark clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -21,6 +21,10 @@ faces: .venv/installed  ## a base from the embedded digits, adapted to the embed
 	  --pretrained_model_name_or_path outputs/faces-base --output_dir outputs/faces \
 	  --dataset_name faces --dataset_split 'train[:90%]' --validation_split 'train[90%:]' --random_flip \
 	  --prior_dataset_name digits --learning_rate 1e-3 --train_batch_size 32 --max_train_steps 1500
+
+conditional: .venv/installed  ## the embedded digits as asked for: a row each, in minutes
+	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_conditional.py \
+	  --dataset_name digits --resolution 16 --max_train_steps 2000 --output_dir outputs/conditional
 
 test: .venv/installed-dev  ## the tests, on a CPU, offline
 	$(BIN)/python -m pytest

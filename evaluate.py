@@ -9,7 +9,12 @@ table. Metrics carry the name of the features: fd_digits is a Frechet distance i
 
 from pathlib import Path
 
-from utils.args import SAMPLERS, Parser, add_features_arguments, integer
+from utils.args import SAMPLERS, Parser, add_features_arguments, integer, real
+
+
+def scales(text):
+    """An argparse type: numbers from 0 up, separated by commas."""
+    return [real(0)(part) for part in text.split(",")]
 
 
 # fmt: off
@@ -29,6 +34,7 @@ def parse_args(argv=None):
     group.add_argument("--num_inference_steps", type=integer(1, 1000), default=40, help="UNet calls per image")
     group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="evaluate each model with all of these instead, for example ddim:10,50 dpmsolver++:10,20")
     parser.switch(group, "--write_best", False, "with --sweep: put the best sampler's scheduler into the pipeline, which must be a folder")
+    group.add_argument("--guidance_scale", metavar="SCALE,SCALE", type=scales, default=[1.0], help="of models with classes: each is evaluated with all of these")
     group.add_argument("--sample_batch_size", type=integer(1), default=128, help="images at once, per process")
     group.add_argument("--seed", type=integer(0, 2**31), default=0, help="of samples, subsets and bootstrap")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
@@ -53,16 +59,19 @@ def parse_args(argv=None):
 
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
+    import itertools
     import json
     import time
     from functools import partial
 
     from utils.diffusion import sample_images
+    from utils.diffusion.classes import GuidedModel, labels_in_turn
     from utils.diffusion.pipelines import choose_sampler, estimate_seconds, load_pipeline, training_scheduler
     from utils.diffusion.schedulers import pipeline_scheduler
+    from utils.evaluation.class_statistics import asked_classes, digit_statistics
     from utils.evaluation.comparison import compare
     from utils.evaluation.denoising_loss import DenoisingLoss
-    from utils.evaluation.features import digit_statistics, load_extractor
+    from utils.evaluation.features import load_extractor
     from utils.evaluation.image_folder import load_folder
     from utils.evaluation.reference import Reference
     from utils.evaluation.report import write_report
@@ -77,11 +86,11 @@ def main(args):
     accelerator = run.start_process(args.mixed_precision)
     extract = load_extractor(args.features, args.features_model_name_or_path, accelerator.device)
     real = Reference(args, accelerator)
-    rows, losses, grids, pairs = [], [], {}, {}
+    rows, losses, grids, pairs, by_class = [], [], {}, {}, {}
     say = partial(print, flush=True) if accelerator.is_main_process else lambda text: None
 
-    def measure(name, images, **facts):
-        """Add a row for images, uint8 (N, C, H, W)."""
+    def measure(name, images, asked=None, **facts):
+        """Add a row for images, uint8 (N, C, H, W); ``asked`` are the classes that they should show, if any."""
         if not accelerator.is_main_process:
             return
         reference = real.resized(images.shape[1:])
@@ -95,6 +104,9 @@ def main(args):
         row |= compare(features, extract(reference[:count]), args.features, args.seed)
         if args.features == "digits":
             row |= digit_statistics(images, accelerator.device)
+        if asked:
+            row |= asked.accuracy(images, args.features, accelerator.device)
+            by_class[name] = asked.by_class(images, extract, args.features, accelerator.device)
         row["copies"], pairs[name] = real.copies(images)
         rows.append(row)
         grids[name] = images[:8]
@@ -124,18 +136,35 @@ def main(args):
                 images = from_uint8(real.resized(shape, split)[: args.num_validation_images])
                 loss = DenoisingLoss(images, training_scheduler(own), args.seed)
                 losses.append(dict(model=Path(model).name, images=split, **loss.measure(unet, accelerator)))
+        asked, options = asked_classes(unet.config, real, shape, args.num_samples), {}
+        if asked:
+            options["model_inputs"] = labels_in_turn(asked.labels, accelerator.device)
         tried = []  # samplers' names, and their rows
-        for name, steps in settings(args):
+        for (name, steps), scale in itertools.product(settings(args), args.guidance_scale if asked else [None]):
             sampler = choose_sampler(own, name, steps)
-            setting = (unet, sampler, accelerator, args.num_samples, shape, steps, args.sample_batch_size, args.seed)
-            say(
-                f"{model}, {type(sampler).__name__}, {steps} steps: about {estimate_seconds(*setting) / 60:.1f} minutes"
+            drawn_by = unet if scale is None else GuidedModel(unet, scale, unet.config.num_class_embeds - 1)
+            setting = (
+                drawn_by,
+                sampler,
+                accelerator,
+                args.num_samples,
+                shape,
+                steps,
+                args.sample_batch_size,
+                args.seed,
             )
+            minutes = estimate_seconds(*setting, **options) / 60
+            title = " ".join(
+                [Path(model).name, *([name, str(steps)] if name else []), *([f"guidance {scale:g}"] if asked else [])]
+            )
+            say(f"{title}: {type(sampler).__name__}, {steps} steps: about {minutes:.1f} minutes")
             start = time.perf_counter()
-            images = sample_images(*setting)
+            images = sample_images(*setting, **options)
             facts = dict(sampler=type(sampler).__name__, steps=steps, ema=ema, weights=weights)
+            if asked:
+                facts["guidance_scale"] = scale
             facts["images_per_second"] = args.num_samples / (time.perf_counter() - start)
-            measure(f"{Path(model).name} {name} {steps}" if name else Path(model).name, images, **facts)
+            measure(title, images, asked, **facts)
             tried.append((name, rows[-1:]))
         if args.write_best and accelerator.is_main_process:
             name, steps = best_setting(tried)
@@ -148,7 +177,7 @@ def main(args):
     if accelerator.is_main_process:
         facts = dict(features=extract.name, features_hash=extract.hash, reference=args.reference)
         facts |= dict(reference_split=args.reference_split, held_out_split=args.held_out_split, seed=args.seed)
-        write_report(Path(args.output_dir), rows, losses, grids, pairs, bool(args.sweep), **facts)
+        write_report(Path(args.output_dir), rows, losses, grids, pairs, by_class, bool(args.sweep), **facts)
 
 
 def is_folder_of_images(name):

@@ -11,7 +11,8 @@ What is new against train_ddpm.py: only some weights may learn (--method), the m
 comes from, and samples can be steered towards a colour or a sentence (--guidance_color, --guidance_prompt).
 """
 
-from utils.args import SAMPLERS, Parser, add_common_arguments, add_guidance_arguments, check_common, integer
+from utils.args import SAMPLERS, Parser, add_common_arguments, check_common, integer
+from utils.guidance_args import add_guidance_arguments, check_guidance
 
 
 # fmt: off
@@ -39,6 +40,7 @@ def parse_args(argv=None):
     parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, validation_steps=250, num_samples=16, sample_batch_size=8)
     args = parser.parse(argv)
     check_common(parser, args)
+    check_guidance(parser, args)
     if not (args.train_data_dir or args.dataset_name):
         parser.error("give the images to adapt to: --train_data_dir DIR, or --dataset_name")
     return args

@@ -27,7 +27,7 @@ def main(args):
 
     from utils import UserError
     from utils.publishing import Hub
-    from utils.publishing.model_card import add_results
+    from utils.publishing.results import add_results
     from utils.training import run
 
     folder = Path(args.output_dir)

@@ -6,7 +6,8 @@ Image k depends on the seed and k only: not on the batch size, nor on the number
 Interrupted, the same command goes on where it stopped. No code that comes with a model is run.
 """
 
-from utils.args import SAMPLERS, Parser, add_guidance_arguments, check_guidance, integer, real
+from utils.args import SAMPLERS, Parser, integer, real
+from utils.guidance_args import add_guidance_arguments, check_guidance
 
 
 # fmt: off
@@ -29,7 +30,9 @@ def parse_args(argv=None):
     group.add_argument("--init_image", metavar="FILE", help="start from this picture with noise on it")
     group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="of the noise on --init_image: 1 leaves nothing of it")
 
-    add_guidance_arguments(parser.add_argument_group("steering"))
+    group = parser.add_argument_group("steering")
+    group.add_argument("--class_labels", metavar="LABELS", help="of a model with classes: their names or numbers, such as 7,7,3, repeated in turn; or all (default: all). --guidance_scale says how firmly")
+    add_guidance_arguments(group)
     args = parser.parse(argv)
     check_guidance(parser, args)
     return args
@@ -45,6 +48,7 @@ def main(args):
     import torch
     from tqdm.auto import tqdm
 
+    from utils.diffusion.classes import GuidedModel, choose_classes, labels_in_turn, rows_by_class
     from utils.diffusion.guidance import make_guidance
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, slerp
     from utils.diffusion.sampling import sample_batch
@@ -64,6 +68,7 @@ def main(args):
         unet.compile()
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    names = unet.config.get("_class_names") or list(map(str, range(unet.config.get("num_class_embeds") or 0)))
 
     # What images start from, and what they are steered to
     def between(sample_ids):
@@ -71,7 +76,12 @@ def main(args):
         fractions = torch.from_numpy(sample_ids / max(1, args.num_samples - 1)).float()
         return slerp(*(end.expand(len(sample_ids), -1, -1, -1) for end in ends), fractions)
 
-    options = dict(guidance=make_guidance(args, accelerator.device), strength=args.strength)
+    guidance = make_guidance(args, accelerator.device)
+    options = dict(guidance=guidance, strength=args.strength)
+    classes = choose_classes(unet.config, args.class_labels)
+    if classes is not None:  # the scale is that of the classes, unless samples are steered otherwise
+        unet = GuidedModel(unet, 1.0 if guidance else args.guidance_scale, unet.config.num_class_embeds - 1)
+        options["model_inputs"] = labels_in_turn(classes, accelerator.device)
     if args.interpolate:
         options["noise"] = between
     if args.init_image:
@@ -108,7 +118,10 @@ def main(args):
 
     # Pictures of them all
     if accelerator.is_main_process:
-        make_grid(images_folder.load(64)).save(images_folder.folder / "grid.png")
+        images, captions = images_folder.load(64), ()
+        if classes and len(classes) <= len(images):
+            images, captions = rows_by_class(images, [names[k] for k in classes])
+        make_grid(images, captions=captions).save(images_folder.folder / "grid.png")
         if args.format != "png":
             images_folder.export(args.format)
         if args.gif:

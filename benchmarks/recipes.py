@@ -25,7 +25,8 @@ with contextlib.suppress(ImportError):  # run as a script: the repository is one
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_ddpm
-from utils.evaluation.features import digit_statistics, load_extractor
+from utils.evaluation.class_statistics import digit_statistics
+from utils.evaluation.features import load_extractor
 from utils.evaluation.metrics import frechet_distance
 
 VARIANTS = {

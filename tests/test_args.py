@@ -13,6 +13,7 @@ import finetune_faces
 import push
 import sample
 import train_basic
+import train_conditional
 import train_ddpm
 import train_unet2d
 from utils.args import Parser
@@ -61,6 +62,7 @@ SCRIPTS = {  # with the arguments that they cannot do without
     train_basic: [],
     train_unet2d: [],
     train_ddpm: [],
+    train_conditional: [],
     finetune_faces: ["--dataset_name=digits"],
     sample: ["outputs/digits"],
     evaluate: ["outputs/digits", "--reference=digits"],
@@ -116,7 +118,7 @@ def flags_of(script):
 def test_a_new_flag_is_a_decision():
     """tests/frozen_flags.txt lists every flag and the scripts that have it; one that comes or goes changes the file."""
     table = {}
-    for script in (train_basic, train_unet2d, train_ddpm, finetune_faces, sample, evaluate, push):
+    for script in (*SCRIPTS, push):
         for flag in flags_of(script):
             table.setdefault(flag, []).append(script.__name__)
     lines = [f"{flag}: {', '.join(scripts)}" for flag, scripts in sorted(table.items())]

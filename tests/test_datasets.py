@@ -1,4 +1,4 @@
-"""utils/datasets.py, sources.py, streaming.py: the same samples in the same order however they are loaded."""
+"""utils/data: datasets.py, sources.py, feeds.py: the same samples in the same order however they are loaded."""
 
 from types import SimpleNamespace
 
@@ -137,7 +137,7 @@ def test_unnamed_source_falls_back_to_digits_with_one_warning(accelerator, caplo
         (["--train_data_dir={tmp}/notes.txt"], "is a file; expected a folder"),
         (["--dataset_name={tmp}/notes.txt"], "expected a .parquet or .arrow file"),
         (["--image_column=picture"], r"--image_column picture: .*image \(Image\), label \(ClassLabel\)"),
-        (["--label_column=image"], r"--label_column image: not a column of type ClassLabel"),
+        (["--label_column=image"], r"--label_column image: not a column of class labels"),
         (["--dataset_split=test"], "--dataset_split test: digits has the one split train"),
         (["--max_train_samples=5"], "digits has 5 images, fewer than one global batch of 8 .*try --train_batch_size 5"),
     ],

@@ -7,6 +7,7 @@ from conftest import scalars, train
 from diffusers import DDPMScheduler
 
 import train_basic
+import train_conditional
 import train_ddpm
 import train_unet2d
 from utils import UserError
@@ -77,7 +78,7 @@ def test_linear_mixing_is_asked_with_uniform_noise(accelerator, setup):
     assert all(noisy.abs().max() <= 1 for noisy, _ in model.asked)  # a mixture of two things in [-1, 1]
 
 
-@pytest.mark.parametrize("script", [train_basic, train_unet2d, train_ddpm])
+@pytest.mark.parametrize("script", [train_basic, train_unet2d, train_ddpm, train_conditional])
 def test_training_scripts_validate(tmp_path, script):
     flags = ["--dataset_split=train[:100]", "--validation_split=train[100:]", "--validation_steps=4"]
     flags += ["--num_validation_images=6", "--report_to=tensorboard"]

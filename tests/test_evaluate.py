@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 
 import evaluate
 from utils import UserError
-from utils.evaluation.features import DIGITS_WEIGHTS, digit_statistics, load_extractor
+from utils.evaluation.class_statistics import digit_statistics
+from utils.evaluation.features import DIGITS_WEIGHTS, load_extractor
 from utils.evaluation.sweep import best_setting
 
 REAL = ["--reference=digits", "--reference_split=train[:900]", "--held_out_split=train[900:]"]

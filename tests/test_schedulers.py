@@ -78,7 +78,7 @@ class Oracle(torch.nn.Module):
         self.noise_scheduler, self.clean = noise_scheduler, clean
 
     def forward(self, noisy, timestep):
-        alpha_bar = self.noise_scheduler.alphas_cumprod[timestep]
+        alpha_bar = self.noise_scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
         a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         noise = (noisy - a * self.clean) / s
         kind = self.noise_scheduler.config.prediction_type

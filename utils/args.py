@@ -169,15 +169,6 @@ def add_evaluation_arguments(parser: Parser) -> None:
     parser.switch(group, "--keep_best", False, "keep the pipeline with the lowest fd so far in OUTPUT_DIR/best")
 
 
-def add_guidance_arguments(group) -> None:
-    """What samples are steered towards."""
-    group.add_argument("--guidance_color", metavar="COLOR", help="steer samples towards a colour: a name or #rrggbb")
-    group.add_argument("--guidance_prompt", metavar="TEXT", help="steer samples towards a sentence, with CLIP")
-    group.add_argument("--clip_model_name_or_path", default="openai/clip-vit-base-patch32", help="CLIP model for --guidance_prompt")
-    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="how firmly: 0 not at all, 1 all the way for a colour; sentences want more, 10 to 1000")
-    group.add_argument("--guidance_mode", choices=("direct", "net"), default="direct", help="gradient with respect to the predicted image, or through the UNet")
-
-
 def _add_data_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, local folder or parquet/arrow file, or: mnist, digits and faces (8x8 and 25x25, embedded). With neither this nor --train_data_dir: MNIST, or the embedded digits where it is not available")
@@ -252,23 +243,8 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--num_validation_images", type=integer(1), default=64, help="of each set")
 
 
-def check_guidance(parser: Parser, args) -> None:
-    """Refuse two aims at once, and what is no colour."""
-    from PIL import ImageColor
-
-    if args.guidance_color:
-        try:
-            ImageColor.getrgb(args.guidance_color)
-        except ValueError:
-            parser.error(f"--guidance_color {args.guidance_color}: no such colour; expected a name such as teal, or #rrggbb")
-    if args.guidance_color and args.guidance_prompt:
-        parser.error("--guidance_color and --guidance_prompt exclude each other; give one")
-
-
 def check_common(parser: Parser, args) -> None:
     """Refuse combinations that cannot work, before anything is imported or written."""
-    if "guidance_color" in vars(args):
-        check_guidance(parser, args)
     if args.dataset_name and args.train_data_dir:
         parser.error("--dataset_name and --train_data_dir are both given; choose one source of images")
     if args.streaming and args.max_train_steps is None:

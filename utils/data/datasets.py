@@ -1,18 +1,14 @@
-"""Images to train on: where they come from, how they are shaped, and in what order they arrive.
+"""Images to train on, from the flags to batches on the device.
 
-    train_data = load_train_data(args, accelerator)
-    for batch in train_data.batches(first_step, last_step):
-        batch["images"]   # float32 (B, C, H, W) in [-1, 1], on the device
-
-The order, the crops and the flips are functions of (seed, sample id); see ``randomness``. They are the same with
-and without the cache, with any number of workers, after a resume, and for any split of a global batch into processes
-and micro-steps.
+Order, crops and flips are functions of (seed, sample id), see ``randomness``: the same with and without the cache, with
+any number of workers, after a resume, and for any split of a global batch into processes and micro-steps.
 """
 
 import logging
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -21,10 +17,9 @@ import torch
 from .. import UserError, randomness
 from ..pictures import from_uint8
 from ..signals import STOP_SIGNALS
-from .cache import Cache
+from .feeds import Cache, Stream, read_ahead
 from .images import GREY_MODES, BadImage, PreparedImages, decode_image, locate
 from .sources import ImageSource, data_license, load_source
-from .streaming import Stream, read_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +29,7 @@ MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 INSPECTED = 64  # images that are looked at to find mode and size
 
 
-def load_train_data(args, accelerator, made_for=None, own_images=None) -> "TrainData":
+def load_train_data(args, accelerator, made_for=None, own_images=None, conditional: bool = False) -> "TrainData":
     """Everything between the flags and the batches.
 
     Args:
@@ -43,6 +38,7 @@ def load_train_data(args, accelerator, made_for=None, own_images=None) -> "Train
         made_for: config of a pretrained model, whose ``sample_size`` and ``in_channels`` (1 or 3) count where
             ``--resolution`` is not given and ``--image_mode`` is auto.
         own_images: take these instead of what the flags name, see ``own_images.OwnImages``.
+        conditional: the images need class labels; without ``--label_column`` the only such column is taken.
 
     Raises:
         UserError: see ``load_source``; also an empty data set, or one with fewer images than a global batch.
@@ -55,7 +51,8 @@ def load_train_data(args, accelerator, made_for=None, own_images=None) -> "Train
             )
         dataset, name = own_images, "own images"
     else:
-        dataset, name = load_source(ImageSource.from_args(args), accelerator)
+        source = replace(ImageSource.from_args(args), find_labels=conditional)
+        dataset, name = load_source(source, accelerator)
     resolution, image_mode = (made_for.sample_size, MODES[made_for.in_channels]) if made_for else (None, None)
     return TrainData(dataset, name, args, accelerator, resolution, image_mode)
 
@@ -176,9 +173,10 @@ class TrainData:
                 batch["labels"] = labels.to(self.accelerator.device, non_blocking=True)
             yield batch
 
-    def examples(self, count: int) -> torch.Tensor:
+    def examples(self, count: int, with_labels: bool = False) -> torch.Tensor | tuple[torch.Tensor, np.ndarray]:
         """Training images to show and to compare with, float32 in [-1, 1], on the CPU; see ``PreparedImages``."""
-        return from_uint8(self._images.examples(count))
+        images, labels = self._images.examples(count, with_labels=True)
+        return (from_uint8(images), labels) if with_labels else from_uint8(images)
 
     def _sample_ids(self, first_step: int, last_step: int) -> Iterator[np.ndarray]:
         """Sample ids of each micro-batch: step * global batch + place in the global batch."""
@@ -227,12 +225,9 @@ class TrainData:
             except UserError as error:  # torch puts a worker's traceback before the message
                 raise UserError(str(error).strip().split("UserError: ")[-1]) from None
             for index, message in batch["bad"]:
-                if self._images.max_bad_images is None:
-                    raise self._images.error(message)
                 if index not in skipped:
                     skipped.add(index)
-                    logger.warning(f"skipped ({len(skipped)} so far): {message}")
-                self._images.check_count(len(skipped))
+                    self._images.check(len(skipped), message)
             yield batch["sample_ids"].numpy(), batch["images"], batch["labels"]
 
 

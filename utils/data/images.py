@@ -5,6 +5,7 @@ what transparent pixels hide. Here ranges are scaled, alpha is laid over white a
 """
 
 import io
+import logging
 import os
 
 import numpy as np
@@ -13,6 +14,8 @@ from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps
 
 from .. import UserError, randomness
+
+logger = logging.getLogger(__name__)
 
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box", "nearest")}
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
@@ -177,8 +180,8 @@ class PreparedImages(torch.utils.data.Dataset):
         )
         self.max_bad_images, self.advice, self.refuse_colour = max_bad_images, advice, refuse_colour
 
-    def examples(self, count: int) -> np.ndarray:
-        """Some of the images, cut in the middle: uint8 (N, C, H, W).
+    def examples(self, count: int, with_labels: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Some of the images, cut in the middle: uint8 (N, C, H, W); with their labels, int64 (N,), if asked for.
 
         The same ones on every process: of a stream the first, otherwise ``count`` at random, or all if there are fewer.
         Bad images are left out if they may be passed over.
@@ -192,16 +195,17 @@ class PreparedImages(torch.utils.data.Dataset):
             rows = ((index, self.dataset[index]) for index in indices)
         else:
             rows = enumerate(self.dataset.take(count))
-        images = []
+        images, labels = [], []
         for index, row in rows:
             try:
                 images.append(self.prepared(row, index, center_crop=True))
+                labels.append(row.get("label", -1))
             except BadImage as error:
                 if self.max_bad_images is None:
-                    raise self.error(error) from None
+                    self.check(1, error)
         if not images:
             raise UserError(f"{self.name}: no readable image found; expected a data set of images")
-        return np.stack(images)
+        return (np.stack(images), np.array(labels)) if with_labels else np.stack(images)
 
     def prepared(self, row: dict, index: int, center_crop: bool = False) -> np.ndarray:
         """uint8 (C, H, W), the shorter side at the training resolution, the longer one too if it is cropped."""
@@ -222,16 +226,15 @@ class PreparedImages(torch.utils.data.Dataset):
         except BadImage as error:
             return error
 
-    def error(self, problem: BadImage | str) -> BadImage:
-        """The error about an unreadable image, with the advice."""
-        return BadImage(f"{problem}. {self.advice}" if self.advice else str(problem))
-
     def too_many(self, bad: int) -> bool:
         """Whether so many unreadable images are more than may be passed over."""
         return bad > (self.max_bad_images or 0)
 
-    def check_count(self, bad: int) -> None:
-        """Raise UserError for more unreadable images than may be passed over."""
+    def check(self, bad: int, problem: BadImage | str) -> None:
+        """Log the latest of so many unreadable images; raise UserError if they are more than may be passed over."""
+        if self.max_bad_images is None:
+            raise BadImage(f"{problem}. {self.advice}" if self.advice else str(problem))
+        logger.warning(f"skipped ({bad} so far): {problem}")
         if self.too_many(bad):
             raise UserError(
                 f"more than --max_bad_images {self.max_bad_images} images are unreadable; the lines above name them. "

@@ -19,6 +19,7 @@ from .. import UserError
 logger = logging.getLogger(__name__)
 
 DEFAULT_DATASET = "ylecun/mnist"
+MAX_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class ImageSource:
         is_folder: ``name`` is a folder of image files.
         config_name: configuration of the data set, where it has several.
         image_column: None for the only one of type Image.
-        label_column: a column of type ClassLabel to keep as ``label``.
+        label_column: a column to keep as ``label``: of type ClassLabel, or of integers or strings, which become classes
+            in their order.
+        find_labels: take the only column of type ClassLabel where ``label_column`` is None; refuse none or several.
         max_samples: only the first of the images.
         streaming: read them as they are needed.
         flags: what the user knows ``name`` and ``split`` as.
@@ -45,6 +48,7 @@ class ImageSource:
     label_column: str | None = None
     max_samples: int | None = None
     streaming: bool = False
+    find_labels: bool = False
     flags: dict[str, str] = field(default_factory=lambda: {"name": "--dataset_name", "split": "--dataset_split"})
 
     @classmethod
@@ -206,12 +210,40 @@ def _select_columns(dataset, source: ImageSource):
     if image_column not in images:
         raise UserError(f"--image_column {image_column}: not a column of type Image. {source.name} has {listing}")
     wanted = {image_column: "image"}
-    if source.label_column is not None:
-        if not isinstance(columns.get(source.label_column), datasets.ClassLabel):
+    label_column = source.label_column
+    if label_column is None and source.find_labels:
+        found = [key for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
+        if len(found) != 1:
             raise UserError(
-                f"--label_column {source.label_column}: not a column of type ClassLabel. {source.name} has {listing}"
+                f"{source.name} has {len(found) or 'no'} columns of class labels. Name one with --label_column, of "
+                f"type ClassLabel, integers or strings; the columns are {listing}"
             )
-        wanted[source.label_column] = "label"
-    dataset = dataset.select_columns(list(wanted)).cast_column(image_column, datasets.Image(decode=False))
-    dataset = dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
-    return dataset if source.max_samples is None else dataset.take(source.max_samples)
+        label_column = found[0]
+    if label_column is not None:
+        wanted[label_column] = "label"
+    dataset = dataset.select_columns([key for key in wanted if key in columns])
+    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    dataset = dataset if source.max_samples is None else dataset.take(source.max_samples)
+    if label_column is not None and not isinstance(columns.get(label_column), datasets.ClassLabel):
+        dataset = _encode_labels(dataset, columns.get(label_column), label_column, source, listing)
+    return dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
+
+
+def _encode_labels(dataset, kind, column: str, source: ImageSource, listing: str):
+    """A column of integers or strings as a ClassLabel column; a missing one is -1."""
+    integers = isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint"))
+    if source.streaming or not (integers or (isinstance(kind, datasets.Value) and "string" in kind.dtype)):
+        asked = (
+            "of type ClassLabel, which a stream needs" if source.streaming else "of class labels, integers or strings"
+        )
+        raise UserError(f"--label_column {column}: not a column {asked}. {source.name} has {listing}")
+    values = dataset[column][:]
+    names = sorted({value for value in values if value is not None and value != -1})
+    if len(names) > MAX_CLASSES:
+        raise UserError(
+            f"--label_column {column}: {len(names)} different values; expected at most {MAX_CLASSES} classes"
+        )
+    codes = {value: code for code, value in enumerate(names)}
+    feature = datasets.ClassLabel(names=[str(name) for name in names])
+    dataset = dataset.remove_columns(column)
+    return dataset.add_column(column, [codes.get(value, -1) for value in values], feature=feature)

@@ -11,8 +11,11 @@ from .. import UserError
 logger = logging.getLogger(__name__)
 
 
-def load_pretrained(name_or_path: str) -> DDPMPipeline:
-    """An unconditional pipeline with its weights, from a folder or the Hub; a learned variance is left out.
+def load_pretrained(name_or_path: str, conditional: bool = False) -> DDPMPipeline:
+    """A pipeline with its weights, from a folder or the Hub; a learned variance is left out.
+
+    Args:
+        conditional: whether its UNet may want class labels.
 
     Raises:
         UserError: it cannot be loaded, or is not a UNet2DModel that predicts one value per channel, or two.
@@ -32,7 +35,7 @@ def load_pretrained(name_or_path: str) -> DDPMPipeline:
     unet.register_to_config(_name_or_path=None if local else name_or_path)  # no path of this machine is saved again
     if not isinstance(unet, UNet2DModel):
         raise UserError(f"{flag}: its unet is a {type(unet).__name__}; expected a UNet2DModel (unconditional)")
-    if unet.class_embedding is not None:
+    if unet.class_embedding is not None and not conditional:
         raise UserError(f"{flag}: its unet wants class labels; expected an unconditional one")
     channels = unet.config.in_channels
     if channels not in (1, 3):

@@ -28,10 +28,12 @@ class DenoisingLoss:
         noise_scheduler: the one with which the model was trained: a ``DDPMScheduler``, or linear mixing.
         seed: of timesteps and noise.
         batch_size: triples at once, per process.
+        labels: int64 (N,), the class of each image, of a model that is told it.
     """
 
-    def __init__(self, images: torch.Tensor, noise_scheduler, seed: int, batch_size: int = 8):
+    def __init__(self, images: torch.Tensor, noise_scheduler, seed: int, batch_size: int = 8, labels=None):
         self.images, self.noise_scheduler, self.seed, self.batch_size = images, noise_scheduler, seed, batch_size
+        self.labels = labels
 
     @torch.no_grad()
     def measure(
@@ -60,7 +62,10 @@ class DenoisingLoss:
                 )
                 noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
                 target = output_for(self.noise_scheduler, clean_images, noisy_images, timesteps.view(-1, 1, 1, 1))
-                output = model(noisy_images, timesteps).sample.float()
+                inputs = {}
+                if self.labels is not None:
+                    inputs["class_labels"] = self.labels[batch // NOISE_LEVELS].to(accelerator.device)
+                output = model(noisy_images, timesteps, **inputs).sample.float()
                 losses = F.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
                 index = torch.from_numpy(levels).to(accelerator.device)
                 sums[0].index_add_(0, index, losses)
@@ -78,19 +83,23 @@ class Validation:
             training images.
         train_data: what the script trains on.
         noise_scheduler: with which it trains.
+        conditional: the model is told the images' classes.
 
     Raises:
         UserError: a split cannot be loaded, or shares images with the training set.
     """
 
-    def __init__(self, args, accelerator, train_data, noise_scheduler):
-        images = {"train": train_data.examples(args.num_validation_images)}
+    def __init__(self, args, accelerator, train_data, noise_scheduler, conditional: bool = False):
+        images = {"train": train_data.examples(args.num_validation_images, with_labels=True)}
         if args.validation_split:
             images["held_out"] = load_images(args, accelerator, train_data, "validation")
         if vars(args).get("prior_dataset_name"):
             images["prior"] = load_images(args, accelerator, train_data, "prior")
-        self.accelerator = accelerator
-        self.losses = {name: DenoisingLoss(images[name], noise_scheduler, args.seed) for name in images}
+        self.accelerator, self.losses = accelerator, {}
+        for name, (shown, labels) in images.items():
+            labels = torch.from_numpy(labels).where(torch.from_numpy(labels) >= 0, len(train_data.label_names))
+            labels = labels if conditional else None
+            self.losses[name] = DenoisingLoss(shown, noise_scheduler, args.seed, labels=labels)
 
     def log(self, model: torch.nn.Module, step: int, stop: Callable[[], bool] = lambda: False, **values: float) -> None:
         """Measure, and write to the trackers, beside further values. Call it on all processes.
@@ -105,8 +114,8 @@ class Validation:
         self.accelerator.log(values, step=step)
 
 
-def load_images(args, accelerator, train_data, kind: str) -> torch.Tensor:
-    """Images to validate with, shaped as the training images, float32 in [-1, 1]: see ``PreparedImages.examples``.
+def load_images(args, accelerator, train_data, kind: str) -> tuple[torch.Tensor, np.ndarray]:
+    """Images to validate with, shaped as the training images, float32 in [-1, 1]; and their labels, or -1.
 
     Args:
         kind: ``validation``, another split of the training data (``--validation_split``), or ``prior``, another data
@@ -124,11 +133,13 @@ def load_images(args, accelerator, train_data, kind: str) -> torch.Tensor:
     else:
         trained_on = ImageSource.from_args(args)
         flags = {**trained_on.flags, "split": "--validation_split"}
-        source = replace(trained_on, split=args.validation_split, label_column=None, max_samples=None, flags=flags)
+        find = bool(train_data.label_names) and trained_on.label_column is None
+        source = replace(trained_on, split=args.validation_split, max_samples=None, find_labels=find, flags=flags)
         check_disjoint(trained_on, source, accelerator)
     dataset, name = load_source(source, accelerator)
     images = PreparedImages(dataset, name, train_data.mode, train_data.resolution, **reading(args))
-    return from_uint8(images.examples(args.num_validation_images))
+    shown, labels = images.examples(args.num_validation_images, with_labels=True)
+    return from_uint8(shown), labels
 
 
 def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) -> None:

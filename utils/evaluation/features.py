@@ -74,26 +74,13 @@ def load_extractor(name: str, model_name_or_path: str | None = None, device: str
     """
     if name == "digits":
         return Extractor(
-            name, file_hash(DIGITS_WEIGHTS)[:12], lambda images: digits_net(device)(_as_digits(images, device))[0]
+            name, file_hash(DIGITS_WEIGHTS)[:12], lambda images: digits_net(device)(as_digits(images, device))[0]
         )
     if name == "pixels":
         return Extractor(name, "none", lambda images: shrink(images.float() / 255, 16).flatten(1))
     if name == "inception":
         return _inception(device)
     return _transformer(name, model_name_or_path or DEFAULT_MODELS[name], device)
-
-
-def digit_statistics(images: np.ndarray, device: str | torch.device = "cpu") -> dict[str, float]:
-    """What the classifier of digits says of images, uint8 (N, C, H, W).
-
-    Returns:
-        ``confidence``, its mean probability of the likeliest class; ``class_distance``, the total variation distance of
-        the classes' frequencies from 1/10 each, in [0, 0.9]: 0.03 or so is what MNIST itself has.
-    """
-    net = digits_net(device)
-    probabilities = Extractor("digits", "", lambda batch: net(_as_digits(batch, device))[1].softmax(1))(images)
-    frequencies = np.bincount(probabilities.argmax(1), minlength=10) / len(images)
-    return {"confidence": float(probabilities.max(1).mean()), "class_distance": float(abs(frequencies - 0.1).sum() / 2)}
 
 
 @lru_cache
@@ -104,7 +91,7 @@ def digits_net(device: str | torch.device = "cpu") -> DigitsNet:
     return net.to(device).eval()
 
 
-def _as_digits(images: torch.Tensor, device) -> torch.Tensor:
+def as_digits(images: torch.Tensor, device) -> torch.Tensor:
     """Grey, 28x28, in [0, 1]. Digits of another size are taken to fill their frame, as the embedded ones do: MNIST's
     are 20 pixels high and have a margin."""
     images = images.to(device).float().mean(1, keepdim=True) / 255

@@ -29,7 +29,7 @@ class Reference:
     """
 
     def __init__(self, args, accelerator):
-        self.args, self._prepared, self._baselines = args, {}, {}
+        self.args, self.accelerator, self._prepared, self._baselines = args, accelerator, {}, {}
         self._sources = {}
         for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
             source = ImageSource(args.reference, split, flags={"name": "--reference", "split": flag})
@@ -51,6 +51,22 @@ class Reference:
     def resized(self, shape: tuple[int, int, int], split: str | None = None) -> np.ndarray:
         """Images of a split (default: the reference), shuffled, of this (C, H, W); uint8 (N, C, H, W)."""
         return self._load(split or self.args.reference_split, shape[-1], {1: "L", 3: "RGB"}[shape[0]])
+
+    def labelled(self, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """The reference's images of this (C, H, W), in the order of ``resized``, their labels and the classes' names.
+
+        Raises:
+            UserError: it has no class labels.
+        """
+        source = ImageSource(
+            self.args.reference, self.args.reference_split, find_labels=True,
+            flags={"name": "--reference", "split": "--reference_split"},
+        )  # fmt: skip
+        dataset = load_source(source, self.accelerator)[0]
+        names = dataset.features["label"].names
+        drawn = randomness.shuffled_indices(self.args.seed, np.arange(len(dataset)), len(dataset))
+        images = self.resized(shape)
+        return images, np.array(dataset["label"][:])[drawn][: len(images)], names
 
     def noise(self, count: int) -> np.ndarray:
         """Uniform noise in the shape of the images."""

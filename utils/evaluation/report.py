@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from ..pictures import make_grid
-from .sweep import plot_sweep
+from .sweep import plot_guidance, plot_sweep
 
 NOTE = """
 N: samples, and as many real images. Rows with the same N can be compared with each other, and with no other table. ema:
-whether the weights are averages, where that is known. The floor is what real, held-out images
-get, the ceiling what noise gets. Lower is better for fd, kid and class_distance (of the digits' frequencies from equal
-ones), higher for precision, recall, density and coverage. confidence: how sure the classifier is; noise can make it
-sure, too. copies: the share of images nearer to a training image than 99 % of the held-out ones are. Errors: of fd by
-bootstrap over the generated images, of kid over its subsets.
+whether the weights are averages, where that is known. The floor is what real, held-out images get, the ceiling what
+noise gets. Lower is better for fd, kid and class_distance (of the digits' frequencies from equal ones), higher for
+precision, recall, density, coverage and class_accuracy (the share of samples that are recognised as the digit that was
+asked for). confidence: how sure the classifier is; noise can make it sure, too. copies: the share of images nearer to a
+training image than 99 % of the held-out ones are. Errors: of fd by bootstrap over the generated images, of kid over its
+subsets.
 """
 LOSS_NOTE = """
 Denoising loss on frozen (image, timestep, noise) triples, whole and by range of timesteps. A model that has learned by
@@ -50,7 +51,7 @@ def _show(value) -> str:
 
 
 def write_report(
-    folder: Path, rows: list[dict], losses: list[dict], grids: dict, pairs: dict, sweep: bool, **facts
+    folder: Path, rows: list[dict], losses: list[dict], grids: dict, pairs: dict, by_class: dict, sweep: bool, **facts
 ) -> None:
     """Write ``results.json``, ``results.md``, ``samples.png`` and ``nearest.png``, and print the tables.
 
@@ -61,6 +62,7 @@ def write_report(
         losses: denoising losses, a second table; may be empty.
         grids: uint8 (N, C, H, W) by name, samples to show.
         pairs: two of the same by name: the images most like training images, and those.
+        by_class: what was found of each class, by name; only for results.json.
         sweep: whether there are rows for several numbers of steps.
         facts: what holds for all rows.
     """
@@ -73,9 +75,12 @@ def write_report(
     if sweep:
         plot_sweep(rows).savefig(folder / "sweep.png")
         files.append("sweep.png")
+    if sum("guidance_scale" in row for row in rows) > 1:
+        plot_guidance(rows).savefig(folder / "guidance.png")
+        files.append("guidance.png")
     print(f"\n{text}\nwritten to {folder}: {', '.join(files)}")
     (folder / "results.md").write_text(text)
-    record = {**facts, "results": rows, "denoising_losses": losses}
+    record = {**facts, "results": rows, "denoising_losses": losses, "by_class": by_class}
     (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     _strip(grids).save(folder / "samples.png")
     both = {}

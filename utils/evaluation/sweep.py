@@ -57,6 +57,24 @@ def plot_sweep(rows: list[dict]) -> Figure:
     return figure
 
 
+def plot_guidance(rows: list[dict]) -> Figure:
+    """Fidelity against diversity: Fréchet distance, precision and recall over the guidance scale, a line each model."""
+    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 3)
+    lines = {}
+    for row in rows:
+        if "guidance_scale" in row:
+            lines.setdefault(row["model"].rsplit(" guidance ", 1)[0], []).append(row)
+    for axes, metric in zip(panels, (_metric(rows[0]), "precision", "recall"), strict=True):
+        for name, points in lines.items():
+            points = sorted(points, key=lambda row: row["guidance_scale"])
+            axes.plot([p["guidance_scale"] for p in points], [p[metric] for p in points], marker="o", label=name)
+        axes.axhline(rows[0][metric], color="grey", linestyle="--", label="held-out images")
+        axes.set(title=metric, xlabel="guidance scale")
+    panels[0].legend()
+    return figure
+
+
 def check_writable(name: str) -> None:
     """Refuse a pipeline whose scheduler cannot be replaced.
 

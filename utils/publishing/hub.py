@@ -219,7 +219,8 @@ class Hub:
         """The card's snippet loads the model from the Hub."""
         card = self.folder / "hub" / "README.md"
         if card.is_file():
-            card.write_text(re.sub(r"from_pretrained\('[^']*'", f"from_pretrained('{self.repo_id}'", card.read_text()))
+            text = re.sub(r"(from_pretrained\(|custom_pipeline=)'[^']*'", rf"\1'{self.repo_id}'", card.read_text())
+            card.write_text(text)
 
 
 def _with_timeout(seconds: float):

@@ -13,10 +13,9 @@ from pathlib import Path
 import accelerate
 import diffusers
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..hardware import device_name
-from ..training.checkpoints import file_hash
 from ..training.output_dir import how_to_load, is_hub_id, without_path
 
 logger = logging.getLogger(__name__)
@@ -53,8 +52,10 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
         args: the run's flags.
         of_people: whether the images show people; adds a section.
         summary: what the run found out; ``data`` is the Hub id, path or short name of the training images,
-            ``data_license`` their licence, ``base`` the id or path of the pipeline that it started from.
+            ``data_license`` their licence, ``base`` the id or path of the pipeline that it started from, ``classes``
+            the names of what a conditional model can be asked for.
     """
+    classes = summary.pop("classes", None)
     index = json.loads((folder / "model_index.json").read_text())
     on_hub = {key: name for key, name in summary.items() if key in ("data", "base") and is_hub_id(name)}
     tags = ["diffusers", "unconditional-image-generation"]
@@ -81,6 +82,7 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
     final = folder.resolve() == Path(args.output_dir).resolve()  # otherwise a checkpoint, which has no pictures
     drawn = f"""The weights drew the samples above ({args.num_samples} images, \
 {vars(args).get("sampler", sampler)}, {args.num_inference_steps} steps, seed {args.seed}, not selected)."""
+    snippet = _snippet(folder, args, final, classes)
     has_curves = final and {"all", "tensorboard"} & set(args.report_to.split(","))
     text = f"""---
 {data.to_yaml()}
@@ -88,11 +90,11 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
 
 # {_escape(title)}
 
-Draws images like those in {_escape(summary["data"])}, with a {index["unet"][1]}.
+Draws images like those in {_escape(summary["data"])}, with a {index["unet"][1]}.{_said_of(classes)}
 
 {"![samples](samples.png)" if final else "From before the end of training."}
 
-{_snippet(folder, args, final)}{trust if code else ""}The saved scheduler is `{sampler}`. {drawn if final else ""}
+{snippet}{trust if code else ""}The saved scheduler is `{sampler}`. {drawn if final else ""}
 
 ## Training
 
@@ -109,16 +111,32 @@ Draws images like those in {_escape(summary["data"])}, with a {index["unet"][1]}
     ModelCard(text).save(folder / "README.md")
 
 
-def _snippet(folder: Path, args, run_it: bool) -> str:
+def _said_of(classes) -> str:
+    """One sentence about what a conditional model can be asked for."""
+    if not classes:
+        return ""
+    shown = ", ".join(_escape(name) for name in classes[:50]) + (" ..." if len(classes) > 50 else "")
+    return f" It can be asked for {len(classes)} classes, by number from 0 or by name: {shown}."
+
+
+def _snippet(folder: Path, args, run_it: bool, classes=None) -> str:
     """How to load and draw, as Markdown; nothing if that failed here."""
     name = Path(args.output_dir).resolve().name
     load = how_to_load(folder, name)
     code = f"from diffusers import {load.split('.')[0]}\n\npipeline = {load}\n"
-    code += f"images = pipeline(batch_size=4, num_inference_steps={args.num_inference_steps}).images\n"
+    asked = f"class_labels={[k % len(classes) for k in range(4)]}, " if classes else ""
+    code += f"images = pipeline(batch_size=4, {asked}num_inference_steps={args.num_inference_steps}).images\n"
     code += 'images[0].save("sample.png")'
+    if classes:
+        code += "\n\n# With guidance, two calls of the model a step, and classes by name\n"
+        code += "from diffusers import DiffusionPipeline\n\n"
+        where = f"{name!r}, custom_pipeline={name!r}"
+        code += f"pipeline = DiffusionPipeline.from_pretrained({where}, trust_remote_code=True)\n"
+        code += f"images = pipeline([{classes[0]!r}, {classes[-1]!r}], guidance_scale={args.guidance_scale}).images"
     if run_it:
         once = code.replace(repr(name), repr(str(folder.resolve())))
-        once = re.sub(r"batch_size=4, num_inference_steps=\d+", "batch_size=1, num_inference_steps=1", once)
+        once = re.sub(r"num_inference_steps=\d+", "num_inference_steps=1", once)
+        once = re.sub(r"(guidance_scale=[\d.]+)\)", r"\1, num_inference_steps=1)", once)
         try:
             with tempfile.TemporaryDirectory() as place, contextlib.chdir(place), torch.random.fork_rng(devices=[]):
                 with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
@@ -136,41 +154,6 @@ def command_line() -> str:
     if "ipykernel" in sys.modules:
         return "(in a notebook)"
     return shlex.join(["python", *(without_path(argument) for argument in sys.argv)]).replace("\n", " ")
-
-
-def add_results(folder: Path, results: dict) -> None:
-    """Put what evaluate.py has found into the card's metadata.
-
-    Args:
-        folder: a saved pipeline with a README.md.
-        results: of a ``results.json``; rows of these weights count.
-
-    Raises:
-        ValueError: none of them does.
-    """
-    weights = file_hash(*(folder / "unet").glob("*.safetensors"))[:12]
-    rows = [row for row in results["results"] if row.get("weights") == weights]
-    if not rows:
-        names = ", ".join(f"{row['model']} ({row.get('weights', 'no weights')})" for row in results["results"])
-        raise ValueError(f"none of its rows is of the weights in {folder} ({weights}): {names}. Run evaluate.py again")
-    card = ModelCard.load(folder / "README.md")
-    reference = Path(results["reference"]).name if not is_hub_id(results["reference"]) else results["reference"]
-    card.data.model_name = folder.resolve().name
-    card.data.eval_results = [
-        EvalResult(
-            task_type="unconditional-image-generation",
-            dataset_type=reference,
-            dataset_name=reference,
-            dataset_split=results["reference_split"],
-            metric_type=metric,
-            metric_name=f"{metric}, N={row['N']}, {row['sampler']}, {row['steps']} steps",
-            metric_value=round(value, 4),
-        )
-        for row in rows
-        for metric, value in row.items()
-        if metric.startswith(("fd_", "fid_", "kid_", "precision", "recall", "coverage")) and "error" not in metric
-    ]
-    card.save(folder / "README.md")
 
 
 def _escape(value) -> str:

@@ -56,16 +56,19 @@ class TrainingCurves:
 
     def _clear(self) -> None:
         self.losses, self.grad_norms = [], []
-        bins = NOISE_LEVELS + len(self.label_names)
+        bins = NOISE_LEVELS + len(self.label_names) + 1  # the last for samples whose label is missing
         self.sums, self.counts = torch.zeros(2, bins, device=self.accelerator.device)
 
     def add(self, losses: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None = None) -> None:
-        """Collect one micro-step: loss of each sample, unweighted, (B,); its timestep (B,); its class (B,)."""
+        """Collect one micro-step: loss of each sample, unweighted, (B,); its timestep (B,); its class (B,), or -1."""
         losses = losses.detach().float()
         bins = (timesteps * NOISE_LEVELS // self.num_train_timesteps).long()
         bins = bins.clamp(max=NOISE_LEVELS - 1)  # a real timestep just below T may have been rounded to it
         self.losses.append(losses.mean())
-        for index in [bins] if labels is None else [bins, labels + NOISE_LEVELS]:
+        indices = [bins]
+        if labels is not None:
+            indices.append(labels.where(labels >= 0, len(self.label_names)) + NOISE_LEVELS)
+        for index in indices:
             self.sums.index_add_(0, index, losses)
             self.counts.index_add_(0, index, torch.ones_like(losses))
 
@@ -106,7 +109,7 @@ class TrainingCurves:
         curves["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
         names = [f"loss_by_timestep/{level}" for level in noise_levels(self.num_train_timesteps)]
         names += [f"loss_by_label/{name}" for name in self.label_names]
-        curves |= {name: mean for name, mean in zip(names, means, strict=True) if mean is not None}
+        curves |= {name: mean for name, mean in zip(names, means[:-1], strict=True) if mean is not None}
         self.accelerator.log(curves, step=global_step)
         self.bar.set_postfix_str(f"loss {curves['loss']:.4f}, {images_per_second:.0f} images/s", refresh=False)
         self.last_written, self.written_at = global_step, time.perf_counter()

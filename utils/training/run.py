@@ -182,7 +182,7 @@ def finish(accelerator, args, global_step: int, max_train_steps: int, stop_signa
         stop(accelerator, args, global_step, max_train_steps, number)
     write_finished(accelerator, args, global_step)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    _close_trackers(accelerator)
     if accelerator.is_main_process:
         try:
             draw_curves(Path(args.output_dir), Path(args.output_dir) / args.logging_dir)
@@ -223,13 +223,19 @@ def _command(name: str) -> str:
 def stop(accelerator, args, global_step: int, max_train_steps: int, number: int) -> NoReturn:
     """Say how to go on after a signal, and exit with 128 + its number: 143 for SIGTERM, 130 for SIGINT."""
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    _close_trackers(accelerator)
     _close_bars()
     accelerator.print(
         f"\nStopped by {signal.Signals(number).name} after {global_step} of {max_train_steps} optimizer steps; "
         f"{Path(args.output_dir) / f'checkpoint-{global_step}'} is complete.\nThe same command goes on from there."
     )
     sys.exit(128 + number)
+
+
+def _close_trackers(accelerator) -> None:
+    """What ``accelerator.end_training`` does, without destroying the process group, in which a process may hang."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def _close_bars() -> None:

@@ -1,0 +1,135 @@
+"""Images of a class, and guidance without a classifier: the pipeline of models that are told what to draw.
+
+The model's last class means "nothing said". ``save_pretrained`` writes a folder that loads in two ways:
+
+    pipeline = ConsistencyModelPipeline.from_pretrained(folder)  # diffusers alone, without guidance
+    pipeline(batch_size=2, class_labels=[7, 3])
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)  # this file
+    pipeline(["7", "3"], guidance_scale=2.0)
+
+This file is copied into the folder as ``pipeline.py``, so it imports installed packages only.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+def guided_output(
+    model: Callable,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    class_labels: torch.Tensor,
+    scale: float,
+    nothing: int,
+) -> torch.Tensor:
+    """nothing + scale (class - nothing), Ho & Salimans 2022, arXiv:2207.12598, in the form of Imagen and diffusers.
+
+    Args:
+        model: called as ``model(noisy, timesteps, class_labels).sample``.
+        noisy: (B, C, H, W).
+        timesteps, class_labels: (B,).
+        scale: 1 is the plain conditional model and 0 the unconditional one, one call each; others take one call of 2 B.
+        nothing: the class that means "nothing said".
+    """
+    unsaid = torch.full_like(class_labels, nothing)
+    if scale in (0, 1):
+        return model(noisy, timesteps, class_labels if scale else unsaid).sample.float()
+    both = model(torch.cat([noisy, noisy]), torch.cat([timesteps] * 2), torch.cat([unsaid, class_labels])).sample
+    without, conditional = both.float().chunk(2)
+    return without + scale * (conditional - without)
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Images of the classes asked for.
+
+    Args:
+        unet: a ``UNet2DModel`` whose ``num_class_embeds`` is one more than there are classes; ``_class_names`` in its
+            config are their names.
+        scheduler: any of diffusers whose ``step`` takes a generator.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int | str],
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 25,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw one image for each label.
+
+        Args:
+            class_labels: names or numbers of classes.
+            guidance_scale: how firmly: 1 is the model as it is, 0 draws any class, more is purer and less varied.
+            num_inference_steps: steps; guidance takes two calls of the model each.
+            generator: one, or one for each image.
+            output_type: ``pil``, ``np`` for floats in [0, 1] (B, H, W, C), or ``pt`` for floats in [0, 1] (B, C, H, W).
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        config, device = self.unet.config, self._execution_device
+        labels = torch.tensor(class_numbers(class_labels, config), device=device)
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        images = randn_tensor(shape, generator, device, self.unet.dtype) * self.scheduler.init_noise_sigma
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            noisy = self.scheduler.scale_model_input(images, timestep)
+            output = guided_output(
+                self.unet, noisy, timestep.expand(len(labels)), labels, guidance_scale, config.num_class_embeds - 1
+            )
+            images = self.scheduler.step(output, timestep, images, generator=generator).prev_sample
+        images = (images / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def save_pretrained(self, save_directory, **options) -> None:
+        """As a ``ConsistencyModelPipeline``, which draws with these parts without guidance, and this file beside it."""
+        if options.pop("push_to_hub", False):
+            raise ValueError("save_pretrained(push_to_hub=True) would leave the code out; upload the saved folder")
+        super().save_pretrained(save_directory, **options)
+        folder = Path(save_directory)
+        index = json.loads((folder / "model_index.json").read_text())
+        index["_class_name"] = "ConsistencyModelPipeline"
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        shutil.copyfile(__file__, folder / "pipeline.py")
+
+
+def class_numbers(labels: Sequence[int | str], config) -> list[int]:
+    """The numbers of classes that are given by name or number.
+
+    Args:
+        config: of a UNet with classes, see ``ClassConditionalPipeline``.
+
+    Raises:
+        ValueError: there is no such class; the message has the names that exist.
+    """
+    count = config["num_class_embeds"] - 1
+    names = list(config.get("_class_names") or map(str, range(count)))
+    numbers = []
+    for label in labels:
+        text = str(label).strip()
+        number = names.index(text) if text in names else int(text) if text.isdigit() else -1
+        if not 0 <= number < count:
+            shown = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
+            raise ValueError(f"there is no class {text!r}; expected a number from 0 to {count - 1}, or one of {shown}")
+        numbers.append(number)
+    return numbers

@@ -1,0 +1,100 @@
+"""Which classes samples show: which digits, and whether those that were asked for."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .. import UserError
+from .features import Extractor, as_digits, digits_net
+from .metrics import frechet_distance
+from .reference import Reference
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AskedClasses:
+    """The classes that samples should show.
+
+    Attributes:
+        labels: int64 (N,), of sample k.
+        names: of the classes.
+        real_images, real_labels: what they are compared with, uint8 (M, C, H, W) and (M,).
+    """
+
+    labels: np.ndarray
+    names: Sequence[str]
+    real_images: np.ndarray
+    real_labels: np.ndarray
+
+    def _recognised(self, images: np.ndarray, features: str, device) -> np.ndarray | None:
+        """What the digit classifier takes them for; None where the classes are no digits."""
+        if features != "digits" or list(self.names) != [str(k) for k in range(10)]:
+            return None
+        return digit_probabilities(images, device).argmax(1)
+
+    def accuracy(self, images: np.ndarray, features: str, device) -> dict[str, float]:
+        """``class_accuracy``: the share of images that the digit classifier takes for what was asked for."""
+        recognised = self._recognised(images, features, device)
+        return {} if recognised is None else {"class_accuracy": float((recognised == self.labels).mean())}
+
+    def by_class(self, images: np.ndarray, extract: Extractor, features: str, device) -> dict:
+        """The Fréchet distance within each class, with its number of samples; for digits a confusion table.
+
+        The table has a row for each class asked for and a column for each that was recognised.
+        """
+        found, result = extract(images), {"fd_by_class": {}, "N_by_class": {}}
+        real = extract(self.real_images)
+        for code, name in enumerate(self.names):
+            mine, theirs = found[self.labels == code], real[self.real_labels == code]
+            if min(len(mine), len(theirs)) > 1:
+                result["fd_by_class"][name] = frechet_distance(mine, theirs[: len(mine)])
+                result["N_by_class"][name] = len(mine)
+        recognised = self._recognised(images, features, device)
+        if recognised is not None:
+            table = np.zeros((10, 10), int)
+            np.add.at(table, (self.labels, recognised), 1)
+            result["confusion"] = table.tolist()
+        return result
+
+
+def asked_classes(config, real: Reference, shape: tuple[int, int, int], count: int) -> AskedClasses | None:
+    """The classes to ask a model for, as often as the reference has them; None for a model that knows no classes.
+
+    Raises:
+        UserError: the reference has no class labels, or other classes.
+    """
+    number = (config.get("num_class_embeds") or 0) - 1
+    if number < 0:
+        return None
+    names = list(config.get("_class_names") or map(str, range(number)))
+    images, labels, real_names = real.labelled(shape)
+    if names != real_names:
+        raise UserError(
+            f"the model knows the classes {', '.join(names)[:200]}; --reference has {', '.join(real_names)[:200]}. "
+            "Compare it with images of the same classes"
+        )
+    if len(labels) < count:
+        logger.warning(f"the reference has {len(labels)} images: their classes are asked for again and again")
+    return AskedClasses(labels[np.arange(count) % len(labels)], names, images, labels)
+
+
+def digit_statistics(images: np.ndarray, device: str | torch.device = "cpu") -> dict[str, float]:
+    """What the classifier of digits says of images, uint8 (N, C, H, W).
+
+    Returns:
+        ``confidence``, its mean probability of the likeliest class; ``class_distance``, the total variation distance of
+        the classes' frequencies from 1/10 each, in [0, 0.9]: 0.03 or so is what MNIST itself has.
+    """
+    probabilities = digit_probabilities(images, device)
+    frequencies = np.bincount(probabilities.argmax(1), minlength=10) / len(images)
+    return {"confidence": float(probabilities.max(1).mean()), "class_distance": float(abs(frequencies - 0.1).sum() / 2)}
+
+
+def digit_probabilities(images: np.ndarray, device: str | torch.device = "cpu") -> np.ndarray:
+    """float32 (N, 10): how likely the classifier of digits takes images, uint8 (N, C, H, W), for each digit."""
+    net = digits_net(device)
+    return Extractor("digits", "", lambda batch: net(as_digits(batch, device))[1].softmax(1))(images)
