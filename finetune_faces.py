@@ -129,7 +129,7 @@ def main(args):
         )  # fmt: skip
 
     # Resume
-    base_samples = draw(min(8, args.num_samples))  # of the pretrained model, to compare with
+    base_samples = draw(min(8, args.num_samples))  # what the pretrained model draws, to compare with
     global_step = resume(accelerator, args, train_data.settings, ema_model)
 
     # Trackers
@@ -179,11 +179,11 @@ def main(args):
     for batch in train_data.batches(global_step, max_train_steps):
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
-        torch.manual_seed(args.seed + int(sample_ids[0]))  # of dropout: another for each process and micro-step
+        torch.manual_seed(args.seed + int(sample_ids[0]))  # dropout differs between processes and micro-steps
 
         # Noise and timesteps, in float32 whatever the UNet computes in
         noise = sample_noise(args.seed, "noise", sample_ids, image_shape, accelerator.device)
-        fractions = uniform(args.seed, "timesteps", sample_ids)  # of T, in [0, 1)
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
         fractions = (sample_ids % global_batch_size + fractions) / global_batch_size  # one from each part of it
         timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper

@@ -125,7 +125,7 @@ def main(args):
 
         # Noise and timesteps, in float32 whatever the UNet computes in
         noise = sample_noise(args.seed, "noise", sample_ids, image_shape, accelerator.device, "uniform")  # in [-1, 1]
-        fractions = uniform(args.seed, "timesteps", sample_ids)  # of noise, in [0, 1)
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of noise, in [0, 1)
         timesteps = torch.from_numpy(fractions * num_train_timesteps).float().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # x_a = (1 - a) x_0 + a u
 

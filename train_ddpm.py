@@ -178,11 +178,11 @@ def main(args):
     for batch in train_data.batches(global_step, max_train_steps):
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
-        torch.manual_seed(args.seed + int(sample_ids[0]))  # of dropout: another for each process and micro-step
+        torch.manual_seed(args.seed + int(sample_ids[0]))  # dropout differs between processes and micro-steps
 
         # Noise and timesteps, in float32 whatever the UNet computes in
         noise = sample_noise(args.seed, "noise", sample_ids, image_shape, accelerator.device)
-        fractions = uniform(args.seed, "timesteps", sample_ids)  # of T, in [0, 1)
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
         if args.timestep_sampling == "stratified":
             fractions = (sample_ids % global_batch_size + fractions) / global_batch_size
         timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)

@@ -81,7 +81,7 @@ def test_a_failure_to_keep_the_best_leaves_the_one_before(quality, tmp_path):
     quality.keep(fail)
 
 
-def test_a_kill_between_two_renames_is_mended(quality, tmp_path, accelerator):
+def test_a_kill_between_two_renames_is_repaired(quality, tmp_path, accelerator):
     quality.log(uniform_images(0), 1)
     quality.keep(lambda folder: (folder / "model").write_text("first"))
     (tmp_path / "best").rename(tmp_path / "best-previous")

@@ -10,7 +10,7 @@ from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 
 from .. import UserError
-from .images import BadImage, PreparedImages, augment, flips
+from .images import BadImage, PreparedImages, augment, flips, label_of
 
 
 class Cache:
@@ -32,7 +32,7 @@ class Cache:
                         images.check(skipped, image)
                         image = None
                     prepared.append(image)
-                    labels.append(rows["label"][k] if "label" in rows else 0)
+                    labels.append(label_of({"label": rows["label"][k]} if "label" in rows else {}))
                 progress.update(len(jobs))
         progress.close()
         good = [index for index, image in enumerate(prepared) if image is not None]
@@ -110,7 +110,7 @@ class Stream:
                             continue
                         sample_id = int(sample_ids[len(items)])
                         image = augment(image, sample_id, self.images.seed, self.images.random_flip)
-                        items.append({"image": image, "label": row.get("label", 0), "sample_id": sample_id, "bad": bad})
+                        items.append({"image": image, "label": label_of(row), "sample_id": sample_id, "bad": bad})
                         bad = []
                 yield items
 

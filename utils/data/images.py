@@ -131,6 +131,11 @@ def flips(seed: int, sample_ids: np.ndarray) -> np.ndarray:
     return randomness.uniform(seed, "flip", sample_ids) < 0.5
 
 
+def label_of(row: dict) -> int:
+    """The class of a row; -1 where it has none."""
+    return -1 if row.get("label") is None else row["label"]
+
+
 def locate(row: dict, source: str, index: int) -> tuple[bytes | str | Image.Image, str]:
     """Bytes or path of a row's image, or the image itself, and its name for messages."""
     where = f"image {index} of {source}"
@@ -199,7 +204,7 @@ class PreparedImages(torch.utils.data.Dataset):
         for index, row in rows:
             try:
                 images.append(self.prepared(row, index, center_crop=True))
-                labels.append(row.get("label", -1))
+                labels.append(label_of(row))
             except BadImage as error:
                 if self.max_bad_images is None:
                     self.check(1, error)
@@ -250,7 +255,7 @@ class PreparedImages(torch.utils.data.Dataset):
             row = self.dataset[candidate]
             try:
                 image = augment(self.prepared(row, candidate), sample_id, self.seed, self.random_flip)
-                return {"image": image, "label": row.get("label", 0), "sample_id": sample_id, "bad": bad}
+                return {"image": image, "label": label_of(row), "sample_id": sample_id, "bad": bad}
             except BadImage as error:
                 bad.append((candidate, str(error)))
                 if self.too_many(len(bad)):  # the main process raises the error

@@ -233,16 +233,12 @@ def _encode_labels(dataset, kind, column: str, source: ImageSource, listing: str
     """A column of integers or strings as a ClassLabel column; a missing one is -1."""
     integers = isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint"))
     if source.streaming or not (integers or (isinstance(kind, datasets.Value) and "string" in kind.dtype)):
-        asked = (
-            "of type ClassLabel, which a stream needs" if source.streaming else "of class labels, integers or strings"
-        )
+        asked = "of type ClassLabel, for a stream" if source.streaming else "of class labels, integers or strings"
         raise UserError(f"--label_column {column}: not a column {asked}. {source.name} has {listing}")
     values = dataset[column][:]
     names = sorted({value for value in values if value is not None and value != -1})
     if len(names) > MAX_CLASSES:
-        raise UserError(
-            f"--label_column {column}: {len(names)} different values; expected at most {MAX_CLASSES} classes"
-        )
+        raise UserError(f"--label_column {column}: {len(names)} different values; expected at most {MAX_CLASSES}")
     codes = {value: code for code, value in enumerate(names)}
     feature = datasets.ClassLabel(names=[str(name) for name in names])
     dataset = dataset.remove_columns(column)

@@ -19,7 +19,7 @@ from ..training.curves import NOISE_LEVELS, noise_levels
 
 
 class DenoisingLoss:
-    """Mean squared error on fixed (image, timestep, noise) triples: every measurement asks the same questions.
+    """Mean squared error on fixed (image, timestep, noise) triples: every measurement uses the same ones.
 
     Each image appears once in every range of timesteps. The processes share the work; call it on all of them.
 
@@ -45,7 +45,7 @@ class DenoisingLoss:
         """
         steps = self.noise_scheduler.config.num_train_timesteps
         distribution = getattr(self.noise_scheduler, "noise_distribution", "normal")
-        numbers = np.arange(len(self.images) * NOISE_LEVELS)  # of the triples
+        numbers = np.arange(len(self.images) * NOISE_LEVELS)  # one id for each triple
         sums = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)
         mine = numbers[accelerator.process_index :: accelerator.num_processes]
         with evaluating(model):
@@ -139,6 +139,10 @@ def load_images(args, accelerator, train_data, kind: str) -> tuple[torch.Tensor,
     dataset, name = load_source(source, accelerator)
     images = PreparedImages(dataset, name, train_data.mode, train_data.resolution, **reading(args))
     shown, labels = images.examples(args.num_validation_images, with_labels=True)
+    if "label" in dataset.features:  # by name, for the classes of strings are those that occur in the split
+        known = train_data.label_names
+        codes = [known.index(name) if name in known else -1 for name in dataset.features["label"].names]
+        labels = np.array([*codes, -1])[labels]
     return from_uint8(shown), labels
 
 

@@ -115,7 +115,7 @@ class Hub:
                 tracker.writer.flush()
         try:
             self._snapshot(self.folder / f"checkpoint-{step}")
-        except Exception as error:  # of a disk, of a drawing: no reason to stop training
+        except Exception as error:  # a full disk, a file that cannot be copied: no reason to stop training
             logger.warning(f"checkpoint-{step} is not pushed: {type(error).__name__}: {error}")
             return
         self._upload(f"checkpoint-{step}")
@@ -135,7 +135,7 @@ class Hub:
             self.thread.join()
         except KeyboardInterrupt:
             self.failure = InterruptedError("stopped by a signal")
-        except Exception as error:  # of the disk, of the network, or of files that may not be published
+        except Exception as error:  # the disk, the network, or files that may not be published
             self.failure = error
         if self.failure is None:
             print(f"\nPushed to {constants.ENDPOINT}/{self.repo_id}", flush=True)

@@ -88,7 +88,7 @@ class TrainingCurves:
         if global_step % self.logging_steps:
             return
         losses, grad_norms = self.check(global_step)
-        overflows = int((~grad_norms.isfinite()).sum())  # of fp16; the scaler has skipped these steps
+        overflows = int((~grad_norms.isfinite()).sum())  # only in fp16, whose scaler has skipped these steps
         if overflows:
             self.skipped += overflows
             logger.warning(

@@ -35,8 +35,7 @@ logger = logging.getLogger(__name__)
 
 UPLOAD = "upload"  # name of a thread that the end of the process does not wait for
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"  # what the tests have run with
-# Accelerators of several processes live until the process ends: taking DistributedDataParallel down waits for the other
-# processes for ever in one run of ten
+# Accelerators of several processes: taking their DistributedDataParallel down would wait for the other processes
 _keep = []
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
@@ -136,7 +135,7 @@ def _set_up_logging(accelerator) -> None:
         handlers=[_AboveTheBar()],
         force=True,
     )
-    diffusers.utils.logging.disable_progress_bar()  # of loading two small files
+    diffusers.utils.logging.disable_progress_bar()  # two small files need no bar
     logging.getLogger("huggingface_hub").propagate = False  # it has its own handler; once is enough
     logging.getLogger("utils").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if not accelerator.is_main_process:
@@ -239,7 +238,7 @@ def _close_trackers(accelerator) -> None:
 
 
 def _close_bars() -> None:
-    """A progress bar is printed once more when it is closed: before the last words, not after them."""
+    """A progress bar is printed once more when it is closed: before the last lines, not after them."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
 
