@@ -161,6 +161,18 @@ def test_the_first_stages_push_their_code(hub, tmp_path):
     assert set(hub.files("me/first")) == PIPELINE | code_files | {WEIGHTS}  # denoising.png shows training images
 
 
+@pytest.mark.slow
+def test_a_conditional_model_pushes_its_file_and_the_card_loads_both_ways(hub, tmp_path):
+    flags = ["--hub_model_id=me/classes", "--max_train_steps=1", "--unet=tiny"]
+    code, said = run(hub, tmp_path / "classes", *flags, script="train_conditional.py")
+    assert code == 0, said
+    files = hub.files("me/classes")
+    assert set(files) == PIPELINE | {"pipeline.py", "samples.png", WEIGHTS}
+    card = files["README.md"].decode()
+    assert "ConsistencyModelPipeline.from_pretrained('me/classes')" in card
+    assert "DiffusionPipeline.from_pretrained('me/classes', custom_pipeline='me/classes', trust" in card
+
+
 def test_two_processes_push_once(hub, tmp_path):
     code, said = run(hub, tmp_path / "two", "--max_train_steps=2", processes=2)
     assert code == 0 and said.count("Pushed to http") == 1, said

@@ -21,7 +21,8 @@ from ..training.output_dir import how_to_load, is_hub_id, without_path
 logger = logging.getLogger(__name__)
 
 TRAINING_FLAGS = (
-    "learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "dropout", "use_ema", "random_flip", "seed",
+    "learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "dropout", "label_dropout", "use_ema",
+    "random_flip", "seed",
 )  # fmt: skip
 USE = """
 ## Intended use and limits
@@ -63,7 +64,9 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
         license=args.hub_license,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=tags + (["ddpm"] if index["_class_name"] == "DDPMPipeline" else []),
+        tags=tags
+        + (["class-conditional"] if classes else [])
+        + (["ddpm"] if index["_class_name"] == "DDPMPipeline" else []),
         datasets=[on_hub["data"]] if "data" in on_hub else None,
         base_model=on_hub.get("base"),
     )
@@ -80,8 +83,9 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, diffusers, accelerate))
     state = accelerate.PartialState()
     final = folder.resolve() == Path(args.output_dir).resolve()  # otherwise a checkpoint, which has no pictures
+    guidance = f", guidance {args.guidance_scale}" if classes else ""
     drawn = f"""The weights drew the samples above ({args.num_samples} images, \
-{vars(args).get("sampler", sampler)}, {args.num_inference_steps} steps, seed {args.seed}, not selected)."""
+{vars(args).get("sampler", sampler)}, {args.num_inference_steps} steps, seed {args.seed}{guidance}, not selected)."""
     snippet = _snippet(folder, args, final, classes)
     has_curves = final and {"all", "tensorboard"} & set(args.report_to.split(","))
     text = f"""---

@@ -237,8 +237,8 @@ def _what_ran(accelerator) -> dict[str, str]:
     """Classes and settings of what the accelerator prepared, whatever the flags say."""
 
     def described(thing, settings):
-        plain = {name: value for name, value in settings.items() if isinstance(value, (int, float, str, tuple))}
-        shown = ", ".join(f"{name}={v}" for name, v in plain.items() if name[0] != "_" and name != "last_epoch")
+        plain = {name: v for name, v in settings.items() if name[0] != "_" and isinstance(v, (int, float, str, tuple))}
+        shown = ", ".join(f"{name}={v}" for name, v in plain.items() if v is not False and name != "last_epoch")
         return f"{type(thing).__name__}({shown})"
 
     ran = {"model": [type(accelerator.unwrap_model(model)).__name__ for model in accelerator._models]}
