@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 UPLOAD = "upload"  # name of a thread that the end of the process does not wait for
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"  # what the tests have run with
-# Accelerators of several processes: taking their DistributedDataParallel down would wait for the other processes
-_keep = []
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
@@ -72,8 +70,6 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
     set_up_process()
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # others wait while one downloads
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group], **options)
-    if accelerator.num_processes > 1:
-        _keep.append(accelerator)
     _set_up_logging(accelerator)
     _check_versions()
     use_all_cores(accelerator.device)
@@ -232,7 +228,7 @@ def stop(accelerator, args, global_step: int, max_train_steps: int, number: int)
 
 
 def _close_trackers(accelerator) -> None:
-    """What ``accelerator.end_training`` does, without destroying the process group, in which a process may hang."""
+    """As ``accelerator.end_training``, but the process group is left alone: gloo may hang in destroying it."""
     for tracker in accelerator.trackers:
         tracker.finish()
 
