@@ -1,12 +1,16 @@
 """Images that are in Python already: the same batches as from any other source, and clear errors."""
 
+import json
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from conftest import parse
+from conftest import equal_weights, interrupt, parse, train
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import utils.data
 from utils import UserError
 from utils.data import load_train_data
 from utils.data.own_images import OwnImages
@@ -103,3 +107,19 @@ def test_files_that_a_function_cannot_read_are_bad_images(accelerator, digits):
 def test_flags_that_need_a_data_set_are_refused(accelerator, digits):
     with pytest.raises(UserError, match="own images are neither streamed nor split"):
         batches(accelerator, OwnImages(digits), "--validation_split=test")
+
+
+@pytest.mark.parametrize("kind", ["array N C H W", "Dataset of tuples"])
+@pytest.mark.parametrize("cache", ["always", "never"])
+def test_training_on_them_resumes_bit_for_bit(tmp_path, monkeypatch, digits, kind, cache):
+    own_images = KINDS[kind](digits)
+    monkeypatch.setattr(utils.data, "load_train_data", partial(load_train_data, own_images=own_images))
+    flags = ["--random_flip", "--dropout=0.1", f"--cache_images={cache}", "--dataloader_num_workers=0"]
+    assert train(tmp_path / "straight", *flags) == 0
+    assert train(tmp_path / "cut", *flags) == 0
+    interrupt(tmp_path / "cut", "checkpoint-3")
+    assert train(tmp_path / "cut", *flags) == 0
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert equal_weights(tmp_path / "straight" / weights, tmp_path / "cut" / weights)
+    record = json.loads((tmp_path / "cut" / "training_args.json").read_text())
+    assert record["data"] == "own images" and record["images"] == 1797
