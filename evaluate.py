@@ -34,16 +34,16 @@ def parse_args(argv=None):
     group.add_argument("--num_inference_steps", type=integer(1, 1000), default=40, help="UNet calls per image")
     group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="evaluate each model with all of these instead, for example ddim:10,50 dpmsolver++:10,20")
     parser.switch(group, "--write_best", False, "with --sweep: put the best sampler's scheduler into the pipeline, which must be a folder")
-    group.add_argument("--guidance_scale", metavar="SCALE,SCALE", type=scales, default=[1.0], help="of models with classes: each is evaluated with all of these")
+    group.add_argument("--guidance_scale", metavar="SCALE,SCALE", type=scales, default=[1.0], help="for models with classes: each is evaluated with all of these")
     group.add_argument("--sample_batch_size", type=integer(1), default=128, help="images at once, per process")
-    group.add_argument("--seed", type=integer(0, 2**31), default=0, help="of samples, subsets and bootstrap")
+    group.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of samples, subsets and bootstrap")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
 
     add_features_arguments(parser.add_argument_group("features"))
 
     group = parser.add_argument_group("denoising loss")
     parser.switch(group, "--validation_loss", False, "also the loss on frozen (image, timestep, noise) triples: trained on against held out, by noise level")
-    group.add_argument("--num_validation_images", type=integer(1), default=256, help="of each split")
+    group.add_argument("--num_validation_images", type=integer(1), default=256, help="images of each split")
     args = parser.parse(argv)
     if args.write_best and not args.sweep:
         parser.error("--write_best needs --sweep: the best of what?")

@@ -17,7 +17,7 @@ def parse_args(argv=None):
     parser.add_argument("--output_dir", metavar="DIR", default="outputs/samples", help="images/, grid.png and what else is asked for")
     parser.add_argument("--num_samples", type=integer(1), default=64, help="images")
     parser.add_argument("--sample_batch_size", type=integer(1), default=64, help="images at once, per process")
-    parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="of the noise that images start from")
+    parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of the noise that images start from")
     parser.add_argument("--format", choices=("png", "npz", "parquet"), default="png", help="also all images in one file: images.npz or images.parquet")
 
     group = parser.add_argument_group("sampling")
@@ -28,10 +28,10 @@ def parse_args(argv=None):
     parser.switch(group, "--gif", False, "also walk.gif: how the first 16 images arise, noisy and predicted")
     group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images: --num_samples images lead from one to the other")
     group.add_argument("--init_image", metavar="FILE", help="start from this picture with noise on it")
-    group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="of the noise on --init_image: 1 leaves nothing of it")
+    group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="how much noise is put on --init_image: 1 leaves nothing of it")
 
     group = parser.add_argument_group("steering")
-    group.add_argument("--class_labels", metavar="LABELS", help="of a model with classes: their names or numbers, such as 7,7,3, repeated in turn; or all (default: all). --guidance_scale says how firmly")
+    group.add_argument("--class_labels", metavar="LABELS", help="classes to draw, by name or number, such as 7,7,3, repeated in turn; or all (default: all, of a model with classes). --guidance_scale says how firmly")
     add_guidance_arguments(group)
     args = parser.parse(argv)
     check_guidance(parser, args)

@@ -58,7 +58,7 @@ def parse_args(argv=None):
     group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
     group.add_argument("--label_dropout", type=real(0, 1), default=0.1, help="share of samples whose class is not said")
-    group.add_argument("--guidance_scale", type=real(0), default=1.5, help="of the samples that are drawn: 1 is the model as it is, more is purer and less varied")
+    group.add_argument("--guidance_scale", type=real(0), default=1.5, help="guidance of the samples that are drawn: 1 is the model as it is, more is purer and less varied")
 
     add_evaluation_arguments(parser)
     add_common_arguments(parser)

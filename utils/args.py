@@ -235,12 +235,12 @@ def _add_run_arguments(parser: Parser) -> None:
     add_hub_arguments(group)
     group.add_argument("--hub_strategy", choices=("end", "every_checkpoint"), default="end", help="when to push; checkpoints go beside training")
     parser.switch(group, "--push_required", False, "do not train if the Hub cannot be reached at the start")
-    group.add_argument("--hub_license", metavar="LICENSE", default="unknown", help="of the model, for its card: apache-2.0, cc-by-4.0, openrail, other ...")
+    group.add_argument("--hub_license", metavar="LICENSE", default="unknown", help="the model's licence, for its card: apache-2.0, cc-by-4.0, openrail, other ...")
 
     group = parser.add_argument_group("validation")
     group.add_argument("--validation_split", help="split held out from training, for a loss curve; for example train[90%%:]")
     group.add_argument("--validation_steps", type=integer(1), default=500, help="optimizer steps between validations")
-    group.add_argument("--num_validation_images", type=integer(1), default=64, help="of each set")
+    group.add_argument("--num_validation_images", type=integer(1), default=64, help="images of each set")
 
 
 def check_common(parser: Parser, args) -> None:
