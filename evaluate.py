@@ -64,6 +64,8 @@ def main(args):
     import time
     from functools import partial
 
+    import torch
+
     from utils.diffusion import sample_images
     from utils.diffusion.classes import GuidedModel, labels_in_turn
     from utils.diffusion.pipelines import choose_sampler, estimate_seconds, load_pipeline, training_scheduler
@@ -105,8 +107,9 @@ def main(args):
         if args.features == "digits":
             row |= digit_statistics(images, accelerator.device)
         if asked:
-            row |= asked.accuracy(images, args.features, accelerator.device)
             by_class[name] = asked.by_class(images, extract, args.features, accelerator.device)
+            if "class_accuracy" in by_class[name]:
+                row["class_accuracy"] = by_class[name]["class_accuracy"]
         row["copies"], pairs[name] = real.copies(images)
         rows.append(row)
         grids[name] = images[:8]
@@ -131,12 +134,13 @@ def main(args):
         weights = file_hash(*files)[:12] if files else None
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        if args.validation_loss:
-            for split in (args.reference_split, args.held_out_split):
-                images = from_uint8(real.resized(shape, split)[: args.num_validation_images])
-                loss = DenoisingLoss(images, training_scheduler(own), args.seed)
-                losses.append(dict(model=Path(model).name, images=split, **loss.measure(unet, accelerator)))
         asked, options = asked_classes(unet.config, real, shape, args.num_samples), {}
+        if args.validation_loss:
+            for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
+                images = from_uint8(real.resized(shape, split)[: args.num_validation_images])
+                labels = torch.from_numpy(real.labelled(shape, flag, split)[1]) if asked else None
+                loss = DenoisingLoss(images, training_scheduler(own), args.seed, labels=labels)
+                losses.append(dict(model=Path(model).name, images=split, **loss.measure(unet, accelerator)))
         if asked:
             options["model_inputs"] = labels_in_turn(asked.labels, accelerator.device)
         tried = []  # samplers' names, and their rows

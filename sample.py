@@ -48,6 +48,7 @@ def main(args):
     import torch
     from tqdm.auto import tqdm
 
+    from utils.diffusion.class_conditional import class_names
     from utils.diffusion.classes import GuidedModel, choose_classes, labels_in_turn, rows_by_class
     from utils.diffusion.guidance import make_guidance
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, slerp
@@ -68,7 +69,6 @@ def main(args):
         unet.compile()
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    names = unet.config.get("_class_names") or list(map(str, range(unet.config.get("num_class_embeds") or 0)))
 
     # What images start from, and what they are steered to
     def between(sample_ids):
@@ -80,6 +80,7 @@ def main(args):
     options = dict(guidance=guidance, strength=args.strength)
     classes = choose_classes(unet.config, args.class_labels)
     if classes is not None:  # the scale is that of the classes, unless samples are steered otherwise
+        names = class_names(unet.config)
         unet = GuidedModel(unet, 1.0 if guidance else args.guidance_scale, unet.config.num_class_embeds - 1)
         options["model_inputs"] = labels_in_turn(classes, accelerator.device)
     if args.interpolate:

@@ -268,8 +268,10 @@ def test_evaluate_asks_for_the_classes_of_the_reference(finished, tmp_path):
         "--num_samples=150",
     ]
     flags += ["--num_inference_steps=2", "--guidance_scale=1,2", f"--output_dir={tmp_path}"]
+    flags += ["--validation_loss", "--num_validation_images=20"]
     assert exit_code(evaluate.main, evaluate.parse_args([str(finished), *flags])) == 0
     results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["images"] for row in results["denoising_losses"]] == ["train[:1500]", "train[1500:]"]
     rows = {row["model"]: row for row in results["results"]}
     assert {"run guidance 1", "run guidance 2"} <= set(rows) and (tmp_path / "guidance.png").is_file()
     for name in ("run guidance 1", "run guidance 2"):

@@ -113,6 +113,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         shutil.copyfile(__file__, folder / "pipeline.py")
 
 
+def class_names(config) -> list[str]:
+    """The classes that the model of this config can be asked for, their numbers if they have no names; perhaps none."""
+    return list(config.get("_class_names") or map(str, range((config.get("num_class_embeds") or 1) - 1)))
+
+
 def class_numbers(labels: Sequence[int | str], config) -> list[int]:
     """The numbers of classes that are given by name or number.
 
@@ -122,9 +127,8 @@ def class_numbers(labels: Sequence[int | str], config) -> list[int]:
     Raises:
         ValueError: there is no such class; the message has the names that exist.
     """
-    count = config["num_class_embeds"] - 1
-    names = list(config.get("_class_names") or map(str, range(count)))
-    numbers = []
+    names = class_names(config)
+    count, numbers = len(names), []
     for label in labels:
         text = str(label).strip()
         number = names.index(text) if text in names else int(text) if text.isdigit() else -1

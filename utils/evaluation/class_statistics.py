@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .. import UserError
+from ..diffusion.class_conditional import class_names
 from .features import Extractor, as_digits, digits_net
 from .metrics import frechet_distance
 from .reference import Reference
@@ -30,21 +31,11 @@ class AskedClasses:
     real_images: np.ndarray
     real_labels: np.ndarray
 
-    def _recognised(self, images: np.ndarray, features: str, device) -> np.ndarray | None:
-        """What the digit classifier takes them for; None where the classes are no digits."""
-        if features != "digits" or list(self.names) != [str(k) for k in range(10)]:
-            return None
-        return digit_probabilities(images, device).argmax(1)
-
-    def accuracy(self, images: np.ndarray, features: str, device) -> dict[str, float]:
-        """``class_accuracy``: the share of images that the digit classifier takes for what was asked for."""
-        recognised = self._recognised(images, features, device)
-        return {} if recognised is None else {"class_accuracy": float((recognised == self.labels).mean())}
-
     def by_class(self, images: np.ndarray, extract: Extractor, features: str, device) -> dict:
-        """The Fréchet distance within each class, with its number of samples; for digits a confusion table.
+        """The Fréchet distance within each class, with its number of samples.
 
-        The table has a row for each class asked for and a column for each that was recognised.
+        For digits, and with features of digits, also a confusion table, a row for each class asked for and a column for
+        each that was recognised, and ``class_accuracy``, the share of images that are recognised as asked.
         """
         found, result = extract(images), {"fd_by_class": {}, "N_by_class": {}}
         real = extract(self.real_images)
@@ -53,11 +44,10 @@ class AskedClasses:
             if min(len(mine), len(theirs)) > 1:
                 result["fd_by_class"][name] = frechet_distance(mine, theirs[: len(mine)])
                 result["N_by_class"][name] = len(mine)
-        recognised = self._recognised(images, features, device)
-        if recognised is not None:
+        if features == "digits" and list(self.names) == [str(k) for k in range(10)]:
             table = np.zeros((10, 10), int)
-            np.add.at(table, (self.labels, recognised), 1)
-            result["confusion"] = table.tolist()
+            np.add.at(table, (self.labels, digit_probabilities(images, device).argmax(1)), 1)
+            result |= {"confusion": table.tolist(), "class_accuracy": float(table.trace() / len(images))}
         return result
 
 
@@ -67,10 +57,9 @@ def asked_classes(config, real: Reference, shape: tuple[int, int, int], count: i
     Raises:
         UserError: the reference has no class labels, or other classes.
     """
-    number = (config.get("num_class_embeds") or 0) - 1
-    if number < 0:
+    if not config.get("num_class_embeds"):
         return None
-    names = list(config.get("_class_names") or map(str, range(number)))
+    names = class_names(config)
     images, labels, real_names = real.labelled(shape)
     if names != real_names:
         raise UserError(

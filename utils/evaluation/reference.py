@@ -52,20 +52,24 @@ class Reference:
         """Images of a split (default: the reference), shuffled, of this (C, H, W); uint8 (N, C, H, W)."""
         return self._load(split or self.args.reference_split, shape[-1], {1: "L", 3: "RGB"}[shape[0]])
 
-    def labelled(self, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """The reference's images of this (C, H, W), in the order of ``resized``, their labels and the classes' names.
+    def labelled(
+        self, shape: tuple[int, int, int], flag: str = "--reference_split", split: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Images of a split (default: the reference) as by ``resized``, their labels and the classes' names.
+
+        Args:
+            flag: what the user knows the split as.
 
         Raises:
             UserError: it has no class labels.
         """
-        source = ImageSource(
-            self.args.reference, self.args.reference_split, find_labels=True,
-            flags={"name": "--reference", "split": "--reference_split"},
-        )  # fmt: skip
+        split = split or self.args.reference_split
+        flags = {"name": "--reference", "split": flag}
+        source = ImageSource(self.args.reference, split, find_labels=True, flags=flags)
         dataset = load_source(source, self.accelerator)[0]
         names = dataset.features["label"].names
         drawn = randomness.shuffled_indices(self.args.seed, np.arange(len(dataset)), len(dataset))
-        images = self.resized(shape)
+        images = self.resized(shape, split)
         return images, np.array(dataset["label"][:])[drawn][: len(images)], names
 
     def noise(self, count: int) -> np.ndarray:
