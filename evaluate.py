@@ -9,7 +9,7 @@ table. Metrics carry the name of the features: fd_digits is a Frechet distance i
 
 from pathlib import Path
 
-from utils.args import SAMPLERS, Parser, add_features_arguments, integer, real
+from utils.args import SAMPLERS, Parser, add_features_arguments, image_range, integer, real
 
 
 def scales(text):
@@ -26,6 +26,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("real images")
     group.add_argument("--reference", required=True, help="what samples are compared with: Hub id, local path, mnist, digits or faces")
     group.add_argument("--reference_split", default="train", help="what the models were trained on")
+    group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, of images with more than 8 bits, as in training: LOW,HIGH, full or auto")
     group.add_argument("--held_out_split", default="test", help="real images that they have not seen: the floor, and the measure of copying")
 
     group = parser.add_argument_group("samples")
@@ -69,6 +70,7 @@ def main(args):
     from utils.diffusion import sample_images
     from utils.diffusion.classes import GuidedModel, labels_in_turn
     from utils.diffusion.pipelines import choose_sampler, estimate_seconds, load_pipeline, training_scheduler
+    from utils.diffusion.pretrained import image_shape
     from utils.diffusion.schedulers import pipeline_scheduler
     from utils.evaluation.class_statistics import asked_classes, digit_statistics
     from utils.evaluation.comparison import compare
@@ -120,7 +122,7 @@ def main(args):
     # Samples
     for model in args.models:
         if is_folder_of_images(model):
-            measure(model, load_folder(model, accelerator))
+            measure(model, load_folder(model, accelerator, real.image_range))
             continue
         unet, own = load_pipeline(model)
         record = Path(model) / "training_args.json"
@@ -133,7 +135,7 @@ def main(args):
         files = sorted(Path(model).glob("unet/*.safetensors"))
         weights = file_hash(*files)[:12] if files else None
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
-        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        shape = image_shape(unet.config)
         asked, options = asked_classes(unet.config, real, shape, args.num_samples), {}
         if args.validation_loss:
             for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
@@ -146,7 +148,7 @@ def main(args):
         tried = []  # samplers' names, and their rows
         for (name, steps), scale in itertools.product(settings(args), args.guidance_scale if asked else [None]):
             sampler = choose_sampler(own, name, steps)
-            drawn_by = unet if scale is None else GuidedModel(unet, scale, unet.config.num_class_embeds - 1)
+            drawn_by = unet if scale is None else GuidedModel(unet, scale)
             setting = (
                 drawn_by,
                 sampler,

@@ -80,13 +80,13 @@ def main(args):
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
-        run.print_finished(accelerator, args, finished_at, again=True)
+        run.print_finished(accelerator, args, finished_at, train_data.settings)
         hub.push()
         return
 
     # Model
     unet = pretrained.unet
-    unet.register_to_config(sample_size=train_data.resolution)
+    unet.register_to_config(sample_size=train_data.sample_size)
     adapters.log_trainable_counts(unet, args)
     parameters, base = unet.num_parameters(), adapters.base_weights(unet)
     adapters.choose_trainable(

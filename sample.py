@@ -26,7 +26,7 @@ def parse_args(argv=None):
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
     parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first")
     parser.switch(group, "--gif", False, "also walk.gif: how the first 16 images arise, noisy and predicted")
-    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images: --num_samples images lead from one to the other")
+    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images: --num_samples images lead from the noise of one to that of the other and, of a model with classes, through --class_labels")
     group.add_argument("--init_image", metavar="FILE", help="start from this picture with noise on it")
     group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="how much noise is put on --init_image: 1 leaves nothing of it")
 
@@ -49,9 +49,10 @@ def main(args):
     from tqdm.auto import tqdm
 
     from utils.diffusion.class_conditional import class_names
-    from utils.diffusion.classes import GuidedModel, choose_classes, labels_in_turn, rows_by_class
+    from utils.diffusion.classes import GuidedModel, between_classes, choose_classes, labels_in_turn, rows_by_class
     from utils.diffusion.guidance import make_guidance
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, slerp
+    from utils.diffusion.pretrained import image_shape
     from utils.diffusion.sampling import sample_batch
     from utils.evaluation.image_folder import ImageFolder, load_image, save_gif
     from utils.pictures import make_grid, to_uint8
@@ -62,13 +63,14 @@ def main(args):
     # Model
     accelerator = run.start_process(args.mixed_precision)
     unet, own = load_pipeline(args.model)
-    sampler = choose_sampler(own, args.sampler, args.num_inference_steps)
+    steered = args.guidance_color or args.guidance_prompt or args.init_image or args.gif
+    sampler = choose_sampler(own, args.sampler, args.num_inference_steps, bool(steered))
     if accelerator.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)  # on a CPU it costs
     if args.compile:
         unet.compile()
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    shape = image_shape(unet.config)
 
     # What images start from, and what they are steered to
     def between(sample_ids):
@@ -81,8 +83,11 @@ def main(args):
     classes = choose_classes(unet.config, args.class_labels)
     if classes is not None:  # the scale is that of the classes, unless samples are steered otherwise
         names = class_names(unet.config)
-        unet = GuidedModel(unet, 1.0 if guidance else args.guidance_scale, unet.config.num_class_embeds - 1)
-        options["model_inputs"] = labels_in_turn(classes, accelerator.device)
+        if args.interpolate:
+            options["model_inputs"] = between_classes(unet, classes, args.num_samples)
+        else:
+            options["model_inputs"] = labels_in_turn(classes, accelerator.device)
+        unet = GuidedModel(unet, 1.0 if guidance else args.guidance_scale)
     if args.interpolate:
         options["noise"] = between
     if args.init_image:
@@ -120,7 +125,7 @@ def main(args):
     # Pictures of them all
     if accelerator.is_main_process:
         images, captions = images_folder.load(64), ()
-        if classes and len(classes) <= len(images):
+        if classes and not args.interpolate and len(classes) <= len(images):
             images, captions = rows_by_class(images, [names[k] for k in classes])
         make_grid(images, captions=captions).save(images_folder.folder / "grid.png")
         if args.format != "png":

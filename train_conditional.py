@@ -56,6 +56,7 @@ def parse_args(argv=None):
     parser.switch(group, "--rescale_betas_zero_snr", None, "make the last noise level pure noise (arXiv:2305.08891)")
     group.add_argument("--snr_gamma", type=real(1e-6), help="min-SNR loss weighting (arXiv:2303.09556); the paper uses 5")
     group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
+    group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="uniform", help="where in [0, T) training looks: evenly, or more at the middle (arXiv:2403.03206)")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
     group.add_argument("--label_dropout", type=real(0, 1), default=0.1, help="share of samples whose class is not said")
     group.add_argument("--guidance_scale", type=real(0), default=1.5, help="guidance of the samples that are drawn: 1 is the model as it is, more is purer and less varied")
@@ -88,7 +89,7 @@ def main(args):
     from utils.evaluation import SampleQuality, Validation
     from utils.pictures import make_grid, save_picture
     from utils.publishing import Hub, write_card
-    from utils.randomness import sample_noise, uniform
+    from utils.randomness import logit_normal, sample_noise, uniform
     from utils.signals import StopSignal
     from utils.training import EMA, TrainingCurves, claim_output_dir, resume, run, save
 
@@ -107,16 +108,16 @@ def main(args):
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
-        run.print_finished(accelerator, args, finished_at, again=True)
+        run.print_finished(accelerator, args, finished_at, train_data.settings)
         hub.push()
         return
 
     # Model
-    shape = dict(sample_size=train_data.resolution, in_channels=train_data.channels, out_channels=train_data.channels)
+    shape = dict(sample_size=train_data.sample_size, in_channels=train_data.channels, out_channels=train_data.channels)
     shape |= dict(num_class_embeds=len(class_names) + 1)
     if pretrained:
         unet = give_classes(pretrained.unet, class_names)
-        unet.register_to_config(sample_size=train_data.resolution)
+        unet.register_to_config(sample_size=train_data.sample_size)
     elif args.model_config_name_or_path:
         unet = unet_from_config(args.model_config_name_or_path, **shape)
     else:
@@ -168,7 +169,7 @@ def main(args):
     quality = SampleQuality(args, accelerator, train_data, global_step) if args.evaluate_steps else None
     stop_signal = StopSignal(accelerator)
 
-    guided = GuidedModel(unet, args.guidance_scale, nothing)
+    guided = GuidedModel(unet, args.guidance_scale)
     all_classes = labels_in_turn(range(len(class_names)), accelerator.device)
 
     def draw(count, num_inference_steps=args.num_inference_steps):
@@ -204,6 +205,8 @@ def main(args):
         fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
         if args.timestep_sampling == "stratified":
             fractions = (sample_ids % global_batch_size + fractions) / global_batch_size
+        if args.time_density == "logit_normal":
+            fractions = logit_normal(fractions)
         timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 

@@ -72,12 +72,12 @@ def main(args):
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
     if finished_at is not None and finished_at >= max_train_steps:
-        run.print_finished(accelerator, args, finished_at, again=True)
+        run.print_finished(accelerator, args, finished_at, train_data.settings)
         hub.push()
         return
 
     # Model
-    shape = dict(sample_size=train_data.resolution, in_channels=train_data.channels, out_channels=train_data.channels)
+    shape = dict(sample_size=train_data.sample_size, in_channels=train_data.channels, out_channels=train_data.channels)
     unet = UNet2DModel(**shape, dropout=args.dropout, **UNET)
     if not args.timestep_conditioning:  # the embedding of the timestep is held at zero
         torch.nn.init.zeros_(unet.time_embedding.linear_2.weight)

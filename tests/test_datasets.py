@@ -50,11 +50,11 @@ def folder(tmp_path):
 
 def test_embedded_sets(accelerator):
     data, (first, *_) = batches(accelerator)
-    assert (data.length, data.channels, data.resolution) == (1797, 1, 8)
+    assert (data.length, data.channels, data.sample_size) == (1797, 1, 8)
     assert first["images"].shape == (8, 1, 8, 8) and first["images"].dtype == torch.float32
     assert first["images"].min() == -1 and first["images"].max() == 1
     data, _ = batches(accelerator, "--dataset_name=faces")
-    assert (data.length, data.channels, data.resolution) == (100, 1, 24)
+    assert (data.length, data.channels, data.sample_size) == (100, 1, 24)
 
 
 @pytest.mark.parametrize("source", ["digits", "folder"])
@@ -97,7 +97,7 @@ def test_colour_and_grey(accelerator, folder, tmp_path_factory):
     flags = ["--train_data_dir", folder]
     assert batches(accelerator, *flags)[0].channels == 3
     data, (batch, *_) = batches(accelerator, *flags, "--image_mode=L", "--resolution=12")
-    assert batch["images"].shape == (8, 1, 12, 12) and data.resolution == 12
+    assert batch["images"].shape == (8, 1, 12, 12) and data.size == (12, 12)
     grey = tmp_path_factory.mktemp("grey")
     for k in range(200):
         Image.new("RGB" if k == 100 else "L", (8, 8)).save(grey / f"{k:03}.png")
@@ -135,7 +135,7 @@ def test_unnamed_source_falls_back_to_digits_with_one_warning(accelerator, caplo
         (["--train_data_dir=missing"], "--train_data_dir missing: there is no such folder"),
         (["--train_data_dir={tmp}"], "it holds no image files"),
         (["--train_data_dir={tmp}/notes.txt"], "is a file; expected a folder"),
-        (["--dataset_name={tmp}/notes.txt"], "expected a .parquet or .arrow file"),
+        (["--dataset_name={tmp}/notes.txt"], "expected .parquet, .arrow, .csv, .json, .jsonl, .tar files of one kind"),
         (["--image_column=picture"], r"--image_column picture: .*image \(Image\), label \(ClassLabel\)"),
         (["--label_column=image"], r"--label_column image: not a column of class labels"),
         (["--dataset_split=test"], "--dataset_split test: digits has the one split train"),
@@ -230,12 +230,12 @@ def test_small_images_are_enlarged_and_counted(accelerator, tmp_path, caplog):
         Image.new("L", (8, 8) if k < 3 else (20, 20)).save(tmp_path / f"{k:02}.png")
     _, (batch, *_) = batches(accelerator, "--train_data_dir", tmp_path, "--resolution=16")
     assert batch["images"].shape[-1] == 16
-    assert "3 of 12 images looked at are smaller than 16 pixels" in caplog.text
+    assert "3 of 12 images looked at are smaller than 16 x 16 pixels" in caplog.text
 
 
 def test_defaults_from_a_pretrained_model(accelerator):
     data, _ = batches(accelerator, made_for=SimpleNamespace(sample_size=12, in_channels=3))
-    assert (data.resolution, data.channels) == (12, 3)
+    assert (data.sample_size, data.channels) == (12, 3)
 
 
 def test_shape_flags_reach_the_images(accelerator, folder):

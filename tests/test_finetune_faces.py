@@ -162,7 +162,7 @@ def test_images_are_converted_to_the_channels_and_the_size_of_the_model(tmp_path
             ["--pretrained_model_name_or_path=./missing"],
             r"\./missing: there is no such folder; expected a saved pipeline",
         ),
-        (["--resolution=9"], "needs a multiple of 2; try --resolution 8"),
+        (["--resolution=9"], "needs multiples of 2; try --resolution 8"),
         (["--method=lora", "--lora_targets=to_z"], "this UNet has no such layers"),
         (["--guidance_prompt=a face", "--clip_model_name_or_path=./missing"], "Expected a CLIP model"),
         (["--validation_split=test"], "--validation_split test: digits has the one split train"),

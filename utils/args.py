@@ -24,6 +24,34 @@ def real(low: float, high: float = math.inf):
     return _number(float, low, high, "a number")
 
 
+def size_of(resolution) -> tuple[int, int] | None:
+    """(H, W) of ``--resolution``, or of a config's ``sample_size``: 32, "32x64", a pair; None of None."""
+    if resolution is None:
+        return None
+    if isinstance(resolution, int):
+        return resolution, resolution
+    height, width = resolution.split("x") if isinstance(resolution, str) else resolution
+    return int(height), int(width)
+
+
+def _resolution(text: str) -> int | str:
+    sides = text.lower().split("x")
+    if not (len(sides) <= 2 and all(side.isdecimal() and int(side) >= 4 for side in sides)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels, from 4 up, nor HEIGHTxWIDTH: 32x64")
+    return int(sides[0]) if len({*map(int, sides)}) == 1 else f"{int(sides[0])}x{int(sides[1])}"
+
+
+def image_range(text: str) -> str:
+    """An argparse type: ``auto``, ``full``, or two numbers LOW,HIGH."""
+    low, _, high = text.partition(",")
+    try:
+        if text in ("auto", "full") or -math.inf < float(low) < float(high) < math.inf:
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor full nor LOW,HIGH, such as 0,4095")
+
+
 def _number(kind, low, high, noun):
     def convert(text: str):
         try:
@@ -178,9 +206,10 @@ def _add_data_arguments(parser: Parser) -> None:
     group.add_argument("--image_column", help="column with the images (default: the only one of type Image)")
     group.add_argument("--label_column", help="column with class labels; adds a loss curve for each class")
     group.add_argument("--max_train_samples", type=integer(1), help="use only the first N images")
-    group.add_argument("--resolution", type=integer(4), help="side of the training images, pixels (default: the images' own size, at most 64; where there is a pretrained model, its size)")
+    group.add_argument("--resolution", metavar="SIDE|HxW", type=_resolution, help="side of the training images, or height x width, pixels (default: the images' own size, with a shorter side of at most 64; where there is a pretrained model, its size)")
     group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L), colour, or as the images are; where there is a pretrained model, as it wants")
-    parser.switch(group, "--center_crop", False, "crop the middle of images that are not square instead of a random part")
+    group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, of images with more than 8 bits: LOW,HIGH; full, that of the format; auto, that of the images looked at, unless they use half of the format's")
+    parser.switch(group, "--center_crop", False, "crop the middle of images of another shape instead of a random part")
     parser.switch(group, "--random_flip", False, "mirror half of the images, left to right")
     group.add_argument("--interpolation", choices=("lanczos", "bicubic", "bilinear", "box", "nearest"), default="bicubic", help="filter that resizes the images")
     group.add_argument("--cache_images", choices=("auto", "always", "never"), default="auto", help="keep decoded images in memory; auto: up to 4 GiB on this machine, and on the GPU up to a quarter of what is free")

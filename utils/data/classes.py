@@ -3,8 +3,8 @@
 import numpy as np
 
 from .. import UserError
+from .columns import MAX_CLASSES
 from .datasets import TrainData
-from .sources import MAX_CLASSES
 
 
 def check_classes(train_data: TrainData) -> list[str]:

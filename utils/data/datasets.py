@@ -4,21 +4,27 @@ Order, crops and flips are functions of (seed, sample id), see ``randomness``: t
 any number of workers, after a resume, and for any split of a global batch into processes and micro-steps.
 """
 
+import hashlib
 import logging
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import numpy as np
 import psutil
 import torch
+from PIL import Image
 
 from .. import UserError, randomness
+from ..args import size_of
 from ..pictures import from_uint8
 from ..signals import STOP_SIGNALS
 from .feeds import Cache, Stream, read_ahead
-from .images import GREY_MODES, BadImage, PreparedImages, decode_image, locate
+from .images import INSPECTED, PreparedImages, choose_range, locate
+from .pixels import GREY_MODES, BadImage, covering, decode_image, has_frames
 from .sources import ImageSource, data_license, load_source
 
 logger = logging.getLogger(__name__)
@@ -26,7 +32,6 @@ logger = logging.getLogger(__name__)
 MAX_DEFAULT_RESOLUTION = 64  # pixels
 CACHE_LIMIT = 4 * 2**30  # bytes of decoded images in memory, per machine
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
-INSPECTED = 64  # images that are looked at to find mode and size
 
 
 def load_train_data(args, accelerator, made_for=None, own_images=None, conditional: bool = False) -> "TrainData":
@@ -53,8 +58,8 @@ def load_train_data(args, accelerator, made_for=None, own_images=None, condition
     else:
         source = replace(ImageSource.from_args(args), find_labels=conditional)
         dataset, name = load_source(source, accelerator)
-    resolution, image_mode = (made_for.sample_size, MODES[made_for.in_channels]) if made_for else (None, None)
-    return TrainData(dataset, name, args, accelerator, resolution, image_mode)
+    size, image_mode = (size_of(made_for.sample_size), MODES[made_for.in_channels]) if made_for else (None, None)
+    return TrainData(dataset, name, args, accelerator, size, image_mode)
 
 
 def reading(args) -> dict:
@@ -75,7 +80,9 @@ class TrainData:
     Attributes:
         name: of the source.
         length: number of images; None for a stream.
-        resolution: side of the images, pixels.
+        size: (H, W) of the images, pixels.
+        sample_size: the same for a model's config, one number for squares.
+        image_range: values that become black and white, see ``pixels.to_eight_bits``.
         channels: 1 or 3.
         label_names: names of the classes, if ``--label_column`` is given.
         image_shape: (C, H, W).
@@ -84,7 +91,7 @@ class TrainData:
         license: of the images, as far as it is known.
     """
 
-    def __init__(self, dataset, name: str, args, accelerator, resolution=None, image_mode=None):
+    def __init__(self, dataset, name: str, args, accelerator, size=None, image_mode=None):
         self.name, self.args, self.accelerator = name, args, accelerator
         self.global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         label = dataset.features.get("label")
@@ -97,55 +104,97 @@ class TrainData:
                 f"{name} has {self.length} images, fewer than one global batch of {self.global_batch_size} "
                 f"({args.train_batch_size} x {factor} micro-steps and processes); {fitting} add images"
             )
-        self._inspect(dataset, resolution, image_mode)
-        self.image_shape = (self.channels, self.resolution, self.resolution)
-        self.license = data_license(dataset, name)
         self.settings = dict(data=name, images=self.length, global_batch_size=self.global_batch_size)
+        self._inspect(dataset, size, image_mode)
+        self.sample_size = self.size[0] if self.size[0] == self.size[1] else self.size
+        self.image_shape = (self.channels, *self.size)
+        self.license = data_license(dataset, name)
         self.settings["image_shape"] = list(self.image_shape)
+        self.settings["scaled_from"] = self.image_range and list(self.image_range)
         self._images = PreparedImages(
-            dataset, name, self.mode, self.resolution, refuse_colour=self._refuse_colour, **reading(args)
-        )
+            dataset, name, self.mode, self.size, refuse_colour=self._refuse_colour, image_range=self.image_range,
+            **reading(args),
+        )  # fmt: skip
         self._cache = Cache(self._images, accelerator) if self._wants_cache() else None
 
-    def _inspect(self, dataset, resolution: int | None, image_mode: str | None) -> None:
-        """Find mode and resolution from some of the images; the same ones on every process."""
+    def _inspect(self, dataset, size: tuple[int, int] | None, image_mode: str | None) -> None:
+        """Find mode, size, range and fingerprint from some of the images; the same ones on every process."""
         if self.length is None:
             rows = enumerate(dataset.take(INSPECTED))
         else:
             spread = sorted({int(index) for index in np.linspace(0, self.length - 1, INSPECTED)})
             rows = zip(spread, dataset.select(spread), strict=True)
-        sizes, modes = [], set()
+        images, several = [], []
+        digest = self._digest_of_names(dataset)
         for index, row in rows:
             try:
-                image = decode_image(*locate(row, self.name, index))
+                source, where = locate(row, self.name, index)
+                images.append(decode_image(source, where))
+                several += [where] if has_frames(source) else []
+                if digest and isinstance(source, Image.Image):
+                    digest.update(source.tobytes())
+                elif digest:
+                    digest.update(source if isinstance(source, bytes) else Path(source).read_bytes())
             except BadImage as error:
                 if self.args.bad_images == "error":
                     raise BadImage(f"{error}. {reading(self.args)['advice']}") from None
-                continue
-            sizes.append(image.size)
-            modes.add(image.mode)
-        if not sizes:
+        if not images:
             raise UserError(f"{self.name}: no readable image found; expected a data set of images")
+        if several:
+            logger.warning(
+                f"{len(several)} of {len(images)} images looked at hold several pictures, such as {several[0]}: the "
+                "first of each is used"
+            )
+        self.settings["fingerprint"] = digest and digest.hexdigest()[:16]
+        self._choose_mode({image.mode for image in images}, image_mode)
+        self._choose_size([image.size for image in images], size)
+        self.image_range = choose_range(self.args.image_range, images)
+
+    def _digest_of_names(self, dataset):
+        """A hash of the names and sizes of files, to be updated with the content of some; None for own images."""
+        if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+            return None
+        digest = hashlib.sha256(str(self.length).encode())
+        record = dataset[0]["image"] if self.length else None
+        if isinstance(record, dict) and record["bytes"] is None and record["path"]:
+            paths = [record["path"] for record in dataset["image"][:]]
+            root = os.path.commonpath([os.path.dirname(path) for path in paths])
+            for path in paths:
+                size = os.path.getsize(path) if os.path.exists(path) else None
+                digest.update(f"{os.path.relpath(path, root)} {size}\n".encode())
+        return digest
+
+    def _choose_mode(self, modes: set[str], image_mode: str | None) -> None:
         grey = modes <= set(GREY_MODES)
         chosen = image_mode if self.args.image_mode == "auto" else self.args.image_mode
         self.mode = chosen or ("L" if grey else "RGB")
         self._refuse_colour = chosen is None and grey  # found to be grey from some images: the others had better be
         self.channels = len(self.mode)
-        shorter = min(min(size) for size in sizes)
-        # A multiple of 4, so that a UNet that halves twice fits; larger nets ask for more and say so.
-        self.resolution = self.args.resolution or resolution or max(4, min(shorter, MAX_DEFAULT_RESOLUTION) // 4 * 4)
-        if self.args.resolution is None and resolution is None:
-            logger.info(f"Training at {self.resolution} pixels (the smallest side found: {shorter}); see --resolution")
         if self.mode == "L" and not grey and self.args.image_mode == "auto":
             logger.warning("The pretrained model is grey: these colour images are made grey, too")
-        small = sum(min(size) < self.resolution for size in sizes)
+
+    def _choose_size(self, sizes: list[tuple[int, int]], size: tuple[int, int] | None) -> None:
+        shorter = min(min(width_height) for width_height in sizes)
+        self.size = size_of(self.args.resolution) or size
+        if self.size is None:
+            # Multiples of 4, so that a UNet that halves twice fits; larger nets ask for more and say so.
+            side, ratio = max(4, min(shorter, MAX_DEFAULT_RESOLUTION) // 4 * 4), 1.0
+            if len({*sizes}) == 1:  # one shape for all: it is kept, if it is not a strip
+                ratio = max(sizes[0]) / shorter if max(sizes[0]) <= 4 * shorter else 1.0
+            longer = max(side, round(side * ratio / 4) * 4)
+            self.size = (side, longer) if sizes[0][0] > sizes[0][1] else (longer, side)
+            logger.info(
+                f"Training at {self.size[0]} x {self.size[1]} pixels, height x width (the smallest side found: "
+                f"{shorter}); see --resolution"
+            )
+        small = sum(width < self.size[1] or height < self.size[0] for width, height in sizes)
         if 0 < small < len(sizes):  # where all are smaller, it was meant
             logger.warning(
-                f"{small} of {len(sizes)} images looked at are smaller than {self.resolution} pixels (the smallest "
-                f"side is {shorter}) and will be enlarged. --resolution sets the size"
+                f"{small} of {len(sizes)} images looked at are smaller than {self.size[0]} x {self.size[1]} pixels "
+                f"(the smallest side is {shorter}) and will be enlarged. --resolution sets the size"
             )
-        areas = [self.resolution**2 * (1 if self.args.center_crop else max(s) / min(s)) for s in sizes]
-        self.bytes_per_image = self.channels * float(np.mean(areas))
+        kept = [self.size if self.args.center_crop else covering(width_height, self.size) for width_height in sizes]
+        self.bytes_per_image = self.channels * float(np.mean([width * height for width, height in kept]))
 
     def _wants_cache(self) -> bool:
         if self.args.streaming or self.args.cache_images == "never":

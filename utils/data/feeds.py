@@ -10,14 +10,15 @@ from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 
 from .. import UserError
-from .images import BadImage, PreparedImages, augment, flips, label_of
+from .images import PreparedImages, label_of
+from .pixels import BadImage, augment, flips
 
 
 class Cache:
     """All prepared images in memory: one tensor, on the device if it fits there, or a list if sizes differ."""
 
     def __init__(self, images: PreparedImages, accelerator):
-        self.seed, self.random_flip = images.seed, images.random_flip
+        self.seed, self.random_flip, self.size = images.seed, images.random_flip, images.size
         prepared, labels, skipped, total = [], [], 0, len(images.dataset)
         progress = tqdm(
             total=total, desc="Decoding images", unit="image", delay=2, disable=not accelerator.is_main_process
@@ -42,21 +43,21 @@ class Cache:
             instead = next((other for other in good if other > index), good[0])  # as PreparedImages does
             prepared[index], labels[index] = prepared[instead], labels[instead]
         self.labels = torch.tensor(labels)
-        self.images, self.square = prepared, None
-        if all(image.shape[1] == image.shape[2] for image in prepared):
-            self.square = torch.from_numpy(np.stack(prepared))
+        self.images, self.stacked = prepared, None
+        if all(image.shape[1:] == self.size for image in prepared):
+            self.stacked = torch.from_numpy(np.stack(prepared))
             self.images = None
             on_gpu = accelerator.device.type == "cuda"
-            if on_gpu and self.square.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
-                self.square = self.square.to(accelerator.device)
+            if on_gpu and self.stacked.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
+                self.stacked = self.stacked.to(accelerator.device)
 
     def take(self, indices: np.ndarray, sample_ids: np.ndarray) -> torch.Tensor:
-        """uint8 (B, C, S, S): the images at ``indices``, cropped and flipped for their sample ids."""
-        if self.square is None:
+        """uint8 (B, C, H, W): the images at ``indices``, cropped and flipped for their sample ids."""
+        if self.stacked is None:
             pairs = zip(indices, sample_ids, strict=True)
-            augmented = [augment(self.images[i], k, self.seed, self.random_flip) for i, k in pairs]
+            augmented = [augment(self.images[i], k, self.size, self.seed, self.random_flip) for i, k in pairs]
             return torch.from_numpy(np.stack(augmented))
-        images = self.square[torch.from_numpy(indices).to(self.square.device, non_blocking=True)]
+        images = self.stacked[torch.from_numpy(indices).to(self.stacked.device, non_blocking=True)]
         if self.random_flip:
             mirrored = torch.from_numpy(flips(self.seed, sample_ids)).to(images.device, non_blocking=True)
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -109,7 +110,7 @@ class Stream:
                                 return
                             continue
                         sample_id = int(sample_ids[len(items)])
-                        image = augment(image, sample_id, self.images.seed, self.images.random_flip)
+                        image = augment(image, sample_id, self.images.size, self.images.seed, self.images.random_flip)
                         items.append({"image": image, "label": label_of(row), "sample_id": sample_id, "bad": bad})
                         bad = []
                 yield items

@@ -1,134 +1,21 @@
-"""Images, from bytes to uint8 arrays of the training size: one at a time, and those of a data set by their row.
+"""The images of a data set by their row: where each is, and how it becomes one to train on."""
 
-Pillow's ``convert`` turns 16-bit images white and float images black without a word, drops alpha and with it uncovers
-what transparent pixels hide. Here ranges are scaled, alpha is laid over white and EXIF rotation is applied.
-"""
-
-import io
 import logging
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from datasets.utils.file_utils import xopen
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .. import UserError, randomness
+from .pixels import GREY_MODES, BadImage, augment, decode_image, from_values, prepare_image, to_eight_bits, used_range
 
 logger = logging.getLogger(__name__)
 
-FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box", "nearest")}
-GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-
-
-class BadImage(UserError):
-    """An image that cannot be used; the message names it."""
-
-
-def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
-    """Open, fully load and upright an image.
-
-    Args:
-        source: the file's bytes, or its path; an image that is open already is returned as it is.
-        name: what to call it in errors (a path, or a row of a data set).
-
-    Returns:
-        The first frame, in the mode of the file, rotated as its EXIF orientation says.
-
-    Raises:
-        BadImage: empty, truncated, not an image, or over Pillow's limit of 89 megapixels.
-    """
-    if isinstance(source, Image.Image):
-        return source
-    try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where Pillow only warns
-            raise Image.DecompressionBombError
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError as error:
-        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
-        raise BadImage(f"{name}: more than {limit}, which is taken for an attack; shrink the file") from error
-    except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ValueError ...
-        size = len(source) if isinstance(source, bytes) else os.path.getsize(source) if os.path.exists(source) else None
-        if size == 0:
-            reason = "the file is empty"
-        else:  # Pillow names the memory buffer, which helps nobody
-            reason = str(error).split(" <_io")[0].split(" '")[0] or type(error).__name__
-        raise BadImage(f"{name}: {reason}. Expected a complete image file that Pillow reads") from error
-
-
-def to_eight_bits(image: Image.Image, mode: str, name: str) -> Image.Image:
-    """Convert to 8 bits per channel by the range of the file's format.
-
-    Args:
-        image: in any Pillow mode. 16-bit values are divided by 257; mode ``I`` counts as 16 bits if it fits, else as
-            31; float values are taken as [0, 1], or as [0, 255] where one exceeds 1.
-        mode: ``L`` or ``RGB``, the mode of the result.
-        name: what to call the image in errors.
-
-    Raises:
-        BadImage: float values that are not finite, negative or above 255; negative integers.
-    """
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        low, high = values.min(), values.max()
-        if image.mode == "F":
-            limit, scale, expected = (255, 255 if high <= 1 else 1, "floats in [0, 1] or [0, 255]")
-        else:
-            limit = 65535 if high <= 65535 else 2**31 - 1
-            scale, expected = 255 / limit, "integers from 0 up"
-        if not (low >= 0 and high <= limit):  # also refuses NaN
-            raise BadImage(f"{name}: values from {low:g} to {high:g}; expected {expected}. Rescale the file")
-        image = Image.fromarray(np.rint(values * scale).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
-
-
-def prepare_image(image: Image.Image, resolution: int, interpolation: str, center_crop: bool) -> np.ndarray:
-    """Resize the shorter side to ``resolution`` pixels; crop the middle, or leave the longer side for a random crop.
-
-    Returns:
-        uint8 (C, H, W) with min(H, W) == resolution.
-    """
-    shorter = min(image.size)
-    size = tuple(max(resolution, round(side * resolution / shorter)) for side in image.size)
-    if image.size != size:
-        image = image.resize(size, FILTERS[interpolation], reducing_gap=3.0)
-    if center_crop:
-        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-        image = image.crop((left, top, left + resolution, top + resolution))
-    array = np.array(image, dtype=np.uint8)
-    return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
-
-
-def augment(image: np.ndarray, sample_id: int, seed: int, random_flip: bool) -> np.ndarray:
-    """Random crop to a square and, with ``random_flip``, a mirroring; a function of (seed, sample id).
-
-    Args:
-        image: uint8 (C, H, W).
-        sample_id: of the sample that the image is for.
-
-    Returns:
-        uint8 (C, S, S) with S = min(H, W); may share memory with ``image``.
-    """
-    size = min(image.shape[1:])
-    top, left = 0, 0
-    if image.shape[1] != image.shape[2]:
-        room = max(image.shape[1:]) - size
-        offset = int(randomness.uniform(seed, "crop", np.array(sample_id)) * (room + 1))
-        top, left = (offset, 0) if image.shape[1] > image.shape[2] else (0, offset)
-    image = image[:, top : top + size, left : left + size]
-    if random_flip and flips(seed, np.array(sample_id)):
-        image = image[:, :, ::-1]
-    return np.ascontiguousarray(image)
-
-
-def flips(seed: int, sample_ids: np.ndarray) -> np.ndarray:
-    """Whether each sample is mirrored: bool, the shape of ``sample_ids``."""
-    return randomness.uniform(seed, "flip", sample_ids) < 0.5
+INSPECTED = 64  # images that are looked at to find out what a data set is like
 
 
 def label_of(row: dict) -> int:
@@ -137,21 +24,57 @@ def label_of(row: dict) -> int:
 
 
 def locate(row: dict, source: str, index: int) -> tuple[bytes | str | Image.Image, str]:
-    """Bytes or path of a row's image, or the image itself, and its name for messages."""
-    where = f"image {index} of {source}"
-    if callable(row["image"]):  # see ``own_images.OwnImages``
-        return row["image"](), where
-    record = row["image"] or {"bytes": b"", "path": None}
-    if record["path"]:
-        where = f"{record['path']} ({where})"
-    source = record["path"] if record["bytes"] is None else record["bytes"]
-    if isinstance(source, str) and "://" in source:  # streamed from the Hub, or inside an archive
+    """Bytes or path of a row's image, or the image itself, and its name for messages.
+
+    Args:
+        row: its ``image`` is {bytes, path}, bytes, a path (also relative to the table that is ``source``), an array,
+            or a function that makes the image, see ``own_images.OwnImages``.
+    """
+    record, where = row["image"], f"image {index} of {source}"
+    if callable(record):
+        return record(), where
+    if isinstance(record, (list, np.ndarray)):
+        return from_values(np.asarray(record), where), where
+    if not isinstance(record, dict):
+        record = {"bytes": None, "path": record} if isinstance(record, str) else {"bytes": record or b"", "path": None}
+    file, content = record.get("path"), record.get("bytes")
+    if file:
+        where = f"{file} ({where})"
+    if content is not None or file is None:
+        return content or b"", where
+    if "://" in file:  # streamed from the Hub, or inside an archive
         try:
-            with xopen(source, "rb") as stream:
-                source = stream.read()
+            with xopen(file, "rb") as stream:
+                return stream.read(), where
         except Exception as error:  # whatever the file system behind it raises
             raise BadImage(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
-    return source, where
+    beside = Path(source).expanduser().parent / file
+    return str(beside) if not os.path.exists(file) and beside.exists() else file, where
+
+
+def look_at(dataset, name: str, count: int = INSPECTED) -> list[Image.Image]:
+    """Some images of a data set, evenly spread over it, decoded.
+
+    Raises:
+        BadImage: one cannot be read.
+    """
+    spread = sorted({int(index) for index in np.linspace(0, len(dataset) - 1, count)})
+    return [decode_image(*locate(row, name, index)) for index, row in zip(spread, dataset.select(spread), strict=True)]
+
+
+def choose_range(text: str, images: Sequence[Image.Image]) -> tuple[float, float] | None:
+    """The values that become black and white by ``--image_range``, for images like these; None for the format's."""
+    if text not in ("auto", "full"):
+        low, high = text.split(",")
+        return float(low), float(high)
+    used = used_range(images) if text == "auto" else None
+    if used:
+        said = f"{used[0]:g},{used[1]:g}"
+        logger.warning(
+            f"The images have more than 8 bits and values from {used[0]:g} to {used[1]:g}: these become black and "
+            f"white. --image_range {said} says so; --image_range full takes the range of their format"
+        )
+    return used
 
 
 class PreparedImages(torch.utils.data.Dataset):
@@ -161,29 +84,26 @@ class PreparedImages(torch.utils.data.Dataset):
         dataset: rows with ``image``, not decoded, and perhaps ``label``; a stream has no length.
         name: of the data set, for messages.
         mode: ``L`` or ``RGB``.
-        resolution: of the shorter side, pixels.
+        size: (H, W), pixels.
         interpolation: see ``FILTERS``.
-        center_crop: cut the middle out of images that are not square, instead of a random part.
+        center_crop: cut the middle out of images of another shape, instead of a random part.
         random_flip: mirror half of the images.
         seed: of crops, flips and the choice of ``examples``.
         max_bad_images: unreadable images to pass over; None: the first one is an error.
         advice: what the user can do about an unreadable image, for the error.
         refuse_colour: whether an image that is not grey is an error.
+        image_range: see ``to_eight_bits``.
     """
 
     def __init__(
-        self, dataset, name: str, mode: str, resolution: int, interpolation: str = "bicubic", center_crop: bool = False,
-        random_flip: bool = False, seed: int = 0, max_bad_images: int | None = None, advice: str = "",
-        refuse_colour: bool = False,
+        self, dataset, name: str, mode: str, size: tuple[int, int], interpolation: str = "bicubic",
+        center_crop: bool = False, random_flip: bool = False, seed: int = 0, max_bad_images: int | None = None,
+        advice: str = "", refuse_colour: bool = False, image_range: tuple[float, float] | None = None,
     ):  # fmt: skip
-        self.dataset, self.name, self.mode, self.resolution = dataset, name, mode, resolution
-        self.interpolation, self.center_crop, self.random_flip, self.seed = (
-            interpolation,
-            center_crop,
-            random_flip,
-            seed,
-        )
+        self.dataset, self.name, self.mode, self.size, self.seed = dataset, name, mode, size, seed
+        self.interpolation, self.center_crop, self.random_flip = interpolation, center_crop, random_flip
         self.max_bad_images, self.advice, self.refuse_colour = max_bad_images, advice, refuse_colour
+        self.image_range, self.clipped = image_range, 0
 
     def examples(self, count: int, with_labels: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Some of the images, cut in the middle: uint8 (N, C, H, W); with their labels, int64 (N,), if asked for.
@@ -213,7 +133,7 @@ class PreparedImages(torch.utils.data.Dataset):
         return (np.stack(images), np.array(labels)) if with_labels else np.stack(images)
 
     def prepared(self, row: dict, index: int, center_crop: bool = False) -> np.ndarray:
-        """uint8 (C, H, W), the shorter side at the training resolution, the longer one too if it is cropped."""
+        """uint8 (C, H, W), of this size at least, and exactly if it is cropped."""
         source, where = locate(row, self.name, index)
         image = decode_image(source, where)
         if self.refuse_colour and image.mode not in GREY_MODES:
@@ -221,8 +141,13 @@ class PreparedImages(torch.utils.data.Dataset):
                 f"{where} has colour (mode {image.mode}), but the images looked at before training were all grey. "
                 "Choose with --image_mode L or --image_mode RGB"
             )
-        image = to_eight_bits(image, self.mode, where)
-        return prepare_image(image, self.resolution, self.interpolation, center_crop or self.center_crop)
+        image = to_eight_bits(image, self.mode, where, self.image_range, self._count_clipped)
+        return prepare_image(image, self.size, self.interpolation, center_crop or self.center_crop)
+
+    def _count_clipped(self, message: str) -> None:
+        self.clipped += 1
+        if self.clipped in (1, 10, 100) or self.clipped % 1000 == 0:
+            logger.warning(f"--image_range: clipped in {self.clipped} images so far; {message}")
 
     def attempt(self, job: tuple[dict, int]) -> np.ndarray | BadImage:
         """``prepared`` for a pool of threads: a bad image is returned as the error that names it."""
@@ -254,11 +179,11 @@ class PreparedImages(torch.utils.data.Dataset):
             candidate %= len(self.dataset)
             row = self.dataset[candidate]
             try:
-                image = augment(self.prepared(row, candidate), sample_id, self.seed, self.random_flip)
+                image = augment(self.prepared(row, candidate), sample_id, self.size, self.seed, self.random_flip)
                 return {"image": image, "label": label_of(row), "sample_id": sample_id, "bad": bad}
             except BadImage as error:
                 bad.append((candidate, str(error)))
                 if self.too_many(len(bad)):  # the main process raises the error
-                    blank = np.zeros((len(self.mode), self.resolution, self.resolution), np.uint8)
+                    blank = np.zeros((len(self.mode), *self.size), np.uint8)
                     return {"image": blank, "label": 0, "sample_id": sample_id, "bad": bad}
         raise UserError(f"{self.name} has no readable image")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from .. import UserError
-from .images import BadImage
+from .pixels import BadImage, channels_last
 
 
 class OwnImages:
@@ -79,13 +79,7 @@ class OwnImages:
         image = image["image"] if isinstance(image, dict) else image[0] if isinstance(image, tuple) else image
         if isinstance(image, Image.Image):
             return image
-        array = np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image)
-        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
-            array = array.transpose(1, 2, 0)
-        if array.ndim == 3 and array.shape[2] == 1:
-            array = array[:, :, 0]
-        if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
-            raise BadImage(f"{where} has the shape {tuple(np.shape(image))}; expected C of 1 or 3 and H and W above 0")
+        array = channels_last(np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image), where)
         if array.dtype != np.uint8:
             low, high = self.value_range
             if not np.issubdtype(array.dtype, np.floating):

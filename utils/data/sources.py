@@ -3,7 +3,11 @@
 Images are not decoded here, so that whoever decodes them can name the one that is bad.
 """
 
+import errno
+import glob
 import logging
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +19,15 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from .. import UserError
+from .columns import select_columns
+from .folders import has_tables, load_folder
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_DATASET = "ylecun/mnist"
-MAX_CLASSES = 1000
+FILES = {  # builders of ``datasets``, by the extension of files
+    ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json", ".tar": "webdataset",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def load_source(source: ImageSource, accelerator) -> tuple[datasets.Dataset | da
             failure = error
     if failure:
         raise failure
-    return _select_columns(dataset, source), source.name
+    return select_columns(dataset, source), source.name
 
 
 def data_license(dataset, name: str) -> str:
@@ -120,24 +128,27 @@ def _open_source(source: ImageSource):
     if not source.is_folder and name in embedded:
         if source.streaming:
             raise UserError(f"--streaming: {name} is embedded and already in memory; drop the flag")
-        return _slice(embedded[name](), source)
+        return _choose({"train": embedded[name]()}, source)
     path = Path(name).expanduser()
     load = partial(datasets.load_dataset, split=source.split, streaming=source.streaming)
     try:
-        if source.is_folder:
+        if source.is_folder or (path.is_dir() and not has_tables(path)):
             if not path.is_dir():
                 problem = "is a file" if path.exists() else "there is no such folder"
                 raise UserError(f"{source.said('name')}: {problem}; expected a folder with image files")
-            return load("imagefolder", data_dir=str(path))
+            if parts := load_folder(path, source.label_column):
+                if not source.is_folder:
+                    logger.info(f"{source.said('name')} is a folder of image files, read as by --train_data_dir.")
+                return _choose(parts, source)
+            if source.is_folder:
+                return load("imagefolder", data_dir=str(path))  # perhaps archives of images
         if name == "mnist":
             name = DEFAULT_DATASET
-        if path.is_file():
-            kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
-            if kind is None:
-                raise UserError(f"{source.said('name')}: expected a .parquet or .arrow file, a folder or a Hub id")
-            return load(kind, data_files=str(path))
+        if path.is_file() or (glob.has_magic(name) and glob.glob(str(path))):
+            return _load_files([str(path)] if path.is_file() else sorted(glob.glob(str(path))), source, load)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _from_disk(path, source)
+            saved = datasets.load_from_disk(str(path))
+            return _choose(saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}, source)
         if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
             raise UserError(f"{source.said('name')}: there is no such file or folder")
         return load(str(path) if path.exists() else name, name=source.config_name)
@@ -149,31 +160,37 @@ def _open_source(source: ImageSource):
             reason = "it holds no image files"
         elif isinstance(error, ConnectionError):
             reason += ". Without a network there are digits and faces, which are embedded, and local paths"
+        elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            reason += f". datasets keeps a copy in {datasets.config.HF_DATASETS_CACHE}: set HF_HOME to another folder"
         raise UserError(f"{source.said('name')} cannot be loaded, {source.said('split')!r}: {reason}") from error
 
 
-def _from_disk(path: Path, source: ImageSource):
-    """What ``Dataset.save_to_disk`` wrote."""
-    dataset = datasets.load_from_disk(str(path))
-    if isinstance(dataset, datasets.DatasetDict):
-        if source.split not in dataset:
-            raise UserError(f"{source.said('split')}: {path} has the splits {', '.join(dataset)}")
-        dataset = dataset[source.split]
-    else:
-        dataset = _slice(dataset, source)
-    return dataset.to_iterable_dataset() if source.streaming else dataset
+def _load_files(files: list[str], source: ImageSource, load):
+    """Tables, or archives in the form of WebDataset, all of one kind."""
+    suffixes = {Path(file).suffix.lower() for file in files}
+    kind = FILES.get(suffixes.pop()) if len(suffixes) == 1 else None
+    if kind is None:
+        raise UserError(f"{source.said('name')}: expected {', '.join(FILES)} files of one kind, a folder or a Hub id")
+    escaped = [glob.escape(file) for file in files]  # a name is no pattern
+    if source.streaming:
+        return load(kind, data_files=escaped)
+    return _choose({"train": datasets.load_dataset(kind, data_files=escaped, split="train")}, source)
 
 
-def _slice(dataset, source: ImageSource):
-    """The part that the split names, such as train[:80%], of a set that has the one split train."""
+def _choose(parts: Mapping[str, datasets.Dataset], source: ImageSource):
+    """What ``source.split`` names, such as train[:80%] or train+test, of the splits that there are."""
     try:
-        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({"train": len(dataset)})
+        spec = re.sub(r"\bval\b", "validation", source.split) if "validation" in parts else source.split
+        wanted = datasets.ReadInstruction.from_spec(spec)
+        ranges = wanted.to_absolute({split: len(dataset) for split, dataset in parts.items()})
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"{source.said('split')}: {source.name} has the one split train; expected that, or a part of it such as "
-            "train[:80%]"
+            f"{source.said('split')}: {source.name} has the {'one split' if len(parts) == 1 else 'splits'} "
+            f"{', '.join(parts)}; expected that, or a part such as {next(iter(parts))}[:80%]"
         ) from error
-    return datasets.concatenate_datasets([dataset.select(range(part.from_, part.to)) for part in parts])
+    chosen = [parts[part.splitname].select(range(part.from_, part.to)) for part in ranges]
+    dataset = datasets.concatenate_datasets(chosen)
+    return dataset.to_iterable_dataset() if source.streaming else dataset
 
 
 def _embedded_digits() -> datasets.Dataset:
@@ -195,51 +212,3 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, names: list[str]) -> da
     columns = {"image": [Image.fromarray(image.astype(np.uint8)) for image in images], "label": labels.tolist()}
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-
-
-def _select_columns(dataset, source: ImageSource):
-    if dataset.features is None:  # a stream that does not say what it holds
-        dataset = dataset._resolve_features()
-    columns = dict(dataset.features)
-    listing = ", ".join(f"{key} ({getattr(kind, '_type', type(kind).__name__)})" for key, kind in columns.items())
-    images = [key for key, kind in columns.items() if isinstance(kind, datasets.Image)]
-    if source.image_column is None and len(images) != 1:
-        problem = "no column of images" if not images else f"{len(images)} columns of images: {', '.join(images)}"
-        raise UserError(f"{source.name} has {problem}. Name one with --image_column; the columns are {listing}")
-    image_column = source.image_column or images[0]
-    if image_column not in images:
-        raise UserError(f"--image_column {image_column}: not a column of type Image. {source.name} has {listing}")
-    wanted = {image_column: "image"}
-    label_column = source.label_column
-    if label_column is None and source.find_labels:
-        found = [key for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
-        if len(found) != 1:
-            raise UserError(
-                f"{source.name} has {len(found) or 'no'} columns of class labels. Name one with --label_column, of "
-                f"type ClassLabel, integers or strings; the columns are {listing}"
-            )
-        label_column = found[0]
-    if label_column is not None:
-        wanted[label_column] = "label"
-    dataset = dataset.select_columns([key for key in wanted if key in columns])
-    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    dataset = dataset if source.max_samples is None else dataset.take(source.max_samples)
-    if label_column is not None and not isinstance(columns.get(label_column), datasets.ClassLabel):
-        dataset = _encode_labels(dataset, columns.get(label_column), label_column, source, listing)
-    return dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
-
-
-def _encode_labels(dataset, kind, column: str, source: ImageSource, listing: str):
-    """A column of integers or strings as a ClassLabel column; a missing one is -1."""
-    integers = isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint"))
-    if source.streaming or not (integers or (isinstance(kind, datasets.Value) and "string" in kind.dtype)):
-        asked = "of type ClassLabel, for a stream" if source.streaming else "of class labels, integers or strings"
-        raise UserError(f"--label_column {column}: not a column {asked}. {source.name} has {listing}")
-    values = dataset[column][:]
-    names = sorted({value for value in values if value is not None and value != -1})
-    if len(names) > MAX_CLASSES:
-        raise UserError(f"--label_column {column}: {len(names)} different values; expected at most {MAX_CLASSES}")
-    codes = {value: code for code, value in enumerate(names)}
-    feature = datasets.ClassLabel(names=[str(name) for name in names])
-    dataset = dataset.remove_columns(column)
-    return dataset.add_column(column, [codes.get(value, -1) for value in values], feature=feature)

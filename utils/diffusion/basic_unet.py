@@ -17,7 +17,7 @@ class BasicUNet(ModelMixin, ConfigMixin):
     doubling that undoes it: detail takes the shortcut, and the small sizes are left to what is large.
 
     Args:
-        sample_size: side of the images it is trained on, pixels; others work too.
+        sample_size: side of the images it is trained on, or (H, W), pixels; others work too.
         in_channels, out_channels: of the images, usually the same.
         block_out_channels: of the convolutions on the way down; their number less one is the number of halvings.
         kernel_size: side of the convolutions, odd.
@@ -26,7 +26,7 @@ class BasicUNet(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int | None = None,
+        sample_size: int | tuple[int, int] | None = None,
         in_channels: int = 1,
         out_channels: int = 1,
         block_out_channels: tuple[int, ...] = (32, 64, 64),

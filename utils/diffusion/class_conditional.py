@@ -85,7 +85,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         config, device = self.unet.config, self._execution_device
         labels = torch.tensor(class_numbers(class_labels, config), device=device)
-        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        size = config.sample_size
+        shape = (len(labels), config.in_channels, *((size, size) if isinstance(size, int) else size))
         images = randn_tensor(shape, generator, device, self.unet.dtype) * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for timestep in self.progress_bar(self.scheduler.timesteps):
@@ -115,7 +116,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
 def class_names(config) -> list[str]:
     """The classes that the model of this config can be asked for, their numbers if they have no names; perhaps none."""
-    return list(config.get("_class_names") or map(str, range((config.get("num_class_embeds") or 1) - 1)))
+    return list(config.get("_class_names") or map(str, range(config.get("num_class_embeds") or 0)))
 
 
 def class_numbers(labels: Sequence[int | str], config) -> list[int]:

@@ -8,10 +8,10 @@ from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from .. import UserError
-from .class_conditional import class_numbers, guided_output
+from .class_conditional import class_names, class_numbers, guided_output
 
 
-def give_classes(unet: UNet2DModel, class_names: Sequence[str]) -> UNet2DModel:
+def give_classes(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
     """A trained UNet that can be told one of these classes, or nothing.
 
     One that was unconditional gets an embedding of zeros, so that at first it draws what it drew before.
@@ -21,14 +21,15 @@ def give_classes(unet: UNet2DModel, class_names: Sequence[str]) -> UNet2DModel:
     """
     if unet.class_embedding is None:
         width = unet.time_embedding.linear_2.out_features
-        unet.class_embedding = torch.nn.Embedding(len(class_names) + 1, width)
+        unet.class_embedding = torch.nn.Embedding(len(names) + 1, width)
         torch.nn.init.zeros_(unet.class_embedding.weight)
-        unet.register_to_config(num_class_embeds=len(class_names) + 1)
-    names, count = unet.config.get("_class_names"), unet.config.num_class_embeds
-    if count != len(class_names) + 1 or (names and list(names) != list(class_names)):
+        unet.register_to_config(num_class_embeds=len(names) + 1)
+        unet.register_to_config(_class_names=list(names))
+    known = class_names(unet.config)
+    if known != list(names) or unet.config.num_class_embeds != len(names) + 1:
         raise UserError(
-            f"the pretrained model knows {count - 1} classes ({', '.join(names or [])[:200]}), the images have "
-            f"{len(class_names)} ({', '.join(class_names)[:200]}); expected the same"
+            f"the pretrained model knows {len(known)} classes ({', '.join(known)[:200]}), the images have {len(names)} "
+            f"({', '.join(names)[:200]}); expected the same, and that it was trained to be told nothing, too"
         )
     return unet
 
@@ -37,13 +38,20 @@ class GuidedModel:
     """A conditional model with guidance, to be sampled from as the model itself.
 
     Args:
-        model: called as ``model(noisy, timesteps, class_labels).sample``.
+        model: a ``UNet2DModel`` with classes.
         scale: see ``class_conditional.guided_output``.
-        nothing: the class that means "nothing said".
+
+    Raises:
+        UserError: it was not trained to be told nothing, and guidance needs that.
     """
 
-    def __init__(self, model: torch.nn.Module, scale: float, nothing: int):
-        self.model, self.scale, self.nothing = model, scale, nothing
+    def __init__(self, model: torch.nn.Module, scale: float):
+        self.model, self.scale, self.nothing = model, scale, len(class_names(model.config))
+        if scale != 1 and self.nothing >= model.config.num_class_embeds:
+            raise UserError(
+                f"--guidance_scale {scale:g}: all {self.nothing} classes of the model are images', none means that "
+                "nothing is said, so it cannot be guided; expected 1"
+            )
         self.eval, self.train = model.eval, model.train
 
     @property
@@ -68,8 +76,8 @@ def choose_classes(config, asked: str | None) -> list[int] | None:
     Raises:
         UserError: the model knows no classes, or not these.
     """
-    count = (config.get("num_class_embeds") or 0) - 1
-    if count < 0:
+    count = len(class_names(config))
+    if not count:
         if asked:
             raise UserError(f"--class_labels {asked}: this model knows no classes; leave the flag out")
         return None
@@ -85,6 +93,20 @@ def labels_in_turn(labels: Sequence[int] | np.ndarray, device) -> Callable[[np.n
     """``model_inputs`` of ``sampling.sample_batch``: image k is of the class ``labels[k % len(labels)]``."""
     labels = np.asarray(labels, dtype=np.int64)
     return lambda sample_ids: {"class_labels": torch.from_numpy(labels[sample_ids % len(labels)]).to(device)}
+
+
+def between_classes(unet: UNet2DModel, labels: Sequence[int], count: int) -> Callable[[np.ndarray], dict]:
+    """``model_inputs`` of ``sampling.sample_batch`` for a walk of ``count`` images through these classes, in order.
+
+    The model's embedding gets a row for each image, on the straight lines between the rows of the classes.
+    """
+    table = unet.class_embedding.weight.detach()
+    corners = table[torch.tensor([labels[0], *labels])] if len(labels) == 1 else table[torch.tensor(labels)]
+    places = torch.linspace(0, len(corners) - 1, count)
+    before = places.long().clamp(max=len(corners) - 2)
+    rows = torch.lerp(corners[before], corners[before + 1], (places - before)[:, None].to(table))
+    unet.class_embedding = torch.nn.Embedding.from_pretrained(torch.cat([table, rows]))
+    return lambda sample_ids: {"class_labels": torch.from_numpy(sample_ids + len(table)).to(table.device)}
 
 
 def rows_by_class(images: np.ndarray, class_names: Sequence[str]) -> tuple[np.ndarray, list[str]]:

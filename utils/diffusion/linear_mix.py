@@ -120,8 +120,8 @@ class LinearMixPipeline(DiffusionPipeline):
             num_inference_steps: calls of the model.
             output_type: ``pil``, ``np`` for floats in [0, 1] (B, H, W, C), or ``pt`` for floats in [0, 1] (B, C, H, W).
         """
-        config = self.unet.config
-        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        size = self.unet.config.sample_size
+        shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         images = randn_tensor(shape, generator, self._execution_device, torch.float32)
         if self.scheduler.noise_distribution == "uniform":
             images = torch.erf(images / 2**0.5)  # a normal variable's distribution function, scaled to [-1, 1]

@@ -1,15 +1,19 @@
 """Any trained model as something to draw with: its UNet, its scheduler, and the sampler that was asked for."""
 
+import inspect
+import json
 import time
+from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DModel
+from huggingface_hub import snapshot_download
 
 from .. import UserError
 from .basic_unet import BasicUNet
 from .linear_mix import LinearMixScheduler
-from .pretrained import check_noise_scheduler, refuse_missing, shorten
+from .pretrained import check_embeddings, check_noise, check_noise_scheduler, refuse_missing, shorten
 from .sampling import sample_images
 from .schedulers import make_sampler
 
@@ -28,18 +32,23 @@ def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
     refuse_missing("", name_or_path)
     expected = "expected a pipeline with model_index.json, made by these scripts or a DDPMPipeline, or a UNet2DModel"
     try:
-        try:
-            index = DiffusionPipeline.load_config(name_or_path)
-        except (OSError, ValueError):  # no pipeline; perhaps a model
-            if UNet2DModel.load_config(name_or_path).get("_class_name") != "UNet2DModel":
-                raise
-            return UNet2DModel.from_pretrained(name_or_path), DDPMScheduler()
-        classes = [index.get(part, [None, None])[1] for part in ("unet", "scheduler")]
+        folder = Path(name_or_path).expanduser()
+        if not folder.exists():
+            patterns = dict(allow_patterns=["*.json", "*.safetensors", "*.bin"], ignore_patterns="checkpoint-*")
+            folder = Path(snapshot_download(name_or_path, **patterns))
+        if (folder / "model_index.json").is_file():
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            classes = [index.get(part, [None, None])[1] for part in ("unet", "scheduler")]
+        else:  # no pipeline; perhaps a model
+            classes = [UNet2DModel.load_config(folder).get("_class_name"), None]
         unet_class, scheduler_class = (ours.get(str(name), getattr(diffusers, str(name), None)) for name in classes)
-        if unet_class not in (UNet2DModel, BasicUNet) or scheduler_class is None:
+        if unet_class not in (UNet2DModel, BasicUNet) or (classes[1] and scheduler_class is None):
             raise UserError(f"{name_or_path}: its parts are {' and '.join(map(str, classes))}; {expected}")
-        unet = unet_class.from_pretrained(name_or_path, subfolder="unet")
-        return unet, scheduler_class.from_pretrained(name_or_path, subfolder="scheduler")
+        # As in DiffusionPipeline: a part without a folder of its own lies beside model_index.json
+        places = [folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")]
+        unet = unet_class.from_pretrained(places[0])
+        check_embeddings(unet.config, name_or_path)
+        return unet, scheduler_class.from_pretrained(places[1]) if scheduler_class else DDPMScheduler()
     except UserError:
         raise
     except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors
@@ -47,11 +56,18 @@ def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
         raise UserError(f"{name_or_path} cannot be loaded: {reason}; {expected}") from error
 
 
-def choose_sampler(own: SchedulerMixin, name: str | None, num_inference_steps: int) -> SchedulerMixin:
+def choose_sampler(
+    own: SchedulerMixin, name: str | None, num_inference_steps: int, steered: bool = False
+) -> SchedulerMixin:
     """The sampler called ``name`` for a model that came with the scheduler ``own``, or that one without a name.
 
+    Args:
+        steered: images are guided, started from a picture or shown as they arise, which takes the noise of a
+            ``DDPMScheduler`` or linear mixing.
+
     Raises:
-        UserError: linear mixing has no other sampler; see also ``check_noise_scheduler``.
+        UserError: linear mixing has no other sampler; nor has a model that was not trained with the noise of a
+            ``DDPMScheduler``; ``own`` is not called as diffusers' samplers are; see also ``check_noise_scheduler``.
     """
     if isinstance(own, LinearMixScheduler):
         if name:
@@ -59,13 +75,39 @@ def choose_sampler(own: SchedulerMixin, name: str | None, num_inference_steps: i
                 f"--sampler {name}: the model was trained on linear mixing, which has its own; drop the flag"
             )
         return own
+    kind = type(own).__name__
+    if name:
+        check_noise(own, f"--sampler {name}")
+    else:
+        try:
+            inspect.signature(own.step).bind("model_output", "timestep", "sample")
+            called = hasattr(own, "init_noise_sigma") and hasattr(own, "scale_model_input")
+        except (AttributeError, TypeError):
+            called = False
+        if not called:
+            raise UserError(f"its {kind} is not called as a DDPMScheduler is; draw with the pipeline that it came with")
+        known = hasattr(own, "alphas_cumprod") and own.init_noise_sigma == 1 and not own.config.get("use_flow_sigmas")
+        if steered and not known:
+            raise UserError(
+                f"its {kind} does not have the noise of a DDPMScheduler, which guidance, --init_image and --gif need; "
+                "give a --sampler, or leave them out"
+            )
     check_noise_scheduler(own, num_inference_steps)
-    return make_sampler(name, own) if name else own
+    sampler = make_sampler(name, own) if name else own
+    try:
+        sampler.set_timesteps(num_inference_steps)
+    except Exception as error:  # each scheduler has its own rules, and its own errors
+        kind = type(sampler).__name__
+        raise UserError(f"--num_inference_steps {num_inference_steps}: {kind} refuses it: {shorten(error)}") from error
+    return sampler
 
 
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The scheduler that noised the training images of the model that carries this one: DDPM's, or linear mixing."""
-    return scheduler if isinstance(scheduler, LinearMixScheduler) else DDPMScheduler.from_config(scheduler.config)
+    if isinstance(scheduler, LinearMixScheduler):
+        return scheduler
+    check_noise(scheduler, "the denoising loss")
+    return DDPMScheduler.from_config(scheduler.config)
 
 
 def estimate_seconds(model, sampler, accelerator, count, shape, num_inference_steps, batch_size, *rest, **options):

@@ -7,6 +7,7 @@ import torch
 from diffusers import DDPMPipeline, SchedulerMixin, UNet2DModel
 
 from .. import UserError
+from ..args import size_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ def load_pretrained(name_or_path: str, conditional: bool = False) -> DDPMPipelin
             "what `hf download ID --local-dir DIR` fetched elsewhere"
         ) from error
     unet = pipeline.unet
+    check_noise(pipeline.scheduler, flag)
+    check_embeddings(unet.config, flag)
     local = Path(name_or_path).exists()
     unet.register_to_config(_name_or_path=None if local else name_or_path)  # no path of this machine is saved again
     if not isinstance(unet, UNet2DModel):
@@ -52,6 +55,53 @@ def load_pretrained(name_or_path: str, conditional: bool = False) -> DDPMPipelin
     elif unet.config.out_channels != channels:
         raise UserError(f"{flag}: {channels} channels in, {unet.config.out_channels} out; expected as many, or twice")
     return pipeline
+
+
+def check_noise(scheduler: SchedulerMixin, said: str) -> None:
+    """Refuse a scheduler whose model was not trained with the noise of a ``DDPMScheduler``.
+
+    Args:
+        said: the flag or name that the user knows the model by.
+
+    Raises:
+        UserError: says what it is.
+    """
+    config = scheduler.config
+    prediction = config.get("prediction_type")
+    ddpm = "beta_schedule" in config and not config.get("use_flow_sigmas")
+    if not (ddpm and prediction in ("epsilon", "sample", "v_prediction")):
+        raise UserError(
+            f"{said}: its {type(scheduler).__name__} (prediction_type {prediction}) does not have the noise of a "
+            "DDPMScheduler; expected a model that was trained with betas and predicts epsilon, sample or v_prediction"
+        )
+
+
+def check_embeddings(config, said: str) -> None:
+    """Refuse a UNet that is told the noise level or the class in a way that nothing here knows.
+
+    Raises:
+        UserError: says what it wants.
+    """
+    if config.get("time_embedding_type") == "fourier":
+        raise UserError(
+            f"{said}: its UNet has fourier embeddings of the noise level, as score models; expected positional"
+        )
+    if config.get("class_embed_type"):
+        raise UserError(
+            f"{said}: its UNet has class_embed_type {config['class_embed_type']!r}; expected num_class_embeds"
+        )
+
+
+def image_shape(config) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a model of this config draws.
+
+    Raises:
+        UserError: the config does not say.
+    """
+    size = size_of(config.sample_size)
+    if size is None:
+        raise UserError("the model's config.json has no sample_size; write the size of its images there, such as 32")
+    return config.in_channels, *size
 
 
 def refuse_missing(flag: str, name_or_path: str) -> None:
@@ -87,9 +137,15 @@ def unet_from_config(name_or_path: str, **overrides) -> UNet2DModel:
             "Expected a JSON file, a folder with config.json, or a Hub id"
         ) from error
     try:
-        return UNet2DModel.from_config({**config, **overrides})
+        unet = UNet2DModel.from_config({**config, **overrides})
     except Exception as error:  # torch's layers raise what they like
         raise UserError(f"--model_config_name_or_path: no UNet2DModel can be made of it: {error}") from error
+    check_embeddings(unet.config, f"--model_config_name_or_path {name_or_path}")
+    if unet.class_embedding is not None and "num_class_embeds" not in overrides:
+        raise UserError(
+            f"--model_config_name_or_path {name_or_path}: its UNet wants class labels; expected an unconditional one"
+        )
+    return unet
 
 
 def check_fit(unet: torch.nn.Module, noise_scheduler: SchedulerMixin, train_data, num_inference_steps: int) -> None:
@@ -113,11 +169,12 @@ def check_fit(unet: torch.nn.Module, noise_scheduler: SchedulerMixin, train_data
     if "block_out_channels" in config:
         halvings = len(config["block_out_channels"]) - 1
         factor, does = 2**halvings, f"halves them {halvings} times"
-    if train_data.resolution % factor:
-        near = max(factor, round(train_data.resolution / factor) * factor)
+    if any(side % factor for side in train_data.size):
+        height, width = train_data.size
+        near = [max(factor, round(side / factor) * factor) for side in (height, width)]
         raise UserError(
-            f"images of {train_data.resolution} pixels: this model {does}, so it needs a multiple of {factor}; try "
-            f"--resolution {near}"
+            f"images of {height} x {width} pixels: this model {does}, so it needs multiples of {factor}; try "
+            f"--resolution {near[0] if near[0] == near[1] else '{}x{}'.format(*near)}"
         )
 
 

@@ -137,7 +137,9 @@ def load_images(args, accelerator, train_data, kind: str) -> tuple[torch.Tensor,
         source = replace(trained_on, split=args.validation_split, max_samples=None, find_labels=find, flags=flags)
         check_disjoint(trained_on, source, accelerator)
     dataset, name = load_source(source, accelerator)
-    images = PreparedImages(dataset, name, train_data.mode, train_data.resolution, **reading(args))
+    images = PreparedImages(
+        dataset, name, train_data.mode, train_data.size, image_range=train_data.image_range, **reading(args)
+    )
     shown, labels = images.examples(args.num_validation_images, with_labels=True)
     if "label" in dataset.features:  # by name, for the classes of strings are those that occur in the split
         known = train_data.label_names

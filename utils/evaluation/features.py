@@ -95,14 +95,15 @@ def as_digits(images: torch.Tensor, device) -> torch.Tensor:
     """Grey, 28x28, in [0, 1]. Digits of another size are taken to fill their frame, as the embedded ones do: MNIST's
     are 20 pixels high and have a margin."""
     images = images.to(device).float().mean(1, keepdim=True) / 255
-    if images.shape[-1] == 28:
+    if images.shape[-2:] == (28, 28):
         return images
     return F.pad(F.interpolate(images, (18, 18), mode="bicubic", antialias=True).clamp(0, 1), (5, 5, 5, 5))
 
 
 def shrink(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Float images (N, C, H, W), averaged down to ``side`` pixels; smaller ones as they are."""
-    return images if images.shape[-1] <= side else F.interpolate(images, (side, side), mode="area")
+    """Float images (N, C, H, W), averaged down to at most ``side`` pixels each way; smaller ones as they are."""
+    size = [min(pixels, side) for pixels in images.shape[-2:]]
+    return images if size == [*images.shape[-2:]] else F.interpolate(images, size, mode="area")
 
 
 def _transformer(name: str, model_name_or_path: str, device) -> Extractor:

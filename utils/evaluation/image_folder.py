@@ -10,7 +10,8 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from .. import UserError
-from ..data.images import GREY_MODES, decode_image, prepare_image, to_eight_bits
+from ..data.images import choose_range, look_at
+from ..data.pixels import GREY_MODES, decode_image, prepare_image, to_eight_bits
 from ..data.sources import ImageSource, load_source
 from ..pictures import from_uint8, make_grid
 
@@ -121,27 +122,31 @@ def load_image(path: str, shape: tuple[int, int, int]) -> torch.Tensor:
     """
     if not Path(path).is_file():
         raise UserError(f"--init_image {path}: there is no such file; expected a picture")
-    image = to_eight_bits(decode_image(path, f"--init_image {path}"), "L" if shape[0] == 1 else "RGB", path)
-    return from_uint8(prepare_image(image, shape[-1], "bicubic", True))[None]
+    image = decode_image(path, f"--init_image {path}")
+    image = to_eight_bits(image, "L" if shape[0] == 1 else "RGB", path, choose_range("auto", [image]))
+    return from_uint8(prepare_image(image, shape[1:], "bicubic", True))[None]
 
 
-def load_folder(folder: str, accelerator, limit: int = 100_000) -> np.ndarray:
+def load_folder(folder: str, accelerator, image_range: tuple[float, float] | None, limit: int = 100_000) -> np.ndarray:
     """The images of a folder, uint8 (N, C, H, W).
 
+    Args:
+        image_range: see ``data.pixels.to_eight_bits``.
+
     Raises:
-        UserError: there are none, or they differ in size.
+        UserError: there are none, some cannot be read, or they differ in size.
     """
     if (Path(folder) / "images").is_dir():  # what sample.py made
         folder = str(Path(folder) / "images")
     source = ImageSource(folder, is_folder=True, flags={"name": "folder", "split": "split"})
-    dataset = load_source(source, accelerator)[0]
-    decoded = [decode_image(row["image"]["bytes"] or row["image"]["path"], folder) for row in dataset.take(limit)]
-    sizes = {image.size for image in decoded}
-    if len(sizes) > 1 or len(set(*sizes)) > 1:
-        raise UserError(f"{folder}: images of {len(sizes)} sizes, such as {min(sizes)}; expected squares of one size")
+    dataset = load_source(source, accelerator)[0].take(limit)
+    decoded = look_at(dataset, folder, len(dataset))
+    sizes = sorted({image.size for image in decoded})
+    if len(sizes) > 1:
+        raise UserError(f"{folder}: images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[1]}; expected one size")
     mode = "L" if all(image.mode in GREY_MODES for image in decoded) else "RGB"
-    arrays = np.stack([np.atleast_3d(np.asarray(image.convert(mode))) for image in decoded])
-    return arrays.transpose(0, 3, 1, 2)
+    images = [to_eight_bits(image, mode, folder, image_range) for image in decoded]
+    return np.stack([np.atleast_3d(np.asarray(image)) for image in images]).transpose(0, 3, 1, 2)
 
 
 def save_gif(frames: list[list[np.ndarray]], path: Path) -> None:

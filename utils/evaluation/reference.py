@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from .. import randomness
-from ..data.images import GREY_MODES, PreparedImages, decode_image
+from ..data.images import PreparedImages, choose_range, look_at
+from ..data.pixels import GREY_MODES
 from ..data.sources import ImageSource, load_source
 from ..pictures import make_grid, to_uint8
 from .comparison import nearest_distances
@@ -22,9 +23,10 @@ class Reference:
     """Both splits of the reference, at the size and in the mode of whatever they are compared with.
 
     Args:
-        args: ``reference``, ``reference_split``, ``held_out_split``, ``seed``.
+        args: ``reference``, ``reference_split``, ``held_out_split``, ``image_range``, ``seed``.
 
     Attributes:
+        image_range: values that become black and white, see ``data.pixels.to_eight_bits``.
         held_out: uint8 (N, C, H, W), at the images' own size.
     """
 
@@ -34,23 +36,28 @@ class Reference:
         for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
             source = ImageSource(args.reference, split, flags={"name": "--reference", "split": flag})
             self._sources[split] = load_source(source, accelerator)[0]
-        first = self._sources[args.held_out_split][0]["image"]
-        image = decode_image(first["bytes"] or first["path"], args.reference)
-        self.held_out = self._load(args.held_out_split, min(image.size), "L" if image.mode in GREY_MODES else "RGB")
+        shown = look_at(self._sources[args.reference_split], args.reference)
+        self.image_range = choose_range(args.image_range, shown)
+        first = look_at(self._sources[args.held_out_split].take(1), args.reference)[0]
+        mode = "L" if first.mode in GREY_MODES else "RGB"
+        self.held_out = self._load(args.held_out_split, (first.height, first.width), mode)
 
-    def _load(self, split: str, side: int, mode: str) -> np.ndarray:
-        if (split, side, mode) not in self._prepared:
+    def _load(self, split: str, size: tuple[int, int], mode: str) -> np.ndarray:
+        if (split, size, mode) not in self._prepared:
             dataset = self._sources[split]
-            images = PreparedImages(dataset, self.args.reference, mode, side, center_crop=True, seed=self.args.seed)
-            limit = MEMORY // (side * side * len(mode))
+            images = PreparedImages(
+                dataset, self.args.reference, mode, size, center_crop=True, seed=self.args.seed,
+                image_range=self.image_range,
+            )  # fmt: skip
+            limit = MEMORY // (size[0] * size[1] * len(mode))
             if limit < len(dataset):
                 logger.warning(f"{self.args.reference}, {split}: of {len(dataset)} images, {limit} at random are used")
-            self._prepared[split, side, mode] = images.examples(limit)
-        return self._prepared[split, side, mode]
+            self._prepared[split, size, mode] = images.examples(limit)
+        return self._prepared[split, size, mode]
 
     def resized(self, shape: tuple[int, int, int], split: str | None = None) -> np.ndarray:
         """Images of a split (default: the reference), shuffled, of this (C, H, W); uint8 (N, C, H, W)."""
-        return self._load(split or self.args.reference_split, shape[-1], {1: "L", 3: "RGB"}[shape[0]])
+        return self._load(split or self.args.reference_split, tuple(shape[1:]), {1: "L", 3: "RGB"}[shape[0]])
 
     def labelled(
         self, shape: tuple[int, int, int], flag: str = "--reference_split", split: str | None = None

@@ -90,14 +90,14 @@ def write_report(
 
 
 def _strip(groups: dict):
-    """One row of eight images a name, all in colour if one is, enlarged to the largest side."""
-    side = max(images.shape[-1] for images in groups.values())
+    """One row of eight images a name, all in colour if one is, enlarged to the largest."""
+    height, width = (max(images.shape[axis] for images in groups.values()) for axis in (2, 3))
     rows = []
     for images in groups.values():
-        factor = side // images.shape[-1]
+        factor = min(height // images.shape[2], width // images.shape[3])
         images = np.pad(images, ((0, 8 - len(images)), (0, 0), (0, 0), (0, 0)))
         images = images.repeat(factor, axis=2).repeat(factor, axis=3)
-        rest = side - images.shape[-1]
-        images = np.pad(images, ((0, 0), (0, 0), (0, rest), (0, rest)))
+        rest = height - images.shape[2], width - images.shape[3]
+        images = np.pad(images, ((0, 0), (0, 0), (0, rest[0]), (0, rest[1])))
         rows.append(images if images.shape[1] == 3 else images.repeat(3, axis=1))
     return make_grid(np.concatenate(rows), captions=list(groups))

@@ -38,16 +38,17 @@ DRAWING = {  # a finished run with others draws and saves again
 }  # fmt: skip
 _locks = {}  # files that this process has locked, by folder
 # Flags that may change when a run is resumed: they say where, how fast and how often, not what is computed. The batch
-# geometry may change too, as long as the global batch stays what it was.
+# geometry may change too, as long as the global batch stays what it was, and where the images are, as long as they are
+# the same: their fingerprint is compared.
 FREE_ON_RESUME = {
-    "bad_images", "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config",
-    "dataloader_num_workers", "evaluate_steps", "features", "features_model_name_or_path",
-    "gradient_accumulation_steps", "gradient_checkpointing", "hub_license", "hub_logs", "hub_model_id",
-    "hub_private_repo", "hub_revision", "hub_strategy", "hub_timeout", "keep_best", "logging_dir", "logging_steps",
-    "max_bad_images", "max_train_steps", "mixed_precision", "num_evaluation_samples", "num_train_epochs",
-    "num_validation_images", "output_dir", "prior_dataset_name", "prior_dataset_split", "push_required",
-    "push_to_hub", "report_to", "resume_from_checkpoint", "sample_batch_size", "sample_steps", "train_batch_size",
-    "validation_split", "validation_steps", *DRAWING,
+    "bad_images", "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config", "data",
+    "dataloader_num_workers", "dataset_name", "evaluate_steps", "features", "features_model_name_or_path",
+    "fingerprint", "gradient_accumulation_steps", "gradient_checkpointing", "hub_license", "hub_logs", "hub_model_id",
+    "hub_private_repo", "hub_revision", "hub_strategy", "hub_timeout", "image_range", "keep_best", "logging_dir",
+    "logging_steps", "max_bad_images", "max_train_steps", "mixed_precision", "num_evaluation_samples",
+    "num_train_epochs", "num_validation_images", "output_dir", "prior_dataset_name", "prior_dataset_split",
+    "push_required", "push_to_hub", "report_to", "resume_from_checkpoint", "sample_batch_size", "sample_steps",
+    "train_batch_size", "train_data_dir", "validation_split", "validation_steps", *DRAWING,
 }  # fmt: skip
 
 
@@ -140,6 +141,9 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
     Raises:
         UserError: lists what differs.
     """
+    if new.get("fingerprint") and not old.get("fingerprint"):
+        logger.info(f"{where} does not say which images it was made with: going on with {new.get('data')}.")
+        old = {**old, "fingerprint": new["fingerprint"]}
     added, gone = ({*new} - {*old} - FREE_ON_RESUME, {*old} - {*new} - FREE_ON_RESUME)
     if added:
         logger.info(f"{where} is of a run without {', '.join(sorted(added))}; it counts as with their defaults.")
@@ -152,11 +156,26 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
         for name in sorted({*new} - FREE_ON_RESUME)
         if old[name] != new[name]
     ]
+    if old.get("fingerprint") != new.get("fingerprint"):
+        changed.append(f"the images are others than those of {old.get('data')}, or named otherwise")
     if changed:
         raise UserError(
             f"{where} holds a run with other settings: {'; '.join(changed)}. Give the old values to go on with it, or "
             "another --output_dir to start afresh"
         )
+
+
+def check_finished(args, data_settings: dict) -> None:
+    """Refuse to call a run finished that was made with other images.
+
+    Raises:
+        UserError: see ``check_settings``.
+    """
+    path = Path(args.output_dir) / ARGUMENTS
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    names = [name for name in ("data", "images", "fingerprint", "scaled_from") if name in found]
+    old, new = ({name: values[name] for name in names} for values in (found, data_settings))
+    check_settings(f"--output_dir {args.output_dir}", old, new, {})
 
 
 def resume(accelerator, args, data_settings: dict, ema_model) -> int:

@@ -29,7 +29,7 @@ from .. import UserError, printable
 from ..args import Arguments
 from ..hardware import device_name, has_bf16, set_up_process, use_all_cores
 from .curves import draw_curves
-from .output_dir import how_to_load, public, write_arguments, write_finished
+from .output_dir import check_finished, how_to_load, public, write_arguments, write_finished
 
 logger = logging.getLogger(__name__)
 
@@ -187,8 +187,14 @@ def finish(accelerator, args, global_step: int, max_train_steps: int, stop_signa
     print_finished(accelerator, args, global_step)
 
 
-def print_finished(accelerator, args, global_step: int, again: bool = False) -> None:
-    """The last lines: where the grid and the pipeline are, and what to do next."""
+def print_finished(accelerator, args, global_step: int, data_settings: dict | None = None) -> None:
+    """The last lines: where the grid and the pipeline are, and what to do next.
+
+    Args:
+        data_settings: of a run that was found finished: its images must be these.
+    """
+    if data_settings:
+        check_finished(args, data_settings)
     if not accelerator.is_main_process:
         return
     folder, script = args.output_dir, os.path.relpath(sys.argv[0])
@@ -200,7 +206,7 @@ def print_finished(accelerator, args, global_step: int, again: bool = False) -> 
         images += f" --pretrained_model_name_or_path {base} --learning_rate {args.learning_rate:g}"
     pictures = sorted(path.name for path in Path(folder).glob("*.png") if path.name != "samples.png")
     print(
-        f"\n{'This run was finished before' if again else 'Finished'}, after {global_step} optimizer steps."
+        f"\n{'This run was finished before' if data_settings else 'Finished'}, after {global_step} optimizer steps."
         f"\n  samples      {', '.join([str(Path(folder) / 'samples.png'), *pictures])}"
         f"\n  pipeline     {how_to_load(Path(folder), folder)}"
         f"\n  curves       {_command('tensorboard')} --logdir {folder}"

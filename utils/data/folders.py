@@ -1,0 +1,176 @@
+"""A folder of image files as a data set: every file that Pillow reads, by what it is and not by how it is called.
+
+``datasets`` reads meaning into names: a folder ``train`` beside ``bus`` and ``car`` hides the two, ``[1]`` is a
+pattern, a link is not followed. Here the folder is walked and the files are handed over by their paths, not decoded.
+"""
+
+import csv
+import importlib.util
+import json
+import logging
+import os
+from collections import Counter
+from itertools import takewhile
+from pathlib import Path, PurePath
+
+import datasets
+import pyarrow.parquet
+from PIL import Image, ImageFile
+
+from .. import UserError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}  # folders, and splits
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+HEIC = {".heic", ".heif", ".hif"}
+
+
+def image_extensions() -> set[str]:
+    """Extensions, in small letters, of the files that Pillow can open here; HEIC's among them with pillow-heif."""
+    if importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    extensions = set()
+    for extension, name in Image.registered_extensions().items():
+        opener = Image.OPEN.get(name, [None])[0]
+        stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
+        if name == "MPO" or (opener and not stub and name != "MPEG"):  # these are recognised, but not decoded
+            extensions.add(extension.lower())
+    return extensions
+
+
+def walk(folder: Path) -> tuple[list[str], list[str], Counter]:
+    """The image files and the metadata files below a folder, sorted, and how many others there are by extension.
+
+    Links are followed, and no folder is entered twice. What begins with a dot, and folders that begin with two
+    underscores, are a system's own.
+    """
+    extensions, images, metadata, others = image_extensions(), [], [], Counter()
+    folders, links, entered = [os.fspath(folder)], [], set()
+    while folders or links:  # links last: a folder is called by its own name
+        place = folders.pop() if folders else links.pop(0)
+        if (real := os.path.realpath(place)) in entered:
+            continue
+        entered.add(real)
+        for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
+            extension = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if not entry.name.startswith("__"):
+                    (links if entry.is_symlink() else folders).append(entry.path)
+            elif entry.name in METADATA:
+                metadata.append(entry.path)
+            elif extension in extensions:
+                images.append(entry.path)
+            else:
+                others[extension or entry.name] += 1
+    return sorted(images), sorted(metadata), others
+
+
+def load_folder(folder: Path, label_column: str | None = None) -> dict[str, datasets.Dataset]:
+    """The images below a folder, by split.
+
+    Where every image lies in folders called train, val or validation, and test, these are the splits; otherwise there
+    is the split train. Below them, the first folders whose names differ are the classes: the column ``label``.
+
+    Args:
+        label_column: a column of metadata.csv, .jsonl or .parquet to keep, if one of them has it.
+
+    Returns:
+        Data sets with ``image``, not decoded, and perhaps labels; none if there are no images.
+
+    Raises:
+        UserError: metadata that labels are wanted from cannot be read, or do not say whose they are; a file name that
+            is not UTF-8.
+    """
+    files, metadata, others = walk(folder)
+    if not files:
+        return {}
+    if others:
+        said = ", ".join(f"{extension} ({count})" for extension, count in others.most_common(10))
+        heic = ". For HEIC: pip install pillow-heif" if HEIC & {*others} else ""
+        logger.warning(f"{folder}: passed over {others.total()} files that Pillow does not read: {said}{heic}")
+    if bad := [file for file in files if not file.isprintable() and "\\udc" in ascii(file)]:
+        raise UserError(f"{folder}: the file name {bad[0]!a} is not UTF-8; rename the file")
+    parts = [PurePath(os.path.relpath(file, folder)).parent.parts for file in files]
+    tops = [above[0].lower() if above else "" for above in parts]
+    splits = ["train"] * len(files)
+    if set(tops) <= {*SPLITS}:
+        splits, parts = [SPLITS[top] for top in tops], [above[1:] for above in parts]
+    pairs = zip(min(parts), max(parts), strict=False)
+    shared = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])  # what holds all images tells none apart
+    classes = [above[shared] if len(above) > shared else None for above in parts]
+    columns, features = {"image": files}, {"image": datasets.Image(decode=False)}
+    labels = _metadata_labels(files, metadata, label_column)
+    if labels is not None:
+        columns[label_column] = labels
+        kind = "string" if any(isinstance(label, str) for label in labels) else "int64"
+        features[label_column] = datasets.Value(kind)
+    names = sorted({name for name in classes if name is not None})
+    if names and "label" not in columns:
+        codes = {name: code for code, name in enumerate(names)}
+        columns["label"] = [codes.get(name) for name in classes]
+        features["label"] = datasets.ClassLabel(names=names)
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    if set(splits) == {"train"}:
+        return {"train": dataset}
+    rows = {split: [row for row, other in enumerate(splits) if other == split] for split in dict.fromkeys(splits)}
+    return {split: dataset.select(chosen) for split, chosen in rows.items()}
+
+
+def _metadata_labels(files: list[str], metadata: list[str], column: str | None) -> list | None:
+    """The value of a column of the metadata for each file, None where it has none; None if no metadata have it."""
+    known, values, found = set(files), {}, False
+    for path in metadata:
+        try:
+            rows = _read_rows(path)
+        except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:  # UnicodeError, JSONDecodeError too
+            message = f"{path} cannot be read: {type(error).__name__}: {error}"
+            if column is not None:
+                raise UserError(f"{message}. Repair or remove the file") from error
+            logger.warning(f"{message}. The images are used without it.")
+            continue
+        has_column = any(column in row for row in rows)
+        if not any("file_name" in row for row in rows):
+            if has_column:
+                raise UserError(f"{path} has {column}, but no column file_name that says of which image")
+            continue
+        found = found or has_column
+        missing = []
+        for row in rows:
+            name = str(row.get("file_name") or "").replace("\\", "/")
+            file = os.path.normpath(os.path.join(os.path.dirname(path), name))
+            if file not in known:
+                missing.append(name)
+            values[file] = row.get(column)
+        if missing:
+            logger.warning(
+                f"{path}: {len(missing)} of its {len(rows)} rows name no image that is there: {', '.join(missing[:5])}"
+            )
+    if not found:
+        return None
+    labels = [None if values.get(file) in (None, "") else values[file] for file in map(os.path.normpath, files)]
+    whole = all(label is None or str(label).lstrip("-").isdecimal() for label in labels)
+    return [None if label is None else int(label) if whole else str(label) for label in labels]
+
+
+def _read_rows(path: str) -> list[dict]:
+    if path.endswith(".parquet"):
+        return pyarrow.parquet.read_table(path).to_pylist()
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        if path.endswith(".csv"):
+            return list(csv.DictReader(file))
+        rows = [json.loads(line) for line in file if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line is no object")
+    return rows
+
+
+def has_tables(folder: Path) -> bool:
+    """Whether a folder holds tables or archives for ``datasets``, as a copy of a Hub repository does."""
+    kinds = (".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz")
+    names = (name for _, _, names in os.walk(folder) for name in names if name not in METADATA)
+    return any(name.lower().endswith(kinds) for name in names)

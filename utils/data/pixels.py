@@ -1,0 +1,229 @@
+"""One image, from bytes to a uint8 array of the training size.
+
+Pillow's ``convert`` turns 16-bit images white and float images black without a word, drops alpha and with it uncovers
+what transparent pixels hide. Here ranges are scaled, alpha is laid over white and EXIF rotation is applied.
+"""
+
+import io
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .. import UserError, randomness
+
+FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box", "nearest")}
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits a value
+GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
+MAX_ASPECT = 100  # longer side over shorter
+
+
+class BadImage(UserError):
+    """An image that cannot be used; the message names it."""
+
+
+def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
+    """Open, fully load and upright an image.
+
+    Args:
+        source: the file's bytes, or its path; an image that is open already is returned as it is.
+        name: what to call it in errors (a path, or a row of a data set).
+
+    Returns:
+        The first frame, in the mode of the file, rotated as its EXIF orientation says.
+
+    Raises:
+        BadImage: empty, truncated, not an image, over Pillow's limit of 89 megapixels, or a hundred times as long as
+            it is wide.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where Pillow only warns
+            raise Image.DecompressionBombError
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            size = f"{image.width} x {image.height} pixels"
+            raise BadImage(f"{name}: {size}; expected sides that differ by a factor of {MAX_ASPECT} at most")
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
+        raise BadImage(f"{name}: more than {limit}, which is taken for an attack; shrink the file") from error
+    except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ValueError ...
+        size = len(source) if isinstance(source, bytes) else os.path.getsize(source) if os.path.exists(source) else None
+        if size == 0:
+            reason = "the file is empty"
+        else:  # Pillow names the memory buffer, which helps nobody
+            reason = str(error).split(" <_io")[0].split(" '")[0] or type(error).__name__
+        raise BadImage(f"{name}: {reason}. Expected a complete image file that Pillow reads") from error
+
+
+def has_frames(source: bytes | str | Image.Image) -> bool:
+    """Whether the file holds several pictures, of which ``decode_image`` takes the first."""
+    if isinstance(source, Image.Image):
+        return False
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return getattr(image, "is_animated", False)
+
+
+def to_eight_bits(
+    image: Image.Image, mode: str, name: str, image_range: tuple[float, float] | None = None,
+    on_clip: Callable[[str], None] = lambda message: None,
+) -> Image.Image:  # fmt: skip
+    """Convert to 8 bits per channel.
+
+    Args:
+        image: in any Pillow mode.
+        mode: ``L`` or ``RGB``, the mode of the result.
+        name: what to call the image in errors.
+        image_range: the values that become black and white, of images with more than 8 bits; None for the range of
+            the file's format: 16-bit values are divided by 257; mode ``I`` counts as 16 bits if it fits, else as 31;
+            float values are taken as [0, 1], or as [0, 255] where one exceeds 1.
+        on_clip: called with a message about values outside of ``image_range``, if there are any.
+
+    Raises:
+        BadImage: values that are not finite; without ``image_range`` also negative ones, and floats above 255.
+    """
+    if image.mode in DEEP_MODES:
+        values = np.asarray(image, dtype=np.float64)
+        found = values.min(), values.max()
+        low, high = image_range or _full_range(image.mode, found[1])
+        if not np.isfinite(values).all() or (image_range is None and not (low <= found[0] and found[1] <= high)):
+            expected = "floats in [0, 1] or [0, 255]" if image.mode == "F" else "integers from 0 up"
+            raise BadImage(
+                f"{name}: values from {found[0]:g} to {found[1]:g}; expected {expected}. Rescale the file, or say "
+                "--image_range LOW,HIGH"
+            )
+        outside = int(((values < low) | (values > high)).sum())
+        if outside:
+            on_clip(f"{name}: {outside} of {values.size} values are outside of {low:g} to {high:g}, and clipped")
+        values = (values.clip(low, high) - low) * (255 / (high - low))
+        image = Image.fromarray(np.rint(values).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def _full_range(mode: str, high: float) -> tuple[float, float]:
+    """The range of a format with more than 8 bits, given the largest value of an image or several."""
+    if mode == "F":
+        return 0, 1 if high <= 1 else 255
+    return 0, 65535 if high <= 65535 else 2**31 - 1
+
+
+def used_range(images: Sequence[Image.Image]) -> tuple[float, float] | None:
+    """The range of the values of those images that have more than 8 bits.
+
+    Returns:
+        Lowest and highest value; None if no image has more than 8 bits, or half of the format's range is used.
+    """
+    deep = [np.asarray(image, dtype=np.float64) for image in images if image.mode in DEEP_MODES]
+    if not deep:
+        return None
+    low, high = (float(f([f(values) for values in deep])) for f in (np.min, np.max))
+    limit = max(_full_range(image.mode, high)[1] for image in images if image.mode in DEEP_MODES)
+    if not low < high or (low >= 0 and limit / 2 <= high - low <= limit):  # also where one is not finite
+        return None
+    return low, high
+
+
+def covering(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of an image of this width and height when it is resized so that it just covers (H, W)."""
+    (width, height), (target_height, target_width) = image_size, size
+    if width * target_height >= height * target_width:
+        return max(target_width, round(width * target_height / height)), target_height
+    return target_width, max(target_height, round(height * target_width / width))
+
+
+def prepare_image(image: Image.Image, size: tuple[int, int], interpolation: str, center_crop: bool) -> np.ndarray:
+    """Resize so that the image covers ``size``; crop the middle, or leave what is longer for a random crop.
+
+    Args:
+        size: (H, W).
+
+    Returns:
+        uint8 (C, h, w) with h == H and w >= W, or h >= H and w == W.
+    """
+    height, width = size
+    covered = covering(image.size, size)
+    if center_crop and max(covered[0] / width, covered[1] / height) > 4:  # cut first what would be enlarged in vain
+        room = [
+            max(0, side - 4 * -(-side * kept // whole)) // 2
+            for side, whole, kept in zip(image.size, covered, (width, height), strict=True)
+        ]
+        image = image.crop((room[0], room[1], image.width - room[0], image.height - room[1]))
+        covered = covering(image.size, size)
+    if image.size != covered:
+        image = image.resize(covered, FILTERS[interpolation], reducing_gap=3.0)
+    if center_crop:
+        left, top = (covered[0] - width) // 2, (covered[1] - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    array = np.array(image, dtype=np.uint8)
+    return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def augment(image: np.ndarray, sample_id: int, size: tuple[int, int], seed: int, random_flip: bool) -> np.ndarray:
+    """Random crop and, with ``random_flip``, a mirroring; a function of (seed, sample id).
+
+    Args:
+        image: uint8 (C, h, w), see ``prepare_image``.
+        sample_id: of the sample that the image is for.
+        size: (H, W).
+
+    Returns:
+        uint8 (C, H, W); may share memory with ``image``.
+    """
+    room = image.shape[1] - size[0], image.shape[2] - size[1]
+    top, left = 0, 0
+    if any(room):
+        share = randomness.uniform(seed, "crop", np.array(sample_id))
+        top, left = (int(share * (pixels + 1)) if pixels else 0 for pixels in room)
+    image = image[:, top : top + size[0], left : left + size[1]]
+    if random_flip and flips(seed, np.array(sample_id)):
+        image = image[:, :, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def flips(seed: int, sample_ids: np.ndarray) -> np.ndarray:
+    """Whether each sample is mirrored: bool, the shape of ``sample_ids``."""
+    return randomness.uniform(seed, "flip", sample_ids) < 0.5
+
+
+def channels_last(array: np.ndarray, where: str) -> np.ndarray:
+    """(H, W) or (H, W, 3) of an array (H, W), (C, H, W) or (H, W, C) with C of 1 or 3.
+
+    Raises:
+        BadImage: it has another shape.
+    """
+    shape = array.shape
+    if array.ndim == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+        raise BadImage(f"{where} has the shape {shape}; expected C of 1 or 3 and H and W above 0")
+    return array
+
+
+def from_values(array: np.ndarray, where: str) -> Image.Image:
+    """A picture of the numbers in a table: whole ones, or floats in [0, 1] or [0, 255].
+
+    Raises:
+        BadImage: it has another shape or, in colour, other values.
+    """
+    array = channels_last(array, where)
+    if array.dtype.kind not in "iufb":
+        raise BadImage(f"{where} consists of {array.dtype}; expected numbers")
+    low, high = array.min(), array.max()
+    whole = array.dtype.kind != "f"
+    if array.ndim == 2 and not (whole and low >= 0 and high <= 255):  # scaled as files with more than 8 bits are
+        return Image.fromarray(array.astype(np.int32 if whole else np.float32))
+    if not (low >= 0 and high <= 255):  # also refuses NaN
+        raise BadImage(f"{where} has values from {low:g} to {high:g}; expected 0 to 255, or floats from 0 to 1")
+    scale = 1 if whole or high > 1 else 255
+    return Image.fromarray(np.rint(array * np.float64(scale)).astype(np.uint8))
