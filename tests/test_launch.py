@@ -94,6 +94,17 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     assert close(tmp_path / "one", tmp_path / "two")
 
 
+def test_two_processes_learn_the_classes_that_one_learns(tmp_path):
+    """Labels, and what is left unsaid, follow the sample's id."""
+    flags = ["--unet=tiny", "--learning_rate=1e-4", "--label_dropout=0.4", "--max_train_steps=3", "--num_samples=10"]
+    script = str(Path(SCRIPT).with_name("train_conditional.py"))
+    code, output = run_script(script, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
+    assert code == 0, output
+    code, output = run_script(script, tmp_path / "two", *flags, processes=2)
+    assert code == 0, output
+    assert close(tmp_path / "one", tmp_path / "two")
+
+
 def test_two_processes_resume_bit_for_bit(tmp_path):
     flags = ["--cache_images=never", "--dataloader_num_workers=0", "--checkpoints_total_limit=3"]
     code, output = run_script(SCRIPT, tmp_path / "straight", *flags, processes=2)

@@ -51,6 +51,11 @@ def test_every_script_trains_on_them_and_its_pipeline_draws_them(tmp_path, wide,
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run", trust_remote_code=True, **custom)
     drawn = pipeline(**({"class_labels": ["b"]} if small else {}), num_inference_steps=2).images[0]
     assert drawn.size == (16, 8)
+    start = f"--pretrained_model_name_or_path={tmp_path / 'run'}"
+    if script is train_conditional:
+        assert "DiffusionPipeline.from_pretrained" in (tmp_path / "run" / "README.md").read_text()
+        again = [start, "--train_data_dir", wide, "--max_train_steps=1", "--train_batch_size=4"]
+        assert train(tmp_path / "again", *again, script=script) == 0
     flags = [f"--output_dir={tmp_path / 'drawn'}", "--num_samples=2", "--num_inference_steps=2"]
     assert exit_code(sample.main, sample.parse_args([str(tmp_path / "run"), *flags])) == 0
     assert Image.open(tmp_path / "drawn" / "images" / "000001.png").size == (16, 8)

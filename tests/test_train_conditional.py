@@ -88,6 +88,21 @@ def test_resuming_equals_never_having_stopped(tmp_path, flags):
         assert first.read_bytes() == second.read_bytes()
 
 
+def test_a_stream_of_a_folder_of_folders_resumes_bit_for_bit(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(30):
+        path = tmp_path / "images" / "abc"[k % 3] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(path)
+    flags = [f"--train_data_dir={tmp_path / 'images'}", "--streaming", "--shuffle_buffer_size=20"]
+    for name in ("straight", "cut"):
+        assert train(tmp_path / name, "--unet=tiny", "--num_samples=6", *flags, script=train_conditional) == 0
+    assert UNet2DModel.load_config(tmp_path / "cut" / "unet")["_class_names"] == ["a", "b", "c"]
+    interrupt(tmp_path / "cut", "checkpoint-3")
+    assert train(tmp_path / "cut", "--unet=tiny", "--num_samples=6", *flags, script=train_conditional) == 0
+    assert equal_weights(tmp_path / "straight" / WEIGHTS, tmp_path / "cut" / WEIGHTS)
+
+
 def test_labels_are_dropped_by_sample_id_and_nothing_else_changes(tmp_path, monkeypatch):
     told, original = {}, UNet2DModel.forward
 
@@ -248,6 +263,18 @@ def test_sample_draws_what_is_asked_for(finished, tmp_path):
         finished, tmp_path / "guided", "--num_samples=8", "--class_labels=7", "--guidance_scale=3", "--gif"
     )
     assert code == 0 and not np.array_equal(guided, sevens) and (tmp_path / "guided" / "walk.gif").is_file()
+
+
+def test_a_walk_leads_from_class_to_class_at_fixed_noise(finished, tmp_path):
+    _, plain = drawn(finished, tmp_path / "plain", "--num_samples=2", "--class_labels=3,8")
+    _, walk = drawn(finished, tmp_path / "walk", "--num_samples=5", "--class_labels=3,8,1", "--interpolate", "0", "0")
+    _, ends = drawn(finished, tmp_path / "ends", "--num_samples=1", "--class_labels=3")
+    assert np.array_equal(walk[0], ends[0]) and np.array_equal(walk[0], plain[0])
+    assert all(not np.array_equal(walk[k], walk[k + 1]) for k in range(4))
+    _, eight = drawn(finished, tmp_path / "eight", "--num_samples=2", "--class_labels=8,8", "--interpolate", "0", "0")
+    assert np.array_equal(walk[2], eight[0]) and np.array_equal(eight[0], eight[1])
+    guided = ["--num_samples=2", "--class_labels=3,8", "--interpolate", "0", "1", "--guidance_scale=2"]
+    assert drawn(finished, tmp_path / "guided", *guided)[0] == 0
 
 
 @pytest.mark.parametrize("label", ["eleven", "10", "-1"])

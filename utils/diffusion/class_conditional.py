@@ -103,7 +103,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def save_pretrained(self, save_directory, **options) -> None:
-        """As a ``ConsistencyModelPipeline``, which draws with these parts without guidance, and this file beside it."""
+        """As a ``ConsistencyModelPipeline``, which draws with these parts without guidance, and this file beside it.
+
+        That pipeline draws squares only: images of another shape need this file.
+        """
         if options.pop("push_to_hub", False):
             raise ValueError("save_pretrained(push_to_hub=True) would leave the code out; upload the saved folder")
         super().save_pretrained(save_directory, **options)

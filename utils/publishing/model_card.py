@@ -75,7 +75,8 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
     sampler = index["scheduler"][1]
     record = Path(args.output_dir) / "training_args.json"
     ran = json.loads(record.read_text()).get("ran", {}) if record.is_file() else {}
-    settings = summary | ran | {key: vars(args)[key] for key in TRAINING_FLAGS if vars(args).get(key) is not None}
+    found = {key: value for key, value in summary.items() if value is not None and key != "fingerprint"}
+    settings = found | ran | {key: vars(args)[key] for key in TRAINING_FLAGS if vars(args).get(key) is not None}
     table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in settings.items())
     folders = [folder, *(folder / part for part in ("scheduler", "unet"))]
     code = [f"`{path.relative_to(folder)}`" for place in folders for path in place.glob("*.py")]
@@ -132,11 +133,13 @@ def _snippet(folder: Path, args, run_it: bool, classes=None) -> str:
     code += f"images = pipeline(batch_size=4, {asked}num_inference_steps={args.num_inference_steps}).images\n"
     code += 'images[0].save("sample.png")'
     if classes:
-        code += "\n\n# With guidance, two calls of the model a step, and classes by name\n"
-        code += "from diffusers import DiffusionPipeline\n\n"
+        alone = code + "\n\n# With guidance, two calls of the model a step, and classes by name\n"
         where = f"{name!r}, custom_pipeline={name!r}"
+        code = "from diffusers import DiffusionPipeline\n\n"
         code += f"pipeline = DiffusionPipeline.from_pretrained({where}, trust_remote_code=True)\n"
         code += f"images = pipeline([{classes[0]!r}, {classes[-1]!r}], guidance_scale={args.guidance_scale}).images"
+        if not load.startswith("DiffusionPipeline"):
+            code = alone + code
     if run_it:
         once = code.replace(repr(name), repr(str(folder.resolve())))
         once = re.sub(r"num_inference_steps=\d+", "num_inference_steps=1", once)

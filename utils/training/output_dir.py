@@ -270,6 +270,12 @@ def _what_ran(accelerator) -> dict[str, str]:
 def how_to_load(folder: Path, name: str | Path) -> str:
     """The expression that loads the pipeline saved in ``folder`` as ``name``: a path, or an id on the Hub."""
     pipeline_class = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    unet = folder / "unet" / "config.json"
+    if (folder / "pipeline.py").is_file() and not isinstance(json.loads(unet.read_text()).get("sample_size"), int):
+        # ConsistencyModelPipeline draws squares only
+        return (
+            f"DiffusionPipeline.from_pretrained({str(name)!r}, custom_pipeline={str(name)!r}, trust_remote_code=True)"
+        )
     if isinstance(pipeline_class, list):  # its code is in the folder
         return f"DiffusionPipeline.from_pretrained({str(name)!r}, trust_remote_code=True)"
     return f"{pipeline_class}.from_pretrained({str(name)!r})"

@@ -147,7 +147,7 @@ def start(accelerator, args, name: str, first_step: int, **summary) -> None:
         summary: what was found out, to be recorded beside the flags.
     """
     write_arguments(accelerator, args, name, **summary)
-    logger.info("Training: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
+    logger.info("Training: " + ", ".join(f"{key} {value}" for key, value in summary.items() if value is not None))
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     logger.info(f"{accelerator.num_processes} x {device_name(accelerator.device)}, {precision}")
     tensorboard = {"purge_step": first_step + 1} if first_step else {}
