@@ -26,6 +26,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("real images")
     group.add_argument("--reference", required=True, help="what samples are compared with: Hub id, local path, mnist, digits or faces")
     group.add_argument("--reference_split", default="train", help="what the models were trained on")
+    group.add_argument("--image_column", help="column with the images, as in training (default: the only one of type Image)")
+    group.add_argument("--label_column", help="column with class labels, for a model with classes (default: the only one of type ClassLabel)")
     group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, of images with more than 8 bits, as in training: LOW,HIGH, full or auto")
     group.add_argument("--held_out_split", default="test", help="real images that they have not seen: the floor, and the measure of copying")
 

@@ -12,9 +12,11 @@ from conftest import train as train_script
 from PIL import Image, ImageFilter
 from test_images import encode
 
+import evaluate
 from utils import UserError
 from utils.data.datasets import load_train_data
 from utils.data.sources import ImageSource, load_source
+from utils.evaluation.reference import Reference
 from utils.training import checkpoints
 
 
@@ -184,7 +186,7 @@ def test_archives_of_images(accelerator, tmp_path):
 
 
 def pictures(count=12):
-    return [Image.fromarray(np.full((8, 8, 3), 20 * k, np.uint8)) for k in range(count)]
+    return [Image.fromarray(np.full((8, 8, 3), 20 * k % 256, np.uint8)) for k in range(count)]
 
 
 @pytest.mark.parametrize("column", ["raw", "record", "path", "nested", "array", "plane", "floats"])
@@ -224,6 +226,13 @@ def test_tables_of_paths_and_several_files(accelerator, tmp_path):
         assert train(accelerator, "--dataset_name", tmp_path / name, "--image_column=file")[0].length == 12
     data, _ = train(accelerator, "--dataset_name", tmp_path / "list.csv", "--image_column=file", "--label_column=kind")
     assert data.label_names == ["a", "b"]
+    two = datasets.Dataset.from_dict({"a": pictures(20), "b": pictures(20), "kind": ["x", "y"] * 10})
+    two.to_parquet(tmp_path / "two.parquet")
+    flags = [str(tmp_path / "packed"), f"--reference={tmp_path / 'two.parquet'}", "--held_out_split=train"]
+    with pytest.raises(UserError, match=r"2 columns of images: a, b\. Name one with --image_column"):
+        evaluate.main(evaluate.parse_args(flags))
+    source = evaluate.parse_args([*flags, "--image_column=b", "--label_column=kind"])
+    assert Reference(source, accelerator).labelled((3, 8, 8))[2] == ["x", "y"]
     table = datasets.Dataset.from_dict({"image": pictures()})
     for k in range(2):
         table.shard(2, k).to_parquet(tmp_path / "parts [1]" / f"{k}.parquet")
@@ -414,8 +423,6 @@ def test_another_range_is_refused_when_a_run_goes_on(accelerator, tmp_path):
 
 def test_evaluation_reads_a_folder_as_training_does(accelerator, tmp_path):
     """Exact copies of 16-bit training files are copies, and as good as it gets."""
-    import evaluate
-
     (tmp_path / "a").mkdir()
     noise = np.random.default_rng(0).integers(0, 4095, (40, 8, 8))
     for k, image in enumerate(noise):

@@ -94,10 +94,8 @@ def to_eight_bits(
         low, high = image_range or _full_range(image.mode, found[1])
         if not np.isfinite(values).all() or (image_range is None and not (low <= found[0] and found[1] <= high)):
             expected = "floats in [0, 1] or [0, 255]" if image.mode == "F" else "integers from 0 up"
-            raise BadImage(
-                f"{name}: values from {found[0]:g} to {found[1]:g}; expected {expected}. Rescale the file, or say "
-                "--image_range LOW,HIGH"
-            )
+            advice = "Rescale the file" + ", or say --image_range LOW,HIGH" * bool(np.isfinite(values).all())
+            raise BadImage(f"{name}: values from {found[0]:g} to {found[1]:g}; expected {expected}. {advice}")
         outside = int(((values < low) | (values > high)).sum())
         if outside:
             on_clip(f"{name}: {outside} of {values.size} values are outside of {low:g} to {high:g}, and clipped")

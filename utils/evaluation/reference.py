@@ -23,7 +23,8 @@ class Reference:
     """Both splits of the reference, at the size and in the mode of whatever they are compared with.
 
     Args:
-        args: ``reference``, ``reference_split``, ``held_out_split``, ``image_range``, ``seed``.
+        args: ``reference``, ``reference_split``, ``held_out_split``, ``image_column``, ``label_column``,
+            ``image_range``, ``seed``.
 
     Attributes:
         image_range: values that become black and white, see ``data.pixels.to_eight_bits``.
@@ -34,13 +35,16 @@ class Reference:
         self.args, self.accelerator, self._prepared, self._baselines = args, accelerator, {}, {}
         self._sources = {}
         for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
-            source = ImageSource(args.reference, split, flags={"name": "--reference", "split": flag})
-            self._sources[split] = load_source(source, accelerator)[0]
+            self._sources[split] = load_source(self._source(split, flag), accelerator)[0]
         shown = look_at(self._sources[args.reference_split], args.reference)
         self.image_range = choose_range(args.image_range, shown)
         first = look_at(self._sources[args.held_out_split].take(1), args.reference)[0]
         mode = "L" if first.mode in GREY_MODES else "RGB"
         self.held_out = self._load(args.held_out_split, (first.height, first.width), mode)
+
+    def _source(self, split: str, flag: str, **options) -> ImageSource:
+        flags = {"name": "--reference", "split": flag}
+        return ImageSource(self.args.reference, split, image_column=self.args.image_column, flags=flags, **options)
 
     def _load(self, split: str, size: tuple[int, int], mode: str) -> np.ndarray:
         if (split, size, mode) not in self._prepared:
@@ -71,8 +75,7 @@ class Reference:
             UserError: it has no class labels.
         """
         split = split or self.args.reference_split
-        flags = {"name": "--reference", "split": flag}
-        source = ImageSource(self.args.reference, split, find_labels=True, flags=flags)
+        source = self._source(split, flag, label_column=self.args.label_column, find_labels=True)
         dataset = load_source(source, self.accelerator)[0]
         names = dataset.features["label"].names
         drawn = randomness.shuffled_indices(self.args.seed, np.arange(len(dataset)), len(dataset))
