@@ -59,7 +59,8 @@ def parse_args(argv=None):
     group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="uniform", help="where in [0, T) training looks: evenly, or more at the middle (arXiv:2403.03206)")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
     group.add_argument("--label_dropout", type=real(0, 1), default=0.1, help="share of samples whose class is not said")
-    group.add_argument("--guidance_scale", type=real(0), default=1.5, help="guidance of the samples that are drawn: 1 is the model as it is, more is purer and less varied")
+    group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.3, help="guidance learnt by the weights (arXiv:2502.12154), about that of a scale of 1 / (1 - W); 0: none, a third quicker")
+    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="further guidance of the samples that are drawn, at two calls a step: 1 is the model as it is, more is purer and less varied")
 
     add_evaluation_arguments(parser)
     add_common_arguments(parser)
@@ -223,6 +224,10 @@ def main(args):
                 target = clean_images
             else:
                 target = noise_scheduler.get_velocity(clean_images, noise, timesteps)
+            if args.model_guidance:  # learn what guidance would draw: aim further away from what is said of nothing
+                with torch.no_grad():
+                    unsaid = model(noisy_images, timesteps, torch.full_like(class_labels, nothing)).sample.float()
+                target = target + args.model_guidance * (model_output.detach() - unsaid)
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
             loss = losses.mean()
             if args.snr_gamma is not None:

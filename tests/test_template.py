@@ -215,7 +215,7 @@ def test_a_new_flag_at_its_default_goes_on_with_an_old_run(tmp_path, capsys):
     forget(tmp_path / "run", "snr_gamma", "lr_scheduler", bygone=7)
     assert train(tmp_path / "run") == 0
     said = capsys.readouterr().err
-    assert "is of a run without lr_scheduler, snr_gamma; it counts as with their defaults" in said
+    assert "is of a run without lr_scheduler, snr_gamma; what runs did before there were these counts" in said
     assert "settings that this script does not have: bygone (it was 7); they are ignored" in said
     assert "Resuming from" in said
 

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import equal_weights, events, exit_code, interrupt, parse, scalars, slow, train
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline, UNet2DModel
 from PIL import Image
@@ -113,7 +114,8 @@ def test_labels_are_dropped_by_sample_id_and_nothing_else_changes(tmp_path, monk
 
     monkeypatch.setattr(UNet2DModel, "forward", forward)
     for share in (0.0, 0.3, 1.0):
-        run(tmp_path / str(share), f"--label_dropout={share}", "--train_batch_size=200", "--max_train_steps=3")
+        flags = ["--train_batch_size=200", "--max_train_steps=3", "--model_guidance=0"]
+        run(tmp_path / str(share), f"--label_dropout={share}", *flags)
     for one, other in zip(told[0.0], told[0.3], strict=True):
         assert torch.equal(one[0], other[0])
         kept = other[1] < 10
@@ -122,6 +124,35 @@ def test_labels_are_dropped_by_sample_id_and_nothing_else_changes(tmp_path, monk
 
 
 # ------------------------------------------------------------------------------------------------------------- guidance
+
+
+def test_model_guidance_moves_the_target_of_what_is_said_away_from_what_is_said_of_nothing(tmp_path, monkeypatch):
+    seen, mse_loss, forward = {}, F.mse_loss, UNet2DModel.forward
+
+    def spy_loss(output, target, **options):
+        seen.setdefault(weight, []).append((output.detach(), target))
+        return mse_loss(output, target, **options)
+
+    def spy_forward(self, images, timesteps, class_labels=None, **options):
+        if self.training:
+            seen.setdefault("labels", []).append((class_labels.clone(), torch.is_grad_enabled()))
+        return forward(self, images, timesteps, class_labels, **options)
+
+    monkeypatch.setattr(F, "mse_loss", spy_loss)
+    monkeypatch.setattr(UNet2DModel, "forward", spy_forward)
+    for weight in (0.0, 0.4):
+        seen["labels"] = []
+        flags = ["--max_train_steps=1", "--train_batch_size=64", "--label_dropout=0.5"]
+        run(tmp_path / str(weight), *flags, f"--model_guidance={weight}")
+    (labels, gradient), (unsaid, none) = seen["labels"]
+    assert gradient and not none and (unsaid == 10).all()
+    (output, target), (same, plain) = seen[0.4][0], seen[0.0][0]
+    assert torch.equal(output, same)
+    moved = (target - plain).flatten(1).abs().amax(1)
+    assert (moved[labels == 10] < 1e-6).all() and (moved[labels < 10] > 1e-6).all()
+    without = (target - plain) / -0.4 + output  # what the model says of nothing, for every image
+    nothing_said = labels == 10
+    assert torch.allclose(without[nothing_said], output[nothing_said], atol=1e-5)
 
 
 @pytest.fixture(scope="module")

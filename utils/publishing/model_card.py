@@ -137,7 +137,8 @@ def _snippet(folder: Path, args, run_it: bool, classes=None) -> str:
         where = f"{name!r}, custom_pipeline={name!r}"
         code = "from diffusers import DiffusionPipeline\n\n"
         code += f"pipeline = DiffusionPipeline.from_pretrained({where}, trust_remote_code=True)\n"
-        code += f"images = pipeline([{classes[0]!r}, {classes[-1]!r}], guidance_scale={args.guidance_scale}).images"
+        scale = 1.5 if args.guidance_scale == 1 else args.guidance_scale
+        code += f"images = pipeline([{classes[0]!r}, {classes[-1]!r}], guidance_scale={scale}).images"
         if not load.startswith("DiffusionPipeline"):
             code = alone + code
     if run_it:

@@ -52,6 +52,10 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+# What a run did that did not know a flag, where that is not the default of now
+BEFORE = {"model_guidance": 0.0}
+
+
 def claim_output_dir(accelerator, args, script: str) -> tuple[Path, int | None]:
     """Make the output folder this run's, or find that it holds this run already.
 
@@ -131,7 +135,8 @@ def _lock(folder: Path) -> None:
 def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
     """Refuse to go on with a run whose results would depend on when the settings changed.
 
-    A flag that the old run did not know counts as having had its default. One that is gone is named in a warning.
+    A flag that the old run did not know counts as having had its default, or what is in ``BEFORE``. One that is gone is
+    named in a warning.
 
     Args:
         where: the folder, for the message.
@@ -146,11 +151,13 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
         old = {**old, "fingerprint": new["fingerprint"]}
     added, gone = ({*new} - {*old} - FREE_ON_RESUME, {*old} - {*new} - FREE_ON_RESUME)
     if added:
-        logger.info(f"{where} is of a run without {', '.join(sorted(added))}; it counts as with their defaults.")
+        logger.info(
+            f"{where} is of a run without {', '.join(sorted(added))}; what runs did before there were these counts."
+        )
     if gone:
         said = ", ".join(f"{name} (it was {old[name]!r})" for name in sorted(gone))
         logger.warning(f"{where} is of a run with settings that this script does not have: {said}; they are ignored.")
-    old = {**{name: defaults.get(name) for name in added}, **old}
+    old = {**{name: BEFORE.get(name, defaults.get(name)) for name in added}, **old}
     changed = [
         f"{name} was {old[name]!r}, is {new[name]!r}"
         for name in sorted({*new} - FREE_ON_RESUME)
