@@ -24,7 +24,7 @@ from ..pictures import from_uint8
 from ..signals import STOP_SIGNALS
 from .feeds import Cache, Stream, read_ahead
 from .images import INSPECTED, PreparedImages, choose_range, locate
-from .pixels import GREY_MODES, BadImage, covering, decode_image, has_frames
+from .pixels import GREY_MODES, BadImage, covering, decode_image, left_out
 from .sources import ImageSource, data_license, load_source
 
 logger = logging.getLogger(__name__)
@@ -124,13 +124,14 @@ class TrainData:
         else:
             spread = sorted({int(index) for index in np.linspace(0, self.length - 1, INSPECTED)})
             rows = zip(spread, dataset.select(spread), strict=True)
-        images, several = [], []
+        images, unused = [], {}
         digest = self._digest_of_names(dataset)
         for index, row in rows:
             try:
                 source, where = locate(row, self.name, index)
                 images.append(decode_image(source, where))
-                several += [where] if has_frames(source) else []
+                for loss in left_out(source):
+                    unused.setdefault(loss, []).append(where)
                 if digest and isinstance(source, Image.Image):
                     digest.update(source.tobytes())
                 elif digest:
@@ -140,11 +141,8 @@ class TrainData:
                     raise BadImage(f"{error}. {reading(self.args)['advice']}") from None
         if not images:
             raise UserError(f"{self.name}: no readable image found; expected a data set of images")
-        if several:
-            logger.warning(
-                f"{len(several)} of {len(images)} images looked at hold several pictures, such as {several[0]}: the "
-                "first of each is used"
-            )
+        for loss, places in unused.items():
+            logger.warning(f"{len(places)} of {len(images)} images looked at, such as {places[0]}: {loss}")
         self.settings["fingerprint"] = digest and digest.hexdigest()[:16]
         self._choose_mode({image.mode for image in images}, image_mode)
         self._choose_size([image.size for image in images], size)
@@ -156,7 +154,7 @@ class TrainData:
             return None
         digest = hashlib.sha256(str(self.length).encode())
         record = dataset[0]["image"] if self.length else None
-        if isinstance(record, dict) and record["bytes"] is None and record["path"]:
+        if isinstance(record, dict) and record.get("bytes") is None and record.get("path"):
             paths = [record["path"] for record in dataset["image"][:]]
             root = os.path.commonpath([os.path.dirname(path) for path in paths])
             for path in paths:

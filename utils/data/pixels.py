@@ -62,12 +62,14 @@ def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
         raise BadImage(f"{name}: {reason}. Expected a complete image file that Pillow reads") from error
 
 
-def has_frames(source: bytes | str | Image.Image) -> bool:
-    """Whether the file holds several pictures, of which ``decode_image`` takes the first."""
+def left_out(source: bytes | str | Image.Image) -> list[str]:
+    """What of a file is not in ``decode_image``'s picture: further pictures, and lower bits that Pillow drops."""
     if isinstance(source, Image.Image):
-        return False
+        return []
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return getattr(image, "is_animated", False)
+        several = ["only the first of several pictures is used"] if getattr(image, "is_animated", False) else []
+        wide = image.mode not in DEEP_MODES and any(";16" in str(tile) for tile in image.tile)
+        return several + ["of 16 bits a colour, Pillow keeps the upper 8: scale the files to 8 bits"] * wide
 
 
 def to_eight_bits(
