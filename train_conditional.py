@@ -59,7 +59,7 @@ def parse_args(argv=None):
     group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="uniform", help="where in [0, T) training looks: evenly, or more at the middle (arXiv:2403.03206)")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
     group.add_argument("--label_dropout", type=real(0, 1), default=0.1, help="share of samples whose class is not said")
-    group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.3, help="guidance learnt by the weights (arXiv:2502.12154), about that of a scale of 1 / (1 - W); 0: none, a third quicker")
+    group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), about that of a scale of 1 / (1 - W); 0: none, a third quicker")
     group.add_argument("--guidance_scale", type=real(0), default=1.0, help="further guidance of the samples that are drawn, at two calls a step: 1 is the model as it is, more is purer and less varied")
 
     add_evaluation_arguments(parser)
