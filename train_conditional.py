@@ -9,7 +9,8 @@ draws the digits that it is asked for after a few minutes on 2 CPU cores. The ou
 and, for guidance and classes by name, with the pipeline.py in it: see utils/diffusion/class_conditional.py.
 
 train_ddpm.py with classes: the UNet is told each image's class and, now and then, nothing (--label_dropout). So it learns
-both what a seven looks like and what any digit does; away from the latter, samples become surer sevens (--guidance_scale).
+what a seven looks like and what any digit does; away from the latter, sevens become surer (--model_guidance, learnt by the
+weights; --guidance_scale, when drawing).
 """
 
 from utils.args import SAMPLERS, Parser, add_common_arguments, add_evaluation_arguments, check_common, integer, real
@@ -188,8 +189,7 @@ def main(args):
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
-            scheduler = pipeline_scheduler(args.sampler, noise_scheduler)
-            ClassConditionalPipeline(unet, scheduler).save_pretrained(folder)
+            ClassConditionalPipeline(unet, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
         write_card(folder, "Class-conditional DDPM", args, classes=class_names, **summary)
 
     draw(1, num_inference_steps=1)  # a model that cannot draw is found out now, not after hours

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 from utils.diffusion.pipelines import slerp
-from utils.randomness import random_bits, sample_noise, shuffled_indices, uniform
+from utils.randomness import logit_normal, random_bits, sample_noise, shuffled_indices, uniform
 
 
 def test_uniform_is_uniform_and_uncorrelated():
@@ -14,6 +14,13 @@ def test_uniform_is_uniform_and_uncorrelated():
     assert abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.01
     for other in (uniform(1, "timesteps", np.arange(100_000)), uniform(0, "flip", np.arange(100_000))):
         assert abs(np.corrcoef(draws, other)[0, 1]) < 0.01
+
+
+def test_logit_normal_is_the_logistic_function_of_a_normal_variable():
+    draws = logit_normal(uniform(0, "timesteps", np.arange(10_000)))
+    assert stats.kstest(np.log(draws / (1 - draws)), "norm").pvalue > 0.001
+    ends = logit_normal(np.array([0.0, 0.5, 1 - 2.0**-53]))
+    assert ends[:2].tolist() == [0, 0.5] and 0.999 < ends[2] < 1  # so that a timestep is always below T
 
 
 def test_neighbouring_seeds_share_no_bits():
