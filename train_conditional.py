@@ -9,8 +9,7 @@ draws the digits that it is asked for after a few minutes on 2 CPU cores. The ou
 and, for guidance and classes by name, with the pipeline.py in it: see utils/diffusion/class_conditional.py.
 
 train_ddpm.py with classes: the UNet is told each image's class and, now and then, nothing (--label_dropout). So it learns
-what a seven looks like and what any digit does; away from the latter, sevens become surer (--model_guidance, learnt by the
-weights; --guidance_scale, when drawing).
+what a seven looks like and what any digit does. Away from the latter sevens become surer: --model_guidance learns that.
 """
 
 from utils.args import SAMPLERS, Parser, add_common_arguments, add_evaluation_arguments, check_common, integer, real

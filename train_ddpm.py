@@ -93,7 +93,8 @@ def main(args):
     set_seed(args.seed)
 
     # Data
-    pretrained = load_pretrained(args.pretrained_model_name_or_path) if args.pretrained_model_name_or_path else None
+    start = args.pretrained_model_name_or_path
+    pretrained = load_pretrained(start) if start else None
     train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)  # or own_images=...
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
     max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
