@@ -255,6 +255,15 @@ def test_slices_of_saved_splits(accelerator, tmp_path):
         train(accelerator, "--dataset_name", tmp_path / "saved", "--dataset_split=dev")
 
 
+def test_examples_of_a_sorted_stream_are_of_every_class(accelerator, tmp_path):
+    for k in range(200):
+        draw(tmp_path / "ab"[k // 100] / f"{k:03}.png")
+    flags = ["--train_data_dir", tmp_path, "--streaming", "--label_column=label"]
+    data, _ = train(accelerator, *flags)
+    _, labels = data.examples(20, with_labels=True)
+    assert 4 < labels.sum() < 16
+
+
 def test_an_unwritable_cache_is_named(accelerator, tmp_path, monkeypatch):
     datasets.Dataset.from_dict({"image": pictures()}).to_parquet(tmp_path / "x.parquet")
 

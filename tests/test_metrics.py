@@ -26,6 +26,15 @@ def test_frechet_distance_equals_scipys_and_the_closed_forms(normal):
     assert frechet_distance(flat, flat) == pytest.approx(0, abs=1e-9)
 
 
+def test_blocks_change_nothing(normal, monkeypatch):
+    from utils.evaluation import comparison
+
+    first, second = normal(300).astype(np.float32), normal(200, seed=1).astype(np.float32) + 0.5
+    whole = precision_recall(first, second), density_coverage(first, second)
+    monkeypatch.setattr(comparison, "BLOCK", 777)
+    assert whole == (precision_recall(first, second), density_coverage(first, second))
+
+
 def test_bootstrap_error_has_the_size_of_the_spread(normal):
     def mean(first, second):
         return first.mean()

@@ -47,8 +47,10 @@ def _launcher_chose_one_thread() -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """For example "NVIDIA H100" or "CPU, 2 threads"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    """For example "NVIDIA H100", "MPS" or "CPU, 2 threads"."""
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def has_bf16(device: torch.device) -> bool:

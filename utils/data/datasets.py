@@ -67,7 +67,7 @@ def reading(args) -> dict:
     return dict(
         interpolation=args.interpolation, center_crop=args.center_crop, random_flip=args.random_flip, seed=args.seed,
         max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,
-        advice="--bad_images skip goes on without it",
+        advice="--bad_images skip goes on without it", shuffle_buffer_size=args.shuffle_buffer_size,
     )  # fmt: skip
 
 

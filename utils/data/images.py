@@ -93,22 +93,24 @@ class PreparedImages(torch.utils.data.Dataset):
         advice: what the user can do about an unreadable image, for the error.
         refuse_colour: whether an image that is not grey is an error.
         image_range: see ``to_eight_bits``.
+        shuffle_buffer_size: rows of a stream that ``examples`` are chosen from.
     """
 
     def __init__(
         self, dataset, name: str, mode: str, size: tuple[int, int], interpolation: str = "bicubic",
         center_crop: bool = False, random_flip: bool = False, seed: int = 0, max_bad_images: int | None = None,
         advice: str = "", refuse_colour: bool = False, image_range: tuple[float, float] | None = None,
+        shuffle_buffer_size: int = 10_000,
     ):  # fmt: skip
         self.dataset, self.name, self.mode, self.size, self.seed = dataset, name, mode, size, seed
         self.interpolation, self.center_crop, self.random_flip = interpolation, center_crop, random_flip
         self.max_bad_images, self.advice, self.refuse_colour = max_bad_images, advice, refuse_colour
-        self.image_range, self.clipped = image_range, 0
+        self.image_range, self.clipped, self.shuffle_buffer_size = image_range, 0, shuffle_buffer_size
 
     def examples(self, count: int, with_labels: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Some of the images, cut in the middle: uint8 (N, C, H, W); with their labels, int64 (N,), if asked for.
 
-        The same ones on every process: of a stream the first, otherwise ``count`` at random, or all if there are fewer.
+        The same ones on every process, at random, of a stream from its shuffle buffer; all if there are fewer.
         Bad images are left out if they may be passed over.
 
         Raises:
@@ -119,7 +121,8 @@ class PreparedImages(torch.utils.data.Dataset):
             indices = randomness.shuffled_indices(self.seed, drawn, len(self.dataset)).tolist()
             rows = ((index, self.dataset[index]) for index in indices)
         else:
-            rows = enumerate(self.dataset.take(count))
+            shuffled = self.dataset.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer_size)  # it may be sorted
+            rows = enumerate(shuffled.take(count))
         images, labels = [], []
         for index, row in rows:
             try:

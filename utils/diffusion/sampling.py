@@ -48,8 +48,11 @@ def sample_images(
         )
         if batch is None:
             return None
-        images.append(batch)
-    return to_uint8(accelerator.gather(torch.cat(images))[:count])
+        images.append(torch.from_numpy(to_uint8(batch)))  # at once: floats of 50,000 images would fill the memory
+    images = torch.cat(images)
+    if accelerator.num_processes > 1:
+        images = accelerator.gather(images.to(accelerator.device)).cpu()
+    return images[:count].numpy()
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@ Every function takes features (N, D) and (M, D), float, as those in ``metrics`` 
 
 import numpy as np
 
-from .metrics import frechet_distance, kernel_distance
+from .metrics import distance_name, frechet_distance, kernel_distance
+
+BLOCK = 2**25  # distances at once
 
 
 def bootstrap(metric, first: np.ndarray, second: np.ndarray, repeats: int = 20, seed: int = 0) -> float:
@@ -22,7 +24,8 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tup
     Returns:
         Precision, how much of what is generated looks real; recall, how much of what is real is generated.
     """
-    return float(_inside(generated, real, k).any(1).mean()), float(_inside(real, generated, k).any(1).mean())
+    precise, recalled = _inside(generated, real, k)[0] > 0, _inside(real, generated, k)[0] > 0
+    return float(precise.mean()), float(recalled.mean())
 
 
 def density_coverage(generated: np.ndarray, real: np.ndarray, k: int = 5) -> tuple[float, float]:
@@ -31,17 +34,25 @@ def density_coverage(generated: np.ndarray, real: np.ndarray, k: int = 5) -> tup
     Returns:
         Density, about 1 for equal distributions, may exceed it; coverage, in [0, 1].
     """
-    inside = _inside(generated, real, k)
-    return float(inside.sum(1).mean() / k), float(inside.any(0).mean())
+    balls, points = _inside(generated, real, k)
+    return float(balls.mean() / k), float((points > 0).mean())
 
 
-def _inside(points: np.ndarray, centres: np.ndarray, k: int) -> np.ndarray:
-    """bool (points, centres): whether a point is within the ball to a centre's k-th nearest fellow centre."""
+def _inside(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """In how many balls each point is (N,), and how many points are in each ball (M,).
+
+    A ball reaches from a centre to its k-th nearest fellow centre. The N x M distances are worked through in blocks.
+    """
     from sklearn.neighbors import NearestNeighbors
 
     radii = NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]  # itself comes first
-    squares = (points**2).sum(1)[:, None] + (centres**2).sum(1) - 2 * points @ centres.T
-    return squares <= radii**2
+    balls, counts, size = [], np.zeros(len(centres), int), max(1, BLOCK // len(centres))
+    for block in np.split(points, range(size, len(points), size)):
+        squares = (block**2).sum(1)[:, None] + (centres**2).sum(1) - 2 * block @ centres.T
+        inside = squares <= radii**2
+        balls.append(inside.sum(1))
+        counts += inside.sum(0)
+    return np.concatenate(balls), counts
 
 
 def nearest_distances(
@@ -64,10 +75,10 @@ def compare(generated: np.ndarray, real: np.ndarray, name: str, seed: int) -> di
     kid, kid_error = kernel_distance(generated, real, seed=seed)
     precision, recall = precision_recall(generated, real)
     density, coverage = density_coverage(generated, real)
-    distance = "fid" if name == "inception" else "fd"
+    distance = distance_name(name)
     return {
-        f"{distance}_{name}": frechet_distance(generated, real),
-        f"{distance}_{name}_error": bootstrap(frechet_distance, generated, real, seed=seed),
+        distance: frechet_distance(generated, real),
+        f"{distance}_error": bootstrap(frechet_distance, generated, real, seed=seed),
         f"kid_{name}": kid,
         f"kid_{name}_error": kid_error,
         "precision": precision,

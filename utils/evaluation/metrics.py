@@ -23,6 +23,11 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     return float(means @ means + np.trace(c1) + np.trace(c2) - 2 * cross)
 
 
+def distance_name(features: str) -> str:
+    """What the Fréchet distance is called: fid_inception, and fd_... in features that no other project has."""
+    return f"fid_{features}" if features == "inception" else f"fd_{features}"
+
+
 def squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
     """Unbiased squared maximum mean discrepancy of equally many points, with the kernel (x y / D + 1)^3."""
     x, y = first.astype(np.float64), second.astype(np.float64)

@@ -13,7 +13,7 @@ import numpy as np
 from ..pictures import to_uint8
 from ..training.checkpoints import on_all_processes, sync
 from .features import load_extractor
-from .metrics import frechet_distance, kernel_distance
+from .metrics import distance_name, frechet_distance, kernel_distance
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ class SampleQuality:
         self.extract = load_extractor(args.features, args.features_model_name_or_path, accelerator.device)
         reference = to_uint8(train_data.examples(args.num_evaluation_samples))
         self.count, self.reference = len(reference), self.extract(reference)
+        self._distance = f"{distance_name(args.features)}_N{self.count}"
+        self._kid = f"kid_{args.features}_N{self.count}"
         self.folder = Path(args.output_dir) / "best"
         self.previous = self.folder.with_name("best-previous")
         if accelerator.is_main_process and self.previous.exists() and not self.folder.exists():
@@ -47,16 +49,13 @@ class SampleQuality:
         if (self.folder / RECORD).is_file():
             record = json.loads((self.folder / RECORD).read_text())
             if record["step"] <= first_step:
-                self.best = record.get(self._name("fd"), np.inf)
+                self.best = record.get(self._distance, np.inf)
         dimensions = self.reference.shape[1]
         if self.count < 2 * dimensions:
             logger.warning(
                 f"{self.count} images for {dimensions} features: fewer than twice as many make fd and kid unreliable. "
                 "Raise --num_evaluation_samples, or choose other --features"
             )
-
-    def _name(self, metric: str) -> str:
-        return f"{metric}_{self.args.features}_N{self.count}"
 
     def log(self, draw: Callable[[int], np.ndarray | None], step: int) -> None:
         """Draw samples, compare them with the training images, and write curves. Call it on all processes.
@@ -71,7 +70,7 @@ class SampleQuality:
             return
         features = self.extract(images)
         kid, _ = kernel_distance(features, self.reference, seed=self.args.seed)
-        self.values = {self._name("fd"): frechet_distance(features, self.reference), self._name("kid"): kid}
+        self.values = {self._distance: frechet_distance(features, self.reference), self._kid: kid}
         self.accelerator.log({f"quality/{name}": value for name, value in self.values.items()}, step=step)
         self.values["step"] = step
         if not self.announced:
@@ -92,7 +91,7 @@ class SampleQuality:
         """
 
         def publish():
-            if not self.values or self.values[self._name("fd")] >= self.best:
+            if not self.values or self.values[self._distance] >= self.best:
                 return
             staging = self.folder.with_name(".tmp-best")
             for leftover in (staging, self.previous):
@@ -106,8 +105,8 @@ class SampleQuality:
                 os.rename(self.folder, self.previous)
             os.rename(staging, self.folder)
             shutil.rmtree(self.previous, ignore_errors=True)
-            self.best = self.values[self._name("fd")]
-            logger.info(f"{self._name('fd')} {self.best:.3g} is the lowest so far: kept in {self.folder}")
+            self.best = self.values[self._distance]
+            logger.info(f"{self._distance} {self.best:.3g} is the lowest so far: kept in {self.folder}")
 
         if self.args.keep_best:
             on_all_processes(
