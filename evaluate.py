@@ -78,7 +78,7 @@ def main(args):
     from utils.evaluation.comparison import compare
     from utils.evaluation.denoising_loss import DenoisingLoss
     from utils.evaluation.features import load_extractor
-    from utils.evaluation.image_folder import load_folder
+    from utils.evaluation.image_folder import load_folder, scaled_from
     from utils.evaluation.reference import Reference
     from utils.evaluation.report import write_report
     from utils.evaluation.sweep import best_setting, check_writable, write_scheduler
@@ -134,6 +134,12 @@ def main(args):
             say(
                 f"warning: {model} was trained on {trained_on}, not on --reference_split {args.reference_split}: copies and floor mislead"
             )
+        known, trained_range = scaled_from(model)
+        if known and trained_range != real.image_range:
+            said = ",".join(f"{value:g}" for value in trained_range) if trained_range else "full"
+            say(
+                f"warning: {model} was trained with --image_range {said}, the reference is read otherwise; say the same"
+            )
         files = sorted(Path(model).glob("unet/*.safetensors"))
         weights = file_hash(*files)[:12] if files else None
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
@@ -143,6 +149,7 @@ def main(args):
             for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
                 images = from_uint8(real.resized(shape, split)[: args.num_validation_images])
                 labels = torch.from_numpy(real.labelled(shape, flag, split)[1]) if asked else None
+                labels = labels.where(labels >= 0, len(asked.names)) if asked else None
                 loss = DenoisingLoss(images, training_scheduler(own), args.seed, labels=labels)
                 losses.append(dict(model=Path(model).name, images=split, **loss.measure(unet, accelerator)))
         if asked:

@@ -91,7 +91,7 @@ def main(args):
     if args.interpolate:
         options["noise"] = between
     if args.init_image:
-        options["init_images"] = load_image(args.init_image, shape)
+        options["init_images"] = load_image(args.init_image, shape, args.model)
     draw = partial(
         sample_batch, unet, sampler, shape=shape, num_inference_steps=args.num_inference_steps, seed=args.seed,
         device=accelerator.device, **options,

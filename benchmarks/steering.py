@@ -17,6 +17,7 @@ from PIL import ImageColor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.diffusion.guidance import Guidance, color_loss
 from utils.diffusion.pipelines import load_pipeline
+from utils.diffusion.pretrained import image_shape
 from utils.diffusion.sampling import sample_images
 from utils.diffusion.schedulers import make_sampler
 
@@ -31,7 +32,7 @@ def main():
     unet, scheduler = load_pipeline(options.model)
     accelerator, sampler = Accelerator(mixed_precision="bf16"), make_sampler("ddim", scheduler)
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    shape = image_shape(unet.config)
     target = np.array(ImageColor.getrgb(options.color)[:3]).reshape(1, 3, 1, 1)
     print(f"| Guidance towards {options.color} | Mean distance, of 255 | Share | Seconds |\n|---|---|---|---|")
     first = None

@@ -19,6 +19,9 @@ import evaluate
 from utils import UserError
 from utils.data.datasets import load_train_data
 from utils.data.sources import ImageSource, load_source
+from utils.evaluation.class_statistics import asked_classes
+from utils.evaluation.image_folder import load_folder as load_images_of
+from utils.evaluation.image_folder import load_image
 from utils.evaluation.reference import Reference
 from utils.training import checkpoints
 
@@ -259,7 +262,7 @@ def test_examples_of_a_sorted_stream_are_of_every_class(accelerator, tmp_path):
     for k in range(200):
         draw(tmp_path / "ab"[k // 100] / f"{k:03}.png")
     flags = ["--train_data_dir", tmp_path, "--streaming", "--label_column=label"]
-    data, _ = train(accelerator, *flags)
+    data = load_train_data(parse(*map(str, flags)), accelerator)
     _, labels = data.examples(20, with_labels=True)
     assert 4 < labels.sum() < 16
 
@@ -317,7 +320,7 @@ def test_values_outside_are_clipped_and_counted(accelerator, tmp_path, caplog):
     deep(tmp_path, (0, 4095))
     _, batch = train(accelerator, "--train_data_dir", tmp_path, "--image_range=0,2000")
     assert (batch["images"] == 1).float().mean() > 0.4
-    assert "clipped in 10 images so far" in caplog.text and "outside of 0 to 2000" in caplog.text
+    assert "clipped in 10 images read so far" in caplog.text and "outside of 0 to 2000" in caplog.text
 
 
 def test_long_images_are_refused_and_animations_said(accelerator, tmp_path, caplog):
@@ -444,7 +447,7 @@ def test_another_range_is_refused_when_a_run_goes_on(accelerator, tmp_path):
     deep(tmp_path / "a", (0, 4095))
     flags = ["--train_data_dir", tmp_path / "a", "--unet=tiny"]
     assert train_script(tmp_path / "run", *flags) == 0
-    with pytest.raises(UserError, match=r"scaled_from was \[0.0, 4095.0\], is None"):
+    with pytest.raises(UserError, match=r"--image_range was 0,4095, is full"):
         train_script(tmp_path / "run", *flags, "--image_range=full", "--max_train_steps=8")
     assert train_script(tmp_path / "run", *flags, "--image_range=0,4095", "--max_train_steps=8") == 0
 
@@ -460,3 +463,127 @@ def test_evaluation_reads_a_folder_as_training_does(accelerator, tmp_path):
     evaluate.main(evaluate.parse_args(flags))
     floor, copies, _ = json.loads((tmp_path / "e" / "results.json").read_text())["results"]
     assert copies["fd_pixels"] < 1e-3 < floor["fd_pixels"] and copies["copies"] == 0.5
+
+
+# Found by trying more of the same
+
+
+def test_an_archive_beside_the_images_hides_none_of_them(accelerator, tmp_path, caplog):
+    for name in ("bus", "car", "train"):
+        draw(*(tmp_path / name / f"{k}.png" for k in range(6)))
+    (tmp_path / "backup.zip").write_bytes(b"")
+    assert train(accelerator, "--dataset_name", tmp_path)[0].length == 18
+    assert ".zip (1)" in caplog.text
+
+
+def test_classes_below_each_split(accelerator, tmp_path):
+    places = ("train/imgs/cat", "train/imgs/dog", "val/pics/cat")
+    draw(*(tmp_path / place / f"{k}.png" for place in places for k in range(3)))
+    dataset = load(accelerator, tmp_path, "val", label_column="label")
+    assert dataset.features["label"].names == ["cat", "dog"] and dataset["label"][:] == [0] * 3
+
+
+def test_links_in_a_circle_and_twice_are_said(accelerator, tmp_path, caplog):
+    draw(*(tmp_path / "a" / f"{k}.png" for k in range(12)), tmp_path / "__background__" / "x.png")
+    os.symlink("self", tmp_path / "self")
+    os.symlink(tmp_path / "a", tmp_path / "b")
+    assert len(load(accelerator, tmp_path)) == 13
+    assert f"{tmp_path / 'b'} is a link to a folder that is read already" in caplog.text
+
+
+def test_masks_and_wide_numbers_in_a_table(accelerator, tmp_path):
+    masks = [(np.arange(64).reshape(8, 8) % 2 == 0).tolist()] * 12
+    ramps = [(np.arange(64).reshape(8, 8) * (65 if k else 3)).tolist() for k in range(12)]
+    datasets.Dataset.from_dict({"mask": masks, "ramp": ramps}).to_parquet(tmp_path / "x.parquet")
+    _, batch = train(accelerator, "--dataset_name", tmp_path / "x.parquet", "--image_column=mask")
+    assert set(batch["images"].unique().tolist()) == {-1, 1}
+    flags = ["--dataset_name", tmp_path / "x.parquet", "--image_column=ramp", "--train_batch_size=12"]
+    data = load_train_data(parse(*map(str, flags)), accelerator)
+    tops = sorted(next(data.batches(0, 1))["images"].amax(dim=(1, 2, 3)).tolist())
+    assert tops[1:] == [1] * 11 and tops[0] < -0.9  # the dark one stays dark
+    datasets.Dataset.from_dict({"x": [[[1, 2], [3]]] * 12}).to_parquet(tmp_path / "ragged.parquet")
+    with pytest.raises(UserError, match=r"image 0 of .* Expected an array"):
+        train(accelerator, "--dataset_name", tmp_path / "ragged.parquet", "--image_column=x")
+
+
+def test_a_hot_pixel_does_not_make_the_others_black(accelerator, tmp_path, caplog):
+    deep(tmp_path, (0, 2000))
+    image = np.asarray(Image.open(tmp_path / "03.png")).copy()
+    image[0, 0] = 65535
+    Image.fromarray(image).save(tmp_path / "03.png")
+    data, batch = train(accelerator, "--train_data_dir", tmp_path)
+    assert data.image_range == (0, 2000) and batch["images"].max() == 1
+    assert "03.png" in caplog.text and "outside of 0 to 2000" in caplog.text
+
+
+@pytest.mark.parametrize("null", [None, {"bytes": None, "path": None}])
+def test_missing_images_in_a_table_are_skipped_or_named(accelerator, tmp_path, null):
+    rows = [{"image": null}, *({"image": {"bytes": encode(p), "path": "x.png"}} for p in pictures())]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    flags = ["--dataset_name", tmp_path / "x.parquet"]
+    assert train(accelerator, *flags, "--bad_images=skip")[0].length == 13
+    with pytest.raises(UserError, match=r"image 0 of .*the file is empty"):
+        train(accelerator, *flags)
+
+
+def test_a_table_of_paths_has_a_fingerprint_of_the_files(accelerator, tmp_path):
+    for folder in ("a", "b"):
+        draw(*(tmp_path / folder / f"{k}.png" for k in range(200)))
+        lines = "file\n" + "".join(f"{k}.png\n" for k in range(200))
+        (tmp_path / folder / "list.csv").write_text(lines)
+
+    def fingerprint(folder):
+        flags = ["--dataset_name", tmp_path / folder / "list.csv", "--image_column=file"]
+        return train(accelerator, *flags)[0].settings["fingerprint"]
+
+    before = fingerprint("a")
+    assert before == fingerprint("b")
+    Image.effect_noise((16, 16), 99).save(tmp_path / "b" / "198.png")  # which is not among those looked at
+    assert before != fingerprint("b")
+
+
+def test_metadata_in_other_spellings(accelerator, tmp_path, monkeypatch):
+    draw(*(tmp_path / "set" / f"{k}.png" for k in range(12)))
+    file = tmp_path / "set" / "Metadata.csv"
+    lines = "".join(f"{tmp_path}/set/{k}.png;{k % 3 or ''}\n" for k in range(12))
+    file.write_text("\ufefffile_name;digit\n" + lines, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load(accelerator, "set", label_column="digit").features["label"].names == ["1", "2"]
+    file.write_text("file_name,digit\nother.png,3\n")
+    with pytest.raises(UserError, match=r"Metadata\.csv: digit has no integers or strings for these images"):
+        load(accelerator, "set", label_column="digit")
+
+
+def test_integers_beside_missing_ones(accelerator, tmp_path):
+    for k, picture in enumerate(pictures()):
+        picture.save(tmp_path / f"{k}.png")
+    (tmp_path / "x.csv").write_text("file,y\n" + "".join(f"{k}.png,{k % 2 if k else ''}\n" for k in range(12)))
+    source = ImageSource(str(tmp_path / "x.csv"), image_column="file", label_column="y")
+    dataset = load_source(source, accelerator)[0]
+    assert dataset.features["label"].names == ["0", "1"] and dataset["label"][:3] == [-1, 1, 0]
+
+
+def test_evaluation_reads_every_split_of_a_folder_and_names_no_foreign_flag(accelerator, tmp_path):
+    draw(*(tmp_path / part / f"{k}.png" for part in ("train", "test") for k in range(6)))
+    assert len(load_images_of(str(tmp_path), accelerator, None)) == 12
+    flags = [str(tmp_path), f"--reference={tmp_path}", "--held_out_split=test[:1%]"]
+    with pytest.raises(UserError, match="this split holds no image"):
+        evaluate.main(evaluate.parse_args(flags))
+    datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"has no column of images. Name one with --image_column; .*\)$"):
+        evaluate.main(evaluate.parse_args([str(tmp_path), f"--reference={tmp_path / 'x.parquet'}"]))
+
+
+def test_images_without_a_class_are_not_asked_for(accelerator, tmp_path):
+    draw(tmp_path / "loose.png", *(tmp_path / name / f"{k}.png" for name in "ab" for k in range(6)))
+    real = Reference(evaluate.parse_args(["x", f"--reference={tmp_path}", "--held_out_split=train"]), accelerator)
+    config = {"num_class_embeds": 3, "_class_names": ["a", "b"]}
+    asked = asked_classes(config, real, (3, 16, 16), 30)
+    assert set(asked.labels) == {0, 1} and len(asked.real_images) == 12
+
+
+def test_a_started_picture_is_scaled_as_the_training_images_were(tmp_path):
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(tmp_path / "x.png")
+    (tmp_path / "training_args.json").write_text(json.dumps({"scaled_from": [0, 4000]}))
+    image = load_image(str(tmp_path / "x.png"), (1, 8, 8), str(tmp_path))
+    assert abs(float(image.mean()) + 0.5) < 0.01

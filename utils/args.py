@@ -208,7 +208,7 @@ def _add_data_arguments(parser: Parser) -> None:
     group.add_argument("--max_train_samples", type=integer(1), help="use only the first N images")
     group.add_argument("--resolution", metavar="SIDE|HxW", type=_resolution, help="side of the training images, or height x width, pixels (default: the images' own size, with a shorter side of at most 64; where there is a pretrained model, its size)")
     group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L), colour, or as the images are; where there is a pretrained model, as it wants")
-    group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, of images with more than 8 bits: LOW,HIGH; full, that of the format; auto, that of the images looked at, unless they use half of the format's")
+    group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, of images with more than 8 bits: LOW,HIGH (--image_range=-1000,3000); full, that of the format; auto, that of the images looked at, unless they use half of the format's")
     parser.switch(group, "--center_crop", False, "crop the middle of images of another shape instead of a random part")
     parser.switch(group, "--random_flip", False, "mirror half of the images, left to right")
     group.add_argument("--interpolation", choices=("lanczos", "bicubic", "bilinear", "box", "nearest"), default="bicubic", help="filter that resizes the images")

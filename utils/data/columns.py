@@ -1,5 +1,7 @@
 """Which column of a data set holds the images, and which one the classes."""
 
+import math
+
 import datasets
 
 from .. import UserError
@@ -24,8 +26,8 @@ def select_columns(dataset, source):
     if source.image_column is None and len(images) != 1:
         problem = "no column of images" if not images else f"{len(images)} columns of images: {', '.join(images)}"
         raise UserError(
-            f"{source.name} has {problem}. Name one with --image_column; the columns are {listing}. A folder of image "
-            "files is read by --train_data_dir"
+            f"{source.name} has {problem}. Name one with --image_column; the columns are {listing}"
+            + ". A folder of image files is read by --train_data_dir" * (source.flags["name"] == "--dataset_name")
         )
     image_column = source.image_column or images[0]
     if not _may_hold_images(columns.get(image_column)):
@@ -56,11 +58,15 @@ def select_columns(dataset, source):
 
 def _encode_labels(dataset, kind, column: str, source, listing: str):
     """A column of integers or strings as a ClassLabel column; a missing one is -1."""
+    values = [] if source.streaming or kind is None else dataset[column][:]
     integers = isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint"))
+    if isinstance(kind, datasets.Value) and kind.dtype.startswith("float"):  # whole numbers, beside missing ones
+        values = [None if value is None or math.isnan(value) else value for value in values]
+        integers = all(value is None or value.is_integer() for value in values)
+        values = [None if value is None else int(value) for value in values] if integers else values
     if source.streaming or not (integers or (isinstance(kind, datasets.Value) and "string" in kind.dtype)):
         asked = "of type ClassLabel, for a stream" if source.streaming else "of class labels, integers or strings"
         raise UserError(f"--label_column {column}: not a column {asked}. {source.name} has {listing}")
-    values = dataset[column][:]
     names = sorted({value for value in values if value is not None and value != -1})
     if len(names) > MAX_CLASSES:
         raise UserError(f"--label_column {column}: {len(names)} different values; expected at most {MAX_CLASSES}")

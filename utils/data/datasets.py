@@ -23,8 +23,8 @@ from ..args import size_of
 from ..pictures import from_uint8
 from ..signals import STOP_SIGNALS
 from .feeds import Cache, Stream, read_ahead
-from .images import INSPECTED, PreparedImages, choose_range, locate
-from .pixels import GREY_MODES, BadImage, covering, decode_image, left_out
+from .images import INSPECTED, PreparedImages, choose_range, find_file, locate
+from .pixels import DEEP_MODES, GREY_MODES, BadImage, covering, decode_image, left_out
 from .sources import ImageSource, data_license, load_source
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,6 @@ class TrainData:
         self.image_shape = (self.channels, *self.size)
         self.license = data_license(dataset, name)
         self.settings["image_shape"] = list(self.image_shape)
-        self.settings["scaled_from"] = self.image_range and list(self.image_range)
         self._images = PreparedImages(
             dataset, name, self.mode, self.size, refuse_colour=self._refuse_colour, image_range=self.image_range,
             **reading(args),
@@ -147,19 +146,27 @@ class TrainData:
         self._choose_mode({image.mode for image in images}, image_mode)
         self._choose_size([image.size for image in images], size)
         self.image_range = choose_range(self.args.image_range, images)
+        deep = self.image_range and any(image.mode in DEEP_MODES for image in images)
+        self.settings["scaled_from"] = list(self.image_range) if deep else None
 
     def _digest_of_names(self, dataset):
         """A hash of the names and sizes of files, to be updated with the content of some; None for own images."""
         if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
             return None
         digest = hashlib.sha256(str(self.length).encode())
-        record = dataset[0]["image"] if self.length else None
-        if isinstance(record, dict) and record.get("bytes") is None and record.get("path"):
-            paths = [record["path"] for record in dataset["image"][:]]
-            root = os.path.commonpath([os.path.dirname(path) for path in paths])
-            for path in paths:
-                size = os.path.getsize(path) if os.path.exists(path) else None
-                digest.update(f"{os.path.relpath(path, root)} {size}\n".encode())
+        if self.length is None:
+            return digest
+        first = dataset[0]["image"]
+        if isinstance(first, str) or (isinstance(first, dict) and not first.get("bytes")):
+            records = [row if isinstance(row, str) else (row or {}).get("path") for row in dataset["image"][:]]
+            files = [find_file(record or "", self.name) for record in records]
+            folders = [os.path.dirname(os.path.abspath(file)) for file in files]
+            unpacked = any("::" in file or file.startswith(str(datasets.config.HF_DATASETS_CACHE)) for file in files)
+            root = None if unpacked else os.path.commonpath(folders)
+            for file in files:
+                name = os.path.relpath(file, root) if root else os.path.basename(file)
+                size = os.path.getsize(file) if os.path.isfile(file) else None
+                digest.update(f"{name} {size}\n".encode())
         return digest
 
     def _choose_mode(self, modes: set[str], image_mode: str | None) -> None:

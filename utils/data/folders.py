@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections import Counter
 from itertools import takewhile
 from pathlib import Path, PurePath
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}  # folders, and splits
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 HEIC = {".heic", ".heif", ".hif"}
+LITTER = ("__MACOSX", "__pycache__")
 
 
 def image_extensions() -> set[str]:
@@ -44,24 +46,24 @@ def image_extensions() -> set[str]:
 def walk(folder: Path) -> tuple[list[str], list[str], Counter]:
     """The image files and the metadata files below a folder, sorted, and how many others there are by extension.
 
-    Links are followed, and no folder is entered twice. What begins with a dot, and folders that begin with two
-    underscores, are a system's own.
+    Links are followed, and no folder is entered twice. What begins with a dot is a system's own.
     """
     extensions, images, metadata, others = image_extensions(), [], [], Counter()
     folders, links, entered = [os.fspath(folder)], [], set()
     while folders or links:  # links last: a folder is called by its own name
         place = folders.pop() if folders else links.pop(0)
         if (real := os.path.realpath(place)) in entered:
+            logger.warning(f"{place} is a link to a folder that is read already, {real}: passed over")
             continue
         entered.add(real)
         for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
             extension = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                if not entry.name.startswith("__"):
+            if os.path.isdir(entry.path):  # which a link in a circle is not
+                if entry.name not in LITTER:
                     (links if entry.is_symlink() else folders).append(entry.path)
-            elif entry.name in METADATA:
+            elif entry.name.lower() in METADATA:
                 metadata.append(entry.path)
             elif extension in extensions:
                 images.append(entry.path)
@@ -100,9 +102,15 @@ def load_folder(folder: Path, label_column: str | None = None) -> dict[str, data
     splits = ["train"] * len(files)
     if set(tops) <= {*SPLITS}:
         splits, parts = [SPLITS[top] for top in tops], [above[1:] for above in parts]
-    pairs = zip(min(parts), max(parts), strict=False)
-    shared = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])  # what holds all images tells none apart
-    classes = [above[shared] if len(above) > shared else None for above in parts]
+    classes = [None] * len(files)
+    for split in {*splits}:
+        rows = [row for row, other in enumerate(splits) if other == split]
+        first, last = min(parts[row] for row in rows), max(parts[row] for row in rows)
+        shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))])
+        if shared and {*splits} != {"train"} and len({*parts}) > 1 and first == last:
+            shared -= 1  # one class in this split, where another split has others
+        for row in rows:  # a folder that holds all images tells none apart
+            classes[row] = parts[row][shared] if len(parts[row]) > shared else None
     columns, features = {"image": files}, {"image": datasets.Image(decode=False)}
     labels = _metadata_labels(files, metadata, label_column)
     if labels is not None:
@@ -123,7 +131,8 @@ def load_folder(folder: Path, label_column: str | None = None) -> dict[str, data
 
 def _metadata_labels(files: list[str], metadata: list[str], column: str | None) -> list | None:
     """The value of a column of the metadata for each file, None where it has none; None if no metadata have it."""
-    known, values, found = set(files), {}, False
+    files = [os.path.abspath(file) for file in files]
+    known, values, found = {*files}, {}, None
     for path in metadata:
         try:
             rows = _read_rows(path)
@@ -138,11 +147,11 @@ def _metadata_labels(files: list[str], metadata: list[str], column: str | None) 
             if has_column:
                 raise UserError(f"{path} has {column}, but no column file_name that says of which image")
             continue
-        found = found or has_column
+        found = path if has_column else found
         missing = []
         for row in rows:
             name = str(row.get("file_name") or "").replace("\\", "/")
-            file = os.path.normpath(os.path.join(os.path.dirname(path), name))
+            file = os.path.abspath(os.path.join(os.path.dirname(path), name))
             if file not in known:
                 missing.append(name)
             values[file] = row.get(column)
@@ -152,8 +161,10 @@ def _metadata_labels(files: list[str], metadata: list[str], column: str | None) 
             )
     if not found:
         return None
-    labels = [None if values.get(file) in (None, "") else values[file] for file in map(os.path.normpath, files)]
-    whole = all(label is None or str(label).lstrip("-").isdecimal() for label in labels)
+    labels = [None if values.get(file) in (None, "") else values[file] for file in files]
+    if not {*map(type, labels)} & {int, float, str, bool} or {*map(type, labels)} & {list, dict}:
+        raise UserError(f"{found}: {column} has no integers or strings for these images; expected one an image")
+    whole = all(label is None or re.fullmatch(r"-?\d{1,18}", str(label)) for label in labels)
     return [None if label is None else int(label) if whole else str(label) for label in labels]
 
 
@@ -162,7 +173,10 @@ def _read_rows(path: str) -> list[dict]:
         return pyarrow.parquet.read_table(path).to_pylist()
     with open(path, newline="", encoding="utf-8-sig") as file:
         if path.endswith(".csv"):
-            return list(csv.DictReader(file))
+            header = file.readline()
+            file.seek(0)
+            delimiter = max(",;\t", key=header.count)
+            return list(csv.DictReader(file, delimiter=delimiter))
         rows = [json.loads(line) for line in file if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line is no object")
@@ -170,7 +184,6 @@ def _read_rows(path: str) -> list[dict]:
 
 
 def has_tables(folder: Path) -> bool:
-    """Whether a folder holds tables or archives for ``datasets``, as a copy of a Hub repository does."""
-    kinds = (".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz")
-    names = (name for _, _, names in os.walk(folder) for name in names if name not in METADATA)
-    return any(name.lower().endswith(kinds) for name in names)
+    """Whether a folder holds tables for ``datasets``, as a copy of a Hub repository does."""
+    names = (name for _, _, names in os.walk(folder) for name in names if name.lower() not in METADATA)
+    return any(name.lower().endswith((".parquet", ".arrow")) for name in names)

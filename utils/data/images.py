@@ -1,7 +1,6 @@
 """The images of a data set by their row: where each is, and how it becomes one to train on."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +33,10 @@ def locate(row: dict, source: str, index: int) -> tuple[bytes | str | Image.Imag
     if callable(record):
         return record(), where
     if isinstance(record, (list, np.ndarray)):
-        return from_values(np.asarray(record), where), where
+        try:
+            return from_values(np.asarray(record), where), where
+        except ValueError as error:  # rows of different lengths
+            raise BadImage(f"{where}: {error}. Expected an array (H, W), (H, W, 3) or (3, H, W)") from error
     if not isinstance(record, dict):
         record = {"bytes": None, "path": record} if isinstance(record, str) else {"bytes": record or b"", "path": None}
     file, content = record.get("path"), record.get("bytes")
@@ -48,27 +50,34 @@ def locate(row: dict, source: str, index: int) -> tuple[bytes | str | Image.Imag
                 return stream.read(), where
         except Exception as error:  # whatever the file system behind it raises
             raise BadImage(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
+    return find_file(file, source), where
+
+
+def find_file(file: str, source: str) -> str:
+    """A path in the table ``source``, which may be relative to it, or to the folder that we are in."""
     beside = Path(source).expanduser().parent / file
-    return str(beside) if not os.path.exists(file) and beside.exists() else file, where
+    return str(beside) if beside.exists() else file
 
 
 def look_at(dataset, name: str, count: int = INSPECTED) -> list[Image.Image]:
     """Some images of a data set, evenly spread over it, decoded.
 
     Raises:
-        BadImage: one cannot be read.
+        UserError: there are none, or one cannot be read.
     """
+    if not len(dataset):
+        raise UserError(f"{name}: this split holds no image; expected at least one")
     spread = sorted({int(index) for index in np.linspace(0, len(dataset) - 1, count)})
     return [decode_image(*locate(row, name, index)) for index, row in zip(spread, dataset.select(spread), strict=True)]
 
 
-def choose_range(text: str, images: Sequence[Image.Image]) -> tuple[float, float] | None:
+def choose_range(text: str, images: Sequence[Image.Image], say: bool = True) -> tuple[float, float] | None:
     """The values that become black and white by ``--image_range``, for images like these; None for the format's."""
     if text not in ("auto", "full"):
         low, high = text.split(",")
         return float(low), float(high)
     used = used_range(images) if text == "auto" else None
-    if used:
+    if used and used != (0, 255) and say:
         said = f"{used[0]:g},{used[1]:g}"
         logger.warning(
             f"The images have more than 8 bits and values from {used[0]:g} to {used[1]:g}: these become black and "
@@ -150,7 +159,7 @@ class PreparedImages(torch.utils.data.Dataset):
     def _count_clipped(self, message: str) -> None:
         self.clipped += 1
         if self.clipped in (1, 10, 100) or self.clipped % 1000 == 0:
-            logger.warning(f"--image_range: clipped in {self.clipped} images so far; {message}")
+            logger.warning(f"clipped in {self.clipped} images read so far; {message}")
 
     def attempt(self, job: tuple[dict, int]) -> np.ndarray | BadImage:
         """``prepared`` for a pool of threads: a bad image is returned as the error that names it."""

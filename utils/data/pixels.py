@@ -120,16 +120,24 @@ def used_range(images: Sequence[Image.Image]) -> tuple[float, float] | None:
     """The range of the values of those images that have more than 8 bits.
 
     Returns:
-        Lowest and highest value; None if no image has more than 8 bits, or half of the format's range is used.
+        Lowest and highest value, but for one in ten thousand that lie far outside; None if no image has more than 8
+        bits, or half of the format's range is used.
     """
-    deep = [np.asarray(image, dtype=np.float64) for image in images if image.mode in DEEP_MODES]
-    if not deep:
+    modes = {image.mode for image in images if image.mode in DEEP_MODES}
+    if not modes:
         return None
-    low, high = (float(f([f(values) for values in deep])) for f in (np.min, np.max))
-    limit = max(_full_range(image.mode, high)[1] for image in images if image.mode in DEEP_MODES)
-    if not low < high or (low >= 0 and limit / 2 <= high - low <= limit):  # also where one is not finite
+    values = np.concatenate([np.asarray(image, np.float64).ravel() for image in images if image.mode in DEEP_MODES])
+    values = values[np.isfinite(values)]
+    if not values.size or values.min() == values.max():
         return None
-    return low, high
+    low, high = float(values.min()), float(values.max())
+    most = np.quantile(values, 1e-4, method="higher"), np.quantile(values, 1 - 1e-4, method="lower")
+    if 0 < most[1] - most[0] < (high - low) / 4:  # hot pixels: they are clipped, and counted
+        low, high = map(float, most)
+    if low >= 0 and high <= 255 and modes == {"I"}:  # 8 bits, in a table or a wider file
+        return 0.0, 255.0
+    limit = max(_full_range(mode, high)[1] for mode in modes)
+    return None if low >= 0 and limit / 2 <= high - low <= limit else (low, high)
 
 
 def covering(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -211,7 +219,7 @@ def channels_last(array: np.ndarray, where: str) -> np.ndarray:
 
 
 def from_values(array: np.ndarray, where: str) -> Image.Image:
-    """A picture of the numbers in a table: whole ones, or floats in [0, 1] or [0, 255].
+    """A picture of the numbers in a table: whole ones, or floats in [0, 1] or [0, 255]; of masks, black and white.
 
     Raises:
         BadImage: it has another shape or, in colour, other values.
@@ -219,9 +227,9 @@ def from_values(array: np.ndarray, where: str) -> Image.Image:
     array = channels_last(array, where)
     if array.dtype.kind not in "iufb":
         raise BadImage(f"{where} consists of {array.dtype}; expected numbers")
-    low, high = array.min(), array.max()
-    whole = array.dtype.kind != "f"
-    if array.ndim == 2 and not (whole and low >= 0 and high <= 255):  # scaled as files with more than 8 bits are
+    array = array * np.uint8(255) if array.dtype.kind == "b" else array
+    whole, low, high = array.dtype.kind != "f", array.min(), array.max()
+    if array.ndim == 2 and array.dtype != np.uint8:  # scaled as files with more than 8 bits are
         return Image.fromarray(array.astype(np.int32 if whole else np.float32))
     if not (low >= 0 and high <= 255):  # also refuses NaN
         raise BadImage(f"{where} has values from {low:g} to {high:g}; expected 0 to 255, or floats from 0 to 1")

@@ -137,7 +137,7 @@ def _open_source(source: ImageSource):
                 problem = "is a file" if path.exists() else "there is no such folder"
                 raise UserError(f"{source.said('name')}: {problem}; expected a folder with image files")
             if parts := load_folder(path, source.label_column):
-                if not source.is_folder:
+                if source.flags["name"] == "--dataset_name":
                     logger.info(f"{source.said('name')} is a folder of image files, read as by --train_data_dir.")
                 return _choose(parts, source)
             if source.is_folder:

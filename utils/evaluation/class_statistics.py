@@ -61,6 +61,7 @@ def asked_classes(config, real: Reference, shape: tuple[int, int, int], count: i
         return None
     names = class_names(config)
     images, labels, real_names = real.labelled(shape)
+    images, labels = images[labels >= 0], labels[labels >= 0]  # what has no class cannot be asked for
     if names != real_names:
         raise UserError(
             f"the model knows the classes {', '.join(names)[:200]}; --reference has {', '.join(real_names)[:200]}. "

@@ -1,6 +1,7 @@
 """Numbered images in a folder, drawn by all processes; an interrupted run goes on with what is missing."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from .. import UserError
-from ..data.images import choose_range, look_at
+from ..data import folders
+from ..data.images import choose_range, locate
 from ..data.pixels import GREY_MODES, decode_image, prepare_image, to_eight_bits
 from ..data.sources import ImageSource, load_source
 from ..pictures import from_uint8, make_grid
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = "sampling_args.json"
 # Flags that may change between two runs into one folder: they do not change image k
@@ -114,8 +118,12 @@ class ImageFolder:
         )
 
 
-def load_image(path: str, shape: tuple[int, int, int]) -> torch.Tensor:
+def load_image(path: str, shape: tuple[int, int, int], model: str) -> torch.Tensor:
     """A picture as a model takes it: float32 (1, C, H, W) in [-1, 1], resized and cut in the middle.
+
+    Args:
+        model: where it comes from; a picture with more than 8 bits is scaled as its training images were, if that is
+            known, else by the range that it uses.
 
     Raises:
         UserError: it is not there, or not an image.
@@ -123,12 +131,21 @@ def load_image(path: str, shape: tuple[int, int, int]) -> torch.Tensor:
     if not Path(path).is_file():
         raise UserError(f"--init_image {path}: there is no such file; expected a picture")
     image = decode_image(path, f"--init_image {path}")
-    image = to_eight_bits(image, "L" if shape[0] == 1 else "RGB", path, choose_range("auto", [image]))
+    known, image_range = scaled_from(model)
+    image_range = image_range if known else choose_range("auto", [image], say=False)
+    image = to_eight_bits(image, "L" if shape[0] == 1 else "RGB", path, image_range, logger.warning)
     return from_uint8(prepare_image(image, shape[1:], "bicubic", True))[None]
 
 
+def scaled_from(model: str) -> tuple[bool, tuple[float, float] | None]:
+    """Whether it is known how a model's training images were scaled, and the values that became black and white."""
+    record = Path(model) / "training_args.json"
+    found = json.loads(record.read_text()) if record.is_file() else {}
+    return "scaled_from" in found, found.get("scaled_from") and tuple(found["scaled_from"])
+
+
 def load_folder(folder: str, accelerator, image_range: tuple[float, float] | None, limit: int = 100_000) -> np.ndarray:
-    """The images of a folder, uint8 (N, C, H, W).
+    """The images of a folder, of all its splits, uint8 (N, C, H, W).
 
     Args:
         image_range: see ``data.pixels.to_eight_bits``.
@@ -138,14 +155,21 @@ def load_folder(folder: str, accelerator, image_range: tuple[float, float] | Non
     """
     if (Path(folder) / "images").is_dir():  # what sample.py made
         folder = str(Path(folder) / "images")
-    source = ImageSource(folder, is_folder=True, flags={"name": "folder", "split": "split"})
+    splits = "+".join(folders.load_folder(Path(folder))) or "train"
+    source = ImageSource(folder, splits, is_folder=True, flags={"name": "folder", "split": "split"})
     dataset = load_source(source, accelerator)[0].take(limit)
-    decoded = look_at(dataset, folder, len(dataset))
+    located = [locate(row, folder, index) for index, row in enumerate(dataset)]
+    decoded = [decode_image(*place) for place in located]
     sizes = sorted({image.size for image in decoded})
     if len(sizes) > 1:
         raise UserError(f"{folder}: images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[1]}; expected one size")
-    mode = "L" if all(image.mode in GREY_MODES for image in decoded) else "RGB"
-    images = [to_eight_bits(image, mode, folder, image_range) for image in decoded]
+    mode, clipped = "L" if all(image.mode in GREY_MODES for image in decoded) else "RGB", []
+    images = [
+        to_eight_bits(image, mode, where, image_range, clipped.append)
+        for image, (_, where) in zip(decoded, located, strict=True)
+    ]
+    if clipped:
+        logger.warning(f"{folder}: clipped in {len(clipped)} of {len(images)} images; {clipped[0]}")
     return np.stack([np.atleast_3d(np.asarray(image)) for image in images]).transpose(0, 3, 1, 2)
 
 

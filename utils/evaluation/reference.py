@@ -66,7 +66,7 @@ class Reference:
     def labelled(
         self, shape: tuple[int, int, int], flag: str = "--reference_split", split: str | None = None
     ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Images of a split (default: the reference) as by ``resized``, their labels and the classes' names.
+        """Images of a split (default: the reference) as by ``resized``, their labels (-1: none) and the classes' names.
 
         Args:
             flag: what the user knows the split as.
@@ -80,7 +80,8 @@ class Reference:
         names = dataset.features["label"].names
         drawn = randomness.shuffled_indices(self.args.seed, np.arange(len(dataset)), len(dataset))
         images = self.resized(shape, split)
-        return images, np.array(dataset["label"][:])[drawn][: len(images)], names
+        labels = np.array([-1 if label is None else label for label in dataset["label"][:]])
+        return images, labels[drawn][: len(images)], names
 
     def noise(self, count: int) -> np.ndarray:
         """Uniform noise in the shape of the images."""

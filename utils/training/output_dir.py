@@ -158,11 +158,11 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
         said = ", ".join(f"{name} (it was {old[name]!r})" for name in sorted(gone))
         logger.warning(f"{where} is of a run with settings that this script does not have: {said}; they are ignored.")
     old = {**{name: BEFORE.get(name, defaults.get(name)) for name in added}, **old}
-    changed = [
-        f"{name} was {old[name]!r}, is {new[name]!r}"
-        for name in sorted({*new} - FREE_ON_RESUME)
-        if old[name] != new[name]
-    ]
+    names = [name for name in sorted({*new} - FREE_ON_RESUME) if old[name] != new[name]]
+    changed = [f"{name} was {old[name]!r}, is {new[name]!r}" for name in names if name != "scaled_from"]
+    if "scaled_from" in names:
+        said = [",".join(f"{value:g}" for value in values["scaled_from"] or ()) or "full" for values in (old, new)]
+        changed.append("--image_range was {}, is {}".format(*said))
     if old.get("fingerprint") != new.get("fingerprint"):
         changed.append(f"the images are others than those of {old.get('data')}, or named otherwise")
     if changed:
