@@ -9,7 +9,7 @@ table. Metrics carry the name of the features: fd_digits is a Frechet distance i
 
 from pathlib import Path
 
-from utils.args import SAMPLERS, Parser, add_features_arguments, image_range, integer, real
+from utils.args import ALL_SAMPLERS, Parser, add_features_arguments, image_range, integer, real
 
 
 def scales(text):
@@ -33,7 +33,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("samples")
     group.add_argument("--num_samples", type=integer(10), default=2000, help="N: samples of each model, and real images of each split")
-    group.add_argument("--sampler", choices=SAMPLERS, help="instead of the scheduler that a pipeline carries")
+    group.add_argument("--sampler", choices=ALL_SAMPLERS, help="instead of the scheduler that a pipeline carries")
     group.add_argument("--num_inference_steps", type=integer(1, 1000), default=40, help="UNet calls per image")
     group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="evaluate each model with all of these instead, for example ddim:10,50 dpmsolver++:10,20")
     parser.switch(group, "--write_best", False, "with --sweep: put the best sampler's scheduler into the pipeline, which must be a folder")
@@ -52,10 +52,10 @@ def parse_args(argv=None):
         parser.error("--write_best needs --sweep: the best of what?")
     for entry in args.sweep or ():
         name, _, steps = entry.partition(":")
-        if args.write_best and name == "unipc":
-            parser.error("--write_best cannot write unipc: DDPMPipeline does not call it; leave it out of --sweep")
-        if name not in SAMPLERS or not all(step.isdigit() and 0 < int(step) <= 1000 for step in steps.split(",")):
-            parser.error(f"--sweep {entry}: expected SAMPLER:STEPS,STEPS with one of {', '.join(SAMPLERS)} and steps from 1 to 1000")
+        if args.write_best and name in ("unipc", "heun"):
+            parser.error(f"--write_best cannot write {name}: DDPMPipeline does not call it; leave it out of --sweep")
+        if name not in ALL_SAMPLERS or not all(step.isdigit() and 0 < int(step) <= 1000 for step in steps.split(",")):
+            parser.error(f"--sweep {entry}: expected SAMPLER:STEPS,STEPS with one of {', '.join(ALL_SAMPLERS)} and steps from 1 to 1000")
     return args
 # fmt: on
 
@@ -71,9 +71,14 @@ def main(args):
 
     from utils.diffusion import sample_images
     from utils.diffusion.classes import GuidedModel, labels_in_turn
-    from utils.diffusion.pipelines import choose_sampler, estimate_seconds, load_pipeline, training_scheduler
+    from utils.diffusion.pipelines import (
+        choose_sampler,
+        estimate_seconds,
+        load_pipeline,
+        saved_scheduler,
+        training_scheduler,
+    )  # fmt: skip
     from utils.diffusion.pretrained import image_shape
-    from utils.diffusion.schedulers import pipeline_scheduler
     from utils.evaluation.class_statistics import asked_classes, digit_statistics
     from utils.evaluation.comparison import compare
     from utils.evaluation.denoising_loss import DenoisingLoss
@@ -183,7 +188,7 @@ def main(args):
             tried.append((name, rows[-1:]))
         if args.write_best and accelerator.is_main_process:
             name, steps = best_setting(tried)
-            sampler = pipeline_scheduler(name, own)
+            sampler = saved_scheduler(name, own)
             write_scheduler(Path(model), sampler, steps)
             say(f"{model} carries {type(sampler).__name__} now, at its best with {steps} steps")
 

@@ -6,7 +6,7 @@ Image k depends on the seed and k only: not on the batch size, nor on the number
 Interrupted, the same command goes on where it stopped. No code that comes with a model is run.
 """
 
-from utils.args import SAMPLERS, Parser, integer, real
+from utils.args import ALL_SAMPLERS, Parser, integer, real
 from utils.guidance_args import add_guidance_arguments, check_guidance
 
 
@@ -21,7 +21,7 @@ def parse_args(argv=None):
     parser.add_argument("--format", choices=("png", "npz", "parquet"), default="png", help="also all images in one file: images.npz or images.parquet")
 
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sampler", choices=SAMPLERS, help="instead of the scheduler that the pipeline carries")
+    group.add_argument("--sampler", choices=ALL_SAMPLERS, help="instead of the scheduler that the pipeline carries")
     group.add_argument("--num_inference_steps", type=integer(1, 1000), default=40, help="UNet calls per image")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
     parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first")

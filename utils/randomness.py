@@ -43,9 +43,9 @@ def uniform(seed: int, purpose: str, sample_ids: np.ndarray) -> np.ndarray:
     return (random_bits(seed, purpose, sample_ids) >> np.uint64(11)) * 2.0**-53
 
 
-def logit_normal(fractions: np.ndarray) -> np.ndarray:
+def logit_normal(fractions: np.ndarray, mean: float = 0.0, deviation: float = 1.0) -> np.ndarray:
     """Uniform numbers in [0, 1) as logit-normal ones: sigmoid(z), z normal; Esser et al. 2024, arXiv:2403.03206."""
-    return torch.sigmoid(torch.special.ndtri(torch.from_numpy(fractions))).numpy()
+    return torch.sigmoid(mean + deviation * torch.special.ndtri(torch.from_numpy(fractions))).numpy()
 
 
 def shuffled_indices(seed: int, sample_ids: np.ndarray, length: int) -> np.ndarray:

@@ -11,11 +11,13 @@ from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DModel
 from huggingface_hub import snapshot_download
 
 from .. import UserError
+from ..args import SAMPLERS
 from .basic_unet import BasicUNet
+from .flow import FlowScheduler, make_flow_sampler
 from .linear_mix import LinearMixScheduler
 from .pretrained import check_embeddings, check_noise, check_noise_scheduler, refuse_missing, shorten
 from .sampling import sample_images
-from .schedulers import make_sampler
+from .schedulers import make_sampler, pipeline_scheduler
 
 
 def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
@@ -76,8 +78,16 @@ def choose_sampler(
             )
         return own
     kind = type(own).__name__
-    if name:
+    flow = is_flow(own)
+    if name and flow:
+        if name == "heun" and steered:
+            raise UserError(
+                "--sampler heun does not go with guidance, --init_image or --gif; take euler or dpmsolver++"
+            )
+    elif name:
         check_noise(own, f"--sampler {name}")
+        if name not in SAMPLERS:
+            raise UserError(f"--sampler {name} is for models of train_flow.py; expected {', '.join(SAMPLERS)}")
     else:
         try:
             inspect.signature(own.step).bind("model_output", "timestep", "sample")
@@ -86,14 +96,13 @@ def choose_sampler(
             called = False
         if not called:
             raise UserError(f"its {kind} is not called as a DDPMScheduler is; draw with the pipeline that it came with")
-        known = hasattr(own, "alphas_cumprod") and own.init_noise_sigma == 1 and not own.config.get("use_flow_sigmas")
-        if steered and not known:
+        if steered and not (flow or (hasattr(own, "alphas_cumprod") and own.init_noise_sigma == 1)):
             raise UserError(
                 f"its {kind} does not have the noise of a DDPMScheduler, which guidance, --init_image and --gif need; "
                 "give a --sampler, or leave them out"
             )
     check_noise_scheduler(own, num_inference_steps)
-    sampler = make_sampler(name, own) if name else own
+    sampler = own if not name else make_flow_sampler(name, own) if flow else make_sampler(name, own)
     try:
         sampler.set_timesteps(num_inference_steps)
     except Exception as error:  # each scheduler has its own rules, and its own errors
@@ -102,10 +111,22 @@ def choose_sampler(
     return sampler
 
 
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether the model that carries this scheduler was trained on straight paths to normal noise."""
+    return bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def saved_scheduler(name: str, own: SchedulerMixin) -> SchedulerMixin:
+    """What to save in the pipeline of a model that carries ``own`` so that it draws with this sampler."""
+    return make_flow_sampler(name, own) if is_flow(own) else pipeline_scheduler(name, own)
+
+
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler that noised the training images of the model that carries this one: DDPM's, or linear mixing."""
+    """The scheduler that noised the training images of the model that carries this one."""
     if isinstance(scheduler, LinearMixScheduler):
         return scheduler
+    if is_flow(scheduler):
+        return FlowScheduler(scheduler.config.num_train_timesteps, scheduler.config.prediction_type)
     check_noise(scheduler, "the denoising loss")
     return DDPMScheduler.from_config(scheduler.config)
 

@@ -12,11 +12,12 @@ from ..args import size_of
 logger = logging.getLogger(__name__)
 
 
-def load_pretrained(name_or_path: str, conditional: bool = False) -> DDPMPipeline:
+def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = False) -> DDPMPipeline:
     """A pipeline with its weights, from a folder or the Hub; a learned variance is left out.
 
     Args:
         conditional: whether its UNet may want class labels.
+        flow: whether it was trained on straight paths, by train_flow.py, instead of with a ``DDPMScheduler``.
 
     Raises:
         UserError: it cannot be loaded, or is not a UNet2DModel that predicts one value per channel, or two.
@@ -32,7 +33,7 @@ def load_pretrained(name_or_path: str, conditional: bool = False) -> DDPMPipelin
             "what `hf download ID --local-dir DIR` fetched elsewhere"
         ) from error
     unet = pipeline.unet
-    check_noise(pipeline.scheduler, flag)
+    check_noise(pipeline.scheduler, flag, flow)
     check_embeddings(unet.config, flag)
     local = Path(name_or_path).exists()
     unet.register_to_config(_name_or_path=None if local else name_or_path)  # no path of this machine is saved again
@@ -57,17 +58,25 @@ def load_pretrained(name_or_path: str, conditional: bool = False) -> DDPMPipelin
     return pipeline
 
 
-def check_noise(scheduler: SchedulerMixin, said: str) -> None:
-    """Refuse a scheduler whose model was not trained with the noise of a ``DDPMScheduler``.
+def check_noise(scheduler: SchedulerMixin, said: str, flow: bool = False) -> None:
+    """Refuse a scheduler whose model was not trained with the noise of a ``DDPMScheduler``, or on straight paths.
 
     Args:
         said: the flag or name that the user knows the model by.
+        flow: expect straight paths.
 
     Raises:
         UserError: says what it is.
     """
     config = scheduler.config
     prediction = config.get("prediction_type")
+    if flow and config.get("use_flow_sigmas") and prediction in ("flow_prediction", "sample"):
+        return
+    if flow:
+        raise UserError(
+            f"{said}: its {type(scheduler).__name__} (prediction_type {prediction}) is of no model that was trained on "
+            "straight paths; expected the output of train_flow.py"
+        )
     ddpm = "beta_schedule" in config and not config.get("use_flow_sigmas")
     if not (ddpm and prediction in ("epsilon", "sample", "v_prediction")):
         raise UserError(

@@ -57,10 +57,13 @@ def pipeline_scheduler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMi
 
 
 def signal_and_noise(scheduler: SchedulerMixin, timestep, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), for linear mixing 1 - a and a: float32, as ``timestep``."""
+    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), on straight paths 1 - a and a: float32, as ``timestep``."""
     timestep = torch.as_tensor(timestep, device=sample.device)
     if hasattr(scheduler, "signal_and_noise"):
         return scheduler.signal_and_noise(timestep)
+    if scheduler.config.get("use_flow_sigmas"):  # a straight path, see ``flow``
+        level = timestep / scheduler.config.num_train_timesteps
+        return 1 - level, level
     alpha_bar = scheduler.alphas_cumprod.to(sample.device)[timestep.long()]
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
@@ -69,7 +72,7 @@ def predicted_images(scheduler: SchedulerMixin, output: torch.Tensor, sample: to
     """The clean images that a model's output means, x_0 of Ho et al. 2020, Eq. 15; not clipped.
 
     Args:
-        scheduler: one that predicts epsilon, sample or v_prediction and has ``alphas_cumprod``, or linear mixing.
+        scheduler: one that predicts epsilon, sample or v_prediction and has ``alphas_cumprod``, or straight paths.
         output, sample: (B, C, H, W).
         timestep: of the sample.
     """
@@ -78,6 +81,8 @@ def predicted_images(scheduler: SchedulerMixin, output: torch.Tensor, sample: to
         return (sample - noise * output) / signal
     if scheduler.config.get("prediction_type") == "v_prediction":
         return signal * sample - noise * output
+    if scheduler.config.get("prediction_type") == "flow_prediction":
+        return sample - noise * output
     return output
 
 
@@ -88,6 +93,8 @@ def output_for(scheduler: SchedulerMixin, images: torch.Tensor, sample: torch.Te
         return (sample - signal * images) / noise
     if scheduler.config.get("prediction_type") == "v_prediction":
         return (signal * sample - images) / noise
+    if scheduler.config.get("prediction_type") == "flow_prediction":
+        return (sample - images) / noise
     return images
 
 
