@@ -53,9 +53,7 @@ class FlowScheduler(LinearMixScheduler):
         here, there = self._levels[self._step], self._levels[self._step + 1]
         self._step += 1
         prev_sample = images + there / here * (sample - images)
-        return (
-            DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=images) if return_dict else (prev_sample,)
-        )
+        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=images)
 
 
 class HeunFlowScheduler(FlowScheduler):
@@ -87,9 +85,7 @@ class HeunFlowScheduler(FlowScheduler):
         else:
             begin, first, slope = self._before
             prev_sample, self._before = first + (here - begin) * (slope + velocity) / 2, None
-        return (
-            DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=images) if return_dict else (prev_sample,)
-        )
+        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=images)
 
 
 def make_flow_sampler(name: str, flow: SchedulerMixin) -> SchedulerMixin:
