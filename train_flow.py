@@ -10,15 +10,7 @@ An image and a noise are mixed, x_s = (1 - s) x_0 + s noise, as in train_basic.p
 one to the other, noise - x_0, on average over all pairs; samples start from noise and go against it.
 """
 
-from utils.args import (
-    FLOW_SAMPLERS,
-    Parser,
-    add_common_arguments,
-    add_evaluation_arguments,
-    check_common,
-    integer,
-    real,
-)
+from utils.args import SOLVERS, Parser, add_common_arguments, add_evaluation_arguments, check_common, integer, real
 
 # fmt: off
 UNETS = {  # --unet: keyword arguments of UNet2DModel
@@ -62,7 +54,7 @@ def parse_args(argv=None):
     group.add_argument("--logit_mean", type=real(-10, 10), default=0.0, help="of logit_normal: more noise if above 0")
     group.add_argument("--logit_std", type=real(0.01, 10), default=1.0, help="of logit_normal: less at the ends if smaller")
     group.add_argument("--flow_shift", type=real(0.01, 100), help="more noise for larger images, in training and in sampling (arXiv:2403.03206; default: 1 up to 64 pixels, then in proportion to the side)")
-    group.add_argument("--sampler", choices=FLOW_SAMPLERS, default="dpmsolver++", help="how samples are drawn")
+    group.add_argument("--sampler", choices=SOLVERS, default="dpmsolver++", help="how samples are drawn")
 
     add_evaluation_arguments(parser)
     add_common_arguments(parser)
@@ -85,7 +77,7 @@ def main(args):
 
     from utils.data import load_train_data
     from utils.diffusion import check_fit, load_pretrained, sample_images, unet_from_config
-    from utils.diffusion.flow import FlowScheduler, default_shift, make_flow_sampler, nearest_noise, shifted
+    from utils.diffusion.flow import FlowScheduler, flow_flags, make_sampler, nearest_noise, pipeline_scheduler, shifted
     from utils.evaluation import SampleQuality, Validation
     from utils.pictures import make_grid, save_picture
     from utils.publishing import Hub, write_card
@@ -126,12 +118,11 @@ def main(args):
     ema_model = EMA(unet, args.ema_max_decay, args.ema_inv_gamma, args.ema_power, enabled=args.use_ema)
 
     # Noise scheduler
-    prediction_type = {"velocity": "flow_prediction"}.get(args.prediction_type, args.prediction_type)
-    flow_shift = args.flow_shift or default_shift(train_data.size)
-    noise_scheduler = FlowScheduler(1000, prediction_type, flow_shift)
+    noise_scheduler = FlowScheduler(**flow_flags(args, train_data.size))
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    prediction_type = noise_scheduler.config.prediction_type
     check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
-    sampler = make_flow_sampler(args.sampler, noise_scheduler)
+    sampler = make_sampler(args.sampler, noise_scheduler)
     validation = Validation(args, accelerator, train_data, noise_scheduler) if args.validation_split else None
 
     # Optimizer and learning rate; the schedule counts optimizer steps
@@ -154,7 +145,7 @@ def main(args):
 
     # Trackers
     summary = dict(
-        prediction_type=prediction_type, flow_shift=flow_shift, **train_data.settings,
+        prediction_type=prediction_type, flow_shift=noise_scheduler.config.flow_shift, **train_data.settings,
         data_license=train_data.license, parameters=unet.num_parameters(), max_train_steps=max_train_steps,
     )  # fmt: skip
     run.start(accelerator, args, "train_flow", global_step, **summary)
@@ -176,8 +167,7 @@ def main(args):
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
-            scheduler = make_flow_sampler(args.sampler.replace("heun", "dpmsolver++"), noise_scheduler)
-            DDPMPipeline(unet, scheduler).save_pretrained(folder)
+            DDPMPipeline(unet, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
         write_card(folder, "Flow matching", args, **summary)
 
     draw(1, num_inference_steps=1)  # a model that cannot draw is found out now, not after hours
@@ -196,14 +186,15 @@ def main(args):
             fractions = (sample_ids % global_batch_size + fractions) / global_batch_size
         if args.time_density == "logit_normal":
             fractions = logit_normal(fractions, args.logit_mean, args.logit_std)
-        levels = torch.from_numpy(shifted(fractions, flow_shift)).float().to(accelerator.device, non_blocking=True)
-        timesteps = levels * num_train_timesteps
+        fractions = shifted(fractions, noise_scheduler.config.flow_shift)
+        timesteps = torch.from_numpy(fractions * num_train_timesteps).float().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
 
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps).sample.float()
             if prediction_type == "sample":  # the velocity that goes with it
-                model_output = (noisy_images - model_output) / levels.clamp(min=0.05).view(-1, 1, 1, 1)
+                levels = (timesteps / num_train_timesteps).clamp(min=0.05).view(-1, 1, 1, 1)
+                model_output = (noisy_images - model_output) / levels
             target = noise - clean_images
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
             loss = losses.mean()

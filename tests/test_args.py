@@ -15,6 +15,7 @@ import sample
 import train_basic
 import train_conditional
 import train_ddpm
+import train_flow
 import train_unet2d
 from utils.args import Parser
 
@@ -63,6 +64,7 @@ SCRIPTS = {  # with the arguments that they cannot do without
     train_unet2d: [],
     train_ddpm: [],
     train_conditional: [],
+    train_flow: [],
     finetune_faces: ["--dataset_name=digits"],
     sample: ["outputs/digits"],
     evaluate: ["outputs/digits", "--reference=digits"],
@@ -85,7 +87,7 @@ def test_every_flag_refuses_what_it_cannot_be(capsys, script, monkeypatch):
         action = flags[flag]
         wrong = ["certainly not", ""]
         if action.type:
-            wrong += ["nan", "inf", "-inf", "-1", "1e400", "0x10", "--seed"]
+            wrong += ["nan", "inf", "-inf", "-11", "1e400", "0x10", "--seed"]
         for value in wrong:
             assert refused(capsys, *SCRIPTS[script], f"{flag}={value}", script=script).count(flag) >= 1, (flag, value)
         if action.nargs not in ("?", 2) and action.type:

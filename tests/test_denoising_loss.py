@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler
 import train_basic
 import train_conditional
 import train_ddpm
+import train_flow
 import train_unet2d
 from utils import UserError
 from utils.diffusion.linear_mix import LinearMixScheduler
@@ -78,7 +79,7 @@ def test_linear_mixing_is_asked_with_uniform_noise(accelerator, setup):
     assert all(noisy.abs().max() <= 1 for noisy, _ in model.asked)  # a mixture of two things in [-1, 1]
 
 
-@pytest.mark.parametrize("script", [train_basic, train_unet2d, train_ddpm, train_conditional])
+@pytest.mark.parametrize("script", [train_basic, train_unet2d, train_ddpm, train_conditional, train_flow])
 def test_training_scripts_validate(tmp_path, script):
     flags = ["--dataset_split=train[:100]", "--validation_split=train[100:]", "--validation_steps=4"]
     flags += ["--num_validation_images=6", "--report_to=tensorboard"]

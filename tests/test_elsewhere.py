@@ -16,6 +16,7 @@ import evaluate
 import finetune_faces
 import sample
 import train_conditional
+import train_flow
 from utils import UserError
 from utils.diffusion.pipelines import choose_sampler, load_pipeline, training_scheduler
 
@@ -134,6 +135,10 @@ def test_other_noise_is_never_taken_for_that_of_a_ddpm_scheduler(tmp_path, name)
         with pytest.raises(UserError, match=f"its {name} .* does not have the noise of a DDPMScheduler"):
             train(tmp_path / "run", start, **script)
     _, own = load_pipeline(str(tmp_path / "model"))
+    if name == "DPMSolverMultistepScheduler":  # of straight paths: tests/test_train_flow.py
+        return
+    with pytest.raises(UserError, match=f"its {name} .* is of no model that was trained on straight paths"):
+        train(tmp_path / "run", start, script=train_flow)
     with pytest.raises(UserError, match="the denoising loss: its"):
         training_scheduler(own)
     with pytest.raises(UserError, match="--sampler ddim: its"):

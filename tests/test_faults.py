@@ -27,6 +27,7 @@ import finetune_faces
 import train_basic
 import train_conditional
 import train_ddpm
+import train_flow
 import train_unet2d
 from utils import UserError, printable
 from utils.signals import StopSignal
@@ -37,7 +38,7 @@ from utils.training.curves import TrainingCurves
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPTS = {"basic": train_basic, "unet2d": train_unet2d, "ddpm": train_ddpm, "faces": finetune_faces}
-SCRIPTS["conditional"] = train_conditional
+SCRIPTS |= {"conditional": train_conditional, "flow": train_flow}
 FLAGS = ["--report_to=tensorboard", "--random_flip", "--train_batch_size=4", "--lr_scheduler=constant"]
 MOUNT = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/tmp"]
 TMPFS = shutil.which("unshare") is not None and subprocess.run(MOUNT, capture_output=True).returncode == 0
@@ -79,7 +80,7 @@ def flags_of(name, finished_run):
     [
         ("ddpm", 6, 24),
         slow("ddpm", 20, 40),
-        *(slow(name, 5, 40) for name in ("basic", "unet2d", "faces", "conditional")),
+        *(slow(name, 5, 40) for name in ("basic", "unet2d", "faces", "conditional", "flow")),
     ],
 )
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, kills, steps):

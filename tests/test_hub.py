@@ -22,6 +22,7 @@ from safetensors.numpy import load
 import train_basic
 import train_conditional
 import train_ddpm
+import train_flow
 from utils.publishing.hub import PUSH_FAILED
 from utils.training.checkpoints import verify_checkpoint
 from utils.training.output_dir import without_path
@@ -360,7 +361,7 @@ def test_ctrl_c_while_pushing(hub, finished):
 # --------------------------------------------------------------------------------------------------- without a server
 
 
-@pytest.mark.parametrize("script", [train_basic, train_ddpm, train_conditional])
+@pytest.mark.parametrize("script", [train_basic, train_ddpm, train_conditional, train_flow])
 def test_flags_of_the_hub_need_a_push(capsys, script):
     for flag in ("--hub_model_id=x", "--hub_private_repo", "--hub_revision=x", "--hub_logs", "--push_required"):
         with pytest.raises(SystemExit):

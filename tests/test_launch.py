@@ -94,10 +94,11 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     assert close(tmp_path / "one", tmp_path / "two")
 
 
-def test_two_processes_learn_the_classes_that_one_learns(tmp_path):
-    """Labels, and what is left unsaid, follow the sample's id."""
-    flags = ["--unet=tiny", "--learning_rate=1e-4", "--label_dropout=0.4", "--max_train_steps=3", "--num_samples=10"]
-    script = str(Path(SCRIPT).with_name("train_conditional.py"))
+@pytest.mark.parametrize("script, flag", [("conditional", "--label_dropout=0.4"), ("flow", "--noise_candidates=3")])
+def test_two_processes_of_a_sibling_learn_what_one_learns(tmp_path, script, flag):
+    """Labels, what is left unsaid, and the nearest of several noises follow the sample's id."""
+    flags = ["--unet=tiny", "--learning_rate=1e-4", flag, "--max_train_steps=3", "--num_samples=10"]
+    script = str(Path(SCRIPT).with_name(f"train_{script}.py"))
     code, output = run_script(script, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
     assert code == 0, output
     code, output = run_script(script, tmp_path / "two", *flags, processes=2)

@@ -14,6 +14,7 @@ import sample
 import train_basic
 import train_conditional
 import train_ddpm
+import train_flow
 import train_unet2d
 from utils import UserError
 
@@ -42,17 +43,20 @@ def size_of(folder):
     return json.loads((folder / "unet" / "config.json").read_text())["sample_size"]
 
 
-@pytest.mark.parametrize("script", [train_basic, train_unet2d, train_conditional], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script", [train_basic, train_unet2d, train_conditional, train_flow], ids=lambda script: script.__name__
+)
 def test_every_script_trains_on_them_and_its_pipeline_draws_them(tmp_path, wide, script):
-    small = ["--unet=tiny", "--num_samples=2"] if script is train_conditional else []
+    conditional = script is train_conditional
+    small = ["--unet=tiny", "--num_samples=2"] if script in (train_conditional, train_flow) else []
     assert train(tmp_path / "run", "--train_data_dir", wide, *FLAGS, *small, script=script) == 0
     assert size_of(tmp_path / "run") == [8, 16]
-    custom = {"custom_pipeline": str(tmp_path / "run")} if small else {}
+    custom = {"custom_pipeline": str(tmp_path / "run")} if conditional else {}
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run", trust_remote_code=True, **custom)
-    drawn = pipeline(**({"class_labels": ["b"]} if small else {}), num_inference_steps=2).images[0]
+    drawn = pipeline(**({"class_labels": ["b"]} if conditional else {}), num_inference_steps=2).images[0]
     assert drawn.size == (16, 8)
     start = f"--pretrained_model_name_or_path={tmp_path / 'run'}"
-    if script is train_conditional:
+    if conditional:
         assert "DiffusionPipeline.from_pretrained" in (tmp_path / "run" / "README.md").read_text()
         again = [start, "--train_data_dir", wide, "--max_train_steps=1", "--train_batch_size=4"]
         assert train(tmp_path / "again", *again, script=script) == 0

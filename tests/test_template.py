@@ -18,7 +18,14 @@ from utils.training.checkpoints import STATE, _write_manifest
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-SCRIPTS = ("train_basic.py", "train_unet2d.py", "train_ddpm.py", "finetune_faces.py", "train_conditional.py")
+SCRIPTS = (
+    "train_basic.py",
+    "train_unet2d.py",
+    "train_ddpm.py",
+    "finetune_faces.py",
+    "train_conditional.py",
+    "train_flow.py",
+)
 DRIVER = """
 import json, shutil, sys
 from pathlib import Path

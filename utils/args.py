@@ -12,8 +12,8 @@ from pathlib import Path
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
-FLOW_SAMPLERS = ("dpmsolver++", "euler", "heun")  # of train_flow.py's models
-ALL_SAMPLERS = (*SAMPLERS, *FLOW_SAMPLERS[1:])
+SOLVERS = ("dpmsolver++", "euler", "heun")  # of train_flow.py's models
+ALL_SAMPLERS = (*SAMPLERS, *SOLVERS[1:])
 
 
 def integer(low: int, high: float = math.inf):

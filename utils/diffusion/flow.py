@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
 from .. import UserError
-from ..args import FLOW_SAMPLERS
+from ..args import SOLVERS
 from ..randomness import sample_noise
 from .linear_mix import LinearMixScheduler
 from .schedulers import predicted_images
@@ -88,11 +88,11 @@ class HeunFlowScheduler(FlowScheduler):
         return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=images)
 
 
-def make_flow_sampler(name: str, flow: SchedulerMixin) -> SchedulerMixin:
+def make_sampler(name: str, flow: SchedulerMixin) -> SchedulerMixin:
     """The scheduler that draws samples from a model trained on straight paths.
 
     Args:
-        name: one of ``args.FLOW_SAMPLERS``. DPM-Solver++ of the first order is Euler's method here.
+        name: one of ``args.SOLVERS``. DPM-Solver++ of the first order is Euler's method here.
         flow: a ``FlowScheduler``, or what this function made of one.
 
     Raises:
@@ -102,13 +102,16 @@ def make_flow_sampler(name: str, flow: SchedulerMixin) -> SchedulerMixin:
     path = {key: flow.config[key] for key in kept}
     if name == "heun":
         return HeunFlowScheduler(**path)
-    if name not in FLOW_SAMPLERS:
-        raise UserError(
-            f"--sampler {name}: the model was trained on straight paths; expected {', '.join(FLOW_SAMPLERS)}"
-        )
+    if name not in SOLVERS:
+        raise UserError(f"--sampler {name}: the model was trained on straight paths; expected {', '.join(SOLVERS)}")
     return DPMSolverMultistepScheduler(
         **path, use_flow_sigmas=True, final_sigmas_type="zero", solver_order=1 if name == "euler" else 2
     )
+
+
+def pipeline_scheduler(name: str, flow: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler to save in a ``DDPMPipeline``: the sampler, or the second order where it cannot call it (Heun)."""
+    return make_sampler("dpmsolver++" if name == "heun" else name, flow)
 
 
 def shifted(levels: np.ndarray | float, shift: float):
@@ -119,9 +122,15 @@ def shifted(levels: np.ndarray | float, shift: float):
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-def default_shift(size: tuple[int, int]) -> float:
-    """1 up to 64 pixels, then in proportion to the square root of their number."""
-    return max(1.0, math.sqrt(size[0] * size[1]) / 64)
+def flow_flags(args, size: tuple[int, int]) -> dict:
+    """The flags of train_flow.py about the path, as parameters of a ``FlowScheduler``.
+
+    Args:
+        size: (H, W) of the images. Without ``--flow_shift`` it is 1 up to 64 pixels, then in proportion to the side.
+    """
+    prediction_type = {"velocity": "flow_prediction"}.get(args.prediction_type, args.prediction_type)
+    side = math.sqrt(size[0] * size[1])
+    return dict(prediction_type=prediction_type, flow_shift=args.flow_shift or max(1.0, side / 64))
 
 
 def nearest_noise(images: torch.Tensor, seed: int, sample_ids: np.ndarray, candidates: int) -> torch.Tensor:

@@ -12,12 +12,11 @@ from huggingface_hub import snapshot_download
 
 from .. import UserError
 from ..args import SAMPLERS
+from . import flow, schedulers
 from .basic_unet import BasicUNet
-from .flow import FlowScheduler, make_flow_sampler
 from .linear_mix import LinearMixScheduler
 from .pretrained import check_embeddings, check_noise, check_noise_scheduler, refuse_missing, shorten
 from .sampling import sample_images
-from .schedulers import make_sampler, pipeline_scheduler
 
 
 def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
@@ -78,8 +77,8 @@ def choose_sampler(
             )
         return own
     kind = type(own).__name__
-    flow = is_flow(own)
-    if name and flow:
+    path = is_flow(own)
+    if name and path:
         if name == "heun" and steered:
             raise UserError(
                 "--sampler heun does not go with guidance, --init_image or --gif; take euler or dpmsolver++"
@@ -96,13 +95,13 @@ def choose_sampler(
             called = False
         if not called:
             raise UserError(f"its {kind} is not called as a DDPMScheduler is; draw with the pipeline that it came with")
-        if steered and not (flow or (hasattr(own, "alphas_cumprod") and own.init_noise_sigma == 1)):
+        if steered and not (path or (hasattr(own, "alphas_cumprod") and own.init_noise_sigma == 1)):
             raise UserError(
                 f"its {kind} does not have the noise of a DDPMScheduler, which guidance, --init_image and --gif need; "
                 "give a --sampler, or leave them out"
             )
     check_noise_scheduler(own, num_inference_steps)
-    sampler = own if not name else make_flow_sampler(name, own) if flow else make_sampler(name, own)
+    sampler = own if not name else (flow if path else schedulers).make_sampler(name, own)
     try:
         sampler.set_timesteps(num_inference_steps)
     except Exception as error:  # each scheduler has its own rules, and its own errors
@@ -118,7 +117,7 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 
 def saved_scheduler(name: str, own: SchedulerMixin) -> SchedulerMixin:
     """What to save in the pipeline of a model that carries ``own`` so that it draws with this sampler."""
-    return make_flow_sampler(name, own) if is_flow(own) else pipeline_scheduler(name, own)
+    return (flow if is_flow(own) else schedulers).pipeline_scheduler(name, own)
 
 
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -126,7 +125,7 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     if isinstance(scheduler, LinearMixScheduler):
         return scheduler
     if is_flow(scheduler):
-        return FlowScheduler(scheduler.config.num_train_timesteps, scheduler.config.prediction_type)
+        return flow.FlowScheduler(scheduler.config.num_train_timesteps, scheduler.config.prediction_type)
     check_noise(scheduler, "the denoising loss")
     return DDPMScheduler.from_config(scheduler.config)
 

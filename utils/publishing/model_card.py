@@ -60,13 +60,14 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
     index = json.loads((folder / "model_index.json").read_text())
     on_hub = {key: name for key, name in summary.items() if key in ("data", "base") and is_hub_id(name)}
     tags = ["diffusers", "unconditional-image-generation"]
+    flow = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("use_flow_sigmas")
     data = ModelCardData(
         license=args.hub_license,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=tags
         + (["class-conditional"] if classes else [])
-        + (["ddpm"] if index["_class_name"] == "DDPMPipeline" else []),
+        + (["flow-matching"] if flow else ["ddpm"] if index["_class_name"] == "DDPMPipeline" else []),
         datasets=[on_hub["data"]] if "data" in on_hub else None,
         base_model=on_hub.get("base"),
     )
