@@ -25,7 +25,7 @@ def parse_args(argv=None):
     group.add_argument("--num_inference_steps", type=integer(1, 1000), default=40, help="UNet calls per image")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
     parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first")
-    parser.switch(group, "--gif", False, "also walk.gif: how the first 16 images arise, noisy and predicted")
+    parser.switch(group, "--gif", False, "also walk.gif and walk.png: how the first images arise, noisy and predicted")
     group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images: --num_samples images lead from the noise of one to that of the other and, of a model with classes, through --class_labels")
     group.add_argument("--init_image", metavar="FILE", help="start from this picture with noise on it")
     group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="how much noise is put on --init_image: 1 leaves nothing of it")
@@ -54,7 +54,7 @@ def main(args):
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, slerp
     from utils.diffusion.pretrained import image_shape
     from utils.diffusion.sampling import sample_batch
-    from utils.evaluation.image_folder import ImageFolder, load_image, save_gif
+    from utils.evaluation.image_folder import ImageFolder, load_image, save_gif, save_walk
     from utils.pictures import make_grid, to_uint8
     from utils.randomness import sample_noise
     from utils.signals import StopSignal
@@ -135,6 +135,7 @@ def main(args):
             sample_ids = np.arange(min(16, args.num_samples))
             draw(sample_ids=sample_ids, watch=lambda *pair: frames.append([to_uint8(images) for images in pair]))
             save_gif(frames, images_folder.folder / "walk.gif")
+            save_walk(frames, images_folder.folder / "walk.png")
     accelerator.wait_for_everyone()
     images_folder.print_finished()
 

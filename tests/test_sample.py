@@ -97,6 +97,8 @@ def test_formats_and_film(tmp_path, finished_run):
     assert array.shape == (5, 8, 8, 1) and (array[..., 0] == images(tmp_path / "npz")).all()
     film = Image.open(tmp_path / "npz" / "walk.gif")
     assert film.n_frames == 3 and film.size == (2 * 208, 140)  # three steps; noisy and predicted side by side
+    walk = Image.open(tmp_path / "npz" / "walk.png")
+    assert walk.height == 6 * 68 + 4 and 3 * 68 < walk.width < 6 * 68  # six captioned rows of three steps
     draw(finished_run, tmp_path / "parquet", "--format=parquet")
     rows = datasets.load_dataset(str(tmp_path / "parquet"), data_files="images.parquet", split="train")
     assert (np.asarray(rows[4]["image"]) == images(tmp_path / "parquet")[4]).all()

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "sampling_args.json"
 # Flags that may change between two runs into one folder: they do not change image k
-ALSO = ("walk.gif", "images.npz", "images.parquet")
+ALSO = ("walk.gif", "walk.png", "images.npz", "images.parquet")
 FREE = {"output_dir", "num_samples", "sample_batch_size", "format", "gif", "compile", "config"}
 
 
@@ -171,6 +171,17 @@ def load_folder(folder: str, accelerator, image_range: tuple[float, float] | Non
     if clipped:
         logger.warning(f"{folder}: clipped in {len(clipped)} of {len(images)} images; {clipped[0]}")
     return np.stack([np.atleast_3d(np.asarray(image)) for image in images]).transpose(0, 3, 1, 2)
+
+
+def save_walk(frames: list[list[np.ndarray]], path: Path) -> None:
+    """A picture of how three images arise: below what the model was given at ten steps, what it predicted from it.
+
+    Args:
+        frames: as for ``save_gif``, of two kinds.
+    """
+    shown = sorted({round(k) for k in np.linspace(0, len(frames) - 1, 10)})
+    images = [frames[step][kind][k] for k in range(min(3, len(frames[0][0]))) for kind in (0, 1) for step in shown]
+    make_grid(np.stack(images), captions=["given", "predicted"] * (len(images) // len(shown) // 2)).save(path)
 
 
 def save_gif(frames: list[list[np.ndarray]], path: Path) -> None:
