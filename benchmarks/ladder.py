@@ -3,7 +3,7 @@
     python benchmarks/ladder.py --dataset_name mnist --output_dir outputs/ladder
 
 First every stage with the same number of images; then every stage for the time that stage 3 took, by the median of its
-images/s. Interrupted, the same command goes on. About 50 minutes on 2 cores, a quarter of it for the comparison.
+images/s. Interrupted, the same command goes on. About 70 minutes on 2 cores, a quarter of it for the comparison.
 """
 
 import argparse
@@ -22,7 +22,10 @@ STAGES = {
     "unet2d": ("train_unet2d.py",),
     "ddpm": ("train_ddpm.py",),  # v-prediction, cosine schedule
     "ddpm-epsilon": ("train_ddpm.py", *EPSILON),
+    "flow": ("train_flow.py",),
+    "conditional": ("train_conditional.py",),
 }
+SHARES = {"conditional": 0.75}  # of the steps: guidance is learnt by a second call of the model, without gradients
 
 
 def main():
@@ -32,9 +35,9 @@ def main():
     parser.add_argument("--num_samples", type=int, default=2000, help="of each model")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ladder"))
     options = parser.parse_args()
-    folders = [train(options, name, options.steps) for name in STAGES]
+    folders = [train(options, name, round(options.steps * SHARES.get(name, 1))) for name in STAGES]
     speeds = [median_speed(folder) for folder in folders]
-    for name, speed in zip(("basic", "unet2d"), speeds, strict=False):  # the other two have had that time
+    for name, speed in zip(("basic", "unet2d"), speeds, strict=False):  # the others have had that time
         folders.append(train(options, name, round(options.steps * speed / speeds[2]), "-same-time"))
         speeds.append(median_speed(folders[-1]))
     run(
