@@ -46,8 +46,8 @@ def parse_args(argv=None):
     parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
     parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first, meant for GPUs")
 
-    group = parser.add_argument_group("flow")
-    group.add_argument("--prediction_type", choices=("velocity", "sample"), default="velocity", help="predict noise - image, or the clean image with the loss on the velocity (arXiv:2511.13720)")
+    group = parser.add_argument_group("flow (defaults: those shown, or the pretrained pipeline's)")
+    group.add_argument("--prediction_type", choices=("velocity", "sample"), help="predict noise - image, or the clean image with the loss on the velocity (arXiv:2511.13720; default: velocity)")
     group.add_argument("--noise_candidates", metavar="K", type=integer(1, 1000), default=1, help="noises to choose the nearest from for each image: straighter paths (arXiv:2406.12303)")
     group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
     group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="where in [0, T) training looks: evenly, or more at the middle (arXiv:2403.03206)")
@@ -118,7 +118,7 @@ def main(args):
     ema_model = EMA(unet, args.ema_max_decay, args.ema_inv_gamma, args.ema_power, enabled=args.use_ema)
 
     # Noise scheduler
-    noise_scheduler = FlowScheduler(**flow_flags(args, train_data.size))
+    noise_scheduler = FlowScheduler(**flow_flags(args, train_data.size, pretrained))
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     prediction_type = noise_scheduler.config.prediction_type
     check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)

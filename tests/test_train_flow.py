@@ -229,6 +229,12 @@ def test_training_goes_on_from_a_flow_and_from_nothing_else(tmp_path, finished, 
     averaged = load_file(finished / WEIGHTS)
     assert all(torch.equal(value, averaged[key]) for key, value in load_file(tmp_path / "on" / WEIGHTS).items())
     assert state[0].is_file()
+    clean = ["--prediction_type=sample", "--flow_shift=2", "--max_train_steps=1"]
+    assert run(tmp_path / "clean", *clean) == 0
+    clean = f"--pretrained_model_name_or_path={tmp_path / 'clean'}"
+    assert train(tmp_path / "cleaner", clean, "--max_train_steps=1", script=train_flow) == 0
+    saved = DDPMPipeline.from_pretrained(tmp_path / "cleaner").scheduler.config
+    assert saved.prediction_type == "sample" and saved.flow_shift == 2
     with pytest.raises(UserError, match="is of no model that was trained on straight paths"):
         other = f"--pretrained_model_name_or_path={finished_run}"
         train(tmp_path / "other", other, script=train_flow)

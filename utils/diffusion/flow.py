@@ -122,15 +122,18 @@ def shifted(levels: np.ndarray | float, shift: float):
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-def flow_flags(args, size: tuple[int, int]) -> dict:
+def flow_flags(args, size: tuple[int, int], pretrained=None) -> dict:
     """The flags of train_flow.py about the path, as parameters of a ``FlowScheduler``.
 
     Args:
-        size: (H, W) of the images. Without ``--flow_shift`` it is 1 up to 64 pixels, then in proportion to the side.
+        size: (H, W) of the images. By default the shift is 1 up to 64 pixels, then in proportion to the side.
+        pretrained: a pipeline whose values count where the flags are not given.
     """
-    prediction_type = {"velocity": "flow_prediction"}.get(args.prediction_type, args.prediction_type)
-    side = math.sqrt(size[0] * size[1])
-    return dict(prediction_type=prediction_type, flow_shift=args.flow_shift or max(1.0, side / 64))
+    known = {"prediction_type": "flow_prediction", "flow_shift": max(1.0, math.sqrt(size[0] * size[1]) / 64)}
+    if pretrained:
+        known = {name: pretrained.scheduler.config[name] for name in known}
+    said = {"velocity": "flow_prediction", "sample": "sample", None: known["prediction_type"]}
+    return {"prediction_type": said[args.prediction_type], "flow_shift": args.flow_shift or known["flow_shift"]}
 
 
 def nearest_noise(images: torch.Tensor, seed: int, sample_ids: np.ndarray, candidates: int) -> torch.Tensor:
