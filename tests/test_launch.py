@@ -94,7 +94,7 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     assert close(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("script, flag", [("conditional", "--label_dropout=0.4"), ("flow", "--noise_candidates=3")])
+@pytest.mark.parametrize("script, flag", [slow("conditional", "--label_dropout=0.4"), ("flow", "--noise_candidates=3")])
 def test_two_processes_of_a_sibling_learn_what_one_learns(tmp_path, script, flag):
     """Labels, what is left unsaid, and the nearest of several noises follow the sample's id."""
     flags = ["--unet=tiny", "--learning_rate=1e-4", flag, "--max_train_steps=3", "--num_samples=10"]

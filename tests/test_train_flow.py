@@ -176,10 +176,10 @@ def test_the_loss_falls_and_is_that_of_the_velocity(tmp_path, monkeypatch, predi
         return mse_loss(output, target, **options)
 
     monkeypatch.setattr(F, "mse_loss", spy)
-    run(tmp_path / "run", f"--prediction_type={prediction_type}", "--max_train_steps=60", "--mixed_precision=bf16")
+    run(tmp_path / "run", f"--prediction_type={prediction_type}", "--max_train_steps=40", "--mixed_precision=bf16")
     assert all(output.dtype == target.dtype == torch.float32 for output, target, _ in seen)
     losses = [loss for *_, loss in seen]
-    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     saved = DDPMPipeline.from_pretrained(tmp_path / "run").scheduler.config.prediction_type
     assert saved == {"velocity": "flow_prediction"}.get(prediction_type, prediction_type)
 
