@@ -305,7 +305,7 @@ def test_timesteps_cover_all_levels_stratified_or_not(tmp_path, monkeypatch):
 
 
 def test_each_flag_of_the_objective_changes_the_result(tmp_path):
-    train(tmp_path / "plain", "--max_train_steps=4")
+    train(tmp_path / "plain", "--max_train_steps=5")
     for flag in (
         "--beta_schedule=sigmoid", "--num_train_timesteps=100",
         "--timestep_sampling=uniform", "--time_density=logit_normal", "--rescale_betas_zero_snr", "--snr_gamma=1",
@@ -314,7 +314,7 @@ def test_each_flag_of_the_objective_changes_the_result(tmp_path):
         "--no-use_ema", "--ema_max_decay=0.1", "--ema_inv_gamma=9", "--ema_power=0.1",
     ):  # fmt: skip
         folder = tmp_path / flag.strip("-").split("=")[0]
-        train(folder, "--max_train_steps=4", flag)
+        train(folder, "--max_train_steps=5", flag)
         assert not equal_weights(tmp_path / "plain" / WEIGHTS, folder / WEIGHTS), flag
 
 
