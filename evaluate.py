@@ -77,7 +77,7 @@ def main(args):
         load_pipeline,
         saved_scheduler,
         training_scheduler,
-    )  # fmt: skip
+    )
     from utils.diffusion.pretrained import image_shape
     from utils.evaluation.class_statistics import asked_classes, digit_statistics
     from utils.evaluation.comparison import compare

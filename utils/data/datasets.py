@@ -23,8 +23,8 @@ from ..args import size_of
 from ..pictures import from_uint8
 from ..signals import STOP_SIGNALS
 from .feeds import Cache, Stream, read_ahead
-from .images import INSPECTED, PreparedImages, choose_range, find_file, locate
-from .pixels import DEEP_MODES, GREY_MODES, BadImage, covering, decode_image, left_out
+from .images import INSPECTED, PreparedImages, choose_range, find_file, locate, spread_over
+from .pixels import GREY_MODES, BadImage, covering, decode_image, deep_values, left_out
 from .sources import ImageSource, data_license, load_source
 
 logger = logging.getLogger(__name__)
@@ -121,14 +121,17 @@ class TrainData:
         if self.length is None:
             rows = enumerate(dataset.take(INSPECTED))
         else:
-            spread = sorted({int(index) for index in np.linspace(0, self.length - 1, INSPECTED)})
+            spread = spread_over(self.length)
             rows = zip(spread, dataset.select(spread), strict=True)
-        images, unused = [], {}
+        sizes, modes, deep, unused = [], set(), [], {}  # not the images: they may be large
         digest = self._digest_of_names(dataset)
         for index, row in rows:
             try:
                 source, where = locate(row, self.name, index)
-                images.append(decode_image(source, where))
+                image = decode_image(source, where)
+                sizes.append(image.size)
+                modes.add(image.mode)
+                deep += deep_values([image])
                 for loss in left_out(source):
                     unused.setdefault(loss, []).append(where)
                 if digest and isinstance(source, Image.Image):
@@ -138,16 +141,15 @@ class TrainData:
             except BadImage as error:
                 if self.args.bad_images == "error":
                     raise BadImage(f"{error}. {reading(self.args)['advice']}") from None
-        if not images:
+        if not sizes:
             raise UserError(f"{self.name}: no readable image found; expected a data set of images")
         for loss, places in unused.items():
-            logger.warning(f"{len(places)} of {len(images)} images looked at, such as {places[0]}: {loss}")
+            logger.warning(f"{len(places)} of {len(sizes)} images looked at, such as {places[0]}: {loss}")
         self.settings["fingerprint"] = digest and digest.hexdigest()[:16]
-        self._choose_mode({image.mode for image in images}, image_mode)
-        self._choose_size([image.size for image in images], size)
-        self.image_range = choose_range(self.args.image_range, images)
-        deep = self.image_range and any(image.mode in DEEP_MODES for image in images)
-        self.settings["scaled_from"] = list(self.image_range) if deep else None
+        self._choose_mode(modes, image_mode)
+        self._choose_size(sizes, size)
+        self.image_range = choose_range(self.args.image_range, deep)
+        self.settings["scaled_from"] = list(self.image_range) if self.image_range and deep else None
 
     def _digest_of_names(self, dataset):
         """A hash of the names and sizes of files, to be updated with the content of some; None for own images."""

@@ -59,24 +59,21 @@ def find_file(file: str, source: str) -> str:
     return str(beside) if beside.exists() else file
 
 
-def look_at(dataset, name: str, count: int = INSPECTED) -> list[Image.Image]:
-    """Some images of a data set, evenly spread over it, decoded.
+def spread_over(length: int) -> list[int]:
+    """The indices of the images that are looked at, of so many."""
+    return sorted({int(index) for index in np.linspace(0, length - 1, INSPECTED)})
 
-    Raises:
-        UserError: there are none, or one cannot be read.
+
+def choose_range(text: str, deep: Sequence[tuple[str, np.ndarray]], say: bool = True) -> tuple[float, float] | None:
+    """The values that become black and white by ``--image_range``, None for the format's.
+
+    Args:
+        deep: of the images looked at, see ``pixels.deep_values``.
     """
-    if not len(dataset):
-        raise UserError(f"{name}: this split holds no image; expected at least one")
-    spread = sorted({int(index) for index in np.linspace(0, len(dataset) - 1, count)})
-    return [decode_image(*locate(row, name, index)) for index, row in zip(spread, dataset.select(spread), strict=True)]
-
-
-def choose_range(text: str, images: Sequence[Image.Image], say: bool = True) -> tuple[float, float] | None:
-    """The values that become black and white by ``--image_range``, for images like these; None for the format's."""
     if text not in ("auto", "full"):
         low, high = text.split(",")
         return float(low), float(high)
-    used = used_range(images) if text == "auto" else None
+    used = used_range(deep) if text == "auto" else None
     if used and used != (0, 255) and say:
         said = f"{used[0]:g},{used[1]:g}"
         logger.warning(

@@ -6,7 +6,7 @@ what transparent pixels hide. Here ranges are scaled, alpha is laid over white a
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -116,18 +116,31 @@ def _full_range(mode: str, high: float) -> tuple[float, float]:
     return 0, 65535 if high <= 65535 else 2**31 - 1
 
 
-def used_range(images: Sequence[Image.Image]) -> tuple[float, float] | None:
-    """The range of the values of those images that have more than 8 bits.
+def deep_values(images: Iterable[Image.Image]) -> list[tuple[str, np.ndarray]]:
+    """Mode and values of each image that has more than 8 bits; of a large one the extremes and a hundred thousand."""
+    found = []
+    for image in images:
+        if image.mode in DEEP_MODES:
+            values = np.asarray(image, np.float64).ravel()
+            values = values[np.isfinite(values)]
+            step = values.size // 100_000
+            if step > 1:
+                values = np.concatenate([values[::step], [values.min(), values.max()]])
+            found.append((image.mode, values))
+    return found
+
+
+def used_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:
+    """The range of the values of images that have more than 8 bits.
+
+    Args:
+        deep: see ``deep_values``.
 
     Returns:
         Lowest and highest value, but for one in ten thousand that lie far outside; None if no image has more than 8
         bits, or half of the format's range is used.
     """
-    modes = {image.mode for image in images if image.mode in DEEP_MODES}
-    if not modes:
-        return None
-    values = np.concatenate([np.asarray(image, np.float64).ravel() for image in images if image.mode in DEEP_MODES])
-    values = values[np.isfinite(values)]
+    modes, values = {mode for mode, _ in deep}, np.concatenate([values for _, values in deep] or [np.empty(0)])
     if not values.size or values.min() == values.max():
         return None
     low, high = float(values.min()), float(values.max())

@@ -13,7 +13,7 @@ from PIL import Image
 from .. import UserError
 from ..data import folders
 from ..data.images import choose_range, locate
-from ..data.pixels import GREY_MODES, decode_image, prepare_image, to_eight_bits
+from ..data.pixels import GREY_MODES, decode_image, deep_values, prepare_image, to_eight_bits
 from ..data.sources import ImageSource, load_source
 from ..pictures import from_uint8, make_grid
 
@@ -132,7 +132,7 @@ def load_image(path: str, shape: tuple[int, int, int], model: str) -> torch.Tens
         raise UserError(f"--init_image {path}: there is no such file; expected a picture")
     image = decode_image(path, f"--init_image {path}")
     known, image_range = scaled_from(model)
-    image_range = image_range if known else choose_range("auto", [image], say=False)
+    image_range = image_range if known else choose_range("auto", deep_values([image]), say=False)
     image = to_eight_bits(image, "L" if shape[0] == 1 else "RGB", path, image_range, logger.warning)
     return from_uint8(prepare_image(image, shape[1:], "bicubic", True))[None]
 

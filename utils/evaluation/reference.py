@@ -1,14 +1,15 @@
 """The real images that samples are compared with: what a model was trained on, and what it has not seen."""
 
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .. import randomness
-from ..data.images import PreparedImages, choose_range, look_at
-from ..data.pixels import GREY_MODES
+from .. import UserError, randomness
+from ..data.images import PreparedImages, choose_range, locate, spread_over
+from ..data.pixels import GREY_MODES, decode_image, deep_values
 from ..data.sources import ImageSource, load_source
 from ..pictures import make_grid, to_uint8
 from .comparison import nearest_distances
@@ -37,8 +38,8 @@ class Reference:
         for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
             self._sources[split] = load_source(self._source(split, flag), accelerator)[0]
         shown = look_at(self._sources[args.reference_split], args.reference)
-        self.image_range = choose_range(args.image_range, shown)
-        first = look_at(self._sources[args.held_out_split].take(1), args.reference)[0]
+        self.image_range = choose_range(args.image_range, deep_values(shown))
+        first = next(look_at(self._sources[args.held_out_split], args.reference))
         mode = "L" if first.mode in GREY_MODES else "RGB"
         self.held_out = self._load(args.held_out_split, (first.height, first.width), mode)
 
@@ -120,6 +121,19 @@ class Reference:
             ratios = nearest_distances(unseen, trained)[0] / np.maximum(to_unseen, 1e-12)
             self._baselines[images.shape[1:]] = train, pixels, trained, unseen, np.quantile(ratios, 0.01)
         return self._baselines[images.shape[1:]]
+
+
+def look_at(dataset, name: str) -> Iterator[Image.Image]:
+    """Some images of a data set, evenly spread over it, decoded one after the other.
+
+    Raises:
+        UserError: there are none, or one cannot be read.
+    """
+    if not len(dataset):
+        raise UserError(f"{name}: this split holds no image; expected at least one")
+    spread = spread_over(len(dataset))
+    for index, row in zip(spread, dataset.select(spread), strict=True):
+        yield decode_image(*locate(row, name, index))
 
 
 def show_nearest(samples: np.ndarray, training_images: np.ndarray) -> Image.Image:
