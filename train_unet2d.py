@@ -57,7 +57,7 @@ def main(args):
     from utils.evaluation import Validation
     from utils.pictures import make_grid, save_picture
     from utils.publishing import Hub, write_card
-    from utils.randomness import sample_noise, uniform
+    from utils.randomness import random_bits, sample_noise, uniform
     from utils.signals import StopSignal
     from utils.training import EMA, TrainingCurves, claim_output_dir, resume, run, save
 
@@ -151,7 +151,7 @@ def main(args):
     for batch in train_data.batches(global_step, max_train_steps):
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
-        torch.manual_seed(args.seed + int(sample_ids[0]))  # dropout differs between processes and micro-steps
+        torch.manual_seed(random_bits(args.seed, "dropout", sample_ids).item(0))  # other processes' differs
 
         # Noise and timesteps, in float32 whatever the UNet computes in
         noise = sample_noise(args.seed, "noise", sample_ids, image_shape, accelerator.device, "uniform")  # in [-1, 1]

@@ -1,5 +1,7 @@
 """utils/data: datasets.py, sources.py, feeds.py: the same samples in the same order however they are loaded."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import datasets
@@ -245,6 +247,109 @@ def test_shape_flags_reach_the_images(accelerator, folder):
         _, (other, *_) = batches(accelerator, *flags, flag)
         assert other["images"].shape == plain["images"].shape
         assert not torch.equal(other["images"], plain["images"]), flag
+
+
+@pytest.fixture
+def decoded(monkeypatch, caplog):
+    """Files of decoded images for however few; a list that grows by each image that is decoded for one."""
+    import utils.data.datasets
+    from utils.data.images import PreparedImages
+
+    caplog.set_level("INFO", "utils")
+    seen, attempt = [], PreparedImages.attempt
+    monkeypatch.setattr(utils.data.datasets, "QUICK", 0)
+    monkeypatch.setattr(PreparedImages, "attempt", lambda self, job: seen.append(job[1]) or attempt(self, job))
+    return seen
+
+
+def only_file(folder):
+    """The file of decoded images, and nothing else but its lock."""
+    (found,) = [path for path in folder.iterdir() if path.suffix != ".lock"]
+    return found
+
+
+@pytest.mark.parametrize("flags", (["--center_crop"], ["--random_flip"]), ids=("one size", "many sizes"))
+def test_images_are_decoded_once_into_a_file(accelerator, folder, tmp_path_factory, decoded, caplog, flags):
+    kept = tmp_path_factory.mktemp("kept")
+    flags = ["--train_data_dir", folder, "--resolution=16", *flags]
+    _, loaded = batches(accelerator, *flags, "--cache_images=never")
+    for said in ("are kept in", "Using the decoded images in"):
+        caplog.clear()
+        assert same(loaded, batches(accelerator, *flags, f"--image_cache_dir={kept}")[1])
+        assert f"{said} {only_file(kept)}, 0 MiB" in caplog.text
+        assert len(decoded) == 12  # not 24 after the second
+    batches(accelerator, *flags, "--interpolation=box", f"--image_cache_dir={kept}")
+    os.utime(folder / "07.png", (1, 1))  # the same name and size, and perhaps other pixels
+    batches(accelerator, *flags, f"--image_cache_dir={kept}")
+    assert len(decoded) == 36 and len([*kept.glob("*.lock")]) == 3
+
+
+def test_processes_of_a_machine_share_one_file(folder, tmp_path_factory, decoded):
+    flags = ["--train_data_dir", folder, "--resolution=16", "--train_batch_size=3", "--cache_images"]
+    shared = [*flags, "auto", f"--image_cache_dir={tmp_path_factory.mktemp('kept')}"]
+    with ThreadPoolExecutor() as pool:
+        found = [*pool.map(lambda index: batches(Process(index, 4), *shared)[1], range(4))]
+    assert sorted(decoded) == [*range(12)]
+    assert all(same(part, batches(Process(index, 4), *flags, "never")[1]) for index, part in enumerate(found))
+
+
+def test_a_file_of_decoded_images_is_complete_or_not_there(accelerator, folder, tmp_path_factory, decoded, monkeypatch):
+    import utils.data.feeds
+
+    kept = tmp_path_factory.mktemp("kept")
+    flags = ["--train_data_dir", folder, "--resolution=16", f"--image_cache_dir={kept}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.data.feeds.np, "savez", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            batches(accelerator, *flags)
+    assert not [path for path in kept.iterdir() if path.suffix != ".lock"]
+    _, whole = batches(accelerator, *flags)
+    for damage in (
+        lambda file: (file / "pixels").write_bytes(b"few"),
+        lambda file: (file / "table.npz").write_bytes(b"PK"),
+        lambda file: (file / "table.npz").unlink(),
+        lambda file: file.rename(file.with_name(f".tmp-{file.name}")),  # as a kill leaves it
+    ):
+        damage(only_file(kept))
+        decoded.clear()
+        assert same(whole, batches(accelerator, *flags)[1]) and len(decoded) == 12
+        assert only_file(kept)
+
+
+def test_where_no_file_can_be_kept_memory_holds_the_images(
+    accelerator, folder, tmp_path_factory, decoded, caplog, monkeypatch
+):
+    import utils.data.datasets
+
+    flags = ["--train_data_dir", folder, "--resolution=16"]
+    (blocked := tmp_path_factory.mktemp("kept") / "file").write_text("not a folder")
+    _, loaded = batches(accelerator, *flags, "--cache_images=never")
+    data, found = batches(accelerator, *flags, f"--image_cache_dir={blocked}")
+    assert same(loaded, found) and data._cache is not None
+    assert f"{blocked} cannot keep the decoded images" in caplog.text
+    monkeypatch.setattr(utils.data.datasets, "FILE_LIMIT", 1000)
+    kept = tmp_path_factory.mktemp("kept")
+    data, found = batches(accelerator, *flags, f"--image_cache_dir={kept}")
+    assert same(loaded, found) and data._cache is not None and not [*kept.iterdir()]
+    assert f"too many for {kept}" in caplog.text
+    assert same(loaded, batches(accelerator, *flags, f"--image_cache_dir={kept}", "--cache_images=always")[1])
+    assert only_file(kept)
+
+
+def test_what_was_wrong_with_decoded_images_is_said_by_every_run(
+    accelerator, folder, tmp_path_factory, decoded, caplog
+):
+    (folder / "07.png").write_bytes(b"junk")
+    flags = ["--train_data_dir", folder, "--resolution=16", f"--image_cache_dir={tmp_path_factory.mktemp('kept')}"]
+    _, loaded = batches(accelerator, *flags, "--bad_images=skip", "--cache_images=never")
+    for _ in range(2):
+        caplog.clear()
+        assert same(loaded, batches(accelerator, *flags, "--bad_images=skip")[1])
+        assert sum("07.png" in record.message for record in caplog.records) == 1
+    assert len(decoded) == 12
+    data = load_train_data(parse(*flags, "--bad_images=skip", "--max_bad_images=0"), accelerator)
+    with pytest.raises(UserError, match="more than --max_bad_images 0"):
+        next(data.batches(0, 1))
 
 
 def test_images_that_do_not_fit_in_memory_are_decoded_as_they_come(accelerator, monkeypatch):

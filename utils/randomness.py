@@ -6,13 +6,25 @@ depends on the number of workers, on prefetching or on where a run was interrupt
 process with twice the accumulation draws.
 """
 
+import math
 import zlib
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# SplitMix64's constants. All arithmetic is in int64, which NumPy and torch both have on every device: sums and products
+# wrap around as unsigned ones do, and only shifts need care.
+_GOLDEN, _FIRST, _SECOND = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+VERSION = 2  # of what a seed stands for; 1 took the noise of a sample from torch's generators
+
+
+def _mix(z):
+    """The finalizer of SplitMix64, for int64 arrays and tensors."""
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * _FIRST
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * _SECOND
+    return z ^ ((z >> 31) & (2**33 - 1))
 
 
 def random_bits(seed: int, purpose: str, sample_ids: np.ndarray) -> np.ndarray:
@@ -26,16 +38,10 @@ def random_bits(seed: int, purpose: str, sample_ids: np.ndarray) -> np.ndarray:
     Returns:
         uint64 of the same shape.
     """
-
-    def mix(z):
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-    with np.errstate(over="ignore"):
-        key = mix(mix(np.array([seed], np.uint64) + _GOLDEN) ^ np.uint64(zlib.crc32(purpose.encode())))
-        sample_ids = np.asarray(sample_ids)
-        return mix(key + (sample_ids.astype(np.uint64).reshape(-1) + np.uint64(1)) * _GOLDEN).reshape(sample_ids.shape)
+    key = _mix(_mix(np.array([seed]) + _GOLDEN) ^ zlib.crc32(purpose.encode()))
+    sample_ids = np.asarray(sample_ids)
+    bits = _mix(key + (sample_ids.astype(np.int64).reshape(-1) + 1) * _GOLDEN)
+    return bits.view(np.uint64).reshape(sample_ids.shape)
 
 
 def uniform(seed: int, purpose: str, sample_ids: np.ndarray) -> np.ndarray:
@@ -67,25 +73,37 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
-def sample_generators(seed: int, purpose: str, sample_ids: np.ndarray, device="cpu") -> list[torch.Generator]:
-    """One torch generator for each sample id, on ``device``."""
-    return [torch.Generator(device).manual_seed(bits) for bits in random_bits(seed, purpose, sample_ids).tolist()]
+def sample_generators(seed: int, purpose: str, sample_ids: np.ndarray) -> list[torch.Generator]:
+    """A torch generator for each sample id, on the CPU: diffusers' schedulers draw the same with them on any device."""
+    return [torch.Generator().manual_seed(bits) for bits in random_bits(seed, purpose, sample_ids).tolist()]
 
 
 def sample_noise(
     seed: int, purpose: str, sample_ids: np.ndarray, shape: tuple[int, ...], device="cpu", distribution: str = "normal"
 ) -> torch.Tensor:
-    """float32 noise (len(sample_ids), *shape), a function of (seed, purpose, sample id) for each sample.
+    """float32 noise (len(sample_ids), *shape), a function of (seed, purpose, sample id, place in the sample).
 
-    The values differ between device types (CPU, CUDA), as torch's generators do, and on nothing else.
+    Counter-based (Salmon et al. 2011): the bits of a sample and those of a place are added and mixed by SplitMix64, in
+    a few operations on the device for the whole batch. Uniform noise is the same on every device, to the bit; normal
+    noise (Box and Muller 1958) up to the rounding of logarithm, sine and cosine.
 
     Args:
         distribution: ``normal``, with mean 0 and variance 1, or ``uniform`` in [-1, 1).
     """
-    noise = torch.empty(len(sample_ids), *shape, device=device)
-    generator = torch.Generator(device)
-    draw = {"normal": torch.Tensor.normal_, "uniform": torch.Tensor.uniform_}[distribution]
-    limits = {"normal": (0, 1), "uniform": (-1, 1)}[distribution]
-    for row, bits in zip(noise, random_bits(seed, purpose, sample_ids).tolist(), strict=True):
-        draw(row, *limits, generator=generator.manual_seed(bits))
-    return noise
+    count = math.prod(shape)
+    samples = _as_int64(random_bits(seed, purpose, sample_ids), device)
+    places = _as_int64(random_bits(0, "place", np.arange(-(-count // 2))), device)
+    bits = _mix(samples[:, None] + places)  # 64 for two numbers of 32
+    high, low = (bits >> 32) & 0xFFFFFFFF, bits & 0xFFFFFFFF
+    if distribution == "uniform":
+        numbers = torch.cat([high, low], dim=1) >> 8  # 24 bits are all that float32 holds
+        noise = numbers.float() * 2.0**-23 - 1
+    else:
+        radius = ((high.float() + 0.5) * 2.0**-32).log_().mul_(-2).sqrt_()  # up to 6.8
+        angle = low.float() * (2 * math.pi * 2.0**-32)
+        noise = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return noise[:, :count].reshape(-1, *shape)
+
+
+def _as_int64(bits: np.ndarray, device) -> torch.Tensor:
+    return torch.from_numpy(bits.view(np.int64)).to(device, non_blocking=True)

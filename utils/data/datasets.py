@@ -7,13 +7,16 @@ any number of workers, after a resume, and for any split of a global batch into 
 import hashlib
 import logging
 import os
+import shutil
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL
 import psutil
 import torch
 from PIL import Image
@@ -30,7 +33,9 @@ from .sources import ImageSource, data_license, load_source
 logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_RESOLUTION = 64  # pixels
-CACHE_LIMIT = 4 * 2**30  # bytes of decoded images in memory, per machine
+CACHE_LIMIT, FILE_LIMIT = 4 * 2**30, 32 * 2**30  # bytes of decoded images in memory and in a file, per machine
+DECODING = 1  # counts the ways in which the pixels of a file became those to train on
+QUICK = 1.0  # seconds of decoding that are not worth a file
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 
 
@@ -114,7 +119,7 @@ class TrainData:
             dataset, name, self.mode, self.size, refuse_colour=self._refuse_colour, image_range=self.image_range,
             **reading(args),
         )  # fmt: skip
-        self._cache = Cache(self._images, accelerator) if self._wants_cache() else None
+        self._cache = None  # until batches are asked for: a finished run decodes nothing
 
     def _inspect(self, dataset, size: tuple[int, int] | None, image_mode: str | None) -> None:
         """Find mode, size, range and fingerprint from some of the images; the same ones on every process."""
@@ -124,7 +129,8 @@ class TrainData:
             spread = spread_over(self.length)
             rows = zip(spread, dataset.select(spread), strict=True)
         sizes, modes, deep, unused = [], set(), [], {}  # not the images: they may be large
-        digest = self._digest_of_names(dataset)
+        digest, stamp = self._digests_of_names(dataset)
+        start = time.perf_counter()
         for index, row in rows:
             try:
                 source, where = locate(row, self.name, index)
@@ -145,19 +151,28 @@ class TrainData:
             raise UserError(f"{self.name}: no readable image found; expected a data set of images")
         for loss, places in unused.items():
             logger.warning(f"{len(places)} of {len(sizes)} images looked at, such as {places[0]}: {loss}")
+        self._decoding_seconds = (time.perf_counter() - start) / len(sizes) * (self.length or 0)
         self.settings["fingerprint"] = digest and digest.hexdigest()[:16]
         self._choose_mode(modes, image_mode)
         self._choose_size(sizes, size)
         self.image_range = choose_range(self.args.image_range, deep)
         self.settings["scaled_from"] = list(self.image_range) if self.image_range and deep else None
+        if stamp:  # all that decoded images depend on
+            how = (self.mode, self._refuse_colour, self.size, self.args.interpolation, self.args.center_crop)
+            stamp.update(repr((how, self.image_range, PIL.__version__, DECODING)).encode())
+        self._stamp = stamp and f"{Path(self.name).name}-{stamp.hexdigest()[:16]}"
 
-    def _digest_of_names(self, dataset):
-        """A hash of the names and sizes of files, to be updated with the content of some; None for own images."""
+    def _digests_of_names(self, dataset):
+        """Two hashes: of names and sizes of files, to be updated with the content of some; and of all that is known.
+
+        By the second, decoded images are found again on this machine. None where there are no such.
+        """
         if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-            return None
+            return None, None
         digest = hashlib.sha256(str(self.length).encode())
         if self.length is None:
-            return digest
+            return digest, None
+        stamp = hashlib.sha256(dataset._fingerprint.encode())
         first = dataset[0]["image"]
         if isinstance(first, str) or (isinstance(first, dict) and not first.get("bytes")):
             records = [row if isinstance(row, str) else (row or {}).get("path") for row in dataset["image"][:]]
@@ -167,9 +182,10 @@ class TrainData:
             root = None if unpacked else os.path.commonpath(folders)
             for file in files:
                 name = os.path.relpath(file, root) if root else os.path.basename(file)
-                size = os.path.getsize(file) if os.path.isfile(file) else None
-                digest.update(f"{name} {size}\n".encode())
-        return digest
+                status = os.stat(file) if os.path.isfile(file) else None
+                digest.update(f"{name} {status and status.st_size}\n".encode())
+                stamp.update(f"{file} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
+        return digest, stamp
 
     def _choose_mode(self, modes: set[str], image_mode: str | None) -> None:
         grey = modes <= set(GREY_MODES)
@@ -203,16 +219,28 @@ class TrainData:
         kept = [self.size if self.args.center_crop else covering(width_height, self.size) for width_height in sizes]
         self.bytes_per_image = self.channels * float(np.mean([width * height for width, height in kept]))
 
-    def _wants_cache(self) -> bool:
+    def _fill_cache(self) -> Cache | None:
+        """The images, decoded once: in a file where that takes seconds, otherwise in memory; None: as they come."""
         if self.args.streaming or self.args.cache_images == "never":
-            return False
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each keeps its own copy
-        needed = self.length * self.bytes_per_image * processes_here
-        limit = min(CACHE_LIMIT, psutil.virtual_memory().available / 2)
-        if self.args.cache_images == "auto" and needed > limit:
+            return None
+        needed, always = self.length * self.bytes_per_image, self.args.cache_images == "always"
+        if self._stamp and self._decoding_seconds > QUICK:
+            parent = Path(self.args.image_cache_dir or datasets.config.HF_DATASETS_CACHE / "prepared-images")
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+                if always or needed < min(FILE_LIMIT, shutil.disk_usage(parent).free / 2):
+                    return Cache(self._images, self.accelerator, parent / self._stamp)
+                logger.info(f"{needed / 2**30:.1f} GiB of decoded images are too many for {parent}; see --cache_images")
+            except OSError as error:
+                logger.warning(
+                    f"{parent} cannot keep the decoded images ({error}): they are decoded in each run and process. "
+                    "--image_cache_dir names another folder"
+                )
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps its own copy
+        if not always and needed > min(CACHE_LIMIT, psutil.virtual_memory().available / 2):
             logger.info(f"{needed / 2**30:.1f} GiB of images are too many to keep in memory; decoding as they come.")
-            return False
-        return True
+            return None
+        return Cache(self._images, self.accelerator)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[dict]:
         """This process's micro-batches of the optimizer steps ``first_step`` up to but not including ``last_step``.
@@ -221,7 +249,8 @@ class TrainData:
             ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_ids`` int64 (B,) NumPy array;
             ``labels`` int64 (B,) on the device, if ``--label_column`` is given.
         """
-        source = self._stream if self.length is None else self._from_memory if self._cache else self._from_loader
+        self._cache = self._cache or self._fill_cache()
+        source = self._stream if self.length is None else self._from_cache if self._cache else self._from_loader
         for sample_ids, images, labels in source(self._sample_ids(first_step, last_step)):
             images = from_uint8(images.to(self.accelerator.device, non_blocking=True))
             batch = {"sample_ids": sample_ids, "images": images}
@@ -242,7 +271,7 @@ class TrainData:
                 chunk = micro_step * self.accelerator.num_processes + self.accelerator.process_index
                 yield step * self.global_batch_size + chunk * size + np.arange(size)
 
-    def _from_memory(self, batches):
+    def _from_cache(self, batches):
         for sample_ids in batches:
             indices = randomness.shuffled_indices(self.args.seed, sample_ids, self.length)
             images = self._cache.take(indices, sample_ids)

@@ -1,67 +1,142 @@
-"""Two ways to training images without a DataLoader: decoded in memory, or from a stream that fits on no disk."""
+"""Two ways to training images without a DataLoader: decoded once, or from a stream that fits on no disk."""
 
 import itertools
+import logging
+import math
+import os
+import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .. import UserError
 from .images import PreparedImages, label_of
 from .pixels import BadImage, augment, flips
 
+logger = logging.getLogger(__name__)
+
 
 class Cache:
-    """All prepared images in memory: one tensor, on the device if it fits there, or a list if sizes differ."""
+    """All prepared images, decoded once: in memory, or in a file that all processes of this machine map.
 
-    def __init__(self, images: PreparedImages, accelerator):
+    Their pixels lie one after another. Where all have the size of the batch they are one tensor, on the device if it
+    fits there.
+
+    Args:
+        folder: of the file; None for memory. What is there is used, what is not is written, by one process while the
+            others wait, complete or not at all.
+
+    Raises:
+        OSError: the file cannot be written or read.
+    """
+
+    def __init__(self, images: PreparedImages, accelerator, folder: Path | None = None):
         self.seed, self.random_flip, self.size = images.seed, images.random_flip, images.size
-        prepared, labels, skipped, total = [], [], 0, len(images.dataset)
-        progress = tqdm(
-            total=total, desc="Decoding images", unit="image", delay=2, disable=not accelerator.is_main_process
-        )
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, total, 1024):
-                rows = images.dataset[start : start + 1024]
-                jobs = [({"image": record}, start + k) for k, record in enumerate(rows["image"])]
-                for k, image in enumerate(pool.map(images.attempt, jobs)):
-                    if isinstance(image, BadImage):
-                        skipped += 1
-                        images.check(skipped, image)
-                        image = None
-                    prepared.append(image)
-                    labels.append(label_of({"label": rows["label"][k]} if "label" in rows else {}))
-                progress.update(len(jobs))
-        progress.close()
-        good = [index for index, image in enumerate(prepared) if image is not None]
-        if not good:
-            raise UserError(f"{images.name} has no readable image")
-        for index in [index for index, image in enumerate(prepared) if image is None]:
-            instead = next((other for other in good if other > index), good[0])  # as PreparedImages does
-            prepared[index], labels[index] = prepared[instead], labels[instead]
-        self.labels = torch.tensor(labels)
-        self.images, self.stacked = prepared, None
-        if all(image.shape[1:] == self.size for image in prepared):
-            self.stacked = torch.from_numpy(np.stack(prepared))
-            self.images = None
+        self.channels = len(images.mode)
+        if folder is None:
+            parts = []
+            table = self._decode(images, accelerator.is_main_process, parts.append)
+            self.pixels = np.concatenate(parts)
+        else:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
+                table = self._read_table(images, folder) or self._write(images, folder)
+            self.pixels = np.memmap(folder / "pixels", np.uint8, "c")
+        self.starts, self.shapes, labels = (table[name] for name in ("starts", "shapes", "labels"))
+        self.labels, self.stacked = torch.from_numpy(labels), None
+        if (self.shapes == self.size).all():
+            self.stacked = torch.from_numpy(self.pixels).view(-1, self.channels, *self.size)
             on_gpu = accelerator.device.type == "cuda"
             if on_gpu and self.stacked.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
                 self.stacked = self.stacked.to(accelerator.device)
+            self.places = torch.from_numpy(self.starts // self.stacked[0].numel()).to(self.stacked.device)
+
+    def _decode(self, images: PreparedImages, show: bool, write) -> dict[str, np.ndarray]:
+        """Pass each image's pixels to ``write`` and say where they are; a bad one is the next good one again."""
+        starts, shapes, labels, bad, position, total = [], [], [], [], 0, len(images.dataset)
+        progress = tqdm(total=total, desc="Decoding images", unit="image", delay=2, disable=not show)
+        with ThreadPoolExecutor() as pool, progress:
+            for first in range(0, total, 1024):
+                rows = images.dataset[first : first + 1024]
+                jobs = [({"image": record}, first + k) for k, record in enumerate(rows["image"])]
+                for k, image in enumerate(pool.map(images.attempt, jobs)):
+                    starts.append(position)
+                    labels.append(label_of({"label": rows["label"][k]} if "label" in rows else {}))
+                    if isinstance(image, BadImage):
+                        bad.append(str(image))
+                        images.check(len(bad), image)
+                        shapes.append((0, 0))
+                    else:
+                        write(image.ravel())
+                        shapes.append(image.shape[1:])
+                        position += image.size
+                progress.update(len(jobs))
+        table = dict(starts=np.array(starts), shapes=np.array(shapes), labels=np.array(labels))
+        good = table["shapes"][:, 0] > 0
+        if not good.any():
+            raise UserError(f"{images.name} has no readable image")
+        following = np.append(np.flatnonzero(good), np.flatnonzero(good)[0])
+        instead = following[np.searchsorted(following[:-1], np.arange(total))]  # as PreparedImages does
+        table = {name: values[instead] for name, values in table.items()}
+        return table | dict(bad=np.array(bad, dtype=str), clipped=images.clipped, size=position)
+
+    def _write(self, images: PreparedImages, folder: Path) -> dict[str, np.ndarray]:
+        staging = folder.with_name(f".tmp-{folder.name}")
+        for leftover in (staging, folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging.mkdir()
+        try:
+            with open(staging / "pixels", "wb") as file:
+                table = self._decode(images, True, file.write)
+                file.flush()
+                os.fsync(file.fileno())
+            np.savez(staging / "table.npz", **table)
+            staging.rename(folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        logger.info(f"The decoded images are kept in {folder}, {table['size'] / 2**20:.0f} MiB, for the next run.")
+        return table
+
+    def _read_table(self, images: PreparedImages, folder: Path) -> dict[str, np.ndarray] | None:
+        """What is known of a file that is complete; warns of what was bad when it was written."""
+        try:
+            with np.load(folder / "table.npz") as file:
+                table = dict(file)
+            if (folder / "pixels").stat().st_size != table["size"]:
+                return None
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
+        logger.info(f"Using the decoded images in {folder}, {table['size'] / 2**20:.0f} MiB.")
+        for count, message in enumerate(table["bad"], 1):
+            images.check(count, message)
+        if table["clipped"]:
+            logger.warning(f"Values were clipped in {table['clipped']} of these images; see --image_range")
+        return table
 
     def take(self, indices: np.ndarray, sample_ids: np.ndarray) -> torch.Tensor:
         """uint8 (B, C, H, W): the images at ``indices``, cropped and flipped for their sample ids."""
         if self.stacked is None:
-            pairs = zip(indices, sample_ids, strict=True)
-            augmented = [augment(self.images[i], k, self.size, self.seed, self.random_flip) for i, k in pairs]
-            return torch.from_numpy(np.stack(augmented))
-        images = self.stacked[torch.from_numpy(indices).to(self.stacked.device, non_blocking=True)]
+            pairs = zip(map(self._image, indices), sample_ids, strict=True)
+            return torch.from_numpy(
+                np.stack([augment(image, k, self.size, self.seed, self.random_flip) for image, k in pairs])
+            )
+        images = self.stacked[self.places[torch.from_numpy(indices).to(self.stacked.device, non_blocking=True)]]
         if self.random_flip:
             mirrored = torch.from_numpy(flips(self.seed, sample_ids)).to(images.device, non_blocking=True)
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return images
+
+    def _image(self, index: int) -> np.ndarray:
+        shape = (self.channels, *self.shapes[index])
+        return self.pixels[self.starts[index] :][: math.prod(shape)].reshape(shape)
 
 
 class Stream:

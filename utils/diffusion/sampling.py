@@ -113,7 +113,7 @@ def sample_batch(
 
     options = {}
     if "generator" in inspect.signature(sampler.step).parameters:
-        options["generator"] = randomness.sample_generators(seed, "sampler", sample_ids, device)
+        options["generator"] = randomness.sample_generators(seed, "sampler", sample_ids)
     if "use_clipped_model_output" in inspect.signature(sampler.step).parameters:  # DDIM: image and noise must agree
         options["use_clipped_model_output"] = True
     with evaluating(model):
