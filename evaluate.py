@@ -64,29 +64,23 @@ def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
     import itertools
     import json
-    import time
     from functools import partial
 
     import torch
 
-    from utils.diffusion import sample_images
     from utils.diffusion.classes import GuidedModel, labels_in_turn
-    from utils.diffusion.pipelines import (
-        choose_sampler,
-        estimate_seconds,
-        load_pipeline,
-        saved_scheduler,
-        training_scheduler,
-    )
+    from utils.diffusion.pipelines import choose_sampler, load_pipeline, saved_scheduler, training_scheduler
     from utils.diffusion.pretrained import image_shape
     from utils.evaluation.class_statistics import asked_classes, digit_statistics
     from utils.evaluation.comparison import compare
     from utils.evaluation.denoising_loss import DenoisingLoss
     from utils.evaluation.features import load_extractor
     from utils.evaluation.image_folder import load_folder, scaled_from
+    from utils.evaluation.kept_samples import weights_digest
     from utils.evaluation.reference import Reference
     from utils.evaluation.report import write_report
     from utils.evaluation.sweep import best_setting, check_writable, write_scheduler
+    from utils.hardware import peak_memory
     from utils.pictures import from_uint8
     from utils.training import run
     from utils.training.checkpoints import file_hash
@@ -133,7 +127,7 @@ def main(args):
             continue
         unet, own = load_pipeline(model)
         record = Path(model) / "training_args.json"
-        flags = json.loads(record.read_text())["arguments"] if record.is_file() else {}
+        flags = json.loads(record.read_text(encoding="utf-8"))["arguments"] if record.is_file() else {}
         trained_on, ema = flags.get("dataset_split"), flags.get("use_ema")
         if trained_on not in (None, args.reference_split):
             say(
@@ -146,7 +140,7 @@ def main(args):
                 f"warning: {model} was trained with --image_range {said}, the reference is read otherwise; say the same"
             )
         files = sorted(Path(model).glob("unet/*.safetensors"))
-        weights = file_hash(*files)[:12] if files else None
+        weights, digest = file_hash(*files)[:12] if files else None, weights_digest(unet)
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         shape = image_shape(unet.config)
         asked, options = asked_classes(unet.config, real, shape, args.num_samples), {}
@@ -163,27 +157,20 @@ def main(args):
         for (name, steps), scale in itertools.product(settings(args), args.guidance_scale if asked else [None]):
             sampler = choose_sampler(own, name, steps)
             drawn_by = unet if scale is None else GuidedModel(unet, scale)
-            setting = (
-                drawn_by,
-                sampler,
-                accelerator,
-                args.num_samples,
-                shape,
-                steps,
-                args.sample_batch_size,
-                args.seed,
-            )
-            minutes = estimate_seconds(*setting, **options) / 60
             title = " ".join(
                 [Path(model).name, *([name, str(steps)] if name else []), *([f"guidance {scale:g}"] if asked else [])]
             )
-            say(f"{title}: {type(sampler).__name__}, {steps} steps: about {minutes:.1f} minutes")
-            start = time.perf_counter()
-            images = sample_images(*setting, **options)
             facts = dict(sampler=type(sampler).__name__, steps=steps, ema=ema, weights=weights)
             if asked:
                 facts["guidance_scale"] = scale
-            facts["images_per_second"] = args.num_samples / (time.perf_counter() - start)
+
+            depends_on = dict(
+                model=digest, sampler=[facts["sampler"], dict(sampler.config)], steps=steps, guidance=scale,
+                labels=asked and asked.labels.tolist(), seed=args.seed, precision=accelerator.mixed_precision,
+            )  # fmt: skip
+            images, facts["images_per_second"] = draw(
+                args, accelerator, drawn_by, sampler, shape, steps, title, depends_on, **options
+            )
             measure(title, images, asked, **facts)
             tried.append((name, rows[-1:]))
         if args.write_best and accelerator.is_main_process:
@@ -191,6 +178,7 @@ def main(args):
             sampler = saved_scheduler(name, own)
             write_scheduler(Path(model), sampler, steps)
             say(f"{model} carries {type(sampler).__name__} now, at its best with {steps} steps")
+        accelerator.free_memory()
 
     # Noise: anything should be better
     measure("ceiling: noise", real.noise(args.num_samples))
@@ -198,6 +186,33 @@ def main(args):
         facts = dict(features=extract.name, features_hash=extract.hash, reference=args.reference)
         facts |= dict(reference_split=args.reference_split, held_out_split=args.held_out_split, seed=args.seed)
         write_report(Path(args.output_dir), rows, losses, grids, pairs, by_class, bool(args.sweep), **facts)
+        say(f"peak memory {peak_memory(accelerator.device) / 2**30:.2f} GiB")
+
+
+def draw(args, accelerator, model, sampler, shape, steps, title, depends_on, **options):
+    """Samples of one setting, kept in OUTPUT_DIR/drawn, and images per second; see ``draw_kept``."""
+    from utils.diffusion import sample_images
+    from utils.diffusion.pipelines import estimate_seconds
+    from utils.evaluation.kept_samples import draw_kept
+
+    def setting(count):
+        return model, sampler, accelerator, count, shape, steps, args.sample_batch_size, args.seed
+
+    def announce(missing):
+        text = f"{title}: {type(sampler).__name__}, {steps} steps: "
+        if missing:
+            minutes = estimate_seconds(*setting(missing), **options) / 60
+            kept = f" for {missing} of {args.num_samples} images, the others are kept" * (missing < args.num_samples)
+            text += f"about {minutes:.1f} minutes{kept}"
+        else:
+            text += f"kept in {folder}"
+        accelerator.print(text, flush=True)
+
+    folder = Path(args.output_dir) / "drawn"
+    return draw_kept(
+        folder, accelerator, args.num_samples, shape, depends_on,
+        lambda first, count: sample_images(*setting(count), first=first, **options), announce,
+    )  # fmt: skip
 
 
 def is_folder_of_images(name):

@@ -26,7 +26,7 @@ def parse_args(argv=None):
     group.add_argument("--lora_targets", default="to_q,to_k,to_v,to_out.0,conv1,conv2", help="layers that get adapters, by the end of their names")
     group.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit keeps a quarter of the state; needs bitsandbytes on a GPU, torchao elsewhere")
     parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
-    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first, meant for GPUs")
+    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first and for samples of another batch size, meant for GPUs")
 
     group = parser.add_argument_group("diffusion (noise schedule and target are the pretrained pipeline's)")
     group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="how samples are drawn")

@@ -37,14 +37,14 @@ def main(args):
         raise UserError(f"{folder} is a checkpoint; give the run's folder, {folder.parent}")
     settings = {**vars(args), "hub_private_repo": False, "hub_logs": False, "logging_dir": "logs"}
     if (folder / "training_args.json").is_file():
-        recorded = json.loads((folder / "training_args.json").read_text())["arguments"]
+        recorded = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["arguments"]
         names = ("hub_model_id", "hub_private_repo", "hub_revision", "hub_logs", "logging_dir")
         settings |= {name: recorded[name] for name in names if name in recorded}
     settings |= {name: value for name, value in vars(args).items() if value is not None}
     settings |= dict(push_to_hub=True, hub_strategy="end", push_required=False)
     if args.evaluation:
         try:
-            add_results(folder, json.loads(Path(args.evaluation).read_text()))
+            add_results(folder, json.loads(Path(args.evaluation).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--evaluation {args.evaluation}: {error}; expected results.json of evaluate.py") from error
     accelerator = run.start_process(None)

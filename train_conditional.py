@@ -47,7 +47,7 @@ def parse_args(argv=None):
     one.add_argument("--pretrained_model_name_or_path", help="pipeline whose weights and noise schedule training starts from")
     group.add_argument("--dropout", type=real(0, 1), help="in the residual blocks of --unet (default: 0)")
     parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
-    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first, meant for GPUs")
+    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first and for samples of another batch size, meant for GPUs")
 
     group = parser.add_argument_group("diffusion (defaults: NOISE in this script, or the pretrained pipeline's)")
     group.add_argument("--num_train_timesteps", type=integer(2, 10_000), help="T, number of noise levels")

@@ -32,7 +32,7 @@ def parse_args(argv=None):
     group.add_argument("--dropout", type=real(0, 1), default=0.0, help="in the residual layers")
     parser.switch(group, "--timestep_conditioning", True, "tell the UNet how much noise there is")
     parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
-    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first, meant for GPUs")
+    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first and for samples of another batch size, meant for GPUs")
 
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/unet2d", num_inference_steps=40)

@@ -66,7 +66,7 @@ def main():
     digest = hashlib.sha256(DIGITS_WEIGHTS.read_bytes()).hexdigest()
     parameters = sum(parameter.numel() for parameter in net.parameters())
     facts = dict(parameters=parameters, epochs=options.epochs, seed=options.seed, accuracy=accuracy, digest=digest)
-    DIGITS_WEIGHTS.with_suffix(".md").write_text(CARD.format(**facts))
+    DIGITS_WEIGHTS.with_suffix(".md").write_text(CARD.format(**facts), encoding="utf-8")
     print(f"{DIGITS_WEIGHTS}: {DIGITS_WEIGHTS.stat().st_size / 1e3:.0f} kB, sha256 {digest}")
 
 

@@ -46,7 +46,7 @@ def main():
     )  # fmt: skip
     print(f"\n{'':24}{'steps':>6}{'images/s':>10}{'minutes':>9}   median of the training, its sampling not counted")
     for folder, speed in zip(folders, speeds, strict=True):
-        steps = json.loads((folder / "training_args.json").read_text())["finished_at_step"]
+        steps = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["finished_at_step"]
         print(f"{folder.name:24}{steps:6}{speed:10.0f}{steps * 64 / speed / 60:9.1f}")
 
 

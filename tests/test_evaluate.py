@@ -63,6 +63,42 @@ def test_the_table_ranks_models_between_floor_and_ceiling(tmp_path, finished_run
         assert Image.open(tmp_path / "out" / name).width > 8 * 64
 
 
+def test_samples_survive_a_stop_and_a_mistake(tmp_path, finished_run, capsys, monkeypatch):
+    """Drawn in blocks that are kept; the same samples whoever drew them."""
+    import utils.diffusion
+    from utils.evaluation import kept_samples
+
+    monkeypatch.setattr(kept_samples, "BLOCK", 10)
+    original, drawn = utils.diffusion.sample_images, []
+
+    def stopped(*arguments, first, **options):
+        if first == 20 and len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(first)
+        return original(*arguments, first=first, **options)
+
+    monkeypatch.setattr(utils.diffusion, "sample_images", stopped)
+    flags = [finished_run, "--num_inference_steps=1", "--num_samples=30"]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", *flags)
+    drawn.append("stopped")
+    again, _ = run(tmp_path / "out", *flags)
+    assert drawn == [0, 10, "stopped", 20] and "10 of 30 images, the others are kept" in capsys.readouterr().out
+    pixels, _ = run(tmp_path / "out", *flags, "--features=pixels")  # the samples are not drawn again for it
+    assert len(drawn) == 4 and "1 steps: kept in" in capsys.readouterr().out
+    assert pixels[finished_run.name]["images_per_second"] == again[finished_run.name]["images_per_second"] > 0
+    whole, _ = run(tmp_path / "other", *flags)
+    assert whole[finished_run.name]["fd_digits"] == again[finished_run.name]["fd_digits"]
+    for changed in ("--seed=1", "--num_inference_steps=2", "--sampler=ddim", "--mixed_precision=bf16"):
+        drawn.clear()
+        run(tmp_path / "out", *flags, changed, "--num_samples=10")
+        assert drawn == [0], changed
+    next((tmp_path / "other").rglob("0000010-0000020.npz")).write_bytes(b"PK")
+    drawn.clear()
+    run(tmp_path / "other", *flags)
+    assert drawn == [10]
+
+
 def test_copies_of_training_images_are_flagged_and_held_out_ones_are_not(tmp_path, copies):
     rows, _ = run(tmp_path / "out", copies, "--features=pixels")
     assert rows[str(copies)]["copies"] > 0.95

@@ -1,19 +1,26 @@
 """train_ddpm.py in this process: what a run leaves behind, and what it must not depend on."""
 
+import fcntl
+import gc
 import json
 import math
 import os
 import signal
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import equal_weights, events, interrupt, scalars, slow, train
+from conftest import equal_weights, events, interrupt, parse, scalars, slow, train
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_ddpm
 from utils import UserError
+from utils.training import checkpoints
+from utils.training.run import _tracker_options
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -121,6 +128,49 @@ def test_a_signal_while_drawing_stops_the_drawing(tmp_path, monkeypatch, capsys)
     assert (tmp_path / "run" / "samples.png").is_file()
 
 
+def test_one_process_trains_again_and_again_as_a_notebook_does(tmp_path):
+    """In another precision, too; no thread, no open file and no tensor is left of a run."""
+
+    def left():
+        gc.collect()
+        files = [path for path in Path("/proc/self/fd").iterdir() if path.exists()]
+        tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return threading.active_count(), len(files), tensors
+
+    seen = []
+    for index, precision in enumerate(("no", "bf16", "no")):
+        flags = ["--validation_split=train[1700:]", "--dataset_split=train[:1700]", "--report_to=tensorboard"]
+        args = parse("--output_dir", tmp_path / str(index), *flags, f"--mixed_precision={precision}")
+        train_ddpm.main(args)
+        seen.append(left())
+    assert seen[1] == seen[2]
+    with open(tmp_path / "0" / ".lock", "w") as file:  # another process may go on
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_trackers_show_a_resumed_run_as_one(tmp_path):
+    args = parse("--output_dir", tmp_path / "run", "--report_to=wandb,tensorboard")
+    new, other = (_tracker_options(args, 0)["wandb"] for _ in range(2))
+    resumed = _tracker_options(args, 3)
+    assert resumed["wandb"]["id"] == other["id"] != new["id"] and resumed["wandb"]["resume"] == "allow"
+    assert resumed["wandb"]["dir"] == str(tmp_path / "run") and resumed["tensorboard"] == {"purge_step": 4}
+    train(tmp_path / "named", "--report_to=tensorboard", "--tracker_project_name=mine", "--max_train_steps=1")
+    assert [*(tmp_path / "named" / "logs" / "mine").glob("events*")]
+
+
+def test_a_run_under_the_noise_of_before_goes_on_with_a_warning(tmp_path, capsys):
+    train(tmp_path / "run")
+    interrupt(tmp_path / "run", keep="checkpoint-3")
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state["randomness"]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    checkpoints._write_manifest(checkpoint)
+    assert train(tmp_path / "run") == 0
+    assert "checkpoint-3 is of a run before the noise was the same on every device" in capsys.readouterr().err
+
+
 def test_a_foreign_folder_and_changed_settings_are_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("two years of work")
     with pytest.raises(UserError, match="is not empty, and not the output of these scripts"):
@@ -210,7 +260,7 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, monkeypatch
 
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(output_dir.time, "sleep", lambda seconds: None)
-    with open(tmp_path / "run" / ".lock", "w") as other:
+    with open(tmp_path / "run" / ".lock", "w", encoding="utf-8") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run is writing to it"):
             train(tmp_path / "run")

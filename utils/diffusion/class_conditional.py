@@ -111,9 +111,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError("save_pretrained(push_to_hub=True) would leave the code out; upload the saved folder")
         super().save_pretrained(save_directory, **options)
         folder = Path(save_directory)
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         index["_class_name"] = "ConsistencyModelPipeline"
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(__file__, folder / "pipeline.py")
 
 

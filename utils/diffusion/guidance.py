@@ -45,7 +45,7 @@ class Guidance:
         """The guided model's output for a sampler's step: like ``model(sample, timestep).sample``, in float32."""
         with torch.set_grad_enabled(self.mode == "net"):
             sample = sample.detach().requires_grad_(self.mode == "net")
-            output = model(sample, timestep).sample.float()
+            output = model(scheduler.scale_model_input(sample, timestep), timestep).sample.float()
             predicted = predicted_images(scheduler, output, sample, timestep)
         with torch.enable_grad(), torch.random.fork_rng([sample.device] if sample.is_cuda else []):
             torch.manual_seed(int(timestep))

@@ -145,10 +145,10 @@ class LinearMixPipeline(DiffusionPipeline):
             raise ValueError("save_pretrained(push_to_hub=True) would leave the code out; use pipeline.push_to_hub(id)")
         super().save_pretrained(save_directory, **options)
         folder = Path(save_directory)
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         for name, part in {"_class_name": self, **self.components}.items():
             if not type(part).__module__.startswith("diffusers."):
                 file = Path(inspect.getfile(type(part)))
                 shutil.copyfile(file, (folder if part is self else folder / name) / file.name)
                 index[name] = [file.stem, type(part).__name__]
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

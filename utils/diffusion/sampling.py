@@ -23,6 +23,7 @@ def sample_images(
     batch_size: int,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
+    first: int = 0,
     **options,
 ) -> np.ndarray | None:
     """Draw images with every process taking its share. Call it on all processes.
@@ -34,13 +35,14 @@ def sample_images(
         count: number of images.
         batch_size: images at once on this process.
         stop: asked before every model call of a single process; True gives up.
+        first: the number of the first image.
         model, sampler, shape, num_inference_steps, seed, options: see ``sample_batch``.
 
     Returns:
         uint8 (count, C, H, W) on every process; None if stopped.
     """
     share = -(-count // accelerator.num_processes)
-    mine, images = accelerator.process_index * share + np.arange(share), []
+    mine, images = first + accelerator.process_index * share + np.arange(share), []
     options["stop"] = stop if accelerator.num_processes == 1 else lambda: False
     for sample_ids in np.array_split(mine, -(-share // batch_size)):
         batch = sample_batch(

@@ -55,7 +55,7 @@ class ImageFolder:
             settings["interpolate"] = [*self.args.interpolate, f"in {self.args.num_samples} images"]
         path = self.folder / SETTINGS
         if path.is_file():
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             names = sorted({*found, *settings})
             changed = [
                 f"{n} was {found.get(n)!r}, is {settings.get(n)!r}" for n in names if found.get(n) != settings.get(n)
@@ -68,7 +68,7 @@ class ImageFolder:
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"--output_dir {self.folder} is not empty, and not the output of sample.py. Choose another")
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def _path(self, sample_id: int) -> Path:
         return self.folder / "images" / f"{sample_id:06}.png"
@@ -140,7 +140,7 @@ def load_image(path: str, shape: tuple[int, int, int], model: str) -> torch.Tens
 def scaled_from(model: str) -> tuple[bool, tuple[float, float] | None]:
     """Whether it is known how a model's training images were scaled, and the values that became black and white."""
     record = Path(model) / "training_args.json"
-    found = json.loads(record.read_text()) if record.is_file() else {}
+    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     return "scaled_from" in found, found.get("scaled_from") and tuple(found["scaled_from"])
 
 

@@ -79,9 +79,9 @@ def write_report(
         plot_guidance(rows).savefig(folder / "guidance.png")
         files.append("guidance.png")
     print(f"\n{text}\nwritten to {folder}: {', '.join(files)}")
-    (folder / "results.md").write_text(text)
+    (folder / "results.md").write_text(text, encoding="utf-8")
     record = {**facts, "results": rows, "denoising_losses": losses, "by_class": by_class}
-    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _strip(grids).save(folder / "samples.png")
     both = {}
     for name, (images, trained_on) in pairs.items():

@@ -47,7 +47,7 @@ class SampleQuality:
             os.rename(self.previous, self.folder)  # killed between the two renames of ``keep``
         self.best = np.inf
         if (self.folder / RECORD).is_file():
-            record = json.loads((self.folder / RECORD).read_text())
+            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
             if record["step"] <= first_step:
                 self.best = record.get(self._distance, np.inf)
         dimensions = self.reference.shape[1]
@@ -98,7 +98,7 @@ class SampleQuality:
                 shutil.rmtree(leftover, ignore_errors=True)
             staging.mkdir()
             save_pipeline(staging)
-            (staging / RECORD).write_text(json.dumps(self.values, indent=2) + "\n")
+            (staging / RECORD).write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
             for path in [*staging.rglob("*"), staging]:
                 sync(path)
             if self.folder.exists():

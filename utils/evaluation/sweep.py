@@ -86,7 +86,7 @@ def check_writable(name: str) -> None:
         raise UserError(f"--write_best: {name} is not a folder with a pipeline; expected the output of train_ddpm.py")
     if (Path(name) / "manifest.json").exists():
         raise UserError(f"--write_best: {name} is a checkpoint, and stays as it was saved; give the run's folder")
-    pipeline_class = json.loads(index.read_text())["_class_name"]
+    pipeline_class = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     if pipeline_class != "DDPMPipeline":
         raise UserError(f"--write_best: {name} is a {pipeline_class}, which has one sampler; expected a DDPMPipeline")
 
@@ -94,18 +94,20 @@ def check_writable(name: str) -> None:
 def write_scheduler(folder: Path, scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     """Put another scheduler into a saved DDPMPipeline, and into the lines of its README.md that load it."""
     changes = {}
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     changes["model_index.json"] = json.dumps(index, indent=2) + "\n"
     changes["scheduler/scheduler_config.json"] = scheduler.to_json_string()
     if (folder / "README.md").is_file():
         card = re.sub(
-            r"num_inference_steps=\d+", f"num_inference_steps={num_inference_steps}", (folder / "README.md").read_text()
+            r"num_inference_steps=\d+",
+            f"num_inference_steps={num_inference_steps}",
+            (folder / "README.md").read_text(encoding="utf-8"),
         )
         changes["README.md"] = re.sub(
             r"saved scheduler is `\w+`", f"saved scheduler is `{type(scheduler).__name__}`", card
         )
     for name, text in changes.items():  # each of them complete or as it was
         staging = folder / f"{name}.tmp"
-        staging.write_text(text)
+        staging.write_text(text, encoding="utf-8")
         os.replace(staging, folder / name)

@@ -189,10 +189,10 @@ class Hub:
     def _write_arguments(self, folder: Path) -> None:
         """``training_args.json`` without paths of this machine."""
         file = self.folder / "training_args.json"
-        record = json.loads(file.read_text()) if file.is_file() else {}
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if "public_arguments" in record:
             record["arguments"] = record.pop("public_arguments")
-            (folder / "training_args.json").write_text(json.dumps(record, indent=2) + "\n")
+            (folder / "training_args.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def _upload(self, message: str) -> None:
         """Start the upload of ``hub/`` in a thread; what goes wrong in it is kept in ``failure``."""
@@ -219,8 +219,10 @@ class Hub:
         """The card's snippet loads the model from the Hub."""
         card = self.folder / "hub" / "README.md"
         if card.is_file():
-            text = re.sub(r"(from_pretrained\(|custom_pipeline=)'[^']*'", rf"\1'{self.repo_id}'", card.read_text())
-            card.write_text(text)
+            text = re.sub(
+                r"(from_pretrained\(|custom_pipeline=)'[^']*'", rf"\1'{self.repo_id}'", card.read_text(encoding="utf-8")
+            )
+            card.write_text(text, encoding="utf-8")
 
 
 def _with_timeout(seconds: float):

@@ -57,10 +57,12 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
             the names of what a conditional model can be asked for.
     """
     classes = summary.pop("classes", None)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     on_hub = {key: name for key, name in summary.items() if key in ("data", "base") and is_hub_id(name)}
     tags = ["diffusers", "unconditional-image-generation"]
-    flow = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("use_flow_sigmas")
+    flow = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")).get(
+        "use_flow_sigmas"
+    )
     data = ModelCardData(
         license=args.hub_license,
         library_name="diffusers",
@@ -75,7 +77,7 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
         summary[key] = Path(summary[key]).name  # no path of one machine
     sampler = index["scheduler"][1]
     record = Path(args.output_dir) / "training_args.json"
-    ran = json.loads(record.read_text()).get("ran", {}) if record.is_file() else {}
+    ran = json.loads(record.read_text(encoding="utf-8")).get("ran", {}) if record.is_file() else {}
     found = {key: value for key, value in summary.items() if value is not None and key != "fingerprint"}
     settings = found | ran | {key: vars(args)[key] for key in TRAINING_FLAGS if vars(args).get(key) is not None}
     table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in settings.items())

@@ -131,7 +131,7 @@ def verify_checkpoint(path: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(f"--resume_from_checkpoint {path}: there is no such folder; expected .../checkpoint-N")
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {MANIFEST} is missing or damaged") from error
     state_files = {file.relative_to(path).as_posix() for file in path.glob("training_state/**/*") if file.is_file()}
@@ -151,7 +151,7 @@ def verify_checkpoint(path: Path) -> None:
 
 def read_state(path: Path) -> dict:
     """What ``save_checkpoint`` was given as ``state``, with ``global_step`` and ``num_processes``."""
-    return json.loads((path / STATE).read_text())
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
 def load_checkpoint(accelerator, path: Path, state: dict) -> None:
@@ -256,7 +256,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def file_hash(*files: Path) -> str:

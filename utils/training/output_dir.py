@@ -48,7 +48,7 @@ FREE_ON_RESUME = {
     "logging_dir", "logging_steps", "max_bad_images", "max_train_steps", "mixed_precision", "num_evaluation_samples",
     "num_train_epochs", "num_validation_images", "output_dir", "prior_dataset_name", "prior_dataset_split",
     "push_required", "push_to_hub", "report_to", "resume_from_checkpoint", "sample_batch_size", "sample_steps",
-    "train_batch_size", "train_data_dir", "validation_split", "validation_steps", *DRAWING,
+    "tracker_project_name", "train_batch_size", "train_data_dir", "validation_split", "validation_steps", *DRAWING,
 }  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def _inspect_output_dir(folder: Path, args, script: str) -> int | None:
     _lock(folder)
     if not (folder / ARGUMENTS).is_file():
         return None
-    found = json.loads((folder / ARGUMENTS).read_text())
+    found = json.loads((folder / ARGUMENTS).read_text(encoding="utf-8"))
     if found.get("script", script) != script:
         raise UserError(
             f"--output_dir {folder} holds a run of another script, {found['script']}. Choose another --output_dir"
@@ -106,13 +106,13 @@ def _inspect_output_dir(folder: Path, args, script: str) -> int | None:
 
 
 def _lock(folder: Path) -> None:
-    """Keep other runs out of the folder until this process ends; where there is no ``fcntl`` (Windows), do nothing.
+    """Keep other runs out of the folder until this one ends; where there is no ``fcntl`` (Windows), do nothing.
 
     A launcher that is killed returns before its child has saved: the same command, given at once, waits for that.
     """
     if fcntl is None or folder.resolve() in _locks:
         return
-    file = open(folder / LOCK, "w")  # noqa: SIM115  open as long as the process lives
+    file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115  open as long as the process lives
     for seconds in range(60):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,6 +130,12 @@ def _lock(folder: Path) -> None:
                 logger.warning(f"Another run is writing to {folder}; waiting up to a minute for it to end.")
             time.sleep(1)
     raise UserError(f"--output_dir {folder}: another run is writing to it. Wait for it, or choose another folder")
+
+
+def release_output_dir(args) -> None:
+    """Let other processes write to the folder, when this one goes on to something else, as a notebook does."""
+    if file := _locks.pop(Path(args.output_dir).resolve(), None):
+        file.close()
 
 
 def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
@@ -179,7 +185,7 @@ def check_finished(args, data_settings: dict) -> None:
         UserError: see ``check_settings``.
     """
     path = Path(args.output_dir) / ARGUMENTS
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     names = [name for name in ("data", "images", "fingerprint", "scaled_from") if name in found]
     old, new = ({name: values[name] for name in names} for values in (found, data_settings))
     check_settings(f"--output_dir {args.output_dir}", old, new, {})
@@ -254,12 +260,12 @@ def write_finished(accelerator, args, global_step: int) -> None:
     """Note in ``training_args.json`` that the run is complete."""
     if accelerator.is_main_process:
         path = Path(args.output_dir) / ARGUMENTS
-        _write_record(path, {**json.loads(path.read_text()), "finished_at_step": global_step})
+        _write_record(path, {**json.loads(path.read_text(encoding="utf-8")), "finished_at_step": global_step})
 
 
 def _write_record(path: Path, content: dict) -> None:
     temporary = path.with_name(f".tmp-{ARGUMENTS}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     checkpoints.sync(temporary)
     temporary.replace(path)
     checkpoints.sync(path.parent)
@@ -282,9 +288,11 @@ def _what_ran(accelerator) -> dict[str, str]:
 
 def how_to_load(folder: Path, name: str | Path) -> str:
     """The expression that loads the pipeline saved in ``folder`` as ``name``: a path, or an id on the Hub."""
-    pipeline_class = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    pipeline_class = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     unet = folder / "unet" / "config.json"
-    if (folder / "pipeline.py").is_file() and not isinstance(json.loads(unet.read_text()).get("sample_size"), int):
+    if (folder / "pipeline.py").is_file() and not isinstance(
+        json.loads(unet.read_text(encoding="utf-8")).get("sample_size"), int
+    ):
         # ConsistencyModelPipeline draws squares only
         return (
             f"DiffusionPipeline.from_pretrained({str(name)!r}, custom_pipeline={str(name)!r}, trust_remote_code=True)"

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import NoReturn
 import diffusers
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 from safetensors import SafetensorError
@@ -29,7 +31,7 @@ from .. import UserError, printable
 from ..args import Arguments
 from ..hardware import device_name, has_bf16, set_up_process, use_all_cores
 from .curves import draw_curves
-from .output_dir import check_finished, how_to_load, public, write_arguments, write_finished
+from .output_dir import check_finished, how_to_load, public, release_output_dir, write_arguments, write_finished
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,8 @@ def make_accelerator(args) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     if accelerator.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+        precision = "tf32" if args.allow_tf32 else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = precision
     return accelerator
 
 
@@ -68,6 +71,7 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
         UserError: fp16 on a CPU, several processes that do not know of each other.
     """
     set_up_process()
+    AcceleratorState._reset_state()  # of a run before in this Python process, a notebook's, in another precision
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # others wait while one downloads
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group], **options)
     _set_up_logging(accelerator)
@@ -105,7 +109,11 @@ def _check_trackers(report_to: str) -> list[str]:
 
 def _check_versions() -> None:
     """One line about packages of other versions than requirements.txt pins; a further release of one counts as it."""
-    pinned = re.findall(r"^([\w-]+)==([\w.]+)", REQUIREMENTS.read_text(), re.M) if REQUIREMENTS.is_file() else []
+    pinned = (
+        re.findall(r"^([\w-]+)==([\w.]+)", REQUIREMENTS.read_text(encoding="utf-8"), re.M)
+        if REQUIREMENTS.is_file()
+        else []
+    )
     others = []
     for name, tested in pinned:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every script needs each
@@ -142,7 +150,7 @@ def start(accelerator, args, name: str, first_step: int, **summary) -> None:
     """Log what is about to be trained, write ``training_args.json`` and open the trackers.
 
     Args:
-        name: the trackers' project; TensorBoard's folder is ``<output_dir>/<logging_dir>/<name>``.
+        name: the trackers' project without ``--tracker_project_name``; TensorBoard's folder in the logging folder.
         first_step: optimizer steps done; what TensorBoard has from later steps is hidden.
         summary: what was found out, to be recorded beside the flags.
     """
@@ -150,13 +158,29 @@ def start(accelerator, args, name: str, first_step: int, **summary) -> None:
     logger.info("Training: " + ", ".join(f"{key} {value}" for key, value in summary.items() if value is not None))
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     logger.info(f"{accelerator.num_processes} x {device_name(accelerator.device)}, {precision}")
-    tensorboard = {"purge_step": first_step + 1} if first_step else {}
     values = public({**vars(args), **summary})
     scalars = {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in values.items() if v is not None}
+    project = args.tracker_project_name or name
     try:
-        accelerator.init_trackers(name, config=scalars, init_kwargs={"tensorboard": tensorboard})
+        options = _tracker_options(args, first_step) if accelerator.is_main_process else {}
+        accelerator.init_trackers(project, config=scalars, init_kwargs=options)
     except Exception as error:  # each tracker has its own: no login, no network, no folder
         raise UserError(f"--report_to {args.report_to} cannot start: {type(error).__name__}: {error}") from error
+
+
+def _tracker_options(args, first_step: int) -> dict[str, dict]:
+    """What shows a resumed run as one: TensorBoard hides what it has from later steps, W&B knows the run by an id."""
+    tensorboard = {"purge_step": first_step + 1} if first_step else {}
+    file = Path(args.output_dir) / args.logging_dir / "wandb_id"
+    if "wandb" not in args.report_to:
+        return {"tensorboard": tensorboard}
+    if not (first_step and file.is_file()):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    wandb = dict(
+        id=file.read_text(encoding="utf-8"), resume="allow", dir=args.output_dir, name=Path(args.output_dir).name
+    )
+    return {"tensorboard": tensorboard, "wandb": wandb}
 
 
 def total_train_steps(args, num_images: int | None, global_batch_size: int) -> int:
@@ -188,13 +212,14 @@ def finish(accelerator, args, global_step: int, max_train_steps: int, stop_signa
 
 
 def print_finished(accelerator, args, global_step: int, data_settings: dict | None = None) -> None:
-    """The last lines: where the grid and the pipeline are, and what to do next.
+    """The last lines, where the grid and the pipeline are and what to do next; the folder is free for other runs.
 
     Args:
         data_settings: of a run that was found finished: its images must be these.
     """
     if data_settings:
         check_finished(args, data_settings)
+    release_output_dir(args)
     if not accelerator.is_main_process:
         return
     folder, script = args.output_dir, os.path.relpath(sys.argv[0])
@@ -225,6 +250,7 @@ def stop(accelerator, args, global_step: int, max_train_steps: int, number: int)
     """Say how to go on after a signal, and exit with 128 + its number: 143 for SIGTERM, 130 for SIGINT."""
     accelerator.wait_for_everyone()
     _close_trackers(accelerator)
+    release_output_dir(args)
     _close_bars()
     accelerator.print(
         f"\nStopped by {signal.Signals(number).name} after {global_step} of {max_train_steps} optimizer steps; "
@@ -253,7 +279,7 @@ def run_script(main: Callable[[Arguments], None], args: Arguments) -> NoReturn:
     except SystemExit as request:
         code = request.code or 0
     except KeyboardInterrupt:  # later on, StopSignal has it
-        print("\nStopped by SIGINT before training began.", file=sys.stderr)
+        print("\nStopped by SIGINT" + " before training began" * hasattr(args, "checkpointing_steps"), file=sys.stderr)
         code = 130
     except Exception as error:
         _close_bars()
