@@ -24,7 +24,6 @@ def parse_args(argv=None):
     group.add_argument("--method", choices=("full", "attention", "norm", "lora"), default="full", help="what learns: all weights; attention layers; norms and biases; low-rank adapters (arXiv:2106.09685), merged in the end")
     group.add_argument("--lora_rank", type=integer(1), default=8, help="rank of the adapters' matrices")
     group.add_argument("--lora_targets", default="to_q,to_k,to_v,to_out.0,conv1,conv2", help="layers that get adapters, by the end of their names")
-    group.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit keeps a quarter of the state; needs bitsandbytes on a GPU, torchao elsewhere")
     parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
     parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first and for samples of another batch size, meant for GPUs")
 
@@ -37,7 +36,7 @@ def parse_args(argv=None):
     group.add_argument("--prior_dataset_split", default="train", help="split of --prior_dataset_name")
 
     add_common_arguments(parser)
-    parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, validation_steps=250, num_samples=16, sample_batch_size=8)
+    parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, validation_steps=250, num_samples=16, sample_batch_size=8, optimizer="adamw")
     args = parser.parse(argv)
     check_common(parser, args)
     check_guidance(parser, args)
@@ -66,7 +65,7 @@ def main(args):
     from utils.publishing import Hub, write_card
     from utils.randomness import random_bits, sample_noise, uniform
     from utils.signals import StopSignal
-    from utils.training import EMA, TrainingCurves, claim_output_dir, resume, run, save
+    from utils.training import EMA, TrainingCurves, claim_output_dir, make_optimizer, resume, run, save
 
     # Accelerator
     accelerator = run.make_accelerator(args)
@@ -108,10 +107,7 @@ def main(args):
     guidance = make_guidance(args, accelerator.device)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
-    optimizer = adapters.adamw(args.optimizer, accelerator.device)(
-        [parameter for parameter in unet.parameters() if parameter.requires_grad], lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
-    )  # fmt: skip
+    optimizer = make_optimizer(args, unet, pretrained=True)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )

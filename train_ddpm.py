@@ -84,7 +84,7 @@ def main(args):
     from utils.publishing import Hub, write_card
     from utils.randomness import logit_normal, random_bits, sample_noise, uniform
     from utils.signals import StopSignal
-    from utils.training import EMA, TrainingCurves, claim_output_dir, resume, run, save
+    from utils.training import EMA, TrainingCurves, claim_output_dir, make_optimizer, resume, run, save
 
     # Accelerator
     accelerator = run.make_accelerator(args)
@@ -129,10 +129,7 @@ def main(args):
     validation = Validation(args, accelerator, train_data, noise_scheduler) if args.validation_split else None
 
     # Optimizer and learning rate; the schedule counts optimizer steps
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True,
-    )  # fmt: skip
+    optimizer = make_optimizer(args, unet, bool(pretrained))  # or any of torch.optim
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )

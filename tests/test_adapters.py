@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from utils import UserError
 from utils.diffusion.adapters import (
-    adamw,
     base_weights,
     choose_trainable,
     distance_to_base,
@@ -119,10 +118,3 @@ def test_counts_are_said_for_every_method(caplog):
     assert f"{total * 8 / 2**20:.1f} MiB" in caplog.messages[0]
     assert caplog.messages[3].startswith("-> --method lora")
     assert learning(model) == {name for name, _ in model.named_parameters()}
-
-
-def test_eight_bits_without_their_package_are_refused(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs bitsandbytes .* or torchao: pip install torchao, or choose adamw"):
-        adamw("adamw8bit", torch.device("cpu"))
-    assert isinstance(adamw("adamw", torch.device("cpu"))([torch.zeros(1)]), torch.optim.AdamW)

@@ -251,13 +251,11 @@ def test_shape_flags_reach_the_images(accelerator, folder):
 
 @pytest.fixture
 def decoded(monkeypatch, caplog):
-    """Files of decoded images for however few; a list that grows by each image that is decoded for one."""
-    import utils.data.datasets
+    """A list that grows by each image that is decoded to be kept."""
     from utils.data.images import PreparedImages
 
     caplog.set_level("INFO", "utils")
     seen, attempt = [], PreparedImages.attempt
-    monkeypatch.setattr(utils.data.datasets, "QUICK", 0)
     monkeypatch.setattr(PreparedImages, "attempt", lambda self, job: seen.append(job[1]) or attempt(self, job))
     return seen
 
@@ -334,6 +332,20 @@ def test_where_no_file_can_be_kept_memory_holds_the_images(
     assert f"too many for {kept}" in caplog.text
     assert same(loaded, batches(accelerator, *flags, f"--image_cache_dir={kept}", "--cache_images=always")[1])
     assert only_file(kept)
+
+
+def test_quick_data_stay_in_memory_and_slow_ones_go_into_the_cache_of_datasets(
+    accelerator, folder, monkeypatch, tmp_path_factory
+):
+    import utils.data.datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hub"))
+    place = datasets.config.HF_DATASETS_CACHE / "prepared-images"
+    for quick, there in ((3600.0, False), (0.0, True)):
+        monkeypatch.setattr(utils.data.datasets, "QUICK", quick)
+        batches(accelerator, "--train_data_dir", folder)
+        assert place.exists() == there
+    assert only_file(place)
 
 
 def test_what_was_wrong_with_decoded_images_is_said_by_every_run(

@@ -163,9 +163,10 @@ OWN_EVERYTHING = [  # an array, a transformer, SGD, a schedule of torch's, and a
         "            num_attention_heads=2, attention_head_dim=8, num_layers=2, patch_size=2, norm_num_groups=2,\n"
         "            num_embeds_ada_norm=10, **shape,\n        )\n",
     ),
-    ("torch.optim.AdamW(\n", "torch.optim.SGD(\n"),
-    ("lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),\n", "lr=args.learning_rate, momentum=0.9,\n"),
-    ("weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True,\n", "weight_decay=0.01,\n"),
+    (
+        "make_optimizer(args, unet, bool(pretrained))",
+        "torch.optim.SGD(unet.parameters(), lr=args.learning_rate, momentum=0.9, weight_decay=0.01)",
+    ),
     ("lr_scheduler = get_scheduler(\n", "lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(\n"),
     (
         "args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps\n",

@@ -314,7 +314,7 @@ def test_the_loss_falls_for_every_target(tmp_path, prediction_type):
     flags = ["--report_to=tensorboard", "--max_train_steps=40", "--logging_steps=10", "--checkpointing_steps=100"]
     train(tmp_path / "run", *flags, f"--prediction_type={prediction_type}", "--snr_gamma=5")
     losses = scalars(tmp_path / "run", "loss")
-    assert losses[40] < 0.75 * losses[10]
+    assert losses[40] < 0.8 * losses[10]
     assert DDPMPipeline.from_pretrained(tmp_path / "run").scheduler.config.prediction_type == prediction_type
 
 

@@ -130,11 +130,13 @@ class TrainData:
             rows = zip(spread, dataset.select(spread), strict=True)
         sizes, modes, deep, unused = [], set(), [], {}  # not the images: they may be large
         digest, stamp = self._digests_of_names(dataset)
-        start = time.perf_counter()
+        seconds = []
         for index, row in rows:
+            start = time.perf_counter()
             try:
                 source, where = locate(row, self.name, index)
                 image = decode_image(source, where)
+                seconds.append(time.perf_counter() - start)
                 sizes.append(image.size)
                 modes.add(image.mode)
                 deep += deep_values([image])
@@ -151,7 +153,7 @@ class TrainData:
             raise UserError(f"{self.name}: no readable image found; expected a data set of images")
         for loss, places in unused.items():
             logger.warning(f"{len(places)} of {len(sizes)} images looked at, such as {places[0]}: {loss}")
-        self._decoding_seconds = (time.perf_counter() - start) / len(sizes) * (self.length or 0)
+        self._decoding_seconds = float(np.median(seconds)) * (self.length or 0)
         self.settings["fingerprint"] = digest and digest.hexdigest()[:16]
         self._choose_mode(modes, image_mode)
         self._choose_size(sizes, size)
@@ -224,7 +226,7 @@ class TrainData:
         if self.args.streaming or self.args.cache_images == "never":
             return None
         needed, always = self.length * self.bytes_per_image, self.args.cache_images == "always"
-        if self._stamp and self._decoding_seconds > QUICK:
+        if self._stamp and (self.args.image_cache_dir or self._decoding_seconds > QUICK):
             parent = Path(self.args.image_cache_dir or datasets.config.HF_DATASETS_CACHE / "prepared-images")
             try:
                 parent.mkdir(parents=True, exist_ok=True)

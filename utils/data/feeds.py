@@ -13,12 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .. import UserError
 from .images import PreparedImages, label_of
 from .pixels import BadImage, augment, flips
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +38,7 @@ class Cache:
             others wait, complete or not at all.
 
     Raises:
-        OSError: the file cannot be written or read.
+        OSError: the file cannot be written or read, or its file system knows no locks.
     """
 
     def __init__(self, images: PreparedImages, accelerator, folder: Path | None = None):
@@ -46,7 +50,9 @@ class Cache:
             self.pixels = np.concatenate(parts)
         else:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f"{folder.name}.lock")):
+            with open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8") as lock:
+                if fcntl:  # without it (Windows), each process may write a file of its own; the last one stays
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 table = self._read_table(images, folder) or self._write(images, folder)
             self.pixels = np.memmap(folder / "pixels", np.uint8, "c")
         self.starts, self.shapes, labels = (table[name] for name in ("starts", "shapes", "labels"))
@@ -88,7 +94,7 @@ class Cache:
         return table | dict(bad=np.array(bad, dtype=str), clipped=images.clipped, size=position)
 
     def _write(self, images: PreparedImages, folder: Path) -> dict[str, np.ndarray]:
-        staging = folder.with_name(f".tmp-{folder.name}")
+        staging = folder.with_name(f".tmp-{folder.name}" + f"-{os.getpid()}" * (fcntl is None))
         for leftover in (staging, folder):
             shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir()

@@ -5,10 +5,8 @@ bias) and ``lora`` (Hu et al. 2021, arXiv:2106.09685: low-rank matrices beside t
 peft). What does not learn stays as it is, bit for bit.
 """
 
-import importlib.util
 import logging
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -90,28 +88,8 @@ def log_trainable_counts(unet: UNet2DModel, args) -> None:
         logger.info(
             f"{'->' if method == args.method else '  '} --method {method}: {sum(sizes):,} weights learn"
             f"{' in addition to' if method == 'lora' else ', of'} {total:,}; "
-            f"the optimizer keeps {memory / 2**20:.1f} MiB"
+            f"the optimizer keeps {'at most ' * (args.optimizer == 'muon')}{memory / 2**20:.1f} MiB"
         )
-
-
-def adamw(name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
-    """The optimizer's class: torch's fused AdamW, or one with 8-bit moments (arXiv:2110.02861).
-
-    Args:
-        name: ``adamw``, or ``adamw8bit``: bitsandbytes on a GPU where it is installed, torchao otherwise.
-
-    Raises:
-        UserError: neither is installed.
-    """
-    if name == "adamw":
-        return partial(torch.optim.AdamW, fused=True)
-    if device.type == "cuda" and importlib.util.find_spec("bitsandbytes"):
-        return importlib.import_module("bitsandbytes").optim.AdamW8bit
-    if importlib.util.find_spec("torchao"):
-        return importlib.import_module("torchao.optim").AdamW8bit
-    raise UserError(
-        "--optimizer adamw8bit needs bitsandbytes (on a GPU) or torchao: pip install torchao, or choose adamw"
-    )
 
 
 def merged(unet: UNet2DModel) -> UNet2DModel:

@@ -6,6 +6,7 @@
 from . import run
 from .curves import TrainingCurves
 from .ema import EMA
+from .optimizer import make_optimizer
 from .output_dir import claim_output_dir, resume, save
 
-__all__ = ["EMA", "TrainingCurves", "claim_output_dir", "resume", "run", "save"]
+__all__ = ["EMA", "TrainingCurves", "claim_output_dir", "make_optimizer", "resume", "run", "save"]

@@ -53,7 +53,7 @@ FREE_ON_RESUME = {
 
 
 # What a run did that did not know a flag, where that is not the default of now
-BEFORE = {"model_guidance": 0.0}
+BEFORE = {"model_guidance": 0.0, "optimizer": "adamw", "time_density": "uniform"}
 
 
 def claim_output_dir(accelerator, args, script: str) -> tuple[Path, int | None]:
@@ -112,7 +112,7 @@ def _lock(folder: Path) -> None:
     """
     if fcntl is None or folder.resolve() in _locks:
         return
-    file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115  open as long as the process lives
+    file = open(folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115  open as long as the process lives
     for seconds in range(60):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

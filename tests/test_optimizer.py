@@ -1,0 +1,113 @@
+"""utils/training/optimizer.py: Muon's steps are what they should be, and its state survives."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+import train_conditional
+import train_ddpm
+from utils import UserError
+from utils.diffusion.basic_unet import BasicUNet
+from utils.training.optimizer import Muon, make_optimizer, orthogonal
+
+FLAGS = dict(learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.99, adam_weight_decay=0.01, adam_epsilon=1e-8)
+
+
+def args(**flags):
+    return SimpleNamespace(**FLAGS | dict(optimizer=None) | flags)
+
+
+def unet(**options):
+    return UNet2DModel(sample_size=8, in_channels=3, out_channels=3, **train_ddpm.UNETS["tiny"], **options)
+
+
+def newton_schulz(matrix):
+    """As Jordan writes it, step by step, in float64."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(32, 288), (64, 64), (16, 17)])
+@pytest.mark.parametrize("rank", [3, 1000])
+def test_a_step_is_orthogonal(shape, rank):
+    torch.manual_seed(0)
+    rank = min(rank, *shape)
+    matrix = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
+    result = orthogonal(matrix)
+    assert torch.allclose(result.double(), newton_schulz(matrix), atol=1e-4)
+    assert torch.allclose(orthogonal(matrix.T), result.T, atol=1e-4)  # the smaller product is taken
+    values = torch.linalg.svdvals(result)[:rank]
+    assert (
+        values.quantile(0.1) > 0.3 and values.max() < 1.25 and values.median() > 0.65
+    )  # a random square is near singular
+    assert torch.allclose(orthogonal(1e-6 * matrix), result, atol=1e-2)  # whatever the gradient's size
+    assert orthogonal(torch.zeros(shape)).abs().max() == 0
+
+
+def test_hidden_matrices_get_muon_and_all_other_weights_adamw():
+    for model in (unet(), unet(num_class_embeds=10), BasicUNet(in_channels=3, out_channels=3)):
+        optimizer = make_optimizer(args(), model)
+        others, matrices = (group["params"] for group in optimizer.param_groups)
+        names = {weight: name for name, weight in model.named_parameters()}
+        assert {*others} | {*matrices} == {*names} and not {*others} & {*matrices}
+        assert all(weight.ndim == 4 for weight in matrices) and len(matrices) >= 4
+        ends = {names[weight] for weight in others if weight.ndim > 1}
+        kinds = {"conv_in", "conv_out"} if isinstance(model, UNet2DModel) else {"down_convs.0", "up_convs.2"}
+        assert kinds <= {name.removesuffix(".weight") for name in ends}
+        assert all(name.removesuffix(".weight") in kinds or "emb" in name for name in ends)
+
+
+def test_the_first_step_by_hand():
+    weight, bias = torch.nn.Parameter(torch.ones(16, 16, 3, 3)), torch.nn.Parameter(torch.ones(16))
+    optimizer = Muon([weight], [bias], lr=0.1, weight_decay=0.5, betas=(0.9, 0.99), eps=1e-8)
+    torch.manual_seed(1)
+    gradient = torch.randn_like(weight)
+    weight.grad, bias.grad = gradient.clone(), torch.full_like(bias, 3.0)
+    optimizer.step()
+    expected = 0.95 - 0.1 * 0.2 * np.sqrt(144) * newton_schulz(gradient.flatten(1)).view_as(weight)
+    assert torch.allclose(weight.double(), expected, atol=1e-4)
+    assert torch.allclose(bias, torch.full_like(bias, 0.95 - 0.1))  # Adam's first step is the rate
+
+
+def test_a_restored_state_goes_on_bit_for_bit():
+    def steps(model, optimizer, first, last):
+        for number in range(first, last):
+            images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+            model(images, number).sample.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    whole, halves = unet(), unet()
+    halves.load_state_dict(whole.state_dict())
+    steps(whole, make_optimizer(args(), whole), 0, 4)
+    first = make_optimizer(args(), halves)
+    steps(halves, first, 0, 2)
+    second = make_optimizer(args(), halves)
+    second.load_state_dict(first.state_dict())
+    steps(halves, second, 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
+
+
+def test_a_gradient_that_overflows_leaves_out_the_whole_step():
+    """GradScaler may only leave the check to optimizers that do it themselves, as fused AdamW does."""
+    assert not getattr(make_optimizer(args(), unet()), "_step_supports_amp_scaling", False)
+    assert make_optimizer(args(optimizer="adamw"), unet())._step_supports_amp_scaling
+
+
+def test_which_optimizer_is_chosen(monkeypatch):
+    def kind(pretrained=False, **flags):
+        return type(make_optimizer(args(**flags), unet(), pretrained)).__name__
+
+    assert (kind(), kind(pretrained=True), kind(optimizer="adamw")) == ("Muon", "AdamW", "AdamW")
+    assert kind(pretrained=True, optimizer="muon") == "Muon"
+    assert train_conditional.parse_args([]).optimizer is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs bitsandbytes .* or torchao: pip install torchao, or choose adamw"):
+        kind(optimizer="adamw8bit")
