@@ -68,6 +68,7 @@ def main(args):
 
     import torch
 
+    from utils import randomness
     from utils.diffusion.classes import GuidedModel, labels_in_turn
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, saved_scheduler, training_scheduler
     from utils.diffusion.pretrained import image_shape
@@ -76,7 +77,7 @@ def main(args):
     from utils.evaluation.denoising_loss import DenoisingLoss
     from utils.evaluation.features import load_extractor
     from utils.evaluation.image_folder import load_folder, scaled_from
-    from utils.evaluation.kept_samples import weights_digest
+    from utils.evaluation.kept_samples import settings_of, weights_digest
     from utils.evaluation.reference import Reference
     from utils.evaluation.report import write_report
     from utils.evaluation.sweep import best_setting, check_writable, write_scheduler
@@ -141,6 +142,7 @@ def main(args):
             )
         files = sorted(Path(model).glob("unet/*.safetensors"))
         weights, digest = file_hash(*files)[:12] if files else None, weights_digest(unet)
+        kind = settings_of(unet)
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         shape = image_shape(unet.config)
         asked, options = asked_classes(unet.config, real, shape, args.num_samples), {}
@@ -165,8 +167,9 @@ def main(args):
                 facts["guidance_scale"] = scale
 
             depends_on = dict(
-                model=digest, sampler=[facts["sampler"], dict(sampler.config)], steps=steps, guidance=scale,
+                weights=digest, model=kind, sampler=settings_of(sampler), steps=steps, guidance=scale,
                 labels=asked and asked.labels.tolist(), seed=args.seed, precision=accelerator.mixed_precision,
+                randomness=randomness.VERSION,
             )  # fmt: skip
             images, facts["images_per_second"] = draw(
                 args, accelerator, drawn_by, sampler, shape, steps, title, depends_on, **options
@@ -210,7 +213,7 @@ def draw(args, accelerator, model, sampler, shape, steps, title, depends_on, **o
 
     folder = Path(args.output_dir) / "drawn"
     return draw_kept(
-        folder, accelerator, args.num_samples, shape, depends_on,
+        folder, accelerator, args.num_samples, shape, args.sample_batch_size, depends_on,
         lambda first, count: sample_images(*setting(count), first=first, **options), announce,
     )  # fmt: skip
 

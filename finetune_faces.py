@@ -36,7 +36,7 @@ def parse_args(argv=None):
     group.add_argument("--prior_dataset_split", default="train", help="split of --prior_dataset_name")
 
     add_common_arguments(parser)
-    parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, validation_steps=250, num_samples=16, sample_batch_size=8, optimizer="adamw")
+    parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, validation_steps=250, num_samples=16, sample_batch_size=8)
     args = parser.parse(argv)
     check_common(parser, args)
     check_guidance(parser, args)
@@ -107,7 +107,7 @@ def main(args):
     guidance = make_guidance(args, accelerator.device)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
-    optimizer = make_optimizer(args, unet, pretrained=True)
+    optimizer = make_optimizer(args, unet)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )

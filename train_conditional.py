@@ -56,7 +56,7 @@ def parse_args(argv=None):
     parser.switch(group, "--rescale_betas_zero_snr", None, "make the last noise level pure noise (arXiv:2305.08891)")
     group.add_argument("--snr_gamma", type=real(1e-6), help="min-SNR loss weighting (arXiv:2303.09556); the paper uses 5")
     group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
-    group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="uniform", help="where in [0, T) training looks: evenly, or more at the middle (arXiv:2403.03206)")
+    group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="where in [0, T) training looks: evenly, or more at the middle (arXiv:2403.03206)")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
     group.add_argument("--label_dropout", type=real(0, 1), default=0.1, help="share of samples whose class is not said")
     group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), about that of a scale of 1 / (1 - W); 0: none, a third quicker")
@@ -143,7 +143,7 @@ def main(args):
     )
 
     # Optimizer and learning rate; the schedule counts optimizer steps
-    optimizer = make_optimizer(args, unet, bool(pretrained))  # or any of torch.optim
+    optimizer = make_optimizer(args, unet)  # or any of torch.optim
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )

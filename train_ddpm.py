@@ -54,8 +54,8 @@ def parse_args(argv=None):
     parser.switch(group, "--rescale_betas_zero_snr", None, "make the last noise level pure noise (arXiv:2305.08891)")
     group.add_argument("--snr_gamma", type=real(1e-6), help="min-SNR loss weighting (arXiv:2303.09556); the paper uses 5")
     group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
-    group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="uniform", help="where in [0, T) training looks: evenly, or more at the middle (arXiv:2403.03206)")
-    group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
+    group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="where in [0, T) training looks: evenly, or more at the middle (arXiv:2403.03206)")
+    group.add_argument("--sampler", choices=SAMPLERS, default="sde-dpmsolver++", help="how samples are drawn")
 
     add_evaluation_arguments(parser)
     add_common_arguments(parser)
@@ -129,7 +129,7 @@ def main(args):
     validation = Validation(args, accelerator, train_data, noise_scheduler) if args.validation_split else None
 
     # Optimizer and learning rate; the schedule counts optimizer steps
-    optimizer = make_optimizer(args, unet, bool(pretrained))  # or any of torch.optim
+    optimizer = make_optimizer(args, unet)  # or any of torch.optim
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )

@@ -126,7 +126,7 @@ def main(args):
     validation = Validation(args, accelerator, train_data, noise_scheduler) if args.validation_split else None
 
     # Optimizer and learning rate; the schedule counts optimizer steps
-    optimizer = make_optimizer(args, unet, bool(pretrained))  # or any of torch.optim
+    optimizer = make_optimizer(args, unet)  # or any of torch.optim
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )

@@ -40,7 +40,7 @@ def main():
     for seconds in options.seconds:
         for seed in options.seeds:
             folders[seconds, seed] = options.output_dir / f"{seconds:g}s-seed-{seed}"
-            steps[seconds] = train(options, folders[seconds, seed], seconds, seed)
+            steps.setdefault(seconds, []).append(train(options, folders[seconds, seed], seconds, seed))
     run(
         "evaluate.py", *folders.values(), f"--reference={options.dataset_name}",
         f"--num_samples={options.num_samples}", f"--num_inference_steps={options.num_inference_steps}",
@@ -52,7 +52,12 @@ def main():
 
 def train(options, folder: Path, seconds: float, seed: int) -> int:
     """Train for so many seconds, unless that is done; returns the number of optimizer steps."""
-    if not (folder / "seconds.json").is_file():
+    recipe = [options.script, options.dataset_name, *options.flags]
+    if (folder / "seconds.json").is_file():
+        record = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
+        if record["recipe"] != recipe:
+            sys.exit(f"{folder} is of {' '.join(record['recipe'])}; choose another --output_dir")
+    else:
         startup, pace = measured_pace(options.script, options.dataset_name, options.output_dir / "pace", *options.flags)
         steps = max(1, round((seconds - startup) / pace))
         shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
@@ -61,9 +66,8 @@ def train(options, folder: Path, seconds: float, seed: int) -> int:
             options.script, options.dataset_name, folder, *options.flags, f"--seed={seed}", f"--max_train_steps={steps}"
         )
         end = (folder / f"checkpoint-{steps}" / "manifest.json").stat().st_mtime
-        record = dict(steps=steps, seconds=end - start)
+        record = dict(recipe=recipe, steps=steps, seconds=end - start)
         (folder / "seconds.json").write_text(json.dumps(record), encoding="utf-8")
-    record = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
     print(f"{folder.name}: {record['steps']} steps in {record['seconds']:.0f} seconds", flush=True)
     return record["steps"]
 
@@ -72,13 +76,13 @@ def train(options, folder: Path, seconds: float, seed: int) -> int:
 def measured_pace(script: str, dataset_name: str, folder: Path, *flags: str) -> tuple[float, float]:
     """Seconds before the first step and for each step, from two short runs."""
     times = []
-    for steps in (1, 1 + PACE):
+    for steps in (1, 1, 1 + PACE):  # the first prepares the images
         shutil.rmtree(folder, ignore_errors=True)
         start = time.time()
         launch(script, dataset_name, folder, *flags, f"--max_train_steps={steps}")
         times.append((folder / f"checkpoint-{steps}" / "manifest.json").stat().st_mtime - start)
-    pace = (times[1] - times[0]) / PACE
-    return times[0] - pace, pace
+    pace = (times[2] - times[1]) / PACE
+    return times[1] - pace, pace
 
 
 def launch(script: str, dataset_name: str, folder: Path, *flags: str) -> None:
@@ -101,22 +105,22 @@ def run(script, *arguments) -> None:
 
 def report(options, folders: dict, steps: dict) -> None:
     text = (options.output_dir / "evaluation" / "results.json").read_text(encoding="utf-8")
-    rows = {row["model"]: row for row in json.loads(text)["results"]}
-    metric = next(key for key in rows["ceiling: noise"] if key.startswith(("fd_", "fid_")))
-    floor = rows["floor: held-out images"][metric]
+    rows = json.loads(text)["results"]
+    metric = next(key for key in rows[0] if key.startswith(("fd_", "fid_")))
+    values = {row["model"].split()[0]: row[metric] for row in rows}  # without sampler and guidance
     print(f"\n{options.script} {' '.join(options.flags)}")
     print(f"| seconds | steps | {metric} | of each seed |\n|---|---|---|---|")
     means = {}
     for seconds in options.seconds:
-        found = np.array([rows[folders[seconds, seed].name][metric] for seed in options.seeds])
+        found = np.array([values[folders[seconds, seed].name] for seed in options.seeds])
         error = found.std(ddof=1) / np.sqrt(len(found)) if len(found) > 1 else float("nan")
         means[seconds] = found.mean()
         each = ", ".join(f"{value:.2f}" for value in found)
-        print(f"| {seconds:g} | {steps[seconds]} | {found.mean():.2f} ± {error:.2f} | {each} |")
+        print(f"| {seconds:g} | {np.mean(steps[seconds]):.0f} | {found.mean():.2f} ± {error:.2f} | {each} |")
     for threshold in THRESHOLDS:
         enough = [seconds for seconds in options.seconds if means[seconds] <= threshold]
         print(f"{metric} <= {threshold}: {f'{min(enough):g} seconds' if enough else 'not reached'}")
-    print(f"N={options.num_samples}, held-out images: {floor:.2f}; ±: standard error over trainings")
+    print(f"N={options.num_samples}, held-out images: {rows[0][metric]:.2f}; ±: standard error over trainings")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """utils/data: datasets.py, sources.py, feeds.py: the same samples in the same order however they are loaded."""
 
+import io
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -25,6 +27,11 @@ def same(first, second):
         np.array_equal(a["sample_ids"], b["sample_ids"]) and torch.equal(a["images"], b["images"])
         for a, b in zip(first, second, strict=True)
     )
+
+
+def png(value):
+    Image.new("L", (8, 8), value).save(stream := io.BytesIO(), "PNG")
+    return stream.getvalue()
 
 
 class Process:
@@ -348,20 +355,36 @@ def test_quick_data_stay_in_memory_and_slow_ones_go_into_the_cache_of_datasets(
     assert only_file(place)
 
 
-def test_what_was_wrong_with_decoded_images_is_said_by_every_run(
-    accelerator, folder, tmp_path_factory, decoded, caplog
-):
-    (folder / "07.png").write_bytes(b"junk")
+def test_unreadable_images_are_tried_again_by_every_run(accelerator, folder, tmp_path_factory, decoded, caplog):
+    good = (folder / "07.png").read_bytes()
+    (folder / "07.png").write_bytes(b"junk".ljust(len(good)))
+    os.utime(folder / "07.png", (1, 1))
     flags = ["--train_data_dir", folder, "--resolution=16", f"--image_cache_dir={tmp_path_factory.mktemp('kept')}"]
     _, loaded = batches(accelerator, *flags, "--bad_images=skip", "--cache_images=never")
     for _ in range(2):
         caplog.clear()
         assert same(loaded, batches(accelerator, *flags, "--bad_images=skip")[1])
         assert sum("07.png" in record.message for record in caplog.records) == 1
-    assert len(decoded) == 12
+    assert len(decoded) == 13
     data = load_train_data(parse(*flags, "--bad_images=skip", "--max_bad_images=0"), accelerator)
     with pytest.raises(UserError, match="more than --max_bad_images 0"):
         next(data.batches(0, 1))
+
+
+def test_other_pixels_under_the_same_fingerprint_are_decoded_anew(accelerator, tmp_path, decoded):
+    """datasets hashes how a table was made, not what came out."""
+    seen = []
+    for value in (3, 200):
+        image = {"bytes": png(value), "path": None}
+        table = datasets.Dataset.from_dict(
+            {"image": [image] * 64}, features=datasets.Features({"image": datasets.Image()})
+        )
+        table._fingerprint = "0123456789abcdef"
+        table.save_to_disk(tmp_path / "saved")
+        _, found = batches(accelerator, "--dataset_name", tmp_path / "saved", f"--image_cache_dir={tmp_path}/kept")
+        seen.append(found[0]["images"].mean().item())
+        shutil.rmtree(tmp_path / "saved")
+    assert seen[0] < -0.9 and seen[1] > 0.5
 
 
 def test_images_that_do_not_fit_in_memory_are_decoded_as_they_come(accelerator, monkeypatch):

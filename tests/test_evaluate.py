@@ -1,7 +1,10 @@
 """evaluate.py: floors, ceilings, copies, and clear errors."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -78,7 +81,7 @@ def test_samples_survive_a_stop_and_a_mistake(tmp_path, finished_run, capsys, mo
         return original(*arguments, first=first, **options)
 
     monkeypatch.setattr(utils.diffusion, "sample_images", stopped)
-    flags = [finished_run, "--num_inference_steps=1", "--num_samples=30"]
+    flags = [finished_run, "--num_inference_steps=1", "--num_samples=30", "--sample_batch_size=10"]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", *flags)
     drawn.append("stopped")
@@ -89,7 +92,14 @@ def test_samples_survive_a_stop_and_a_mistake(tmp_path, finished_run, capsys, mo
     assert pixels[finished_run.name]["images_per_second"] == again[finished_run.name]["images_per_second"] > 0
     whole, _ = run(tmp_path / "other", *flags)
     assert whole[finished_run.name]["fd_digits"] == again[finished_run.name]["fd_digits"]
-    for changed in ("--seed=1", "--num_inference_steps=2", "--sampler=ddim", "--mixed_precision=bf16"):
+    again = evaluate.__file__, *flags, "--sampler=ddim", f"--output_dir={tmp_path}/out", *REAL
+    for seed in "12":  # and in other processes
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        said = subprocess.run(
+            [sys.executable, *map(str, again)], capture_output=True, text=True, env=environment
+        ).stdout
+    assert "1 steps: kept in" in said
+    for changed in ("--seed=1", "--num_inference_steps=2", "--sampler=unipc", "--mixed_precision=bf16"):
         drawn.clear()
         run(tmp_path / "out", *flags, changed, "--num_samples=10")
         assert drawn == [0], changed

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 UTILS = sorted((ROOT / "utils").rglob("*.py"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SIBLINGS = {"train_conditional.py": 75, "train_flow.py": 82}  # of train_ddpm.py, and how many lines may differ
+SIBLINGS = {"train_conditional.py": 77, "train_flow.py": 82}  # of train_ddpm.py, and how many lines may differ
 WINGS = {  # which others a wing may import; the ground floor, the files right in utils/, is for all of them
     "ground": set(),
     "data": {"ground"},
@@ -124,7 +124,7 @@ def closure(script, without=()):
 
 
 @pytest.mark.parametrize(
-    "without, files, lines", [((), 27, 4900), (("publishing", "evaluation"), 21, 3950)], ids=["whole", "stripped"]
+    "without, files, lines", [((), 27, 4920), (("publishing", "evaluation"), 21, 3950)], ids=["whole", "stripped"]
 )
 def test_what_a_copy_of_train_ddpm_drags_along(without, files, lines):
     """The wings' ``__init__.py`` count as lines, not as files: each is one sentence and a few re-exports."""

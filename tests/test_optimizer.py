@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-import train_conditional
+import finetune_faces
 import train_ddpm
 from utils import UserError
 from utils.diffusion.basic_unet import BasicUNet
@@ -17,7 +17,7 @@ FLAGS = dict(learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.99, adam_weight_de
 
 
 def args(**flags):
-    return SimpleNamespace(**FLAGS | dict(optimizer=None) | flags)
+    return SimpleNamespace(**FLAGS | dict(optimizer="muon") | flags)
 
 
 def unet(**options):
@@ -102,12 +102,16 @@ def test_a_gradient_that_overflows_leaves_out_the_whole_step():
 
 
 def test_which_optimizer_is_chosen(monkeypatch):
-    def kind(pretrained=False, **flags):
-        return type(make_optimizer(args(**flags), unet(), pretrained)).__name__
+    def kind(*flags, script=train_ddpm):
+        return type(make_optimizer(script.parse_args([*flags]), unet())).__name__
 
-    assert (kind(), kind(pretrained=True), kind(optimizer="adamw")) == ("Muon", "AdamW", "AdamW")
-    assert kind(pretrained=True, optimizer="muon") == "Muon"
-    assert train_conditional.parse_args([]).optimizer is None
+    assert (kind(), kind("--dataset_name=digits", script=finetune_faces), kind("--optimizer=adamw")) == (
+        "Muon",
+        "AdamW",
+        "AdamW",
+    )
+    assert kind("--pretrained_model_name_or_path=x") == "AdamW"
+    assert kind("--pretrained_model_name_or_path=x", "--optimizer=muon") == "Muon"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes .* or torchao: pip install torchao, or choose adamw"):
-        kind(optimizer="adamw8bit")
+        kind("--optimizer=adamw8bit")

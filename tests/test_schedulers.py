@@ -143,7 +143,7 @@ def test_an_error_of_predicted_noise_is_not_magnified_in_the_first_step(name):
 # ------------------------------------------------------------------------------------- linear mixing with uniform noise
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "ddpm"])
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "sde-dpmsolver++", "ddpm"])
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_more_steps_do_not_make_an_error_worse(name, prediction_type):
     """A model whose images are too bright by a tenth: what it is given stays an image with noise of deviation 1. With

@@ -164,7 +164,7 @@ OWN_EVERYTHING = [  # an array, a transformer, SGD, a schedule of torch's, and a
         "            num_embeds_ada_norm=10, **shape,\n        )\n",
     ),
     (
-        "make_optimizer(args, unet, bool(pretrained))",
+        "make_optimizer(args, unet)",
         "torch.optim.SGD(unet.parameters(), lr=args.learning_rate, momentum=0.9, weight_decay=0.01)",
     ),
     ("lr_scheduler = get_scheduler(\n", "lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(\n"),

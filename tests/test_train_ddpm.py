@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import train_ddpm
 from utils import UserError
+from utils.args import SAMPLERS
 from utils.training import checkpoints
 from utils.training.run import _tracker_options
 
@@ -385,12 +386,14 @@ def test_epsilon_from_pure_noise_is_refused(tmp_path):
         train(tmp_path / "run", "--rescale_betas_zero_snr", f"--pretrained_model_name_or_path={finished}")
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++", "unipc"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_each_sampler_draws_and_is_saved(tmp_path, sampler):
     train(tmp_path / "run", "--max_train_steps=1", f"--sampler={sampler}", "--num_inference_steps=3")
-    kind = type(DDPMPipeline.from_pretrained(tmp_path / "run").scheduler).__name__
+    scheduler = DDPMPipeline.from_pretrained(tmp_path / "run").scheduler
     expected = {"ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
-    assert kind == expected.get(sampler, "DDPMScheduler")  # DDPMPipeline cannot call UniPC
+    kind = expected.get(sampler.removeprefix("sde-"), "DDPMScheduler")
+    assert type(scheduler).__name__ == kind  # DDPMPipeline cannot call UniPC
+    assert scheduler.config.get("algorithm_type", sampler) == sampler
 
 
 # ----------------------------------------------------------------------------------------------------------- models

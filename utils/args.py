@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
+SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc")
 SOLVERS = ("dpmsolver++", "euler", "heun")  # of train_flow.py's models
 ALL_SAMPLERS = (*SAMPLERS, *SOLVERS[1:])
 
@@ -137,6 +137,8 @@ class Parser(argparse.ArgumentParser):
         config, rest = known.parse_known_args(argv)
         values = self.parse_args(self._read_config(config.config) + rest)
         values.config = config.config
+        if vars(values).get("optimizer", "") is None:
+            values.optimizer = "adamw" if vars(values).get("pretrained_model_name_or_path") else "muon"
         return Arguments(values, {action.dest: self.get_default(action.dest) for action in self._actions})
 
     def _read_config(self, path: str | None) -> list[str]:

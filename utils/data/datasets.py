@@ -119,7 +119,7 @@ class TrainData:
             dataset, name, self.mode, self.size, refuse_colour=self._refuse_colour, image_range=self.image_range,
             **reading(args),
         )  # fmt: skip
-        self._cache = None  # until batches are asked for: a finished run decodes nothing
+        self._cache, self._prepared = None, False
 
     def _inspect(self, dataset, size: tuple[int, int] | None, image_mode: str | None) -> None:
         """Find mode, size, range and fingerprint from some of the images; the same ones on every process."""
@@ -161,7 +161,7 @@ class TrainData:
         self.settings["scaled_from"] = list(self.image_range) if self.image_range and deep else None
         if stamp:  # all that decoded images depend on
             how = (self.mode, self._refuse_colour, self.size, self.args.interpolation, self.args.center_crop)
-            stamp.update(repr((how, self.image_range, PIL.__version__, DECODING)).encode())
+            stamp.update(digest.digest() + repr((how, self.image_range, PIL.__version__, DECODING)).encode())
         self._stamp = stamp and f"{Path(self.name).name}-{stamp.hexdigest()[:16]}"
 
     def _digests_of_names(self, dataset):
@@ -221,6 +221,11 @@ class TrainData:
         kept = [self.size if self.args.center_crop else covering(width_height, self.size) for width_height in sizes]
         self.bytes_per_image = self.channels * float(np.mean([width * height for width, height in kept]))
 
+    def prepare(self) -> None:
+        """Decode the images that are to be kept; ``batches`` does it otherwise. A finished run needs none."""
+        if not self._prepared:
+            self._cache, self._prepared = self._fill_cache(), True
+
     def _fill_cache(self) -> Cache | None:
         """The images, decoded once: in a file where that takes seconds, otherwise in memory; None: as they come."""
         if self.args.streaming or self.args.cache_images == "never":
@@ -230,8 +235,9 @@ class TrainData:
             parent = Path(self.args.image_cache_dir or datasets.config.HF_DATASETS_CACHE / "prepared-images")
             try:
                 parent.mkdir(parents=True, exist_ok=True)
-                if always or needed < min(FILE_LIMIT, shutil.disk_usage(parent).free / 2):
-                    return Cache(self._images, self.accelerator, parent / self._stamp)
+                file = parent / self._stamp
+                if always or file.is_dir() or needed < min(FILE_LIMIT, shutil.disk_usage(parent).free / 2):
+                    return Cache(self._images, self.accelerator, file)
                 logger.info(f"{needed / 2**30:.1f} GiB of decoded images are too many for {parent}; see --cache_images")
             except OSError as error:
                 logger.warning(
@@ -251,7 +257,7 @@ class TrainData:
             ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_ids`` int64 (B,) NumPy array;
             ``labels`` int64 (B,) on the device, if ``--label_column`` is given.
         """
-        self._cache = self._cache or self._fill_cache()
+        self.prepare()
         source = self._stream if self.length is None else self._from_cache if self._cache else self._from_loader
         for sample_ids, images, labels in source(self._sample_ids(first_step, last_step)):
             images = from_uint8(images.to(self.accelerator.device, non_blocking=True))

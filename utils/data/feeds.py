@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,15 +51,13 @@ class Cache:
             self.pixels = np.concatenate(parts)
         else:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8") as lock:
-                if fcntl:  # without it (Windows), each process may write a file of its own; the last one stays
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                table = self._read_table(images, folder) or self._write(images, folder)
-            self.pixels = np.memmap(folder / "pixels", np.uint8, "c")
+            table = self._read_table(images, folder) or self._write(images, folder)
+            self.pixels = np.memmap(folder / "pixels", np.uint8, "r")
         self.starts, self.shapes, labels = (table[name] for name in ("starts", "shapes", "labels"))
         self.labels, self.stacked = torch.from_numpy(labels), None
         if (self.shapes == self.size).all():
-            self.stacked = torch.from_numpy(self.pixels).view(-1, self.channels, *self.size)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # it is only read
+                self.stacked = torch.from_numpy(self.pixels).view(-1, self.channels, *self.size)
             on_gpu = accelerator.device.type == "cuda"
             if on_gpu and self.stacked.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
                 self.stacked = self.stacked.to(accelerator.device)
@@ -76,7 +75,7 @@ class Cache:
                     starts.append(position)
                     labels.append(label_of({"label": rows["label"][k]} if "label" in rows else {}))
                     if isinstance(image, BadImage):
-                        bad.append(str(image))
+                        bad.append(first + k)
                         images.check(len(bad), image)
                         shapes.append((0, 0))
                     else:
@@ -91,38 +90,52 @@ class Cache:
         following = np.append(np.flatnonzero(good), np.flatnonzero(good)[0])
         instead = following[np.searchsorted(following[:-1], np.arange(total))]  # as PreparedImages does
         table = {name: values[instead] for name, values in table.items()}
-        return table | dict(bad=np.array(bad, dtype=str), clipped=images.clipped, size=position)
+        return table | dict(bad=np.array(bad, int), clipped=images.clipped, size=position)
 
     def _write(self, images: PreparedImages, folder: Path) -> dict[str, np.ndarray]:
-        staging = folder.with_name(f".tmp-{folder.name}" + f"-{os.getpid()}" * (fcntl is None))
-        for leftover in (staging, folder):
-            shutil.rmtree(leftover, ignore_errors=True)
-        staging.mkdir()
-        try:
-            with open(staging / "pixels", "wb") as file:
-                table = self._decode(images, True, file.write)
-                file.flush()
-                os.fsync(file.fileno())
-            np.savez(staging / "table.npz", **table)
-            staging.rename(folder)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+        staging = folder.with_name(f".tmp-{folder.name}")
+        with open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8") as lock:
+            if fcntl is None:
+                raise OSError("without locks (Windows), several processes might write it")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info(f"Another process is decoding the images into {folder}; waiting for it.")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if table := self._read_table(images, folder):
+                    return table
+            for leftover in (staging, folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+            staging.mkdir()
+            try:
+                with open(staging / "pixels", "wb") as pixels, open(staging / "table.npz", "wb") as file:
+                    table = self._decode(images, True, pixels.write)
+                    np.savez(file, **table)
+                    for written in (pixels, file):
+                        written.flush()
+                        os.fsync(written.fileno())
+                staging.rename(folder)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
         logger.info(f"The decoded images are kept in {folder}, {table['size'] / 2**20:.0f} MiB, for the next run.")
         return table
 
     def _read_table(self, images: PreparedImages, folder: Path) -> dict[str, np.ndarray] | None:
-        """What is known of a file that is complete; warns of what was bad when it was written."""
+        """What is known of a file that is complete, and whose bad images are still bad."""
         try:
             with np.load(folder / "table.npz") as file:
                 table = dict(file)
             if (folder / "pixels").stat().st_size != table["size"]:
                 return None
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return None
+        bad = [images.attempt((images.dataset[int(index)], int(index))) for index in table["bad"]]
+        if not all(isinstance(image, BadImage) for image in bad):
+            return None  # some were mended
         logger.info(f"Using the decoded images in {folder}, {table['size'] / 2**20:.0f} MiB.")
-        for count, message in enumerate(table["bad"], 1):
-            images.check(count, message)
+        for count, image in enumerate(bad, 1):
+            images.check(count, image)
         if table["clipped"]:
             logger.warning(f"Values were clipped in {table['clipped']} of these images; see --image_range")
         return table

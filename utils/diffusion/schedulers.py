@@ -7,6 +7,7 @@ SAMPLER_CLASSES = {
     "ddpm": DDPMScheduler,  # ancestral sampling, Ho et al. 2020, Algorithm 2; wants hundreds of steps
     "ddim": DDIMScheduler,  # deterministic, Song et al. 2021, arXiv:2010.02502
     "dpmsolver++": DPMSolverMultistepScheduler,  # second-order multistep, Lu et al. 2022, arXiv:2211.01095
+    "sde-dpmsolver++": DPMSolverMultistepScheduler,  # the same with fresh noise in every step, which corrects errors
     "unipc": UniPCMultistepScheduler,  # predictor-corrector, Zhao et al. 2023, arXiv:2302.04867
 }
 
@@ -36,6 +37,8 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
         overrides |= {"clip_sample": clips, "thresholding": False}
     elif name != "ddpm":  # which clips by itself
         overrides["thresholding"] = clips
+    if name.endswith("dpmsolver++"):
+        overrides["algorithm_type"] = name
     if config.beta_schedule == "sigmoid" and name != "ddpm":  # only DDPMScheduler knows it: hand over its betas
         plain = DDPMScheduler.from_config(config, rescale_betas_zero_snr=False)
         overrides["trained_betas"] = plain.betas.tolist()

@@ -12,18 +12,21 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-BLOCK = 1000  # images of a file
+from ..training.checkpoints import sync
+
+BLOCK = 250  # images of a file, or somewhat more
 
 
 def draw_kept(
-    folder: Path, accelerator, count: int, shape: tuple[int, int, int], facts: dict,
+    folder: Path, accelerator, count: int, shape: tuple[int, int, int], batch_size: int, facts: dict,
     draw: Callable[[int, int], np.ndarray], announce: Callable[[int], None] = lambda missing: None,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
     """The samples that ``folder`` holds, and the others of ``count`` drawn. Call it on all processes.
 
     Args:
-        folder: for files of a thousand images each, complete or not there.
+        folder: for files of some hundred images each, complete or not there.
         shape: (C, H, W) of one image.
+        batch_size: images that are drawn at once, by each process.
         facts: all that a sample depends on beside its number; samples of other facts are not touched.
         draw: called on all processes with a first number and how many; returns uint8 (N, C, H, W) on the main one.
         announce: called before anything is drawn with the number of images that are missing.
@@ -33,14 +36,16 @@ def draw_kept(
     """
     place = folder / hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     images, seconds = np.empty((count, *shape), np.uint8), 0.0
-    ranges = [(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK)]
+    at_once = batch_size * accelerator.num_processes
+    size = at_once * -(-BLOCK // at_once)
+    ranges = [(first, min(first + size, count)) for first in range(0, count, size)]
     missing = []
     for first, last in ranges if accelerator.is_main_process else ():
         try:
             with np.load(place / f"{first:07}-{last:07}.npz") as file:
                 images[first:last] = file["images"]
                 seconds += float(file["seconds"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             missing.append((first, last))
     missing = broadcast_object_list([missing])[0]
     announce(sum(last - first for first, last in missing))
@@ -53,8 +58,14 @@ def draw_kept(
             place.mkdir(parents=True, exist_ok=True)
             file = place / f"{first:07}-{last:07}.npz"
             np.savez(staging := file.with_suffix(".tmp.npz"), images=drawn, seconds=spent)
+            sync(staging)
             os.replace(staging, file)
     return images, count / max(seconds, 1e-9)
+
+
+def settings_of(configured) -> list:
+    """Class and settings of a model or scheduler of diffusers, without what it keeps for itself."""
+    return [type(configured).__name__, {key: v for key, v in configured.config.items() if not key.startswith("_")}]
 
 
 def weights_digest(model: torch.nn.Module) -> str:

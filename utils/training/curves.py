@@ -44,6 +44,7 @@ class TrainingCurves:
     """
 
     def __init__(self, accelerator, args, train_data, num_train_timesteps, first_step, last_step):
+        train_data.prepare()  # before the clock starts, and while Ctrl-C still stops at once
         self.accelerator, self.logging_steps = accelerator, args.logging_steps
         self.images_per_step, self.label_names = train_data.global_batch_size, train_data.label_names
         self.num_train_timesteps = num_train_timesteps

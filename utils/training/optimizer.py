@@ -3,15 +3,13 @@
 import importlib.util
 
 import torch
+from accelerate import PartialState
 
 from .. import UserError
 
 
-def make_optimizer(args, model: torch.nn.Module, pretrained: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
     """What ``--optimizer`` and the flags of its numbers ask for, over the weights of ``model`` that learn.
-
-    Args:
-        pretrained: the weights are not random: the default for them is AdamW, otherwise Muon.
 
     Raises:
         UserError: 8-bit moments (arXiv:2110.02861) need bitsandbytes on a GPU, or torchao, and neither is installed.
@@ -21,14 +19,13 @@ def make_optimizer(args, model: torch.nn.Module, pretrained: bool = False) -> to
         lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )  # fmt: skip
-    kind = args.optimizer or ("adamw" if pretrained else "muon")
-    if kind == "adamw":
+    if args.optimizer == "adamw":
         return torch.optim.AdamW(weights.values(), fused=True, **options)
-    if kind == "muon":
+    if args.optimizer == "muon":
         matrices = [weight for name, weight in weights.items() if is_hidden_matrix(name, weight)]
         others = [weight for name, weight in weights.items() if not is_hidden_matrix(name, weight)]
         return Muon(matrices, others, fused=True, **options)
-    for package in ["bitsandbytes"] * torch.cuda.is_available() + ["torchao"]:
+    for package in ["bitsandbytes"] * (PartialState().device.type == "cuda") + ["torchao"]:
         if importlib.util.find_spec(package):
             return importlib.import_module(f"{package}.optim").AdamW8bit(weights.values(), **options)
     raise UserError(
@@ -77,18 +74,24 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """About the nearest matrix with orthonormal rows or columns: singular values between 0.7 and 1.2, in float32.
+    """About the nearest matrix with orthonormal rows or columns, float32: singular values between 0.7 and 1.2, but for
+    those that were below a thousandth of the largest.
 
     Five Newton-Schulz steps with Jordan's coefficients, done on the smaller of the products with its transpose: the
     polynomial is found first, and applied to the matrix once.
     """
     wide = matrix.float() if matrix.shape[0] <= matrix.shape[1] else matrix.float().T
     wide = wide / (wide.norm() + 1e-7)
-    gram, total = wide @ wide.T, None
-    for _ in range(5):
-        square = gram @ gram
-        step = 3.4445 * torch.eye(len(gram), device=gram.device) - 4.7750 * gram + 2.0315 * square
-        total = step if total is None else step @ total
-        gram = step @ gram @ step
-    result = total @ wide
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False  # its rounding makes small singular values grow
+    try:
+        gram, total = wide @ wide.T, None
+        for _ in range(5):
+            square = gram @ gram
+            step = 3.4445 * torch.eye(len(gram), device=gram.device) - 4.7750 * gram + 2.0315 * square
+            total = step if total is None else step @ total
+            gram = step @ gram @ step
+        result = total @ wide
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
     return result if matrix.shape[0] <= matrix.shape[1] else result.T

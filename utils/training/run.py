@@ -59,8 +59,8 @@ def make_accelerator(args) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     if accelerator.device.type == "cuda":
-        precision = "tf32" if args.allow_tf32 else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = precision
+        # The names of before: with fp32_precision, torch 2.13 raises an error where something asks by these names
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 
 
@@ -172,7 +172,7 @@ def _tracker_options(args, first_step: int) -> dict[str, dict]:
     """What shows a resumed run as one: TensorBoard hides what it has from later steps, W&B knows the run by an id."""
     tensorboard = {"purge_step": first_step + 1} if first_step else {}
     file = Path(args.output_dir) / args.logging_dir / "wandb_id"
-    if "wandb" not in args.report_to:
+    if "wandb" not in args.report_to and args.report_to != "all":
         return {"tensorboard": tensorboard}
     if not (first_step and file.is_file()):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,8 @@ def print_finished(accelerator, args, global_step: int, data_settings: dict | No
     """
     if data_settings:
         check_finished(args, data_settings)
-    release_output_dir(args)
+    if not args.push_to_hub:  # which reads the folder after this
+        release_output_dir(args)
     if not accelerator.is_main_process:
         return
     folder, script = args.output_dir, os.path.relpath(sys.argv[0])
