@@ -68,7 +68,13 @@ def test_tensorboard_has_every_curve_and_picture(finished_run):
 
 
 def test_loss_by_timestep_and_label_average_to_the_loss(tmp_path):
-    train(tmp_path / "run", "--report_to=tensorboard", "--label_column=label", "--max_train_steps=1")
+    train(
+        tmp_path / "run",
+        "--report_to=tensorboard",
+        "--label_column=label",
+        "--max_train_steps=1",
+        "--time_density=uniform",
+    )
     loss = scalars(tmp_path / "run", "loss")[1]
     data = events(tmp_path / "run")
     bins = [data.Scalars(tag)[0].value for tag in data.Tags()["scalars"] if tag.startswith("loss_by_timestep")]
@@ -345,9 +351,8 @@ def test_timesteps_cover_all_levels_stratified_or_not(tmp_path, monkeypatch):
 
     monkeypatch.setattr(UNet2DModel, "forward", forward)
     for kind in ("uniform", "stratified"):
-        train(
-            tmp_path / kind, f"--timestep_sampling={kind}", "--train_batch_size=50", "--gradient_accumulation_steps=2"
-        )
+        batches = ["--train_batch_size=50", "--gradient_accumulation_steps=2"]
+        train(tmp_path / kind, f"--timestep_sampling={kind}", "--time_density=uniform", *batches)
         timesteps = torch.cat(seen[kind])
         assert timesteps.min() >= 0 and timesteps.max() <= 999 and len(timesteps) == 600
         per_step = timesteps.view(6, 100) // 10  # a hundred strata of ten timesteps, a hundred samples a step
@@ -359,8 +364,8 @@ def test_each_flag_of_the_objective_changes_the_result(tmp_path):
     train(tmp_path / "plain", "--max_train_steps=5")
     for flag in (
         "--beta_schedule=sigmoid", "--num_train_timesteps=100",
-        "--timestep_sampling=uniform", "--time_density=logit_normal", "--rescale_betas_zero_snr", "--snr_gamma=1",
-        "--seed=1", "--dropout=0.2", "--max_grad_norm=0.01", "--adam_beta1=0.5", "--adam_beta2=0.9",
+        "--timestep_sampling=uniform", "--time_density=uniform", "--optimizer=adamw", "--rescale_betas_zero_snr",
+        "--snr_gamma=1", "--seed=1", "--dropout=0.2", "--max_grad_norm=0.01", "--adam_beta1=0.5", "--adam_beta2=0.9",
         "--adam_weight_decay=1", "--adam_epsilon=1", "--lr_scheduler=cosine", "--lr_warmup_steps=0",
         "--no-use_ema", "--ema_max_decay=0.1", "--ema_inv_gamma=9", "--ema_power=0.1",
     ):  # fmt: skip
