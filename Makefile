@@ -8,7 +8,7 @@ help:  ## list the targets
 
 train: .venv/installed  ## install, then train on the embedded digits: pictures in minutes, on a CPU, offline
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
-	  --dataset_name digits --resolution 16 --max_train_steps 2000 --output_dir outputs/digits
+	  --dataset_name digits --resolution 16 --max_train_steps 1500 --output_dir outputs/digits
 
 mnist: .venv/installed  ## train on MNIST from the Hub, five minutes on 2 CPU cores
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
