@@ -141,8 +141,8 @@ def main(args):
                 f"warning: {model} was trained with --image_range {said}, the reference is read otherwise; say the same"
             )
         files = sorted(Path(model).glob("unet/*.safetensors"))
-        weights, digest = file_hash(*files)[:12] if files else None, weights_digest(unet)
-        kind = settings_of(unet)
+        weights, kind = file_hash(*files)[:12] if files else None, settings_of(unet)
+        digest = weights or weights_digest(unet)
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         shape = image_shape(unet.config)
         asked, options = asked_classes(unet.config, real, shape, args.num_samples), {}
@@ -165,7 +165,6 @@ def main(args):
             facts = dict(sampler=type(sampler).__name__, steps=steps, ema=ema, weights=weights)
             if asked:
                 facts["guidance_scale"] = scale
-
             depends_on = dict(
                 weights=digest, model=kind, sampler=settings_of(sampler), steps=steps, guidance=scale,
                 labels=asked and asked.labels.tolist(), seed=args.seed, precision=accelerator.mixed_precision,

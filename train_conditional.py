@@ -195,7 +195,7 @@ def main(args):
     for batch in train_data.batches(global_step, max_train_steps):
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
-        torch.manual_seed(random_bits(args.seed, "dropout", sample_ids).item(0))  # other processes' differs
+        torch.manual_seed(random_bits(args.seed, "dropout", sample_ids).item(0))  # differs between processes
 
         # Noise and timesteps, in float32 whatever the UNet computes in
         noise = sample_noise(args.seed, "noise", sample_ids, image_shape, accelerator.device)

@@ -298,6 +298,24 @@ def test_processes_of_a_machine_share_one_file(folder, tmp_path_factory, decoded
     assert all(same(part, batches(Process(index, 4), *flags, "never")[1]) for index, part in enumerate(found))
 
 
+def test_a_file_that_appears_while_a_process_gets_the_lock_is_used(
+    accelerator, folder, tmp_path_factory, decoded, monkeypatch
+):
+    import utils.data.feeds
+
+    flags = ["--train_data_dir", folder, "--resolution=16", f"--image_cache_dir={tmp_path_factory.mktemp('kept')}"]
+    original = utils.data.feeds.fcntl.flock
+
+    def flock(*arguments):
+        monkeypatch.setattr(utils.data.feeds.fcntl, "flock", original)
+        batches(accelerator, *flags)  # another process, from beginning to end
+        original(*arguments)
+
+    monkeypatch.setattr(utils.data.feeds.fcntl, "flock", flock)
+    batches(accelerator, *flags)
+    assert sorted(decoded) == [*range(12)]
+
+
 def test_a_file_of_decoded_images_is_complete_or_not_there(accelerator, folder, tmp_path_factory, decoded, monkeypatch):
     import utils.data.feeds
 

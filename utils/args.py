@@ -137,7 +137,7 @@ class Parser(argparse.ArgumentParser):
         config, rest = known.parse_known_args(argv)
         values = self.parse_args(self._read_config(config.config) + rest)
         values.config = config.config
-        if vars(values).get("optimizer", "") is None:
+        if vars(values).get("optimizer", "") is None:  # what ran is recorded and compared, not "the default"
             values.optimizer = "adamw" if vars(values).get("pretrained_model_name_or_path") else "muon"
         return Arguments(values, {action.dest: self.get_default(action.dest) for action in self._actions})
 

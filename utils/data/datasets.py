@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -119,7 +120,6 @@ class TrainData:
             dataset, name, self.mode, self.size, refuse_colour=self._refuse_colour, image_range=self.image_range,
             **reading(args),
         )  # fmt: skip
-        self._cache, self._prepared = None, False
 
     def _inspect(self, dataset, size: tuple[int, int] | None, image_mode: str | None) -> None:
         """Find mode, size, range and fingerprint from some of the images; the same ones on every process."""
@@ -221,12 +221,12 @@ class TrainData:
         kept = [self.size if self.args.center_crop else covering(width_height, self.size) for width_height in sizes]
         self.bytes_per_image = self.channels * float(np.mean([width * height for width, height in kept]))
 
-    def prepare(self) -> None:
+    def prepare(self) -> Cache | None:
         """Decode the images that are to be kept; ``batches`` does it otherwise. A finished run needs none."""
-        if not self._prepared:
-            self._cache, self._prepared = self._fill_cache(), True
+        return self._cache
 
-    def _fill_cache(self) -> Cache | None:
+    @cached_property
+    def _cache(self) -> Cache | None:
         """The images, decoded once: in a file where that takes seconds, otherwise in memory; None: as they come."""
         if self.args.streaming or self.args.cache_images == "never":
             return None
@@ -257,7 +257,6 @@ class TrainData:
             ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_ids`` int64 (B,) NumPy array;
             ``labels`` int64 (B,) on the device, if ``--label_column`` is given.
         """
-        self.prepare()
         source = self._stream if self.length is None else self._from_cache if self._cache else self._from_loader
         for sample_ids, images, labels in source(self._sample_ids(first_step, last_step)):
             images = from_uint8(images.to(self.accelerator.device, non_blocking=True))

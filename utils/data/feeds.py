@@ -102,8 +102,8 @@ class Cache:
             except BlockingIOError:
                 logger.info(f"Another process is decoding the images into {folder}; waiting for it.")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if table := self._read_table(images, folder):
-                    return table
+            if table := self._read_table(images, folder):  # written since this process looked
+                return table
             for leftover in (staging, folder):
                 shutil.rmtree(leftover, ignore_errors=True)
             staging.mkdir()

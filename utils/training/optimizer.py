@@ -43,7 +43,7 @@ class Muon(torch.optim.AdamW):
 
     A matrix moves by its momentum made orthogonal, so that all directions are learnt at the same rate, the rare ones
     too. Weights of a convolution are the matrix (out channels) x (in channels * height * width). Steps are scaled as
-    AdamW's (Liu et al. 2025, arXiv:2502.16982, Eq. 4), so that one learning rate and one weight decay suit both.
+    AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate and one weight decay suit both.
 
     Args:
         matrices: weights of at least two dimensions.
