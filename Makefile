@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train mnist faces conditional test test-slow test-all lint benchmark clean
+.PHONY: help train mnist faces conditional few-steps test test-slow test-all lint benchmark clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,6 +25,14 @@ faces: .venv/installed  ## a base from the embedded digits, adapted to the embed
 conditional: .venv/installed  ## the embedded digits as asked for: a row each, in minutes
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_conditional.py \
 	  --dataset_name digits --resolution 16 --max_train_steps 2000 --output_dir outputs/conditional
+
+few-steps: .venv/installed outputs/digits/model_index.json  ## the model of `make train` in two calls instead of 25
+	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml distill_few_steps.py \
+	  --pretrained_model_name_or_path outputs/digits --dataset_name digits --resolution 16 \
+	  --max_train_steps 1000 --output_dir outputs/few-steps
+
+outputs/digits/model_index.json:
+	$(MAKE) train
 
 test: .venv/installed-dev  ## the tests, on a CPU, offline
 	$(BIN)/python -m pytest

@@ -34,7 +34,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("samples")
     group.add_argument("--num_samples", type=integer(10), default=2000, help="N: samples of each model, and real images of each split")
     group.add_argument("--sampler", choices=ALL_SAMPLERS, help="instead of the scheduler that a pipeline carries")
-    group.add_argument("--num_inference_steps", type=integer(1, 1000), default=40, help="UNet calls per image")
+    group.add_argument("--num_inference_steps", type=integer(1, 1000), help="UNet calls per image (default: 40; 2 of a model of distill_few_steps.py)")
     group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="evaluate each model with all of these instead, for example ddim:10,50 dpmsolver++:10,20")
     parser.switch(group, "--write_best", False, "with --sweep: put the best sampler's scheduler into the pipeline, which must be a folder")
     group.add_argument("--guidance_scale", metavar="SCALE,SCALE", type=scales, default=[1.0], help="for models with classes: each is evaluated with all of these")
@@ -156,7 +156,9 @@ def main(args):
         if asked:
             options["model_inputs"] = labels_in_turn(asked.labels, accelerator.device)
         tried = []  # samplers' names, and their rows
-        for (name, steps), scale in itertools.product(settings(args), args.guidance_scale if asked else [None]):
+        for (name, steps), scale in itertools.product(
+            settings(args, model, own, say), args.guidance_scale if asked else [None]
+        ):
             sampler = choose_sampler(own, name, steps)
             drawn_by = unet if scale is None else GuidedModel(unet, scale)
             title = " ".join(
@@ -222,11 +224,22 @@ def is_folder_of_images(name):
     return folder.is_dir() and not any((folder / file).is_file() for file in ("model_index.json", "config.json"))
 
 
-def settings(args):
-    """Sampler (None for the pipeline's own) and number of steps of each evaluation."""
+def settings(args, model, own, say):
+    """Sampler (None for the pipeline's own) and number of steps of each evaluation of a model that carries ``own``."""
+    from utils import UserError
+    from utils.diffusion.few_steps import is_few_step
+    from utils.diffusion.pipelines import usual_calls
+
     if not args.sweep:
-        return [(args.sampler, args.num_inference_steps)]
-    return [(name, int(n)) for entry in args.sweep for name, steps in [entry.split(":")] for n in steps.split(",")]
+        return [(args.sampler, args.num_inference_steps or usual_calls(own))]
+    entries = [entry.partition(":") for entry in args.sweep]
+    suited = [entry for entry in entries if (entry[0] == "lcm") == is_few_step(own)]
+    others = sorted({name for name, *_ in entries} - {name for name, *_ in suited})
+    if not suited:
+        raise UserError(f"--sweep: {', '.join(others)} cannot draw with {model}, which carries {type(own).__name__}")
+    if others:
+        say(f"{model} is not drawn with {', '.join(others)}: for models of another kind")
+    return [(name, int(n)) for name, _, steps in suited for n in steps.split(",")]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--sampler", choices=ALL_SAMPLERS, help="instead of the scheduler that the pipeline carries")
-    group.add_argument("--num_inference_steps", type=integer(1, 1000), default=40, help="UNet calls per image")
+    group.add_argument("--num_inference_steps", type=integer(1, 1000), help="UNet calls per image (default: 40; 2 of a model of distill_few_steps.py)")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
     parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first")
     parser.switch(group, "--gif", False, "also walk.gif and walk.png: how the first images arise, noisy and predicted")
@@ -51,7 +51,7 @@ def main(args):
     from utils.diffusion.class_conditional import class_names
     from utils.diffusion.classes import GuidedModel, between_classes, choose_classes, labels_in_turn, rows_by_class
     from utils.diffusion.guidance import make_guidance
-    from utils.diffusion.pipelines import choose_sampler, load_pipeline, slerp
+    from utils.diffusion.pipelines import choose_sampler, load_pipeline, slerp, usual_calls
     from utils.diffusion.pretrained import image_shape
     from utils.diffusion.sampling import sample_batch
     from utils.evaluation.image_folder import ImageFolder, load_image, save_gif, save_walk
@@ -64,7 +64,8 @@ def main(args):
     accelerator = run.start_process(args.mixed_precision)
     unet, own = load_pipeline(args.model)
     steered = args.guidance_color or args.guidance_prompt or args.init_image or args.gif
-    sampler = choose_sampler(own, args.sampler, args.num_inference_steps, bool(steered))
+    calls = args.num_inference_steps or usual_calls(own)
+    sampler = choose_sampler(own, args.sampler, calls, bool(steered))
     if accelerator.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)  # on a CPU it costs
     if args.compile:
@@ -93,12 +94,12 @@ def main(args):
     if args.init_image:
         options["init_images"] = load_image(args.init_image, shape, args.model)
     draw = partial(
-        sample_batch, unet, sampler, shape=shape, num_inference_steps=args.num_inference_steps, seed=args.seed,
+        sample_batch, unet, sampler, shape=shape, num_inference_steps=calls, seed=args.seed,
         device=accelerator.device, **options,
     )  # fmt: skip
 
     # Draw what is not there yet, every process its share
-    images_folder = ImageFolder(accelerator, args)
+    images_folder = ImageFolder(accelerator, args, calls)
     stop_signal = StopSignal(accelerator, "stopping; images that are complete stay")
     missing = images_folder.missing()
     mine = missing[accelerator.process_index :: accelerator.num_processes]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import distill_few_steps
 import evaluate
 import finetune_faces
 import push
@@ -66,6 +67,7 @@ SCRIPTS = {  # with the arguments that they cannot do without
     train_conditional: [],
     train_flow: [],
     finetune_faces: ["--dataset_name=digits"],
+    distill_few_steps: ["--pretrained_model_name_or_path=outputs/digits"],
     sample: ["outputs/digits"],
     evaluate: ["outputs/digits", "--reference=digits"],
 }

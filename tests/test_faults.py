@@ -23,6 +23,7 @@ from conftest import TINY, count_files, equal_weights, interrupt, parse, reset_a
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import distill_few_steps
 import finetune_faces
 import train_basic
 import train_conditional
@@ -38,7 +39,7 @@ from utils.training.curves import TrainingCurves
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPTS = {"basic": train_basic, "unet2d": train_unet2d, "ddpm": train_ddpm, "faces": finetune_faces}
-SCRIPTS |= {"conditional": train_conditional, "flow": train_flow}
+SCRIPTS |= {"conditional": train_conditional, "flow": train_flow, "few-steps": distill_few_steps}
 FLAGS = ["--report_to=tensorboard", "--random_flip", "--train_batch_size=4", "--lr_scheduler=constant"]
 MOUNT = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/tmp"]
 TMPFS = shutil.which("unshare") is not None and subprocess.run(MOUNT, capture_output=True).returncode == 0
@@ -69,7 +70,8 @@ def wait_until(folder, pattern, child, before, seconds=60):
 
 
 def flags_of(name, finished_run):
-    return [f"--pretrained_model_name_or_path={finished_run}", "--learning_rate=1e-3"] if name == "faces" else []
+    starts = name in ("faces", "few-steps")
+    return [f"--pretrained_model_name_or_path={finished_run}", "--learning_rate=1e-3"] if starts else []
 
 
 # ----------------------------------------------------------------------------------------------------- killed and full
@@ -80,7 +82,7 @@ def flags_of(name, finished_run):
     [
         ("ddpm", 6, 24),
         slow("ddpm", 20, 40),
-        *(slow(name, 5, 40) for name in ("basic", "unet2d", "faces", "conditional", "flow")),
+        *(slow(name, 5, 40) for name in ("basic", "unet2d", "faces", "conditional", "flow", "few-steps")),
     ],
 )
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, kills, steps):

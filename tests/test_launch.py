@@ -180,6 +180,17 @@ def test_fine_tuning_does_the_same_on_two_processes(tmp_path, finished_run):
         assert list(one) == list(two) and all(abs(one[step] - two[step]) < 1e-3 for step in one)
 
 
+def test_distilling_does_the_same_on_two_processes(tmp_path, finished_run):
+    flags = [f"--pretrained_model_name_or_path={finished_run}", "--learning_rate=1e-4", "--max_train_steps=3"]
+    flags += ["--num_samples=5", "--random_flip"]
+    script = ROOT / "distill_few_steps.py"
+    code, output = run_script(script, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
+    assert code == 0, output
+    code, output = run_script(script, tmp_path / "two", *flags, processes=2)
+    assert code == 0 and output.count("Finished, after 3 optimizer steps") == 1, output
+    assert close(tmp_path / "one", tmp_path / "two")
+
+
 def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
     code, output = run([sys.executable, SCRIPT], tmp_path / "run", "--dataset_name=./missing")
     assert code == 1

@@ -25,6 +25,7 @@ SCRIPTS = (
     "finetune_faces.py",
     "train_conditional.py",
     "train_flow.py",
+    "distill_few_steps.py",
 )
 DRIVER = """
 import json, shutil, sys

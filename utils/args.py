@@ -13,7 +13,7 @@ from pathlib import Path
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc")
 SOLVERS = ("dpmsolver++", "euler", "heun")  # of train_flow.py's models
-ALL_SAMPLERS = (*SAMPLERS, *SOLVERS[1:])
+ALL_SAMPLERS = (*SAMPLERS, *SOLVERS[1:], "lcm")  # the last of distill_few_steps.py's
 
 
 def integer(low: int, high: float = math.inf):

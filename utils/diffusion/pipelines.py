@@ -14,6 +14,7 @@ from .. import UserError
 from ..args import SAMPLERS
 from . import flow, schedulers
 from .basic_unet import BasicUNet
+from .few_steps import is_few_step
 from .linear_mix import LinearMixScheduler
 from .pretrained import check_embeddings, check_noise, check_noise_scheduler, refuse_missing, shorten
 from .sampling import sample_images
@@ -78,6 +79,13 @@ def choose_sampler(
         return own
     kind = type(own).__name__
     path = is_flow(own)
+    if name and (name == "lcm") != is_few_step(own):
+        trained = (
+            "to draw in a few calls; expected lcm"
+            if is_few_step(own)
+            else ("to take many small steps; lcm is for what distill_few_steps.py makes of it")
+        )
+        raise UserError(f"--sampler {name}: the model was trained {trained}")
     if name and path:
         if name == "heun" and steered:
             raise UserError(
@@ -85,7 +93,7 @@ def choose_sampler(
             )
     elif name:
         check_noise(own, f"--sampler {name}")
-        if name not in SAMPLERS:
+        if name not in (*SAMPLERS, "lcm"):
             raise UserError(f"--sampler {name} is for models of train_flow.py; expected {', '.join(SAMPLERS)}")
     else:
         try:
@@ -101,7 +109,7 @@ def choose_sampler(
                 "give a --sampler, or leave them out"
             )
     check_noise_scheduler(own, num_inference_steps)
-    sampler = own if not name else (flow if path else schedulers).make_sampler(name, own)
+    sampler = own if name in (None, "lcm") else (flow if path else schedulers).make_sampler(name, own)
     try:
         sampler.set_timesteps(num_inference_steps)
     except Exception as error:  # each scheduler has its own rules, and its own errors
@@ -115,8 +123,15 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     return bool(scheduler.config.get("use_flow_sigmas"))
 
 
+def usual_calls(scheduler: SchedulerMixin) -> int:
+    """Model calls a sample where nobody says how many."""
+    return 2 if is_few_step(scheduler) else 40
+
+
 def saved_scheduler(name: str, own: SchedulerMixin) -> SchedulerMixin:
     """What to save in the pipeline of a model that carries ``own`` so that it draws with this sampler."""
+    if is_few_step(own):
+        return own
     return (flow if is_flow(own) else schedulers).pipeline_scheduler(name, own)
 
 

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline, SchedulerMixin, UNet2DModel
+from diffusers import DDPMPipeline, LCMScheduler, SchedulerMixin, UNet2DModel
 
 from .. import UserError
 from ..args import size_of
@@ -34,6 +34,10 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
         ) from error
     unet = pipeline.unet
     check_noise(pipeline.scheduler, flag, flow)
+    if isinstance(pipeline.scheduler, LCMScheduler):
+        raise UserError(
+            f"{flag}: draws in a few calls already, as what distill_few_steps.py makes; expected the model before that"
+        )
     check_embeddings(unet.config, flag)
     local = Path(name_or_path).exists()
     unet.register_to_config(_name_or_path=None if local else name_or_path)  # no path of this machine is saved again

@@ -31,13 +31,15 @@ class ImageFolder:
     Args:
         accelerator: call this on all processes.
         args: the flags of sample.py.
+        num_inference_steps: model calls an image, given or not.
 
     Raises:
         UserError: the folder holds something else, or images drawn with other settings.
     """
 
-    def __init__(self, accelerator, args):
+    def __init__(self, accelerator, args, num_inference_steps: int):
         self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir)
+        self.num_inference_steps = num_inference_steps
         problem = [None]
         if accelerator.is_main_process:
             try:
@@ -51,6 +53,7 @@ class ImageFolder:
 
     def _claim(self) -> None:
         settings = {flag: value for flag, value in vars(self.args).items() if flag not in FREE}
+        settings["num_inference_steps"] = self.num_inference_steps
         if self.args.interpolate:
             settings["interpolate"] = [*self.args.interpolate, f"in {self.args.num_samples} images"]
         path = self.folder / SETTINGS

@@ -59,23 +59,25 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
     classes = summary.pop("classes", None)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     on_hub = {key: name for key, name in summary.items() if key in ("data", "base") and is_hub_id(name)}
-    tags = ["diffusers", "unconditional-image-generation"]
-    flow = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")).get(
-        "use_flow_sigmas"
-    )
+    sampler = index["scheduler"][1]
+    scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    tags = ["diffusers", "unconditional-image-generation", *(["class-conditional"] if classes else [])]
+    if scheduler_config.get("use_flow_sigmas"):
+        tags.append("flow-matching")
+    elif sampler == "LCMScheduler":
+        tags.append("consistency-distillation")
+    elif index["_class_name"] == "DDPMPipeline":
+        tags.append("ddpm")
     data = ModelCardData(
         license=args.hub_license,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=tags
-        + (["class-conditional"] if classes else [])
-        + (["flow-matching"] if flow else ["ddpm"] if index["_class_name"] == "DDPMPipeline" else []),
+        tags=tags,
         datasets=[on_hub["data"]] if "data" in on_hub else None,
         base_model=on_hub.get("base"),
     )
     for key in {"data", "base"} & (set(summary) - set(on_hub)):
         summary[key] = Path(summary[key]).name  # no path of one machine
-    sampler = index["scheduler"][1]
     record = Path(args.output_dir) / "training_args.json"
     ran = json.loads(record.read_text(encoding="utf-8")).get("ran", {}) if record.is_file() else {}
     found = {key: value for key, value in summary.items() if value is not None and key != "fingerprint"}
@@ -87,9 +89,12 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, diffusers, accelerate))
     state = accelerate.PartialState()
     final = folder.resolve() == Path(args.output_dir).resolve()  # otherwise a checkpoint, which has no pictures
-    guidance = f", guidance {args.guidance_scale}" if classes else ""
+    guidance = f", guidance {args.guidance_scale}" if vars(args).get("guidance_scale") and classes else ""
     drawn = f"""The weights drew the samples above ({args.num_samples} images, \
 {vars(args).get("sampler", sampler)}, {args.num_inference_steps} steps, seed {args.seed}{guidance}, not selected)."""
+    if sampler == "LCMScheduler":
+        drawn = f"""The rows above are the teacher's samples and, from the same noise, those of these weights in 4, 2 \
+and 1 calls (seed {args.seed}, not selected)."""
     snippet = _snippet(folder, args, final, classes)
     has_curves = final and {"all", "tensorboard"} & set(args.report_to.split(","))
     text = f"""---
@@ -135,7 +140,7 @@ def _snippet(folder: Path, args, run_it: bool, classes=None) -> str:
     asked = f"class_labels={[k % len(classes) for k in range(4)]}, " if classes else ""
     code += f"images = pipeline(batch_size=4, {asked}num_inference_steps={args.num_inference_steps}).images\n"
     code += 'images[0].save("sample.png")'
-    if classes:
+    if classes and "guidance_scale" in vars(args):  # a model that was distilled has learnt its teacher's
         alone = code + "\n\n# With guidance, two calls of the model a step, and classes by name\n"
         where = f"{name!r}, custom_pipeline={name!r}"
         code = "from diffusers import DiffusionPipeline\n\n"

@@ -1,0 +1,257 @@
+"""Make a trained diffusion model draw in one to four calls instead of twenty-five: consistency distillation.
+
+    accelerate launch --quiet --config_file accelerate_config.yaml distill_few_steps.py --pretrained_model_name_or_path outputs/digits --dataset_name digits --resolution 16
+
+takes any DDPMPipeline, or what train_conditional.py made, and minutes on 2 CPU cores. The output loads as its teacher did:
+
+    DDPMPipeline.from_pretrained("outputs/few-steps")(num_inference_steps=2)
+
+A diffusion model goes from noise to an image by small steps. Without new noise on the way, the noise decides where the way
+ends. Here the teacher walks, and the student learns to say at any point where the way ends: the consistency of Song et
+al. 2023, arXiv:2303.01469, with ends that are walked to instead of the student's own guesses at the next point.
+"""
+
+from utils.args import Parser, add_common_arguments, add_evaluation_arguments, check_common, integer, real
+
+
+# fmt: off
+def parse_args(argv=None):
+    parser = Parser(__doc__.splitlines()[0])
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", required=True, help="teacher: DDPMPipeline, or what train_conditional.py made; a Hub id or a folder")
+    parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
+    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first and for samples of another batch size, meant for GPUs")
+
+    group = parser.add_argument_group("distillation (noise schedule and target are the teacher's)")
+    group.add_argument("--solver_steps", type=integer(2, 1000), default=10, help="UNet calls of the teacher on each way, by DPM-Solver++")
+    group.add_argument("--points_per_way", type=integer(1), default=4, help="images of a batch that are points of one way; fewer are less alike, and cost more calls of the teacher")
+    group.add_argument("--noisy_points", type=real(0.1, 10), default=2.0, help="which points: place u of a way, from noise to image, is u to this power; 1 is even, more is nearer to noise")
+    group.add_argument("--huber_c", type=real(0), default=0.03, help="pseudo-Huber loss sqrt(d^2 + c^2) - c: below about c errors count squared; d: rms over the pixels")
+    group.add_argument("--teacher_guidance_scale", type=real(0), default=1.0, help="of a teacher with classes, learnt by the student: 1 is the teacher as it is, more is purer and less varied")
+    group.add_argument("--teacher_steps", type=integer(1, 1000), default=25, help="UNet calls of the teacher's samples, to compare with")
+
+    add_evaluation_arguments(parser)
+    add_common_arguments(parser)
+    parser.set_defaults(output_dir="outputs/few-steps", num_inference_steps=2, num_samples=16)
+    args = parser.parse(argv)
+    check_common(parser, args)
+    if args.validation_split:
+        parser.error("--validation_split: the loss of single steps says nothing about a model that does without them; --evaluate_steps measures samples")
+    if args.train_batch_size % args.points_per_way:
+        parser.error(f"--train_batch_size {args.train_batch_size} is not a multiple of --points_per_way {args.points_per_way}: each way has all its points in one batch")
+    return args
+# fmt: on
+
+
+def way_ends_at(sampler, model_output, noisy_images, timesteps):
+    """The images (B, C, H, W) that the way through noisy ones leads to: themselves, where there is no noise (B,)."""
+    from utils.diffusion.schedulers import predicted_images
+
+    t = timesteps.view(-1, 1, 1, 1)
+    c_skip, c_out = sampler.get_scalings_for_boundary_condition_discrete(t)  # the same that draws samples
+    return c_skip * noisy_images + c_out * predicted_images(sampler, model_output, noisy_images, t)
+
+
+def main(args):
+    # Imports that take seconds come after parsing, so that --help answers at once
+    import copy
+
+    import numpy as np
+    import torch
+    from accelerate.utils import set_seed
+    from diffusers import DDPMPipeline, DDPMScheduler
+    from diffusers.optimization import get_scheduler
+
+    from utils.data import load_train_data
+    from utils.data.classes import check_classes
+    from utils.diffusion import check_fit, load_pretrained, sample_images
+    from utils.diffusion.class_conditional import ClassConditionalPipeline
+    from utils.diffusion.classes import GuidedModel, give_classes, labels_in_turn
+    from utils.diffusion.few_steps import make_few_step_sampler
+    from utils.diffusion.schedulers import make_sampler
+    from utils.evaluation import SampleQuality
+    from utils.pictures import make_grid, save_picture
+    from utils.publishing import Hub, write_card
+    from utils.randomness import random_bits, sample_noise, uniform
+    from utils.signals import StopSignal
+    from utils.training import EMA, TrainingCurves, claim_output_dir, make_optimizer, resume, run, save
+
+    # Accelerator
+    accelerator = run.make_accelerator(args)
+    output_dir, finished_at = claim_output_dir(accelerator, args, "distill_few_steps")
+    hub = Hub(accelerator, args)
+    set_seed(args.seed)
+
+    # Data
+    pretrained = load_pretrained(args.pretrained_model_name_or_path, conditional=True)
+    conditional = pretrained.unet.class_embedding is not None
+    config = pretrained.unet.config
+    train_data = load_train_data(args, accelerator, config, conditional=conditional)  # or own_images=...
+    global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
+    max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
+    if finished_at is not None and finished_at >= max_train_steps:
+        run.print_finished(accelerator, args, finished_at, train_data.settings)
+        hub.push()
+        return
+
+    # Model
+    unet = pretrained.unet
+    unet.register_to_config(sample_size=train_data.sample_size)
+    classes = check_classes(train_data) if conditional else None
+    if conditional:
+        give_classes(unet, classes)
+    teacher = copy.deepcopy(unet).requires_grad_(False).eval()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if accelerator.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)  # on a CPU it costs
+        teacher.to(memory_format=torch.channels_last)
+    ema_model = EMA(unet, args.ema_max_decay, args.ema_inv_gamma, args.ema_power, enabled=args.use_ema)
+
+    # Noise scheduler
+    noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    prediction_type = noise_scheduler.config.prediction_type
+    check_fit(
+        unet, noise_scheduler, train_data, max(4, args.num_inference_steps, args.teacher_steps, args.solver_steps)
+    )
+    sampler = make_few_step_sampler(noise_scheduler)
+    way_sampler, teacher_sampler = (make_sampler("dpmsolver++", noise_scheduler) for _ in range(2))
+
+    # Optimizer and learning rate; the schedule counts optimizer steps
+    optimizer = make_optimizer(args, unet)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
+
+    # Prepare
+    if args.compile:
+        unet.compile()
+    model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
+    guided_teacher = GuidedModel(teacher, args.teacher_guidance_scale) if conditional else teacher
+    ema_model.to(accelerator.device)
+
+    # Resume
+    global_step = resume(accelerator, args, train_data.settings, ema_model)
+
+    # Trackers
+    summary = dict(
+        prediction_type=prediction_type, base=args.pretrained_model_name_or_path, **train_data.settings,
+        data_license=train_data.license, parameters=unet.num_parameters(), max_train_steps=max_train_steps,
+    )  # fmt: skip
+    run.start(accelerator, args, "distill_few_steps", global_step, **summary)
+    curves = TrainingCurves(accelerator, args, train_data, num_train_timesteps, global_step, max_train_steps)
+    quality = SampleQuality(args, accelerator, train_data, global_step) if args.evaluate_steps else None
+    stop_signal = StopSignal(accelerator)
+    options = dict(model_inputs=labels_in_turn(range(len(classes)), accelerator.device)) if conditional else {}
+
+    def draw(count, num_inference_steps=args.num_inference_steps, drawn_by=unet, sampler=sampler):
+        return sample_images(
+            drawn_by, sampler, accelerator, count, image_shape,
+            num_inference_steps, args.sample_batch_size, args.seed, stop_signal.requested, **options,
+        )  # fmt: skip
+
+    teacher_samples = draw(args.num_samples, args.teacher_steps, guided_teacher, teacher_sampler)
+
+    def sample(path):
+        rows = {f"teacher, {args.teacher_steps} calls": teacher_samples}
+        with curves.pause(), ema_model.swapped_in(unet):
+            rows |= {f"{calls} call{'s' * (calls > 1)}": draw(args.num_samples, calls) for calls in (4, 2, 1)}
+        if not any(images is None for images in rows.values()):  # not interrupted
+            picture = make_grid(np.concatenate(list(rows.values())), captions=list(rows))
+            save_picture(picture, path, accelerator, global_step, "samples")
+
+    def save_pipeline(folder):
+        pipeline_class = ClassConditionalPipeline if conditional else DDPMPipeline
+        with ema_model.swapped_in(unet):
+            pipeline_class(unet, sampler).save_pretrained(folder)
+        write_card(folder, "Few-step DDPM", args, classes=classes, **summary)
+
+    # Train
+    model.train()
+    for batch in train_data.batches(global_step, max_train_steps):
+        clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
+        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        torch.manual_seed(random_bits(args.seed, "dropout", sample_ids).item(0))  # differs between processes
+
+        # Noise and timesteps, in float32 whatever the UNet computes in
+        way_ids = sample_ids[
+            :: args.points_per_way
+        ]  # (W,): each way from noise to an image has its points in one batch
+        noise = sample_noise(args.seed, "noise", way_ids, image_shape, accelerator.device)
+        last = torch.full(way_ids.shape, num_train_timesteps - 1, device=accelerator.device)
+        passed = [noise_scheduler.add_noise(clean_images[:: args.points_per_way], noise, last)]  # next to pure noise
+        class_labels = None
+        if conditional:
+            class_labels = batch["labels"][:: args.points_per_way]  # (W,), -1 where it is not known
+            class_labels = class_labels.where(class_labels >= 0, len(classes))
+
+        # the teacher walks
+        way_sampler.set_timesteps(args.solver_steps, device=accelerator.device)
+        for timestep in way_sampler.timesteps:
+            with torch.no_grad():
+                step = guided_teacher(passed[-1], timestep.expand(len(way_ids)), class_labels).sample.float()
+            passed.append(way_sampler.step(step, timestep, passed[-1]).prev_sample)
+
+        # points of the ways: one from each equal part of a way, or nearer to noise
+        fractions = uniform(args.seed, "timesteps", sample_ids)
+        fractions = (sample_ids % args.points_per_way + fractions) / args.points_per_way
+        places = torch.from_numpy(fractions**args.noisy_points * args.solver_steps).long().to(accelerator.device)
+        ways = torch.arange(len(sample_ids), device=accelerator.device) // args.points_per_way
+        noisy_images, timesteps = torch.stack(passed)[places, ways], way_sampler.timesteps[places]
+        target = passed[-1].clamp(-1, 1)[ways]
+        class_labels = class_labels[ways] if conditional else None
+
+        with accelerator.accumulate(model):
+            model_output = model(noisy_images, timesteps, class_labels).sample.float()
+            predicted = way_ends_at(sampler, model_output, noisy_images, timesteps)
+            squares = (predicted - target).square().mean(dim=(1, 2, 3))  # (B,)
+            losses = (squares + args.huber_c**2).sqrt() - args.huber_c  # pseudo-Huber, arXiv:2310.14189
+            loss = losses.mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        curves.add(losses, timesteps, batch.get("labels"))
+        if not accelerator.sync_gradients:
+            continue
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        ema_model.step(unet.parameters())
+        global_step += 1
+
+        # Once in N steps
+        curves.step(global_step, grad_norm, learning_rate=learning_rate, ema_decay=ema_model.cur_decay_value or 0)
+        stop, is_last = stop_signal.check(global_step), global_step == max_train_steps
+        if stop or is_last or global_step % args.checkpointing_steps == 0:
+            curves.check(global_step)  # no checkpoint holds a number that is not finite
+            with curves.pause():
+                save(accelerator, args, train_data.settings, ema_model, global_step, save_pipeline)
+        if stop:
+            run.stop(accelerator, args, global_step, max_train_steps, stop)
+        if global_step % args.checkpointing_steps == 0 and not is_last:
+            hub.push_checkpoint(global_step)
+        if quality and (is_last or global_step % args.evaluate_steps == 0):
+            with curves.pause(), ema_model.swapped_in(unet):
+                quality.log(draw, global_step)
+                quality.keep(save_pipeline)
+        if global_step % args.sample_steps == 0 and not is_last:
+            sample(output_dir / "samples" / f"step-{global_step:06}.png")
+
+    # Save
+    if accelerator.is_main_process:
+        save_pipeline(output_dir)
+    sample(output_dir / "samples.png")
+    curves.close()
+    run.finish(accelerator, args, global_step, max_train_steps, stop_signal)
+    hub.push()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    from utils.training.run import run_script
+
+    run_script(main, arguments)

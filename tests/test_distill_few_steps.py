@@ -1,0 +1,293 @@
+"""distill_few_steps.py: what the student learns, what draws it, and who knows it."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import equal_weights, exit_code, interrupt, scalars, slow, train
+from diffusers import ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler, LCMScheduler, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+import distill_few_steps
+import evaluate
+import finetune_faces
+import sample
+import train_conditional
+import train_ddpm
+import train_flow
+from distill_few_steps import way_ends_at
+from utils import UserError
+from utils.diffusion.few_steps import make_few_step_sampler
+from utils.diffusion.pipelines import choose_sampler, load_pipeline
+from utils.diffusion.schedulers import make_sampler, output_for
+from utils.randomness import sample_noise
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+TYPES = ("epsilon", "sample", "v_prediction")
+
+
+def run(folder, teacher, *flags):
+    return train(folder, f"--pretrained_model_name_or_path={teacher}", *flags, script=distill_few_steps)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Folders of tiny teachers: one for each prediction type, one with classes, one of straight paths."""
+    folder, made = tmp_path_factory.mktemp("teachers"), {}
+    scripts = {"flow": train_flow, "classes": train_conditional}
+    for name in (*TYPES, *scripts):
+        flags = [f"--prediction_type={name}"] if name in TYPES else ["--unet=tiny"]
+        made[name] = folder / name
+        assert train(made[name], "--max_train_steps=3", *flags, script=scripts.get(name, train_ddpm)) == 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, teachers):
+    """The folder of a finished run; do not change it."""
+    folder = tmp_path_factory.mktemp("few") / "run"
+    flags = ["--report_to=tensorboard", "--sample_steps=3", "--evaluate_steps=3", "--num_evaluation_samples=130"]
+    assert run(folder, teachers["v_prediction"], *flags, "--keep_best") == 0
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------- what is learnt
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_training_and_the_sampler_mean_the_same_image(prediction_type):
+    noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
+    sampler = make_few_step_sampler(noise_scheduler)
+    images, noise = torch.rand(4, 1, 4, 4) * 1.8 - 0.9, torch.randn(4, 1, 4, 4)
+    timesteps = torch.tensor([0, 3, 499, 900])
+    noisy = noise_scheduler.add_noise(images, noise, timesteps)
+    output = output_for(sampler, images, noisy, timesteps.view(-1, 1, 1, 1))
+    ends = way_ends_at(sampler, output, noisy, timesteps)
+    for k, timestep in enumerate(timesteps):
+        sampler.set_timesteps(1000)
+        stepped = sampler.step(output[k : k + 1], timestep, noisy[k : k + 1])
+        assert torch.allclose(stepped.denoised, ends[k : k + 1], atol=1e-5)
+    assert torch.equal(ends[0], noisy[0]) and torch.allclose(ends[1:], images[1:], atol=2e-3)
+
+
+def calls_of(monkeypatch, folder, teacher, *flags):
+    """What the UNets were given in one training step, teacher and student apart: (images, timesteps, classes)."""
+    seen, forward = {"teacher": [], "student": []}, UNet2DModel.forward
+
+    def spy(self, images, timesteps, class_labels=None, **options):
+        learns = next(self.parameters()).requires_grad
+        if self.training or not learns:
+            seen["student" if learns else "teacher"].append((images.detach().clone(), timesteps.clone(), class_labels))
+        return forward(self, images, timesteps, class_labels, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet2DModel, "forward", spy)
+        run(folder, teacher, "--train_batch_size=40", "--max_train_steps=1", "--num_samples=1", *flags)
+    (student,) = seen["student"]
+    return seen["teacher"], student
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_the_student_learns_from_points_of_the_ways_that_the_teacher_walks(
+    tmp_path, monkeypatch, teachers, prediction_type
+):
+    teacher = teachers[prediction_type]
+    flags = ["--solver_steps=8", "--points_per_way=5", "--teacher_steps=2"]
+    asked, (points, timesteps, _) = calls_of(monkeypatch, tmp_path / "run", teacher, *flags)
+    walked = asked[-8:]  # the first two drew the teacher's row
+    assert [call[1][0].item() for call in walked] == [999, 874, 749, 624, 499, 374, 249, 124]
+    ids = np.arange(0, 40, 5)
+    assert torch.allclose(walked[0][0], sample_noise(0, "noise", ids, (1, 8, 8)), atol=1e-3)  # noise, and nothing else
+    pipeline = DDPMPipeline.from_pretrained(teacher)
+    solver = make_sampler("dpmsolver++", DDPMScheduler.from_config(pipeline.scheduler.config))
+    solver.set_timesteps(8)
+    way = walked[0][0]
+    for call, timestep in zip(walked, solver.timesteps, strict=True):
+        assert torch.allclose(call[0], way, atol=1e-4)
+        with torch.no_grad():
+            output = pipeline.unet(way, timestep).sample
+        way = solver.step(output, timestep, way).prev_sample
+    places = [int((999 - t + 60) // 125) for t in timesteps.tolist()]
+    for k, place in enumerate(places):
+        assert timesteps[k] == walked[place][1][0] and torch.equal(points[k], walked[place][0][k // 5])
+    assert 0 in places and np.mean(places) < 3  # nearer to noise
+
+
+def test_a_student_that_is_consistent_has_nothing_to_learn(tmp_path, monkeypatch, teachers):
+    """Teacher and student know the one image that there is: every way ends there, whatever the interval."""
+    image, losses = torch.full((1, 8, 8), 0.5), []
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    original = UNet2DModel.forward
+
+    def forward(self, images, timesteps, class_labels=None, **options):
+        output = original(self, images, timesteps, class_labels, **options)
+        known = output_for(scheduler, image, images, timesteps.expand(len(images)).view(-1, 1, 1, 1))
+        output.sample = output.sample * 0 + known + wrong * torch.is_grad_enabled()
+        return output
+
+    monkeypatch.setattr(UNet2DModel, "forward", forward)
+    flags = ["--report_to=tensorboard", "--logging_steps=1"]
+    for wrong in (0.0, 0.3):
+        folder = tmp_path / str(wrong)
+        assert run(folder, teachers["v_prediction"], *flags) == 0
+        losses.append(list(scalars(folder, "loss").values()))
+    assert max(losses[0]) < 1e-3 < 0.02 < min(losses[1]), losses
+
+
+def test_each_flag_of_the_objective_changes_the_result(tmp_path, teachers):
+    run(tmp_path / "plain", teachers["v_prediction"], "--max_train_steps=2")
+    assert Image.open(tmp_path / "plain" / "samples.png").height == 4 * 68 + 4
+    run(tmp_path / "calls", teachers["v_prediction"], "--max_train_steps=2", "--teacher_steps=3")
+    pictures = [Image.open(tmp_path / name / "samples.png") for name in ("plain", "calls")]
+    assert pictures[0].height == pictures[1].height and pictures[0].tobytes() != pictures[1].tobytes()
+    for flag in ("--solver_steps=3", "--points_per_way=2", "--noisy_points=1", "--huber_c=1"):
+        folder = tmp_path / flag.strip("-").split("=")[0]
+        run(folder, teachers["v_prediction"], "--max_train_steps=2", flag)
+        assert not equal_weights(tmp_path / "plain" / WEIGHTS, folder / WEIGHTS), flag
+
+
+def test_classes_go_with_their_ways_and_the_guidance_of_the_teacher_is_learnt(tmp_path, monkeypatch, teachers):
+    flags = ["--solver_steps=2", "--points_per_way=4"]
+    walked, (points, timesteps, labels) = calls_of(monkeypatch, tmp_path / "plain", teachers["classes"], *flags)
+    assert torch.equal(labels, walked[-1][2].repeat_interleave(4)) and (labels < 10).all() and len(set(labels)) > 1
+    guided, (others, _, same) = calls_of(
+        monkeypatch, tmp_path / "guided", teachers["classes"], *flags, "--teacher_guidance_scale=3"
+    )
+    assert torch.equal(labels, same) and len(guided[-1][0]) == 20 and (guided[-1][2][:10] == 10).all()
+    second = timesteps == 499
+    assert torch.equal(points[~second], others[~second]) and not torch.allclose(points[second], others[second])
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", slow("epsilon"), "classes"])
+def test_resuming_equals_never_having_stopped(tmp_path, teachers, kind):
+    flags = ["--random_flip"]
+    for name in ("straight", "cut"):
+        assert run(tmp_path / name, teachers[kind], *flags) == 0
+    interrupt(tmp_path / "cut", "checkpoint-3")
+    run(tmp_path / "cut", teachers[kind], *flags)
+    assert equal_weights(tmp_path / "straight" / WEIGHTS, tmp_path / "cut" / WEIGHTS)
+    for name in ("model.safetensors", "optimizer.bin"):
+        first, second = (tmp_path / run / "checkpoint-6" / "training_state" / name for run in ("straight", "cut"))
+        assert first.read_bytes() == second.read_bytes()
+    assert (tmp_path / "straight" / "samples.png").read_bytes() == (tmp_path / "cut" / "samples.png").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+def test_the_output_is_a_pipeline_of_diffusers_at_one_two_and_four_calls(finished, recwarn, capfd):
+    pipeline = DDPMPipeline.from_pretrained(finished)
+    assert isinstance(pipeline.scheduler, LCMScheduler) and pipeline.scheduler.config.prediction_type == "v_prediction"
+    pipeline.set_progress_bar_config(disable=True)
+    images = [
+        pipeline(num_inference_steps=calls, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for calls in (1, 2, 4)
+    ]
+    assert all(np.isfinite(image).all() and image.shape == (1, 8, 8, 1) for image in images)
+    assert not np.allclose(images[0], images[1]) and not np.allclose(images[1], images[2])
+    assert "ignored" not in capfd.readouterr().err  # parameters of another scheduler
+    card = (finished / "README.md").read_text()
+    assert "num_inference_steps=2" in card and "`LCMScheduler`" in card and str(finished) not in card
+
+
+def test_the_grid_has_the_teacher_and_one_two_and_four_calls(finished):
+    picture = Image.open(finished / "samples.png")
+    assert picture.height == 4 * 68 + 4 and sorted(path.name for path in (finished / "samples").iterdir())
+    assert list(scalars(finished, "quality/fd_digits_N130")) == [3, 6]
+    assert (finished / "best" / "model_index.json").is_file()
+
+
+def test_classes_stay(tmp_path, teachers):
+    assert run(tmp_path / "run", teachers["classes"]) == 0
+    config = UNet2DModel.load_config(tmp_path / "run" / "unet")
+    assert config["num_class_embeds"] == 11 and config["_class_names"] == [str(k) for k in range(10)]
+    pipeline = ConsistencyModelPipeline.from_pretrained(tmp_path / "run")
+    assert isinstance(pipeline.scheduler, LCMScheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    images = [
+        pipeline(1, class_labels=[k], num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").images
+        for k in (3, 7)
+    ]
+    assert images[0].shape == (1, 8, 8, 1) and not np.array_equal(*images)
+    flags = [str(tmp_path / "run"), f"--output_dir={tmp_path / 'drawn'}", "--class_labels=3,7", "--num_samples=4"]
+    assert exit_code(sample.main, sample.parse_args(flags)) == 0
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "It can be asked for 10 classes" in card and "guidance_scale" not in card
+
+
+# ------------------------------------------------------------------------------------------------------ who knows it
+
+
+def test_the_tools_draw_it_with_two_calls_and_with_no_other_sampler(tmp_path, finished, teachers):
+    flags = [str(finished), f"--output_dir={tmp_path / 'drawn'}", "--num_samples=4"]
+    assert exit_code(sample.main, sample.parse_args(flags)) == 0
+    settings = json.loads((tmp_path / "drawn" / "sampling_args.json").read_text())
+    assert settings["num_inference_steps"] == 2
+    assert exit_code(sample.main, sample.parse_args([*flags, "--num_inference_steps=2"])) == 0  # is the same
+    own, usual = load_pipeline(str(finished))[1], load_pipeline(str(teachers["v_prediction"]))[1]
+    assert choose_sampler(own, "lcm", 4) is not usual
+    with pytest.raises(UserError, match="--sampler ddim: the model was trained to draw in a few calls; expected lcm"):
+        choose_sampler(own, "ddim", 25)
+    with pytest.raises(UserError, match=r"--sampler lcm: the model was trained to take many small steps; lcm is for"):
+        choose_sampler(usual, "lcm", 2)
+    with pytest.raises(UserError, match=r"--sampler lcm: the model was trained to take many"):
+        choose_sampler(load_pipeline(str(teachers["flow"]))[1], "lcm", 2)
+    for flags in (["--gif"], ["--guidance_color=white"]):
+        flags = [str(finished), f"--output_dir={tmp_path / flags[0].strip('-')}", "--num_samples=2", *flags]
+        assert exit_code(sample.main, sample.parse_args(flags)) == 0
+
+
+def test_a_sweep_compares_it_with_its_teacher(tmp_path, capsys, finished, teachers):
+    student = tmp_path / "student"
+    shutil.copytree(finished, student)
+    flags = ["--reference=digits", "--held_out_split=train", "--num_samples=20", f"--output_dir={tmp_path / 'e'}"]
+    sweep = [str(student), str(teachers["v_prediction"]), *flags, "--sweep", "lcm:1,2", "ddim:3"]
+    assert exit_code(evaluate.main, evaluate.parse_args(sweep)) == 0
+    rows = json.loads((tmp_path / "e" / "results.json").read_text())["results"]
+    assert [row["model"] for row in rows[1:-1]] == ["student lcm 1", "student lcm 2", "v_prediction ddim 3"]
+    assert f"{student} is not drawn with ddim" in capsys.readouterr().out
+    assert Image.open(tmp_path / "e" / "sweep.png").width > 100
+    with pytest.raises(UserError, match=r"--sweep: ddim cannot draw with .*student, which carries LCMScheduler"):
+        evaluate.main(evaluate.parse_args([str(student), *flags, "--sweep", "ddim:3"]))
+    best = [str(student), *flags, "--sweep", "lcm:1,4", "--write_best"]
+    assert exit_code(evaluate.main, evaluate.parse_args(best)) == 0
+    assert isinstance(DDPMPipeline.from_pretrained(student).scheduler, LCMScheduler)
+
+
+def test_what_cannot_be_distilled_is_refused(tmp_path, capsys, finished, teachers):
+    with pytest.raises(UserError, match="does not have the noise of a DDPMScheduler"):
+        run(tmp_path / "flow", teachers["flow"])
+    for script in (distill_few_steps, train_ddpm, finetune_faces):
+        with pytest.raises(UserError, match="draws in a few calls already"):
+            train(tmp_path / "again", f"--pretrained_model_name_or_path={finished}", script=script)
+    for flags, said in (
+        (["--validation_split=train"], "--validation_split: the loss of single steps"),
+        (["--points_per_way=3"], "--train_batch_size 64 is not a multiple of --points_per_way 3"),
+        ([], "the following arguments are required: --pretrained_model_name_or_path"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            distill_few_steps.parse_args([*flags, *(["--pretrained_model_name_or_path=x"] if flags else [])])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_schedule_that_the_sampler_does_not_know_is_handed_over_as_betas(tmp_path):
+    flags = ["--max_train_steps=1", "--beta_schedule=sigmoid", "--num_train_timesteps=40"]
+    assert train(tmp_path / "teacher", *flags) == 0
+    assert run(tmp_path / "run", tmp_path / "teacher", "--max_train_steps=1") == 0
+    saved = DDPMPipeline.from_pretrained(tmp_path / "run").scheduler
+    assert torch.allclose(saved.alphas_cumprod, DDPMScheduler(40, beta_schedule="sigmoid").alphas_cumprod)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved.set_timesteps(4)
+    assert saved.timesteps.tolist() == [39, 29, 19, 9]
+
+
+def test_the_student_starts_as_its_teacher(tmp_path, teachers):
+    flags = ["--learning_rate=0", "--max_train_steps=1"]
+    assert run(tmp_path / "run", teachers["sample"], *flags) == 0
+    before, after = (load_file(folder / WEIGHTS) for folder in (teachers["sample"], tmp_path / "run"))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
