@@ -129,7 +129,7 @@ def main(args):
     if args.compile:
         unet.compile()
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
-    teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
+    teacher.to(accelerator.device)  # not prepared: it is in no checkpoint
     guided_teacher = GuidedModel(teacher, args.teacher_guidance_scale) if conditional else teacher
     ema_model.to(accelerator.device)
 
@@ -153,7 +153,8 @@ def main(args):
             num_inference_steps, args.sample_batch_size, args.seed, stop_signal.requested, **options,
         )  # fmt: skip
 
-    teacher_samples = draw(args.num_samples, args.teacher_steps, guided_teacher, teacher_sampler)
+    with accelerator.autocast():
+        teacher_samples = draw(args.num_samples, args.teacher_steps, guided_teacher, teacher_sampler)
 
     def sample(path):
         rows = {f"teacher, {args.teacher_steps} calls": teacher_samples}
@@ -191,9 +192,9 @@ def main(args):
         # the teacher walks
         way_sampler.set_timesteps(args.solver_steps, device=accelerator.device)
         for timestep in way_sampler.timesteps:
-            with torch.no_grad():
-                step = guided_teacher(passed[-1], timestep.expand(len(way_ids)), class_labels).sample.float()
-            passed.append(way_sampler.step(step, timestep, passed[-1]).prev_sample)
+            with torch.no_grad(), accelerator.autocast():
+                teacher_output = guided_teacher(passed[-1], timestep.expand(len(way_ids)), class_labels).sample.float()
+            passed.append(way_sampler.step(teacher_output, timestep, passed[-1]).prev_sample)
 
         # points of the ways: one from each equal part of a way, or nearer to noise
         fractions = uniform(args.seed, "timesteps", sample_ids)

@@ -199,6 +199,8 @@ def test_the_grid_has_the_teacher_and_one_two_and_four_calls(finished):
     assert picture.height == 4 * 68 + 4 and sorted(path.name for path in (finished / "samples").iterdir())
     assert list(scalars(finished, "quality/fd_digits_N130")) == [3, 6]
     assert (finished / "best" / "model_index.json").is_file()
+    state = finished / "checkpoint-6" / "training_state"
+    assert [path.name for path in state.glob("*.safetensors")] == ["model.safetensors"]  # not the teacher's
 
 
 def test_classes_stay(tmp_path, teachers):

@@ -19,6 +19,7 @@ from fake_hub import TOKEN, FakeHub
 from PIL import Image
 from safetensors.numpy import load
 
+import distill_few_steps
 import train_basic
 import train_conditional
 import train_ddpm
@@ -361,16 +362,17 @@ def test_ctrl_c_while_pushing(hub, finished):
 # --------------------------------------------------------------------------------------------------- without a server
 
 
-@pytest.mark.parametrize("script", [train_basic, train_ddpm, train_conditional, train_flow])
+@pytest.mark.parametrize("script", [train_basic, train_ddpm, train_conditional, train_flow, distill_few_steps])
 def test_flags_of_the_hub_need_a_push(capsys, script):
+    start = ["--pretrained_model_name_or_path=x"] * (script is distill_few_steps)
     for flag in ("--hub_model_id=x", "--hub_private_repo", "--hub_revision=x", "--hub_logs", "--push_required"):
         with pytest.raises(SystemExit):
-            parse(flag, script=script)
+            parse(flag, *start, script=script)
         assert "needs --push_to_hub" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        parse("--hub_strategy=every_checkpoint", script=script)
+        parse("--hub_strategy=every_checkpoint", *start, script=script)
     with pytest.raises(SystemExit):
-        parse("--hub_token=x", script=script)  # there is none: it would be in logs and process lists
+        parse("--hub_token=x", *start, script=script)  # there is none: it would be in logs and process lists
 
 
 def test_paths_are_cut_down_to_their_names(tmp_path):
