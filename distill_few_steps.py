@@ -29,6 +29,7 @@ def parse_args(argv=None):
     group.add_argument("--noisy_points", type=real(0.1, 10), default=2.0, help="which points: place u of a way, from noise to image, is u to this power; 1 is even, more is nearer to noise")
     group.add_argument("--huber_c", type=real(0), default=0.03, help="pseudo-Huber loss sqrt(d^2 + c^2) - c: below about c errors count squared; d: rms over the pixels")
     group.add_argument("--teacher_guidance_scale", type=real(0), default=1.0, help="of a teacher with classes, learnt by the student: 1 is the teacher as it is, more is purer and less varied")
+    group.add_argument("--label_dropout", type=real(0, 1), default=0.1, help="with classes: share of ways on which none is said, so that the student can be guided, too")
     group.add_argument("--teacher_steps", type=integer(1, 1000), default=25, help="UNet calls of the teacher's samples, to compare with")
 
     add_evaluation_arguments(parser)
@@ -38,6 +39,8 @@ def parse_args(argv=None):
     check_common(parser, args)
     if args.validation_split:
         parser.error("--validation_split: the loss of single steps says nothing about a model that does without them; --evaluate_steps measures samples")
+    if args.num_inference_steps > args.solver_steps:
+        parser.error(f"--num_inference_steps {args.num_inference_steps} is more than --solver_steps {args.solver_steps}, the timesteps that the student knows")
     if args.train_batch_size % args.points_per_way:
         parser.error(f"--train_batch_size {args.train_batch_size} is not a multiple of --points_per_way {args.points_per_way}: each way has all its points in one batch")
     return args
@@ -63,12 +66,14 @@ def main(args):
     from diffusers import DDPMPipeline, DDPMScheduler
     from diffusers.optimization import get_scheduler
 
+    from utils import UserError
     from utils.data import load_train_data
     from utils.data.classes import check_classes
     from utils.diffusion import check_fit, load_pretrained, sample_images
     from utils.diffusion.class_conditional import ClassConditionalPipeline
     from utils.diffusion.classes import GuidedModel, give_classes, labels_in_turn
     from utils.diffusion.few_steps import make_few_step_sampler
+    from utils.diffusion.pretrained import weights_digest
     from utils.diffusion.schedulers import make_sampler
     from utils.evaluation import SampleQuality
     from utils.pictures import make_grid, save_picture
@@ -86,6 +91,8 @@ def main(args):
     # Data
     pretrained = load_pretrained(args.pretrained_model_name_or_path, conditional=True)
     conditional = pretrained.unet.class_embedding is not None
+    if args.teacher_guidance_scale != 1 and not conditional:
+        raise UserError("--teacher_guidance_scale: the teacher knows no classes; leave the flag out")
     config = pretrained.unet.config
     train_data = load_train_data(args, accelerator, config, conditional=conditional)  # or own_images=...
     global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
@@ -113,10 +120,12 @@ def main(args):
     noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     prediction_type = noise_scheduler.config.prediction_type
-    check_fit(
-        unet, noise_scheduler, train_data, max(4, args.num_inference_steps, args.teacher_steps, args.solver_steps)
-    )
-    sampler = make_few_step_sampler(noise_scheduler)
+    check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
+    if args.teacher_steps > num_train_timesteps:
+        raise UserError(
+            f"--teacher_steps {args.teacher_steps}: the teacher has only {num_train_timesteps} noise levels"
+        )
+    sampler = make_few_step_sampler(noise_scheduler, args.solver_steps)
     way_sampler, teacher_sampler = (make_sampler("dpmsolver++", noise_scheduler) for _ in range(2))
 
     # Optimizer and learning rate; the schedule counts optimizer steps
@@ -128,13 +137,15 @@ def main(args):
     # Prepare
     if args.compile:
         unet.compile()
+        teacher.compile()
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
     teacher.to(accelerator.device)  # not prepared: it is in no checkpoint
     guided_teacher = GuidedModel(teacher, args.teacher_guidance_scale) if conditional else teacher
     ema_model.to(accelerator.device)
 
     # Resume
-    global_step = resume(accelerator, args, train_data.settings, ema_model)
+    settings = {**train_data.settings, "teacher": weights_digest(teacher)[:16]}
+    global_step = resume(accelerator, args, settings, ema_model)
 
     # Trackers
     summary = dict(
@@ -153,13 +164,14 @@ def main(args):
             num_inference_steps, args.sample_batch_size, args.seed, stop_signal.requested, **options,
         )  # fmt: skip
 
-    with accelerator.autocast():
+    with curves.pause(), accelerator.autocast():
         teacher_samples = draw(args.num_samples, args.teacher_steps, guided_teacher, teacher_sampler)
 
     def sample(path):
         rows = {f"teacher, {args.teacher_steps} calls": teacher_samples}
+        shown = sorted({1, 2, 4, args.num_inference_steps} - {*range(args.solver_steps + 1, 5)}, reverse=True)
         with curves.pause(), ema_model.swapped_in(unet):
-            rows |= {f"{calls} call{'s' * (calls > 1)}": draw(args.num_samples, calls) for calls in (4, 2, 1)}
+            rows |= {f"{calls} call{'s' * (calls > 1)}": draw(args.num_samples, calls) for calls in shown}
         if not any(images is None for images in rows.values()):  # not interrupted
             picture = make_grid(np.concatenate(list(rows.values())), captions=list(rows))
             save_picture(picture, path, accelerator, global_step, "samples")
@@ -171,6 +183,8 @@ def main(args):
         write_card(folder, "Few-step DDPM", args, classes=classes, **summary)
 
     # Train
+    first = slice(None, None, args.points_per_way)  # in a batch, the first point of each way
+    last = torch.tensor(num_train_timesteps - 1, device=accelerator.device)
     model.train()
     for batch in train_data.batches(global_step, max_train_steps):
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
@@ -178,32 +192,35 @@ def main(args):
         torch.manual_seed(random_bits(args.seed, "dropout", sample_ids).item(0))  # differs between processes
 
         # Noise and timesteps, in float32 whatever the UNet computes in
-        way_ids = sample_ids[
-            :: args.points_per_way
-        ]  # (W,): each way from noise to an image has its points in one batch
-        noise = sample_noise(args.seed, "noise", way_ids, image_shape, accelerator.device)
-        last = torch.full(way_ids.shape, num_train_timesteps - 1, device=accelerator.device)
-        passed = [noise_scheduler.add_noise(clean_images[:: args.points_per_way], noise, last)]  # next to pure noise
-        class_labels = None
-        if conditional:
-            class_labels = batch["labels"][:: args.points_per_way]  # (W,), -1 where it is not known
-            class_labels = class_labels.where(class_labels >= 0, len(classes))
+        noise = sample_noise(args.seed, "noise", sample_ids[first], image_shape, accelerator.device)
+        way = noise_scheduler.add_noise(
+            clean_images[first], noise, last.expand(len(noise))
+        )  # (W, C, H, W), next to nothing but noise
+        labels = class_labels = None
+        if conditional:  # (W,), -1 where it is not known
+            labels = batch["labels"][first]
+            said = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids[first]) >= args.label_dropout)
+            class_labels = labels.where((labels >= 0) & said.to(labels.device), len(classes))
 
         # the teacher walks
+        passed = []
         way_sampler.set_timesteps(args.solver_steps, device=accelerator.device)
+        way_sampler.set_begin_index(0)
         for timestep in way_sampler.timesteps:
+            passed.append(way)
             with torch.no_grad(), accelerator.autocast():
-                teacher_output = guided_teacher(passed[-1], timestep.expand(len(way_ids)), class_labels).sample.float()
-            passed.append(way_sampler.step(teacher_output, timestep, passed[-1]).prev_sample)
+                teacher_output = guided_teacher(way, timestep.expand(len(way)), class_labels).sample.float()
+            way = way_sampler.step(teacher_output, timestep, way).prev_sample
 
-        # points of the ways: one from each equal part of a way, or nearer to noise
+        # points of the ways, one from each part, parts shorter near noise
         fractions = uniform(args.seed, "timesteps", sample_ids)
         fractions = (sample_ids % args.points_per_way + fractions) / args.points_per_way
         places = torch.from_numpy(fractions**args.noisy_points * args.solver_steps).long().to(accelerator.device)
         ways = torch.arange(len(sample_ids), device=accelerator.device) // args.points_per_way
-        noisy_images, timesteps = torch.stack(passed)[places, ways], way_sampler.timesteps[places]
-        target = passed[-1].clamp(-1, 1)[ways]
-        class_labels = class_labels[ways] if conditional else None
+        noisy_images, timesteps = torch.stack(passed)[places, ways], way_sampler.timesteps[places]  # (B, C, H, W), (B,)
+        target = way.clamp(-1, 1)[ways]
+        if conditional:
+            labels, class_labels = labels[ways], class_labels[ways]
 
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps, class_labels).sample.float()
@@ -216,7 +233,7 @@ def main(args):
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
             optimizer.step()
             optimizer.zero_grad()
-        curves.add(losses, timesteps, batch.get("labels"))
+        curves.add(losses, timesteps, labels)
         if not accelerator.sync_gradients:
             continue
         learning_rate = lr_scheduler.get_last_lr()[0]
@@ -230,7 +247,7 @@ def main(args):
         if stop or is_last or global_step % args.checkpointing_steps == 0:
             curves.check(global_step)  # no checkpoint holds a number that is not finite
             with curves.pause():
-                save(accelerator, args, train_data.settings, ema_model, global_step, save_pipeline)
+                save(accelerator, args, settings, ema_model, global_step, save_pipeline)
         if stop:
             run.stop(accelerator, args, global_step, max_train_steps, stop)
         if global_step % args.checkpointing_steps == 0 and not is_last:

@@ -70,14 +70,15 @@ def main(args):
 
     from utils import randomness
     from utils.diffusion.classes import GuidedModel, labels_in_turn
+    from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, saved_scheduler, training_scheduler
-    from utils.diffusion.pretrained import image_shape
+    from utils.diffusion.pretrained import image_shape, weights_digest
     from utils.evaluation.class_statistics import asked_classes, digit_statistics
     from utils.evaluation.comparison import compare
     from utils.evaluation.denoising_loss import DenoisingLoss
     from utils.evaluation.features import load_extractor
     from utils.evaluation.image_folder import load_folder, scaled_from
-    from utils.evaluation.kept_samples import settings_of, weights_digest
+    from utils.evaluation.kept_samples import settings_of
     from utils.evaluation.reference import Reference
     from utils.evaluation.report import write_report
     from utils.evaluation.sweep import best_setting, check_writable, write_scheduler
@@ -146,7 +147,9 @@ def main(args):
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         shape = image_shape(unet.config)
         asked, options = asked_classes(unet.config, real, shape, args.num_samples), {}
-        if args.validation_loss:
+        if args.validation_loss and is_few_step(own):
+            say(f"{model} has no denoising loss: it does without the small steps that it is of")
+        elif args.validation_loss:
             for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
                 images = from_uint8(real.resized(shape, split)[: args.num_validation_images])
                 labels = torch.from_numpy(real.labelled(shape, flag, split)[1]) if asked else None

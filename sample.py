@@ -48,8 +48,10 @@ def main(args):
     import torch
     from tqdm.auto import tqdm
 
+    from utils import UserError
     from utils.diffusion.class_conditional import class_names
     from utils.diffusion.classes import GuidedModel, between_classes, choose_classes, labels_in_turn, rows_by_class
+    from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import make_guidance
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, slerp, usual_calls
     from utils.diffusion.pretrained import image_shape
@@ -91,6 +93,10 @@ def main(args):
         unet = GuidedModel(unet, 1.0 if guidance else args.guidance_scale)
     if args.interpolate:
         options["noise"] = between
+    if args.init_image and is_few_step(own):
+        raise UserError(
+            f"--init_image: {args.model} draws in a few calls, and knows too few noise levels; take its teacher"
+        )
     if args.init_image:
         options["init_images"] = load_image(args.init_image, shape, args.model)
     draw = partial(

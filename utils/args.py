@@ -232,7 +232,7 @@ def _add_training_arguments(parser: Parser) -> None:
     group.add_argument("--num_train_epochs", type=integer(1), default=40, help="passes over the data")
     group.add_argument("--max_train_steps", type=integer(1), help="optimizer steps; overrides --num_train_epochs")
     group.add_argument("--learning_rate", type=real(0), default=1e-3, help="peak rate")
-    group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="muon for matrices learns faster from random weights; adamw8bit keeps a quarter of the state, with bitsandbytes on a GPU or torchao (default: muon; for pretrained weights adamw)")
+    group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="muon for matrices learns faster from random weights; adamw8bit keeps a quarter of the state, with bitsandbytes on a GPU or torchao (default: muon; adamw where pretrained weights are adapted)")
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="shape of the rate over the run; constant has no warm-up")
     group.add_argument("--lr_warmup_steps", type=integer(0), default=50, help="optimizer steps from 0 to the peak rate")
     group.add_argument("--adam_beta1", type=real(0, 0.999999), default=0.9, help="decay of the first moment")

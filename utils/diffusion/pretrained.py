@@ -1,5 +1,6 @@
 """Weights and configs that come from elsewhere, and whether model, images and noise schedule fit each other."""
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -115,6 +116,15 @@ def image_shape(config) -> tuple[int, int, int]:
     if size is None:
         raise UserError("the model's config.json has no sample_size; write the size of its images there, such as 32")
     return config.in_channels, *size
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's weights, in the order of their names: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def refuse_missing(flag: str, name_or_path: str) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate.utils import broadcast_object_list
 
 from ..training.checkpoints import sync
@@ -66,12 +65,3 @@ def draw_kept(
 def settings_of(configured) -> list:
     """Class and settings of a model or scheduler of diffusers, without what it keeps for itself."""
     return [type(configured).__name__, {key: v for key, v in configured.config.items() if not key.startswith("_")}]
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of a model's weights, in the order of their names: 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy())
-    return digest.hexdigest()

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 TRAINING_FLAGS = (
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "dropout", "label_dropout", "use_ema",
-    "random_flip", "seed",
+    "random_flip", "seed", "solver_steps", "points_per_way", "noisy_points", "huber_c", "teacher_guidance_scale",
 )  # fmt: skip
 USE = """
 ## Intended use and limits
@@ -89,7 +89,7 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, diffusers, accelerate))
     state = accelerate.PartialState()
     final = folder.resolve() == Path(args.output_dir).resolve()  # otherwise a checkpoint, which has no pictures
-    guidance = f", guidance {args.guidance_scale}" if vars(args).get("guidance_scale") and classes else ""
+    guidance = f", guidance {args.guidance_scale}" if classes and "guidance_scale" in vars(args) else ""
     drawn = f"""The weights drew the samples above ({args.num_samples} images, \
 {vars(args).get("sampler", sampler)}, {args.num_inference_steps} steps, seed {args.seed}{guidance}, not selected)."""
     if sampler == "LCMScheduler":
@@ -137,8 +137,9 @@ def _snippet(folder: Path, args, run_it: bool, classes=None) -> str:
     name = Path(args.output_dir).resolve().name
     load = how_to_load(folder, name)
     code = f"from diffusers import {load.split('.')[0]}\n\npipeline = {load}\n"
-    asked = f"class_labels={[k % len(classes) for k in range(4)]}, " if classes else ""
-    code += f"images = pipeline(batch_size=4, {asked}num_inference_steps={args.num_inference_steps}).images\n"
+    asked = f", class_labels={[k % len(classes) for k in range(4)]}" if classes else ""
+    how = repr(list(classes[:4])) if classes and load.startswith("DiffusionPipeline") else f"batch_size=4{asked}"
+    code += f"images = pipeline({how}, num_inference_steps={args.num_inference_steps}).images\n"
     code += 'images[0].save("sample.png")'
     if classes and "guidance_scale" in vars(args):  # a model that was distilled has learnt its teacher's
         alone = code + "\n\n# With guidance, two calls of the model a step, and classes by name\n"

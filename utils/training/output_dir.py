@@ -34,7 +34,7 @@ LOCK = ".lock"
 OUR_FILES = re.compile(r"\.lock|\.tmp-.*|log|nohup\.out|.*\.(log|out|err)")
 DRAWING = {  # a finished run with others draws and saves again
     "num_samples", "sampler", "num_inference_steps", "guidance_color", "guidance_prompt", "guidance_scale",
-    "guidance_mode", "clip_model_name_or_path",
+    "guidance_mode", "clip_model_name_or_path", "teacher_steps",
 }  # fmt: skip
 _locks = {}  # files that this process has locked, by folder
 # Flags that may change when a run is resumed: they say where, how fast and how often, not what is computed. The batch
