@@ -193,9 +193,7 @@ def main(args):
 
         # Noise and timesteps, in float32 whatever the UNet computes in
         noise = sample_noise(args.seed, "noise", sample_ids[first], image_shape, accelerator.device)
-        way = noise_scheduler.add_noise(
-            clean_images[first], noise, last.expand(len(noise))
-        )  # (W, C, H, W), next to nothing but noise
+        way = noise_scheduler.add_noise(clean_images[first], noise, last.expand(len(noise)))  # next to pure noise
         labels = class_labels = None
         if conditional:  # (W,), -1 where it is not known
             labels = batch["labels"][first]

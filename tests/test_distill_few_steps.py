@@ -187,7 +187,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, teachers, kind):
 def test_the_output_is_a_pipeline_of_diffusers_at_one_two_and_four_calls(finished, recwarn, capfd):
     pipeline = DDPMPipeline.from_pretrained(finished)
     assert isinstance(pipeline.scheduler, LCMScheduler) and pipeline.scheduler.config.prediction_type == "v_prediction"
-    with pytest.raises(ValueError, match="8 x 1.0 is smaller than `num_inference_steps`: 1000"):
+    with pytest.raises(ValueError, match=r"8 x 1\.0 is smaller than `num_inference_steps`: 1000"):
         pipeline()  # a thousand calls at timesteps that it never saw
     pipeline.set_progress_bar_config(disable=True)
     images = [
