@@ -198,6 +198,15 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
     assert "Traceback" not in output
 
 
+def test_engines_that_cut_up_the_weights_are_refused(tmp_path):
+    for engine in ("FSDP", "DeepSpeed"):
+        environment = os.environ | {f"ACCELERATE_USE_{engine.upper()}": "true"}
+        flags = [*TINY, "--unet=tiny", f"--output_dir={tmp_path / 'run'}"]
+        code, output = children.run(Path(SCRIPT), *flags, folder=tmp_path, environment=environment)
+        assert code == 1 and f"error: the accelerate configuration asks for {engine}, which cuts up weights" in output
+        assert "Traceback" not in output and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "command, number, workers",
     [

@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
@@ -68,15 +68,28 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
     """An Accelerator, with threads and logging set up and what cannot work refused.
 
     Raises:
-        UserError: fp16 on a CPU, several processes that do not know of each other.
+        UserError: fp16 on a CPU, several processes that do not know of each other, an engine that cuts up the weights.
     """
     set_up_process()
+    for engine in (
+        "FSDP",
+        "DeepSpeed",
+        "Megatron_LM",
+        "parallelism_config",
+    ):  # on a CPU accelerate ignores some silently
+        if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1"):
+            raise UserError(
+                f"the accelerate configuration asks for {engine}, which cuts up weights that the average and the "
+                "checkpoints need whole; leave it out: --multi_gpu gives each GPU all of them"
+            )
     AcceleratorState._reset_state()  # of a run before in this Python process, a notebook's, in another precision
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # others wait while one downloads
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group], **options)
     _set_up_logging(accelerator)
     _check_versions()
     use_all_cores(accelerator.device)
+    if accelerator.distributed_type == DistributedType.XLA:
+        raise UserError("TPUs are not supported: nothing here was made for or run on one; take GPUs or CPUs")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
         raise UserError(
