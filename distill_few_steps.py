@@ -72,8 +72,7 @@ def main(args):
     from utils.diffusion import check_fit, load_pretrained, sample_images
     from utils.diffusion.class_conditional import ClassConditionalPipeline
     from utils.diffusion.classes import GuidedModel, give_classes, labels_in_turn
-    from utils.diffusion.few_steps import make_few_step_sampler
-    from utils.diffusion.pretrained import weights_digest
+    from utils.diffusion.few_steps import make_few_step_sampler, weights_digest
     from utils.diffusion.schedulers import make_sampler
     from utils.evaluation import SampleQuality
     from utils.pictures import make_grid, save_picture
@@ -194,9 +193,9 @@ def main(args):
         # Noise and timesteps, in float32 whatever the UNet computes in
         noise = sample_noise(args.seed, "noise", sample_ids[first], image_shape, accelerator.device)
         way = noise_scheduler.add_noise(clean_images[first], noise, last.expand(len(noise)))  # next to pure noise
-        labels = class_labels = None
+        labels, class_labels = batch.pop("labels", None), None
         if conditional:  # (W,), -1 where it is not known
-            labels = batch["labels"][first]
+            labels = labels[first]
             said = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids[first]) >= args.label_dropout)
             class_labels = labels.where((labels >= 0) & said.to(labels.device), len(classes))
 
@@ -218,7 +217,7 @@ def main(args):
         noisy_images, timesteps = torch.stack(passed)[places, ways], way_sampler.timesteps[places]  # (B, C, H, W), (B,)
         target = way.clamp(-1, 1)[ways]
         if conditional:
-            labels, class_labels = labels[ways], class_labels[ways]
+            batch["labels"], class_labels = labels[ways], class_labels[ways]  # those of the ways
 
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps, class_labels).sample.float()
@@ -231,7 +230,7 @@ def main(args):
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
             optimizer.step()
             optimizer.zero_grad()
-        curves.add(losses, timesteps, labels)
+        curves.add(losses, timesteps, batch.get("labels"))
         if not accelerator.sync_gradients:
             continue
         learning_rate = lr_scheduler.get_last_lr()[0]

@@ -70,9 +70,9 @@ def main(args):
 
     from utils import randomness
     from utils.diffusion.classes import GuidedModel, labels_in_turn
-    from utils.diffusion.few_steps import is_few_step
+    from utils.diffusion.few_steps import is_few_step, weights_digest
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, saved_scheduler, training_scheduler
-    from utils.diffusion.pretrained import image_shape, weights_digest
+    from utils.diffusion.pretrained import image_shape
     from utils.evaluation.class_statistics import asked_classes, digit_statistics
     from utils.evaluation.comparison import compare
     from utils.evaluation.denoising_loss import DenoisingLoss

@@ -1,7 +1,9 @@
 """Models that draw in a few calls, and their sampler."""
 
+import hashlib
 import inspect
 
+import torch
 from diffusers import DDPMScheduler, LCMScheduler, SchedulerMixin
 
 from .. import UserError
@@ -38,3 +40,12 @@ def make_few_step_sampler(noise_scheduler: DDPMScheduler, solver_steps: int) -> 
 def is_few_step(scheduler: SchedulerMixin) -> bool:
     """Whether the model that carries this scheduler predicts where the way from noise ends: a consistency model."""
     return isinstance(scheduler, LCMScheduler)
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's weights, in the order of their names: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()

@@ -1,6 +1,5 @@
 """Weights and configs that come from elsewhere, and whether model, images and noise schedule fit each other."""
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -36,9 +35,7 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
     unet = pipeline.unet
     check_noise(pipeline.scheduler, flag, flow)
     if isinstance(pipeline.scheduler, LCMScheduler):
-        raise UserError(
-            f"{flag}: draws in a few calls already, as what distill_few_steps.py makes; expected the model before that"
-        )
+        raise UserError(f"{flag}: draws in a few calls already; expected the model that it was distilled from")
     check_embeddings(unet.config, flag)
     local = Path(name_or_path).exists()
     unet.register_to_config(_name_or_path=None if local else name_or_path)  # no path of this machine is saved again
@@ -116,15 +113,6 @@ def image_shape(config) -> tuple[int, int, int]:
     if size is None:
         raise UserError("the model's config.json has no sample_size; write the size of its images there, such as 32")
     return config.in_channels, *size
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of a model's weights, in the order of their names: 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 def refuse_missing(flag: str, name_or_path: str) -> None:

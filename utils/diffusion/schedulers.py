@@ -37,12 +37,9 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
         overrides |= {"clip_sample": clips, "thresholding": False}
     elif name != "ddpm":  # which clips by itself
         overrides["thresholding"] = clips
-    if name.endswith("dpmsolver++"):  # whatever the pipeline carried that the config comes from
-        overrides |= dict(
-            algorithm_type=name, solver_order=2, final_sigmas_type="zero", lambda_min_clipped=-float("inf")
-        )
-        spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-        overrides |= dict.fromkeys(spacings, False)
+    if name.endswith("dpmsolver++"):  # whatever the pipeline carried that the config is of
+        overrides |= {key: False for key in config if key.startswith("use_")}
+        overrides |= dict(algorithm_type=name, solver_order=2, lambda_min_clipped=-torch.inf, final_sigmas_type="zero")
     if config.beta_schedule == "sigmoid" and name != "ddpm":  # only DDPMScheduler knows it: hand over its betas
         plain = DDPMScheduler.from_config(config, rescale_betas_zero_snr=False)
         overrides["trained_betas"] = plain.betas.tolist()

@@ -60,9 +60,8 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     on_hub = {key: name for key, name in summary.items() if key in ("data", "base") and is_hub_id(name)}
     sampler = index["scheduler"][1]
-    scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     tags = ["diffusers", "unconditional-image-generation", *(["class-conditional"] if classes else [])]
-    if scheduler_config.get("use_flow_sigmas"):
+    if '"use_flow_sigmas": true' in (folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"):
         tags.append("flow-matching")
     elif sampler == "LCMScheduler":
         tags.append("consistency-distillation")
@@ -93,8 +92,7 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
     drawn = f"""The weights drew the samples above ({args.num_samples} images, \
 {vars(args).get("sampler", sampler)}, {args.num_inference_steps} steps, seed {args.seed}{guidance}, not selected)."""
     if sampler == "LCMScheduler":
-        drawn = f"""The rows above are the teacher's samples and, from the same noise, those of these weights in 4, 2 \
-and 1 calls (seed {args.seed}, not selected)."""
+        drawn = f"Above, the teacher's samples and these weights' from the same noise, seed {args.seed}, not selected."
     snippet = _snippet(folder, args, final, classes)
     has_curves = final and {"all", "tensorboard"} & set(args.report_to.split(","))
     text = f"""---

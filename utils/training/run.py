@@ -78,10 +78,8 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
         "parallelism_config",
     ):  # on a CPU accelerate ignores some silently
         if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1"):
-            raise UserError(
-                f"the accelerate configuration asks for {engine}, which cuts up weights that the average and the "
-                "checkpoints need whole; leave it out: --multi_gpu gives each GPU all of them"
-            )
+            said = f"the accelerate configuration asks for {engine}, which cuts up weights that the average needs whole"
+            raise UserError(f"{said}; leave it out: --multi_gpu gives each GPU all of them")
     AcceleratorState._reset_state()  # of a run before in this Python process, a notebook's, in another precision
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # others wait while one downloads
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group], **options)
