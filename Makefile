@@ -29,7 +29,7 @@ conditional: .venv/installed  ## the embedded digits as asked for: a row each, i
 few-steps: .venv/installed outputs/digits/model_index.json  ## the model of `make train` in two calls instead of 25
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml distill_few_steps.py \
 	  --pretrained_model_name_or_path outputs/digits --dataset_name digits --resolution 16 \
-	  --max_train_steps 1000 --output_dir outputs/few-steps
+	  --max_train_steps 500 --output_dir outputs/few-steps
 
 outputs/digits/model_index.json:
 	$(MAKE) train
