@@ -2,7 +2,8 @@
 
     accelerate launch --quiet --config_file accelerate_config.yaml distill_few_steps.py --pretrained_model_name_or_path outputs/digits --dataset_name digits --resolution 16
 
-takes any DDPMPipeline, or what train_conditional.py made, and minutes on 2 CPU cores. The output loads as its teacher did:
+takes what train_ddpm.py or train_conditional.py made, or another DDPMPipeline with the noise of a DDPMScheduler, and
+minutes on 2 CPU cores. The output loads as its teacher did:
 
     DDPMPipeline.from_pretrained("outputs/few-steps")(num_inference_steps=2)
 
@@ -125,7 +126,7 @@ def main(args):
             f"--teacher_steps {args.teacher_steps}: the teacher has only {num_train_timesteps} noise levels"
         )
     sampler = make_few_step_sampler(noise_scheduler, args.solver_steps)
-    way_sampler, teacher_sampler = (make_sampler("dpmsolver++", noise_scheduler) for _ in range(2))
+    teacher_sampler = make_sampler("dpmsolver++", noise_scheduler)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
     optimizer = make_optimizer(args, unet)
@@ -201,20 +202,21 @@ def main(args):
 
         # the teacher walks
         passed = []
-        way_sampler.set_timesteps(args.solver_steps, device=accelerator.device)
-        way_sampler.set_begin_index(0)
-        for timestep in way_sampler.timesteps:
+        teacher_sampler.set_timesteps(args.solver_steps, device=accelerator.device)
+        teacher_sampler.set_begin_index(0)
+        for timestep in teacher_sampler.timesteps:
             passed.append(way)
             with torch.no_grad(), accelerator.autocast():
                 teacher_output = guided_teacher(way, timestep.expand(len(way)), class_labels).sample.float()
-            way = way_sampler.step(teacher_output, timestep, way).prev_sample
+            way = teacher_sampler.step(teacher_output, timestep, way).prev_sample
 
         # points of the ways, one from each part, parts shorter near noise
         fractions = uniform(args.seed, "timesteps", sample_ids)
         fractions = (sample_ids % args.points_per_way + fractions) / args.points_per_way
         places = torch.from_numpy(fractions**args.noisy_points * args.solver_steps).long().to(accelerator.device)
         ways = torch.arange(len(sample_ids), device=accelerator.device) // args.points_per_way
-        noisy_images, timesteps = torch.stack(passed)[places, ways], way_sampler.timesteps[places]  # (B, C, H, W), (B,)
+        noisy_images = torch.stack(passed)[places, ways]  # (B, C, H, W)
+        timesteps = teacher_sampler.timesteps[places]  # (B,)
         target = way.clamp(-1, 1)[ways]
         if conditional:
             batch["labels"], class_labels = labels[ways], class_labels[ways]  # those of the ways

@@ -230,13 +230,13 @@ def is_folder_of_images(name):
 def settings(args, model, own, say):
     """Sampler (None for the pipeline's own) and number of steps of each evaluation of a model that carries ``own``."""
     from utils import UserError
-    from utils.diffusion.few_steps import is_few_step
+    from utils.diffusion.few_steps import suits
     from utils.diffusion.pipelines import usual_calls
 
     if not args.sweep:
         return [(args.sampler, args.num_inference_steps or usual_calls(own))]
     entries = [entry.partition(":") for entry in args.sweep]
-    suited = [entry for entry in entries if (entry[0] == "lcm") == is_few_step(own)]
+    suited = [entry for entry in entries if suits(entry[0], own)]
     others = sorted({name for name, *_ in entries} - {name for name, *_ in suited})
     if not suited:
         raise UserError(f"--sweep: {', '.join(others)} cannot draw with {model}, which carries {type(own).__name__}")

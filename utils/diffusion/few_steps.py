@@ -42,6 +42,11 @@ def is_few_step(scheduler: SchedulerMixin) -> bool:
     return isinstance(scheduler, LCMScheduler)
 
 
+def suits(name: str, scheduler: SchedulerMixin) -> bool:
+    """Whether the sampler of this name is of the kind that the model that carries this scheduler was trained for."""
+    return (name == "lcm") == is_few_step(scheduler)
+
+
 def weights_digest(model: torch.nn.Module) -> str:
     """SHA-256 of a model's weights, in the order of their names: 64 hexadecimal digits."""
     digest = hashlib.sha256()

@@ -14,7 +14,7 @@ from .. import UserError
 from ..args import SAMPLERS
 from . import flow, schedulers
 from .basic_unet import BasicUNet
-from .few_steps import is_few_step
+from .few_steps import is_few_step, suits
 from .linear_mix import LinearMixScheduler
 from .pretrained import check_embeddings, check_noise, check_noise_scheduler, refuse_missing, shorten
 from .sampling import sample_images
@@ -79,12 +79,10 @@ def choose_sampler(
         return own
     kind = type(own).__name__
     path = is_flow(own)
-    if name and (name == "lcm") != is_few_step(own):
-        trained = (
-            "to draw in a few calls; expected lcm"
-            if is_few_step(own)
-            else ("to take many small steps; lcm is for what distill_few_steps.py makes of it")
-        )
+    if name and not suits(name, own):
+        trained = "to take many small steps; lcm is for what distill_few_steps.py makes of it"
+        if is_few_step(own):
+            trained = "to draw in a few calls; expected lcm"
         raise UserError(f"--sampler {name}: the model was trained {trained}")
     if name and path:
         if name == "heun" and steered:

@@ -61,7 +61,8 @@ def write_card(folder: Path, title: str, args, of_people: bool = False, **summar
     on_hub = {key: name for key, name in summary.items() if key in ("data", "base") and is_hub_id(name)}
     sampler = index["scheduler"][1]
     tags = ["diffusers", "unconditional-image-generation", *(["class-conditional"] if classes else [])]
-    if '"use_flow_sigmas": true' in (folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"):
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    if scheduler.get("use_flow_sigmas"):
         tags.append("flow-matching")
     elif sampler == "LCMScheduler":
         tags.append("consistency-distillation")

@@ -71,12 +71,7 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
         UserError: fp16 on a CPU, several processes that do not know of each other, an engine that cuts up the weights.
     """
     set_up_process()
-    for engine in (
-        "FSDP",
-        "DeepSpeed",
-        "Megatron_LM",
-        "parallelism_config",
-    ):  # on a CPU accelerate ignores some silently
+    for engine in ("FSDP", "DeepSpeed", "Megatron_LM", "parallelism_config"):
         if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1"):
             said = f"the accelerate configuration asks for {engine}, which cuts up weights that the average needs whole"
             raise UserError(f"{said}; leave it out: --multi_gpu gives each GPU all of them")
