@@ -155,7 +155,7 @@ def main(args):
     run.start(accelerator, args, "distill_few_steps", global_step, **summary)
     curves = TrainingCurves(accelerator, args, train_data, num_train_timesteps, global_step, max_train_steps)
     quality = SampleQuality(args, accelerator, train_data, global_step) if args.evaluate_steps else None
-    stop_signal = StopSignal(accelerator)
+    stop_signal = StopSignal(accelerator, hang_timeout=args.hang_timeout)
     options = dict(model_inputs=labels_in_turn(range(len(classes)), accelerator.device)) if conditional else {}
 
     def draw(count, num_inference_steps=args.num_inference_steps, drawn_by=unet, sampler=sampler):
@@ -269,6 +269,6 @@ def main(args):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.training.run import run_script
+    from utils.exits import run_script
 
     run_script(main, arguments)

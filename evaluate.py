@@ -247,6 +247,6 @@ def settings(args, model, own, say):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.training.run import run_script
+    from utils.exits import run_script
 
     run_script(main, arguments)

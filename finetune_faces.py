@@ -136,7 +136,7 @@ def main(args):
     )  # fmt: skip
     run.start(accelerator, args, "finetune_faces", global_step, **summary)
     curves = TrainingCurves(accelerator, args, train_data, num_train_timesteps, global_step, max_train_steps)
-    stop_signal = StopSignal(accelerator)
+    stop_signal = StopSignal(accelerator, hang_timeout=args.hang_timeout)
     training_images = to_uint8(train_data.examples(1000))
 
     def validate():
@@ -234,6 +234,6 @@ def main(args):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.training.run import run_script
+    from utils.exits import run_script
 
     run_script(main, arguments)

@@ -53,6 +53,6 @@ def main(args):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.training.run import run_script
+    from utils.exits import run_script
 
     run_script(main, arguments)

@@ -148,7 +148,7 @@ def main(args):
     run.start(accelerator, args, "train_flow", global_step, **summary)
     curves = TrainingCurves(accelerator, args, train_data, num_train_timesteps, global_step, max_train_steps)
     quality = SampleQuality(args, accelerator, train_data, global_step) if args.evaluate_steps else None
-    stop_signal = StopSignal(accelerator)
+    stop_signal = StopSignal(accelerator, hang_timeout=args.hang_timeout)
 
     def draw(count, num_inference_steps=args.num_inference_steps):
         return sample_images(
@@ -240,6 +240,6 @@ def main(args):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.training.run import run_script
+    from utils.exits import run_script
 
     run_script(main, arguments)

@@ -117,7 +117,7 @@ def main(args):
     )  # fmt: skip
     run.start(accelerator, args, "train_unet2d", global_step, **summary)
     curves = TrainingCurves(accelerator, args, train_data, num_train_timesteps, global_step, max_train_steps)
-    stop_signal = StopSignal(accelerator)
+    stop_signal = StopSignal(accelerator, hang_timeout=args.hang_timeout)
     examples = train_data.examples(8).to(accelerator.device)
 
     def draw(count, num_inference_steps=args.num_inference_steps):
@@ -202,6 +202,6 @@ def main(args):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.training.run import run_script
+    from utils.exits import run_script
 
     run_script(main, arguments)

@@ -87,3 +87,39 @@ def _child(what, arguments, log, folder, environment, file_limit):
     else:
         sys.argv = ["-c", *arguments]
         exec(what, {"__name__": "__main__"})
+
+
+AGENT = """
+import runpy, sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+def worker(path, *arguments):
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, path.rpartition("/")[0])
+    runpy.run_path(path, run_name="__main__")
+
+restarts, processes, *command = sys.argv[1:]
+config = LaunchConfig(
+    min_nodes=1, max_nodes=1, nproc_per_node=int(processes), max_restarts=int(restarts), monitor_interval=0.1,
+    rdzv_backend="static", rdzv_endpoint="127.0.0.1:0", rdzv_configs={"rank": 0}, run_id="none", start_method="fork",
+)
+elastic_launch(config, worker)(*command)
+"""
+
+
+def launch(script, *arguments, log, restarts=0, processes=2, **options):
+    """Start a script under torchrun's agent, in processes that it forks and so starts in two seconds instead of eight."""
+    return start(AGENT, restarts, processes, script, *arguments, log=log, **options)
+
+
+def family(child):
+    """Process ids below a child, by rank."""
+    pids = {}
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdecimal()]:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if int(fields[1]) == child.pid and fields[0] != "Z":
+            pids[pid] = fields
+    return sorted(pids, key=lambda pid: int(pids[pid][19]))  # in the order of their start: that of the ranks

@@ -31,6 +31,7 @@ import train_ddpm
 import train_flow
 import train_unet2d
 from utils import UserError, printable
+from utils.exits import run_script
 from utils.signals import StopSignal
 from utils.training import run
 from utils.training.checkpoints import MANIFEST, CheckpointError, verify_checkpoint
@@ -248,6 +249,7 @@ DEAF = f"""
 import sys, time, types
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
+from utils.exits import run_script
 from utils.signals import StopSignal
 StopSignal(types.SimpleNamespace(is_main_process=True, num_processes=1))
 Path(sys.argv[1]).touch()
@@ -512,7 +514,7 @@ def test_control_characters_of_a_file_name_do_not_reach_the_terminal(tmp_path, c
     args = parse(f"--train_data_dir={tmp_path}/images", f"--output_dir={tmp_path}/run")
     reset_accelerate()
     with pytest.raises(SystemExit) as stop:
-        run.run_script(train_ddpm.main, args)
+        run_script(train_ddpm.main, args)
     said = capsys.readouterr()
     assert stop.value.code == 1
     assert "\x1b[2J" not in said.err + said.out and "\\x1b[2J\\r0.png" in said.err
@@ -527,7 +529,7 @@ def raised(error, *flags, capsys, script=train_ddpm):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        run.run_script(main, parse(*flags, script=script))
+        run_script(main, parse(*flags, script=script))
     return stop.value.code, capsys.readouterr().err
 
 
@@ -540,7 +542,7 @@ def no_memory_on_a_cpu():
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), no_memory_on_a_cpu(), MemoryError()])
 def test_out_of_memory_says_which_flags_with_which_values(capsys, error):
-    """Protection: ``_less_memory`` in ``run``; the two flags keep images per step, and so the learning rate."""
+    """Protection: ``_less_memory`` in ``exits``; the two flags keep images per step, and so the learning rate."""
     flags = ["--train_batch_size=48", "--gradient_accumulation_steps=3", "--sample_batch_size=10"]
     code, said = raised(error, *flags, capsys=capsys)
     assert code == 1

@@ -334,7 +334,7 @@ def test_what_cannot_be_copied_does_not_stop_training_and_is_said(hub, tmp_path)
     driver = tmp_path / "train_ddpm_driver.py"
     driver.write_text(
         f"import sys, pathlib; sys.path.insert(0, {str(ROOT)!r})\nimport train_ddpm, utils.publishing.hub\n"
-        "from utils.training.run import run_script\n"
+        "from utils.exits import run_script\n"
         "def copyfile(*paths):\n    raise OSError(28, 'No space left on device')\n"
         "utils.publishing.hub.shutil.copyfile = copyfile\nrun_script(train_ddpm.main, train_ddpm.parse_args())\n"
     )

@@ -286,7 +286,7 @@ RANK_FAILS = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import accelerate, train_ddpm
-from utils.training.run import run_script
+from utils.exits import run_script
 original = accelerate.Accelerator.save_state
 def save_state(self, folder):
     if self.process_index == 1 and "checkpoint-6" in folder:
@@ -298,7 +298,7 @@ run_script(train_ddpm.main, train_ddpm.parse_args(["--unet=tiny", *sys.argv[1:]]
 
 
 def test_a_failure_in_saving_on_one_rank_stops_all_with_its_message(tmp_path):
-    """Protection: ``checkpoints.on_all_processes``; ``run.run_script``: a rank must not wait for others to leave. Then
+    """Protection: ``checkpoints.on_all_processes``, ``exits.run_script``: no rank waits for others to leave. Then
     torchrun trains to the end."""
     (tmp_path / "driver.py").write_text(RANK_FAILS)
     began = time.monotonic()

@@ -10,6 +10,8 @@ import math
 import os
 from pathlib import Path
 
+from .exits import not_again
+
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc")
 SOLVERS = ("dpmsolver++", "euler", "heun")  # of train_flow.py's models
@@ -123,6 +125,7 @@ class Parser(argparse.ArgumentParser):
             given = message.split(": ")[1].split()[0].split("=")[0]
             close = difflib.get_close_matches(given, self._option_string_actions, n=1)
             hint = f"did you mean {close[0]}?" if close else hint
+        not_again()
         self.exit(2, f"error: {message} ({hint})\n")
 
     @staticmethod
@@ -258,6 +261,9 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--logging_steps", type=integer(1), default=10, help="optimizer steps between points of a curve")
     group.add_argument("--checkpointing_steps", type=integer(1), default=500, help="optimizer steps between checkpoints")
     group.add_argument("--checkpoints_total_limit", type=integer(1), default=2, help="checkpoints to keep, newest first")
+    group.add_argument("--max_rollbacks", metavar="N", type=integer(0), default=0, help="where loss or gradient are not finite, go back to the newest checkpoint and leave out the images of that step, at most N times in a run; then stop")
+    group.add_argument("--grad_norm_deviations", metavar="K", type=real(1), help="also where a gradient's norm is more than K standard deviations above the mean of the last 100 steps")
+    group.add_argument("--hang_timeout", metavar="SECONDS", type=real(0), default=300.0, help="end a run of which nothing has moved for so long since its first step, with the stacks of its threads; 0: never")
     group.add_argument("--resume_from_checkpoint", metavar="latest|DIR", help="one checkpoint; latest, which is what happens anyway: the newest in --output_dir, or a new run where there is none")
 
     group = parser.add_argument_group("samples")
@@ -299,6 +305,8 @@ def check_common(parser: Parser, args) -> None:
         parser.error("--keep_best needs --evaluate_steps: what is best is found by evaluating")
     if args.hub_strategy == "every_checkpoint" and not args.push_to_hub:
         parser.error("--hub_strategy every_checkpoint needs --push_to_hub")
+    if args.grad_norm_deviations and not args.max_rollbacks:
+        parser.error("--grad_norm_deviations needs --max_rollbacks: how often the run may go back")
     if args.streaming and not (args.dataset_name or args.train_data_dir):
         parser.error("--streaming needs --dataset_name or --train_data_dir")
 # fmt: on

@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from .watchdog import Watchdog, progress
+
 # Ctrl-C; the polite kill; the terminal is gone; Slurm's --signal=USR1@300. Windows has the first two
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
@@ -14,15 +16,29 @@ class StopSignal:
     """Signals ask for a checkpoint at the end of the step; a second one, later, ends at once.
 
     A launcher may deliver one signal twice within moments, or SIGTERM after the terminal's SIGINT; that counts once.
-    Signals that are ignored stay so: that is how ``nohup`` works.
+    Signals that are ignored stay so: that is how ``nohup`` works. It also feeds the ``Watchdog``, which ends a run that
+    nobody could stop in this way any more.
+
+    Args:
+        accelerator: of this process.
+        promise: what a signal brings about, for the line that confirms it.
+        hang_timeout: seconds, see ``Watchdog``.
     """
 
     GRACE = 2.0  # seconds in which a repeated signal is the same request; five times that for another one
 
-    def __init__(self, accelerator, promise: str = "stopping after this step, with a checkpoint"):
+    def __init__(self, accelerator, promise="stopping after this step, with a checkpoint", hang_timeout: float = 0):
         self.accelerator, self.promise, self.received, self.at = accelerator, promise, None, 0.0
+        self.obeyed = False
+        self.watchdog = Watchdog(accelerator, hang_timeout)
         heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         self.previous = {number: signal.signal(number, self._handle) for number in heard}
+        for number, handler in self.previous.items():  # of a run before that had no end, but a rollback or an error
+            before = getattr(handler, "__self__", None)
+            if isinstance(before, StopSignal):
+                self.previous[number] = before.previous[number]
+                if not before.obeyed:
+                    self.received, self.at = before.received, before.at
 
     def _handle(self, number, frame):
         if self.received is None:
@@ -35,6 +51,7 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Whether this process has received a signal: asked before each model call of what takes long."""
+        progress()
         return self.received is not None
 
     def check(self, global_step: int) -> int | None:
@@ -42,14 +59,18 @@ class StopSignal:
 
         Several processes ask each other; on GPUs every tenth step only, for the answer waits for the device.
         """
-        if self.accelerator.num_processes == 1:
-            return self.received
-        if self.accelerator.device.type != "cpu" and global_step % 10:
-            return None
-        number = torch.tensor(self.received or 0, device=self.accelerator.device)
-        return int(self.accelerator.gather(number[None]).max()) or None
+        self.watchdog.feed(global_step)
+        number = self.received
+        if self.accelerator.num_processes > 1:
+            if self.accelerator.device.type != "cpu" and global_step % 10:
+                return None
+            received = torch.tensor([self.received or 0], device=self.accelerator.device)
+            number = int(self.accelerator.gather(received).max()) or None
+        self.obeyed = number is not None
+        return number
 
     def restore(self) -> None:
-        """Put the handlers back that were there before."""
+        """Put the handlers back that were there before, and watch no longer."""
+        self.watchdog.end()
         for number, handler in self.previous.items():
             signal.signal(number, handler)

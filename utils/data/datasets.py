@@ -5,6 +5,7 @@ any number of workers, after a resume, and for any split of a global batch into 
 """
 
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ from PIL import Image
 from .. import UserError, randomness
 from ..args import size_of
 from ..pictures import from_uint8
+from ..rollbacks import global_batches
 from ..signals import STOP_SIGNALS
 from .feeds import Cache, Stream, read_ahead
 from .images import INSPECTED, PreparedImages, choose_range, find_file, locate, spread_over
@@ -81,7 +83,8 @@ class TrainData:
     """Batches of training images, by optimizer step: what a script needs from its data, and all that it needs.
 
     Sample ids number the samples of the whole run, 0, 1, 2 ..., over all processes: optimizer step s takes the ids from
-    s x global batch on. Order, crops, flips, noise and timesteps follow from them, see ``randomness``.
+    s x global batch on, or later ones where ``rollbacks`` has left some out. Order, crops, flips, noise and timesteps
+    follow from them, see ``randomness``.
 
     Attributes:
         name: of the source.
@@ -271,12 +274,13 @@ class TrainData:
         return (from_uint8(images), labels) if with_labels else from_uint8(images)
 
     def _sample_ids(self, first_step: int, last_step: int) -> Iterator[np.ndarray]:
-        """Sample ids of each micro-batch: step * global batch + place in the global batch."""
+        """Sample ids of each micro-batch: number of the global batch x its size + place in it."""
         size = self.args.train_batch_size
-        for step in range(first_step, last_step):
+        numbers = global_batches(vars(self.args).get("output_dir"))  # 0, 1, 2 ..., unless some are left out
+        for number in itertools.islice(numbers, first_step, last_step):
             for micro_step in range(self.args.gradient_accumulation_steps):
                 chunk = micro_step * self.accelerator.num_processes + self.accelerator.process_index
-                yield step * self.global_batch_size + chunk * size + np.arange(size)
+                yield number * self.global_batch_size + chunk * size + np.arange(size)
 
     def _from_cache(self, batches):
         for sample_ids in batches:

@@ -170,9 +170,10 @@ class Stream:
         first = next(batches, None)
         self.batches = itertools.chain([] if first is None else [first], batches)
         self.shard = split_dataset_by_node(images.dataset, accelerator.process_index, accelerator.num_processes)
-        per_step = args.train_batch_size * args.gradient_accumulation_steps
-        global_batch_size = per_step * accelerator.num_processes
-        self.used = 0 if first is None else int(first[0]) // global_batch_size * per_step
+        self.per_step = args.train_batch_size * args.gradient_accumulation_steps
+        self.global_batch_size = self.per_step * accelerator.num_processes
+        self.number = 0 if first is None else int(first[0]) // self.global_batch_size  # of the global batch
+        self.used = self.number * self.per_step
 
     def _rows(self) -> Iterator[tuple[dict, int]]:
         shard = self.shard.shuffle(seed=self.args.seed, buffer_size=self.args.shuffle_buffer_size)
@@ -192,6 +193,9 @@ class Stream:
         rows, bad, bad_count = self._rows(), [], 0
         with ThreadPoolExecutor(max(1, self.args.dataloader_num_workers)) as pool:
             for sample_ids in self.batches:
+                before, self.number = self.number, int(sample_ids[0]) // self.global_batch_size
+                for _ in range(max(0, self.number - before - 1) * self.per_step):  # left out, see ``rollbacks``
+                    next(rows)
                 items = []
                 while len(items) < len(sample_ids):
                     wanted = [next(rows) for _ in range(len(sample_ids) - len(items))]

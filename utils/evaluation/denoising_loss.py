@@ -41,7 +41,7 @@ class DenoisingLoss:
     ) -> dict[str, float]:
         """The mean loss as ``loss`` and that of each range of timesteps as ``0-249`` and so on.
 
-        Nothing if ``stop``, which a single process asks before every batch, says so.
+        Nothing if ``stop``, asked before every batch, says so to a single process.
         """
         steps = self.noise_scheduler.config.num_train_timesteps
         distribution = getattr(self.noise_scheduler, "noise_distribution", "normal")
@@ -50,7 +50,7 @@ class DenoisingLoss:
         mine = numbers[accelerator.process_index :: accelerator.num_processes]
         with evaluating(model):
             for batch in np.array_split(mine, range(self.batch_size, len(mine), self.batch_size)):
-                if accelerator.num_processes == 1 and stop():
+                if stop() and accelerator.num_processes == 1:
                     return {}
                 levels = batch % NOISE_LEVELS
                 fractions = (levels + randomness.uniform(self.seed, "validation timesteps", batch)) / NOISE_LEVELS

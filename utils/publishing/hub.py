@@ -25,8 +25,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import disable_progress_bars
 
 from .. import UserError
+from ..exits import UPLOAD
 from ..signals import STOP_SIGNALS
-from ..training.run import UPLOAD
 
 logger = logging.getLogger(__name__)
 

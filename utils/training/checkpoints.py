@@ -18,6 +18,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, gather_object
 
 from .. import UserError
+from ..watchdog import progress
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +214,7 @@ def on_all_processes(accelerator, problem: str, action: Callable[[], None], advi
     Raises:
         CheckpointError: the problem, the first process's failure and the advice.
     """
+    progress()
     try:
         action()
         failure = None
@@ -266,6 +268,7 @@ def file_hash(*files: Path) -> str:
         with open(file, "rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
+                progress()
     return digest.hexdigest()
 
 

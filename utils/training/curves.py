@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .. import UserError
+from .. import rollbacks
 from ..hardware import peak_memory
+from ..watchdog import progress
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,6 @@ def noise_levels(num_train_timesteps: int) -> list[str]:
     """Names of the ranges: first and last timestep, such as 0-249."""
     edges = [-(-k * num_train_timesteps // NOISE_LEVELS) for k in range(NOISE_LEVELS + 1)]
     return [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
-
-
-class NonFiniteLoss(UserError):
-    """The loss or the gradient is not a finite number."""
 
 
 class TrainingCurves:
@@ -45,7 +42,7 @@ class TrainingCurves:
 
     def __init__(self, accelerator, args, train_data, num_train_timesteps, first_step, last_step):
         train_data.prepare()  # before the clock starts, and while Ctrl-C still stops at once
-        self.accelerator, self.logging_steps = accelerator, args.logging_steps
+        self.accelerator, self.args, self.logging_steps = accelerator, args, args.logging_steps
         self.images_per_step, self.label_names = train_data.global_batch_size, train_data.label_names
         self.num_train_timesteps = num_train_timesteps
         self.last_written, self.written_at, self.skipped = first_step, time.perf_counter(), 0
@@ -62,6 +59,7 @@ class TrainingCurves:
 
     def add(self, losses: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None = None) -> None:
         """Collect one micro-step: loss of each sample, unweighted, (B,); its timestep (B,); its class (B,), or -1."""
+        progress()
         losses = losses.detach().float()
         bins = (timesteps * NOISE_LEVELS // self.num_train_timesteps).long()
         bins = bins.clamp(max=NOISE_LEVELS - 1)  # a real timestep just below T may have been rounded to it
@@ -82,7 +80,7 @@ class TrainingCurves:
             values: further curves, such as the learning rate.
 
         Raises:
-            NonFiniteLoss: see ``check``.
+            NonFiniteLoss, Again: see ``rollbacks.check``.
         """
         self.grad_norms.append(grad_norm.detach())
         self.bar.update(global_step - self.bar.n)
@@ -120,24 +118,13 @@ class TrainingCurves:
         """Mean losses and gradient norms of the steps since the last point, over all processes, (steps,) on the CPU.
 
         Raises:
-            NonFiniteLoss: on every process, if one of them is not finite. In fp16 a gradient that overflows is not an
-                error: the scaler skips that step.
+            NonFiniteLoss, Again: on every process, if something is wrong with one of them, see ``rollbacks.check``.
         """
         if not self.grad_norms:
             return torch.zeros(0), torch.zeros(0)
         losses = torch.stack(self.losses).reshape(len(self.grad_norms), -1).mean(1)
         losses, grad_norms = self.accelerator.reduce(torch.stack([losses, torch.stack(self.grad_norms)]), "mean").cpu()
-        finite = losses.isfinite()
-        if self.accelerator.mixed_precision != "fp16":
-            finite = finite & grad_norms.isfinite()
-        if not finite.all():
-            first = int((~finite).nonzero()[0])
-            step = global_step - len(losses) + 1 + first
-            raise NonFiniteLoss(
-                f"step {step}: loss {losses[first]:g}, gradient norm {grad_norms[first]:g}; expected finite numbers. "
-                "No checkpoint was made of it. The same command goes on from the last one, perhaps with "
-                "--mixed_precision no; if it happens again, start anew with a lower --learning_rate"
-            )
+        rollbacks.check(self.accelerator, self.args, global_step, losses, grad_norms)
         return losses, grad_norms
 
     @contextmanager

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
-from .. import UserError, randomness
+from .. import UserError, randomness, rollbacks
 from ..args import defaults_of
 from ..hardware import device_name
 from . import checkpoints
@@ -43,12 +43,13 @@ _locks = {}  # files that this process has locked, by folder
 FREE_ON_RESUME = {
     "bad_images", "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config", "data",
     "dataloader_num_workers", "dataset_name", "evaluate_steps", "features", "features_model_name_or_path",
-    "fingerprint", "gradient_accumulation_steps", "gradient_checkpointing", "hub_license", "hub_logs", "hub_model_id",
-    "hub_private_repo", "hub_revision", "hub_strategy", "hub_timeout", "image_cache_dir", "image_range", "keep_best",
-    "logging_dir", "logging_steps", "max_bad_images", "max_train_steps", "mixed_precision", "num_evaluation_samples",
-    "num_train_epochs", "num_validation_images", "output_dir", "prior_dataset_name", "prior_dataset_split",
-    "push_required", "push_to_hub", "report_to", "resume_from_checkpoint", "sample_batch_size", "sample_steps",
-    "tracker_project_name", "train_batch_size", "train_data_dir", "validation_split", "validation_steps", *DRAWING,
+    "fingerprint", "grad_norm_deviations", "gradient_accumulation_steps", "gradient_checkpointing", "hang_timeout",
+    "hub_license", "hub_logs", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_timeout",
+    "image_cache_dir", "image_range", "keep_best", "logging_dir", "logging_steps", "max_bad_images", "max_rollbacks",
+    "max_train_steps", "mixed_precision", "num_evaluation_samples", "num_train_epochs", "num_validation_images",
+    "output_dir", "prior_dataset_name", "prior_dataset_split", "push_required", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "sample_batch_size", "sample_steps", "tracker_project_name", "train_batch_size",
+    "train_data_dir", "validation_split", "validation_steps", *DRAWING,
 }  # fmt: skip
 
 
@@ -216,6 +217,8 @@ def resume(accelerator, args, data_settings: dict, ema_model) -> int:
             f"{path} is of a run before the noise was the same on every device: it goes on with other noise, and will "
             "not end with the bits that it would have ended with"
         )
+    if accelerator.is_main_process:
+        rollbacks.add(output_dir, state.get("rollbacks", []))  # if it is of another folder
     checkpoints.load_checkpoint(accelerator, path, state)
     averaged = {}  # the checkpoint's pipeline holds them, and its low-rank adapter if there is one
     for file in [*path.glob("unet/*.safetensors"), *path.glob("adapter/*.safetensors")]:
@@ -233,7 +236,7 @@ def save(accelerator, args, data_settings: dict, ema_model, global_step: int, sa
         save_pipeline: writes a pipeline into the folder it gets, with the averaged weights in ``unet`` or ``adapter``.
     """
     state = dict(settings={**vars(args), **data_settings}, ema_step=ema_model.optimization_step)
-    state["randomness"] = randomness.VERSION
+    state |= {"randomness": randomness.VERSION, "rollbacks": rollbacks.read(args.output_dir)}
     folder, limit = Path(args.output_dir), args.checkpoints_total_limit
     checkpoints.save_checkpoint(accelerator, folder, global_step, save_pipeline, state, limit)
 

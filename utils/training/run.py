@@ -1,7 +1,6 @@
-"""A run's surroundings: the accelerator, logging, the trackers, exit codes, and advice about errors."""
+"""A run's surroundings: the accelerator, logging, the trackers, the first lines and the last ones."""
 
 import contextlib
-import errno
 import importlib.metadata
 import logging
 import math
@@ -10,10 +9,7 @@ import re
 import shutil
 import signal
 import sys
-import threading
-import traceback
 import uuid
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -24,20 +20,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .. import UserError, printable
-from ..args import Arguments
+from ..exits import close_bars
 from ..hardware import device_name, has_bf16, set_up_process, use_all_cores
 from .curves import draw_curves
 from .output_dir import check_finished, how_to_load, public, release_output_dir, write_arguments, write_finished
 
 logger = logging.getLogger(__name__)
 
-UPLOAD = "upload"  # name of a thread that the end of the process does not wait for
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"  # what the tests have run with
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def make_accelerator(args) -> Accelerator:
@@ -76,7 +69,8 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
             said = f"the accelerate configuration asks for {engine}, which cuts up weights that the average needs whole"
             raise UserError(f"{said}; leave it out: --multi_gpu gives each GPU all of them")
     AcceleratorState._reset_state()  # of a run before in this Python process, a notebook's, in another precision
-    group = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # others wait while one downloads
+    # Others wait while one downloads; while it trains, signals.Watchdog is faster
+    group = InitProcessGroupKwargs(init_method="attempt://", timeout=timedelta(hours=2))
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group], **options)
     _set_up_logging(accelerator)
     _check_versions()
@@ -98,6 +92,21 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
             "and fp16 on a GPU"
         )
     return accelerator
+
+
+def _rendezvous(url: str, timeout: timedelta, **options):
+    """torch's way to find the other processes, apart from what those before a restart have left in the same store.
+
+    The launcher's agent keeps one store over all restarts, and in torch 2.13 a restarted process may read in it where
+    one that is gone had listened.
+    """
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = torch.distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    yield store, rank, world_size
+
+
+torch.distributed.register_rendezvous_handler("attempt", _rendezvous)
 
 
 def _check_trackers(report_to: str) -> list[str]:
@@ -258,7 +267,7 @@ def stop(accelerator, args, global_step: int, max_train_steps: int, number: int)
     accelerator.wait_for_everyone()
     _close_trackers(accelerator)
     release_output_dir(args)
-    _close_bars()
+    close_bars()
     accelerator.print(
         f"\nStopped by {signal.Signals(number).name} after {global_step} of {max_train_steps} optimizer steps; "
         f"{Path(args.output_dir) / f'checkpoint-{global_step}'} is complete.\nThe same command goes on from there."
@@ -270,67 +279,3 @@ def _close_trackers(accelerator) -> None:
     """As ``accelerator.end_training``, but the process group is left alone: gloo may hang in destroying it."""
     for tracker in accelerator.trackers:
         tracker.finish()
-
-
-def _close_bars() -> None:
-    """A progress bar is printed once more when it is closed: before the last lines, not after them."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
-
-
-def run_script(main: Callable[[Arguments], None], args: Arguments) -> NoReturn:
-    """Call ``main(args)`` and exit: with 0, its code, or 1 and one line for a mistake that the user can correct."""
-    code = 0
-    try:
-        main(args)
-    except SystemExit as request:
-        code = request.code or 0
-    except KeyboardInterrupt:  # later on, StopSignal has it
-        print("\nStopped by SIGINT" + " before training began" * hasattr(args, "checkpointing_steps"), file=sys.stderr)
-        code = 130
-    except Exception as error:
-        _close_bars()
-        advice, code = _advice(error, args), 1
-        if advice is None:
-            traceback.print_exc()
-        else:
-            print(printable(f"error: {advice}"), file=sys.stderr)
-    # At once, where something may keep the process from ending: other processes, or an upload that is still under way
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or any(thread.name == UPLOAD for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def _advice(error: Exception, args) -> str | None:
-    """What the user can do about an error; None for what looks like a mistake of ours."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
-        resumes = " from the newest checkpoint" if "checkpointing_steps" in vars(args) else ""
-        return f"{error}. When this is fixed, the same command goes on{resumes}"
-    # torch's error on a CPU is a RuntimeError like any other
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
-        return _less_memory(error, args)
-    return None
-
-
-def _less_memory(error: Exception, args) -> str:
-    """What to change, with values that keep the images per optimizer step, and so the learning rate."""
-    flags, advice = vars(args), []
-    batch, sampled = flags.get("train_batch_size", 1), flags.get("sample_batch_size", 1)
-    if batch > 1:
-        smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
-        micro_steps = flags["gradient_accumulation_steps"] * batch // smaller
-        advice.append(
-            f"--train_batch_size {smaller} --gradient_accumulation_steps {micro_steps} (the same images in each "
-            "optimizer step, the same learning rate: the same result)"
-        )
-    if flags.get("gradient_checkpointing") is False:
-        advice.append("--gradient_checkpointing")
-    if sampled > 1:
-        advice.append(f"if it happened while samples were drawn, --sample_batch_size {sampled // 2}")
-    advice.append("a smaller --resolution" if "resolution" in flags else "a smaller model")
-    first_line = str(error).splitlines()[0] if str(error) else "no memory is left"
-    return f"{first_line} Add to the same command {'; or '.join(advice)}"

@@ -1,0 +1,172 @@
+"""Back to the newest checkpoint and around the bad samples, exactly."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import children
+import pytest
+from conftest import equal_weights, exit_code, interrupt, parse, scalars, slow, tiny, train
+from PIL import Image
+
+import train_ddpm
+from utils import UserError, rollbacks
+from utils.data import TrainData
+from utils.exits import Again
+from utils.rollbacks import RECORD, WINDOW, global_batches
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+FLAGS = ["--max_rollbacks=2", "--logging_steps=2", "--report_to=tensorboard"]
+POISON = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+bad = [int(number) for number in sys.argv.pop(1).split(",")]
+import train_ddpm
+from utils.data import TrainData
+from utils.exits import run_script
+original = TrainData.batches
+def batches(self, *steps):
+    for batch in original(self, *steps):
+        for number in bad:
+            batch["images"][batch["sample_ids"] // self.global_batch_size == number] *= float('nan')
+        yield batch
+TrainData.batches = batches
+run_script(train_ddpm.main, train_ddpm.parse_args(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """A function: the images of these global batches, counted from 0, are multiplied by the factor."""
+    original = TrainData.batches
+
+    def poison(*numbers, factor=float("nan")):
+        def batches(self, *steps):
+            for batch in original(self, *steps):
+                if batch["sample_ids"][0] // self.global_batch_size in numbers:
+                    batch["images"] *= factor
+                yield batch
+
+        monkeypatch.setattr(TrainData, "batches", batches)
+
+    return poison
+
+
+def train_again(folder, *flags):
+    """Train until it ends, as ``run_script`` does. Returns how often it went back."""
+    for times in range(9):
+        try:
+            assert train(folder, *flags) == 0
+            return times
+        except Again:
+            pass
+    raise AssertionError("it goes back for ever")
+
+
+def test_the_run_goes_around_what_is_not_finite_and_ends_as_if_it_had_never_been_there(tmp_path, poisoned, capsys):
+    """Batch 4 is bad (step 5, after checkpoint-3), and so is batch 1 (step 2, before any checkpoint)."""
+    poisoned(1, 4)
+    assert train_again(tmp_path / "run", *FLAGS) == 2
+    record = json.loads((tmp_path / "run" / RECORD).read_text())
+    assert [(entry["global_batch"], entry["step"]) for entry in record] == [(1, 2), (4, 4)]
+    assert "nan" in record[0]["loss"] and "(2 of 2 rollbacks)" in capsys.readouterr().err
+
+    # A run that knows from the start what to leave out, and meets nothing bad
+    assert train(tmp_path / "known", *FLAGS, "--max_train_steps=1") == 0
+    shutil.rmtree(tmp_path / "known" / "checkpoint-1")
+    (tmp_path / "known" / RECORD).write_text(json.dumps(record))
+    assert train_again(tmp_path / "known", *FLAGS) == 0
+    assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "known" / WEIGHTS)
+    assert list(scalars(tmp_path / "run", "loss")) == [2, 4, 6]
+
+    # Killed after the rollback
+    interrupt(tmp_path / "run", "checkpoint-3")
+    (tmp_path / "run" / WEIGHTS).unlink()
+    assert train_again(tmp_path / "run", *FLAGS) == 0
+    assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "known" / WEIGHTS)
+
+
+def test_rollbacks_come_to_an_end(tmp_path, poisoned):
+    poisoned(1, 2, 3)
+    with pytest.raises(UserError, match=r"loss nan.*expected finite.*--max_rollbacks 2 are used up"):
+        train_again(tmp_path / "run", *FLAGS)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    with pytest.raises(UserError, match=r"step 2: loss nan.*--max_rollbacks leaves the images of such steps out"):
+        train(tmp_path / "other", "--logging_steps=2")  # by default it stops
+
+
+def test_a_gradient_that_is_much_larger_than_those_before_is_left_out(tmp_path, poisoned):
+    """The norms that it is compared with are in the checkpoint: a resumed run decides as the other one does."""
+    steps, bad = WINDOW + 12, WINDOW + 8
+    flags = [*FLAGS, f"--max_train_steps={steps}", "--grad_norm_deviations=8", "--train_batch_size=2", "--resolution=4"]
+    flags += [f"--checkpointing_steps={WINDOW + 4}", "--checkpoints_total_limit=9", "--lr_scheduler=constant"]
+    poisoned(bad, factor=50)
+    assert train_again(tmp_path / "run", *flags) == 1
+    (entry,) = json.loads((tmp_path / "run" / RECORD).read_text())
+    assert entry["global_batch"] == bad and entry["step"] == bad + 1 and "a norm of at most" in entry["expected"]
+    interrupt(tmp_path / "run", f"checkpoint-{WINDOW + 4}")
+    weights = (tmp_path / "run" / WEIGHTS).rename(tmp_path / "weights.safetensors")
+    (tmp_path / "run" / RECORD).unlink()  # as if killed before it happened
+    assert train_again(tmp_path / "run", *flags) == 1
+    assert equal_weights(tmp_path / "run" / WEIGHTS, weights)
+    assert exit_code(lambda _: parse("--grad_norm_deviations=5"), None) == 2
+
+
+def test_a_stream_reads_past_what_is_left_out(tmp_path, poisoned):
+    pictures, run = tmp_path / "pictures", tmp_path / "run"
+    pictures.mkdir()
+    for number in range(40):
+        Image.new("L", (8, 8), number * 6).save(pictures / f"{number:02}.png")
+    flags = [*FLAGS, "--train_batch_size=4", "--shuffle_buffer_size=50", f"--train_data_dir={pictures}", "--streaming"]
+    poisoned(4)
+    assert train_again(run, *flags) == 1
+    weights = (run / WEIGHTS).rename(tmp_path / "weights.safetensors")
+    interrupt(run, "checkpoint-3")
+    assert train_again(run, *flags) == 0  # batches 3, 5 and 6: without reading past 4 it would be 3, 4 and 5
+    assert equal_weights(run / WEIGHTS, weights)
+    known = tmp_path / "known"
+    known.mkdir()
+    shutil.copy(run / RECORD, tmp_path / RECORD)
+    assert train(known, *flags, "--max_train_steps=1") == 0
+    shutil.rmtree(known / "checkpoint-1")
+    shutil.move(tmp_path / RECORD, known / RECORD)
+    assert train_again(known, *flags) == 0
+    assert equal_weights(known / WEIGHTS, weights)
+
+
+@pytest.mark.parametrize("processes", [2, slow(1)])
+def test_rollback_and_kill_9_on_several_processes(tmp_path, processes):
+    """All go back together; what is killed afterwards goes on to the same bits."""
+    flags = [Path(train_ddpm.__file__).parent, "4", *tiny(f"--output_dir={tmp_path / 'run'}"), "--max_rollbacks=1"]
+    code, said = children.run(POISON, *flags, processes=processes, folder=tmp_path)
+    assert code == 0 and said.count("Back to the newest checkpoint") == 1, said
+    weights = (tmp_path / "run" / WEIGHTS).rename(tmp_path / "weights.safetensors")
+    interrupt(tmp_path / "run", "checkpoint-3")
+    code, said = children.run(POISON, *flags, processes=processes, folder=tmp_path)
+    assert code == 0 and "Back to" not in said, said
+    assert equal_weights(tmp_path / "run" / WEIGHTS, weights)
+
+
+def test_a_signal_is_not_lost_when_the_run_goes_back(tmp_path, poisoned, monkeypatch):
+    """It comes in the step that is bad: the run goes back, and then stops at its next step."""
+    poisoned(4)
+    original = rollbacks._go_back
+
+    def go_back(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        original(*arguments)
+
+    monkeypatch.setattr(rollbacks, "_go_back", go_back)
+    with pytest.raises(Again):
+        train(tmp_path / "run", *FLAGS)
+    assert train(tmp_path / "run", *FLAGS) == 143
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    assert train(tmp_path / "run", *FLAGS) == 0  # and in a notebook the next run is not stopped by it
+
+
+def test_the_order_of_global_batches(tmp_path):
+    assert [next(global_batches(None)) for _ in range(2)] == [0, 0]
+    (tmp_path / RECORD).write_text(json.dumps([{"global_batch": 1}, {"global_batch": 2}]))
+    order = global_batches(tmp_path)
+    assert [next(order) for _ in range(3)] == [0, 3, 4]
