@@ -5,9 +5,11 @@ none of its processes has made any for ``--hang_timeout`` seconds. What it waits
 process that is stopped or stuck, a file system that is gone.
 """
 
+import contextlib
 import faulthandler
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -46,7 +48,7 @@ class Watchdog:
 
     def __init__(self, accelerator, seconds: float):
         self.rank, self.world_size, self.seconds = accelerator.process_index, accelerator.num_processes, seconds
-        self.step, self.moved_at, self.silent, self.ended = 0, 0.0, set(), threading.Event()
+        self.step, self.moved_at, self.silent, self.ended = 0, 0.0, {}, threading.Event()
         self.interval = min(5.0, seconds / 10)
         self.thread, self.function = threading.get_ident(), sys._getframe(2).f_code  # a script's ``main``
         global _current
@@ -83,6 +85,7 @@ class Watchdog:
     def _talk(self) -> None:
         """One number that all processes add to; whether each still adds is asked only when it does not move."""
         store = torch.distributed.distributed_c10d._get_default_store().clone()
+        store.set(f"watchdog/name/{self.rank}", f"{platform.node()} {os.getpid()}")
         told, total, pulses = 0, 0, {}
         while not self.ended.wait(self.interval):
             store.add(f"watchdog/{self.rank}", 1)
@@ -91,11 +94,11 @@ class Watchdog:
                 self.moved_at, pulses = time.monotonic(), {}
                 continue
             heard = {rank: store.add(f"watchdog/{rank}", 0) for rank in range(self.world_size)}
-            self.silent = {rank for rank, pulse in heard.items() if pulses.setdefault(rank, pulse) == pulse}
+            silent = [rank for rank, pulse in heard.items() if pulses.setdefault(rank, pulse) == pulse > 0]
+            self.silent = {rank: store.get(f"watchdog/name/{rank}").decode() for rank in silent if rank != self.rank}
 
     def _give_up(self) -> None:
-        others = sorted(self.silent - {self.rank})
-        silent = f" Nothing is heard of process {', '.join(map(str, others))}, either." * bool(others)
+        silent = "".join(f" Process {rank} does not answer either." for rank in self.silent)
         where = f"process {self.rank} of {self.world_size} on {platform.node()}"
         print(
             f"\nerror: nothing has moved for {self.seconds:g} s (--hang_timeout): {where} has done {self.step} "
@@ -104,6 +107,10 @@ class Watchdog:
         )  # fmt: skip
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         print("The same command goes on from the newest checkpoint.", file=sys.stderr, flush=True)
+        for machine, pid in (name.rsplit(" ", 1) for name in self.silent.values()):
+            if machine == platform.node():  # stopped, so that only this ends it
+                with contextlib.suppress(OSError):
+                    os.kill(int(pid), signal.SIGKILL)
         os._exit(LOST)
 
     def _stack(self) -> Iterator[types.FrameType]:

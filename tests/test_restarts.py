@@ -1,0 +1,147 @@
+"""Nobody wakes up: runs that are killed go on by themselves, and runs that hang end and say where."""
+
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import children
+import pytest
+from children import finish
+from conftest import equal_weights, slow, tiny
+
+import train_ddpm
+from utils.training.checkpoints import verify_checkpoint
+
+SCRIPT = Path(train_ddpm.__file__)
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes=2",
+    "--main_process_port=0",
+]
+
+
+def flags_of(folder, steps):
+    return tiny("--checkpointing_steps=1", f"--max_train_steps={steps}", f"--output_dir={folder}")
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return found
+
+
+def newest(folder):
+    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0)
+
+
+@pytest.fixture(autouse=True)
+def launch(tmp_path):
+    """A function: start a script under an agent; none is left behind, whatever happens."""
+    agents = []
+
+    def start(*flags, **options):
+        agents.append(children.launch(SCRIPT, *flags, log=tmp_path / "log", folder=tmp_path, **options))
+        return agents[-1]
+
+    yield start
+    for agent in agents:
+        for pid in children.family(agent) if agent.is_alive() else []:
+            os.kill(pid, signal.SIGKILL)
+        agent.kill()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A function: the weights of two processes after so many steps that nobody has disturbed."""
+    folder, made = tmp_path_factory.mktemp("straight"), {}
+
+    def train(steps):
+        if steps not in made:
+            code, said = children.run(SCRIPT, *flags_of(folder / str(steps), steps), processes=2, folder=folder)
+            assert code == 0, said
+            made[steps] = folder / str(steps) / WEIGHTS
+        return made[steps]
+
+    return train
+
+
+@pytest.mark.parametrize("kills, steps", [(3, 16), slow(20, 90)])
+def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch, straight, kills, steps):
+    """Protection: ``run._rendezvous``, without which a restarted process looks for one that is gone; the lock on the
+    folder, which ends with its process; ``exits.LOST`` of the others."""
+    rng, folder, log = random.Random(0), tmp_path / "run", tmp_path / "log"
+    agent = launch(*flags_of(folder, steps), restarts=kills)
+    for kill in range(kills):
+        goal = newest(folder) + rng.randint(1, max(1, steps // kills - 1))
+        pids = wait_for(lambda goal=goal: newest(folder) >= goal and children.family(agent))
+        time.sleep(rng.random() * 0.05)
+        os.kill(rng.choice(pids), signal.SIGKILL)
+        wait_for(lambda kill=kill: log.read_text().count("INFO Resuming from") == kill + 1)
+        for path in folder.glob("checkpoint-*"):
+            verify_checkpoint(path)
+    code, said = finish(agent)
+    assert code == 0 and said.count("Finished, after") == 1, said
+    assert equal_weights(folder / WEIGHTS, straight(steps))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num_sampels=4"], "did you mean --num_samples?"),  # code 2
+        (["--dataset_split=trian"], "trian"),  # code 1
+        slow(["--learning_rate=1e30", "--lr_warmup_steps=1", "--max_grad_norm=0"], "expected finite numbers"),
+    ],
+)
+def test_a_mistake_burns_no_restarts(tmp_path, launch, flags, message):
+    """Protection: ``exits.not_again``. Otherwise each is tried, and said, four times."""
+    flags = [*flags_of(tmp_path / "run", 4), *flags]
+    code, said = finish(launch(*flags, restarts=3, processes=1))
+    assert code not in (0, None) and said.count("error: ") == 1 and message in said, said
+
+
+def test_a_stop_and_a_finished_run_burn_none_either(tmp_path, launch, straight):
+    """Slurm's job, for one, signals the processes, and not the launcher."""
+    folder = tmp_path / "run"
+    flags = flags_of(folder, 16)
+    agent = launch(*flags, restarts=3)
+    pids = wait_for(lambda: newest(folder) >= 2 and children.family(agent))
+    for pid in pids:
+        os.kill(pid, signal.SIGUSR1)
+    code, said = finish(agent)
+    assert code not in (0, None) and said.count("Stopped by SIGUSR1") == 1 and "Resuming" not in said, said
+    code, said = finish(launch(*flags, restarts=3))
+    assert code == 0 and said.count("Resuming from") == 1
+    assert equal_weights(folder / WEIGHTS, straight(16))
+    code, said = finish(launch(*flags, restarts=3))
+    assert code == 0 and said.count("This run was finished before") == 1
+
+
+@pytest.mark.parametrize("stopped", [1, slow(0)])
+def test_a_hang_ends_says_where_and_the_run_goes_on_by_itself(tmp_path, launch, straight, stopped):
+    """One of two processes is stopped, the other waits for it. Protection: ``watchdog.Watchdog``."""
+    folder = tmp_path / "run"
+    flags = [*flags_of(folder, 16), "--hang_timeout=3"]
+    agent = launch(*flags, restarts=1)
+    pids = wait_for(lambda: newest(folder) >= 3 and children.family(agent))
+    started = time.monotonic()
+    os.kill(pids[stopped], signal.SIGSTOP)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=30)
+    assert 3 <= time.monotonic() - started < 8
+    code, said = finish(agent)
+    assert code == 0, said
+    assert re.search(
+        rf"nothing has moved for 3 s \(--hang_timeout\): process {1 - stopped} of 2 on .* has done \d+ optimizer "
+        rf"steps and is in: (step|saving)\. Process {stopped} does not answer either\. Its threads:", said
+    ), said  # fmt: skip
+    assert "most recent call first" in said and "in main" in said  # the stacks
+    assert equal_weights(folder / WEIGHTS, straight(16))
