@@ -1,24 +1,31 @@
 """Scripts in child processes, as `python SCRIPT` runs them, without the seconds that importing torch takes.
 
-A child is forked from a server that has imported slow libraries. It has its own environment: the libraries that read
-it while they are imported (huggingface_hub, and so diffusers, datasets and accelerate) are left for it to import.
+A child is forked from a server that has imported slow libraries. It has its own environment; where that differs in what
+huggingface_hub, datasets and the like read while they are imported, the server is one that has not imported those.
 """
 
+import glob
 import multiprocessing
 import os
+import re
 import resource
 import runpy
 import signal
 import socket
 import sys
 import tempfile
+import time
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["torch._dynamo", "torch.utils.tensorboard", "scipy.stats", "sklearn.datasets", "matplotlib.figure", "pyarrow"]
-)
+SLOW = ["torch._dynamo", "torch.utils.tensorboard", "scipy.stats", "sklearn.datasets", "matplotlib.figure", "pyarrow"]
+READERS = ["accelerate", "datasets", "diffusers.models", "diffusers.optimization", "diffusers.pipelines.ddpm"]
+READ = re.compile("HF_|HUGGINGFACE|XDG_|HOME$|DIFFUSERS|TRANSFORMERS")  # by them, of the environment
+SERVERS = {"bare": forkserver.ForkServer(), "warm": forkserver.ForkServer()}
+SERVERS["bare"].set_forkserver_preload(SLOW)
+SERVERS["warm"].set_forkserver_preload(SLOW + READERS)
 
 
 def start(what, *arguments, log, folder=None, environment=None, file_limit=None):
@@ -31,8 +38,11 @@ def start(what, *arguments, log, folder=None, environment=None, file_limit=None)
     """
     environment = dict(os.environ if environment is None else environment)
     arguments = (what, [str(argument) for argument in arguments], log, folder or Path.cwd(), environment, file_limit)
-    child = SERVER.Process(target=_child, args=arguments)
-    child.start()
+    child = multiprocessing.get_context("forkserver").Process(target=_child, args=arguments)
+    read = [{name: value for name, value in values.items() if READ.match(name)} for values in (os.environ, environment)]
+    server = SERVERS["warm" if read[0] == read[1] else "bare"]
+    with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+        child.start()
     child.log = Path(log)
     return child
 
@@ -78,7 +88,7 @@ def _child(what, arguments, log, folder, environment, file_limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     ours = {ROOT, ROOT / "tests"}
     sys.path[:] = [path for path in sys.path if Path(path).resolve() not in ours]
-    assert not {"huggingface_hub.constants", "utils", "conftest"} & set(sys.modules)
+    assert not {"utils", "conftest"} & set(sys.modules)
     if isinstance(what, Path):
         sys.argv = [str(what), *arguments]
         sys.path.insert(0, str(what.parent))
@@ -88,13 +98,12 @@ def _child(what, arguments, log, folder, environment, file_limit):
         exec(what, {"__name__": "__main__"})
 
 
-AGENT = """
+LAUNCHER = """
 import os, runpy, signal, subprocess, sys, threading
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-class Fork(subprocess.Popen):
-    def __init__(self, handler, command, environment):
+class Fork(subprocess.Popen):  # of this process, which has imported torch, instead of a new Python
+    def __init__(self, command, env):
         self.args, self.returncode, self._child_created, self._waitpid_lock = command, None, True, threading.Lock()
         self.stdin = self.stdout = self.stderr = None
         self.pid = os.fork()
@@ -102,13 +111,12 @@ class Fork(subprocess.Popen):
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.setsid()
             os.environ.clear()
-            os.environ.update(environment)
-            sys.argv, code = list(command), 1
-            sys.path.insert(0, os.path.dirname(command[0]))
+            os.environ.update(env)
+            sys.argv, code = [part for part in command[1:] if part != "-u"], 1
+            sys.path.insert(0, os.path.dirname(sys.argv[0]))
             try:
-                runpy.run_path(command[0], run_name="__main__")
+                runpy.run_path(sys.argv[0], run_name="__main__")
                 code = 0
             except SystemExit as request:
                 code = request.code or 0
@@ -116,19 +124,37 @@ class Fork(subprocess.Popen):
                 sys.stdout.flush()
                 os._exit(code)
 
-SubprocessHandler._popen = lambda handler, command, environment: Fork(handler, command, environment)
-restarts, processes, port, *command = sys.argv[1:]
-config = LaunchConfig(
-    min_nodes=1, max_nodes=1, nproc_per_node=int(processes), max_restarts=int(restarts), monitor_interval=0.1,
-    rdzv_backend="static", rdzv_endpoint="127.0.0.1:" + port, rdzv_configs={"rank": 0}, run_id="none",
-)
-elastic_launch(config, command[0])(*command[1:])
+subprocess.Popen = Fork
+SubprocessHandler._popen = lambda handler, command, environment: Fork(command, environment)
+module = sys.argv.pop(1)
+runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 
 
-def launch(script, *arguments, log, restarts=0, processes=2, **options):
-    """Start a script under torchrun's agent, in processes that it forks, which takes two seconds instead of eight."""
-    return start(AGENT, restarts, processes, free_port(), script, *arguments, log=log, **options)
+def launch(command, *arguments, log, **options):
+    """Start a launcher, [python, "-m", module, flags and script ...]. What it starts is forked from it.
+
+    So neither it nor its processes take eight seconds to import torch; all else is as the launcher does it.
+    """
+    assert command[:2] == [sys.executable, "-m"]
+    return start(LAUNCHER, *command[2:], *arguments, log=log, **options)
+
+
+def ended(child, seconds=120):
+    """``finish``, and no process is left that writes to the log."""
+    deadline = time.monotonic() + seconds
+    code, _ = finish(child, seconds)
+    while any(_points_to(path, child.log) for path in glob.glob("/proc/[0-9]*/fd/1")):
+        assert time.monotonic() < deadline, f"a process goes on: {child.log.read_text()[-2000:]}"
+        time.sleep(0.05)
+    return code, child.log.read_text()
+
+
+def _points_to(path, file):
+    try:
+        return os.readlink(path) == str(file)
+    except OSError:  # it has ended, or is somebody else's
+        return False
 
 
 def free_port():

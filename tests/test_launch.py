@@ -31,17 +31,21 @@ pipeline(batch_size=2, num_inference_steps=2).images[1].save("sample.png")
 
 
 def start(command, folder, *flags, **changes):
-    """``changes`` to the environment; None removes a variable."""
-    tiny = [*TINY, *(["--unet=tiny"] if command[-1] == SCRIPT else [])]
+    """Start a launcher in a child; ``changes`` to the environment, None removes a variable."""
+    tiny = [*TINY, *(["--unet=tiny"] if command[-1] == SCRIPT else []), f"--output_dir={folder}"]
+    environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+    log, place = folder.with_suffix(".log"), folder.parent  # any working directory will do
+    return children.launch(command, *tiny, *flags, log=log, folder=place, environment=environment)
+
+
+def start_anew(command, folder, *flags, **changes):
+    """The same as a user does, in new processes."""
+    tiny = [*TINY, *(["--unet=tiny"] if command[-1] == SCRIPT else []), f"--output_dir={folder}"]
+    environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
     return subprocess.Popen(
-        [*command, *tiny, "--output_dir", str(folder), *map(str, flags)],
-        cwd=folder.parent,  # any working directory will do
-        env={name: value for name, value in {**os.environ, **changes}.items() if value is not None},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+        [*command, *tiny, *map(str, flags)], cwd=folder.parent, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
 
 
 def run_script(script, folder, *flags, processes=1):
@@ -51,7 +55,12 @@ def run_script(script, folder, *flags, processes=1):
 
 
 def run(command, folder, *flags, **changes):
-    process = start(command, folder, *flags, **changes)
+    folder.with_suffix(".log").unlink(missing_ok=True)
+    return children.ended(start(command, folder, *flags, **changes))
+
+
+def run_anew(command, folder, *flags, **changes):
+    process = start_anew(command, folder, *flags, **changes)
     output, _ = process.communicate(timeout=120)
     return process.returncode, output
 
@@ -126,7 +135,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
 
 
 def test_accelerate_launch_uses_the_config_and_a_stranger_loads_the_result(tmp_path):
-    code, output = run(ONE, tmp_path / "run", "--max_train_steps=2", OMP_NUM_THREADS=None)
+    code, output = run_anew(ONE, tmp_path / "run", "--max_train_steps=2", OMP_NUM_THREADS=None)
     assert code == 0, output
     cores = len(os.sched_getaffinity(0))
     assert f"1 x CPU, {cores} threads, bf16" in output  # though accelerate has set OMP_NUM_THREADS to 1
@@ -192,7 +201,7 @@ def test_distilling_does_the_same_on_two_processes(tmp_path, finished_run):
 
 
 def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
-    code, output = run([sys.executable, SCRIPT], tmp_path / "run", "--dataset_name=./missing")
+    code, output = run_anew([sys.executable, SCRIPT], tmp_path / "run", "--dataset_name=./missing")
     assert code == 1
     assert output.strip().splitlines()[-1] == "error: --dataset_name ./missing: there is no such file or folder"
     assert "Traceback" not in output
@@ -227,9 +236,9 @@ def test_a_signal_to_the_launcher_stops_everything_and_the_same_command_goes_on(
     flags += ["--max_train_steps=400", "--checkpointing_steps=1000", "--no-use_ema", "--num_train_epochs=1"]
     process = start(command, tmp_path / "run", *flags, PYTHONUNBUFFERED="1")
     wait_for_training(tmp_path / "run")
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)  # until every process has closed the pipe: no orphan goes on
-    assert process.returncode not in (0, None)
+    os.kill(process.pid, number)
+    code, output = children.ended(process)  # no orphan goes on
+    assert code not in (0, None)
     assert "Stopped by SIG" in output, output
     step = saved_step(tmp_path / "run")
     assert 0 < step < 400
@@ -268,7 +277,7 @@ def test_a_slurm_job_saves_and_queues_itself_again(tmp_path, processes):
     environment["PROCESSES"] = str(processes)
     flags = ["--max_train_steps=400", "--checkpointing_steps=1000"]
     command = ["bash", str(ROOT / "configs" / "slurm.sbatch"), SCRIPT]
-    job = start(command, tmp_path / "run", *flags, **environment)
+    job = start_anew(command, tmp_path / "run", *flags, **environment)
     wait_for_training(tmp_path / "run")
     job.send_signal(signal.SIGUSR1)
     output, _ = job.communicate(timeout=120)
@@ -277,7 +286,7 @@ def test_a_slurm_job_saves_and_queues_itself_again(tmp_path, processes):
     assert "Stopped by SIGTERM" in output
     step = saved_step(tmp_path / "run")
     (tmp_path / "requeued").unlink()
-    code, output = run(command, tmp_path / "run", *flags, f"--max_train_steps={step + 5}", **environment)
+    code, output = run_anew(command, tmp_path / "run", *flags, f"--max_train_steps={step + 5}", **environment)
     assert code == 0 and f"{step} optimizer steps done" in output, output
     assert not (tmp_path / "requeued").exists()
 

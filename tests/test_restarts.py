@@ -18,14 +18,7 @@ from utils.training.checkpoints import verify_checkpoint
 
 SCRIPT = Path(train_ddpm.__file__)
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-LAUNCH = [
-    sys.executable,
-    "-m",
-    "accelerate.commands.launch",
-    "--multi_gpu",
-    "--num_processes=2",
-    "--main_process_port=0",
-]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor_interval=0.1"]
 
 
 def flags_of(folder, steps):
@@ -49,8 +42,9 @@ def launch(tmp_path):
     """A function: start a script under an agent; none is left behind, whatever happens."""
     agents = []
 
-    def start(*flags, **options):
-        agents.append(children.launch(SCRIPT, *flags, log=tmp_path / "log", folder=tmp_path, **options))
+    def start(*flags, restarts, processes=2):
+        command = [*TORCHRUN, f"--max_restarts={restarts}", f"--nproc_per_node={processes}", str(SCRIPT)]
+        agents.append(children.launch(command, *flags, log=tmp_path / "log", folder=tmp_path))
         return agents[-1]
 
     yield start
