@@ -21,7 +21,9 @@ from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 SLOW = ["torch._dynamo", "torch.utils.tensorboard", "scipy.stats", "sklearn.datasets", "matplotlib.figure", "pyarrow"]
-READERS = ["accelerate", "datasets", "diffusers.models", "diffusers.optimization", "diffusers.pipelines.ddpm"]
+SLOW += ["torch.distributed.elastic.multiprocessing"]
+READERS = ["accelerate", "datasets", "diffusers.optimization", "diffusers.pipelines.ddpm.pipeline_ddpm"]
+READERS += [f"diffusers.schedulers.scheduling_{name}" for name in ("ddpm", "ddim", "dpmsolver_multistep", "lcm")]
 READ = re.compile("HF_|HUGGINGFACE|XDG_|HOME$|DIFFUSERS|TRANSFORMERS")  # by them, of the environment
 SERVERS = {"bare": forkserver.ForkServer(), "warm": forkserver.ForkServer()}
 SERVERS["bare"].set_forkserver_preload(SLOW)
@@ -103,11 +105,13 @@ import os, runpy, signal, subprocess, sys, threading
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 class Fork(subprocess.Popen):  # of this process, which has imported torch, instead of a new Python
-    def __init__(self, command, env):
+    def __init__(self, command, env, start_new_session=False):
         self.args, self.returncode, self._child_created, self._waitpid_lock = command, None, True, threading.Lock()
         self.stdin = self.stdout = self.stderr = None
         self.pid = os.fork()
         if not self.pid:
+            if start_new_session:
+                os.setsid()
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -125,7 +129,7 @@ class Fork(subprocess.Popen):  # of this process, which has imported torch, inst
                 os._exit(code)
 
 subprocess.Popen = Fork
-SubprocessHandler._popen = lambda handler, command, environment: Fork(command, environment)
+SubprocessHandler._popen = lambda handler, command, environment: Fork(command, environment, True)
 module = sys.argv.pop(1)
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
