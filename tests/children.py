@@ -30,16 +30,25 @@ SERVERS["bare"].set_forkserver_preload(SLOW)
 SERVERS["warm"].set_forkserver_preload(SLOW + READERS)
 
 
-def start(what, *arguments, log, folder=None, environment=None, file_limit=None):
+def start(what, *arguments, log, folder=None, environment=None, file_limit=None, machine=None):
     """Start a script, or a line of code that knows nothing of this repository, in a child; it writes to ``log``.
 
     Args:
         what: a path, or code.
         folder: that it runs in; this process's unless given. So for ``environment``, all of it.
         file_limit: no file may grow over so many bytes.
+        machine: of ``machines.Machines``, that it runs on; this one unless given.
     """
     environment = dict(os.environ if environment is None else environment)
-    arguments = (what, [str(argument) for argument in arguments], log, folder or Path.cwd(), environment, file_limit)
+    arguments = (
+        what,
+        [str(argument) for argument in arguments],
+        log,
+        folder or Path.cwd(),
+        environment,
+        file_limit,
+        machine,
+    )
     child = multiprocessing.get_context("forkserver").Process(target=_child, args=arguments)
     read = [{name: value for name, value in values.items() if READ.match(name)} for values in (os.environ, environment)]
     server = SERVERS["warm" if read[0] == read[1] else "bare"]
@@ -78,7 +87,9 @@ def run(what, *arguments, processes=1, environment=None, **options):
     return next(filter(None, codes), 0), said[-1]
 
 
-def _child(what, arguments, log, folder, environment, file_limit):
+def _child(what, arguments, log, folder, environment, file_limit, machine):
+    if machine:
+        machine.enter()
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

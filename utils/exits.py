@@ -5,6 +5,7 @@ torch is imported only where it is needed: a mistake in a flag is answered at on
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -48,7 +49,7 @@ def run_script(main: Callable, args) -> NoReturn:
             close_bars()
             advice, code = (_advice(error, args), 1)
             if _lost_another_process(error):
-                advice, code, final = (f"{_first_line(error)}. Another process of this run has ended", LOST, False)
+                advice, code, final = (_lost(error), LOST, False)
             if advice is None:
                 traceback.print_exc()
                 final = False
@@ -88,6 +89,16 @@ def close_bars() -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _lost(error: Exception) -> str:
+    reason = re.sub(r"\[\S*/[\w.]+:\d+\] *", "", _first_line(error))  # without the place in torch's sources
+    address = re.search(r"\[([\d.]+|[\da-f:]+)\]:\d+", reason)
+    where = f", at {address[1]}," if address else ""
+    return (
+        f"another process of this run{where} has ended or cannot be reached; what it has said itself is above, or in "
+        f"its machine's log. The same command goes on from the newest checkpoint ({reason})"
+    )
 
 
 def _lost_another_process(error: Exception) -> bool:

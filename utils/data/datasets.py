@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import logging
 import os
+import platform
 import shutil
 import signal
 import time
@@ -21,6 +22,7 @@ import numpy as np
 import PIL
 import psutil
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 
 from .. import UserError, randomness
@@ -67,7 +69,13 @@ def load_train_data(args, accelerator, made_for=None, own_images=None, condition
         source = replace(ImageSource.from_args(args), find_labels=conditional)
         dataset, name = load_source(source, accelerator)
     size, image_mode = (size_of(made_for.sample_size), MODES[made_for.in_channels]) if made_for else (None, None)
-    return TrainData(dataset, name, args, accelerator, size, image_mode)
+    train_data = TrainData(dataset, name, args, accelerator, size, image_mode)
+    if accelerator.num_processes > 1:
+        found = gather_object([(f"process {accelerator.process_index} on {platform.node()}", train_data.settings)])
+        for process, settings in found[1:]:
+            if settings != found[0][1]:
+                raise UserError(f"{process} has other images than {found[0][0]}: {settings} instead of {found[0][1]}")
+    return train_data
 
 
 def reading(args) -> dict:

@@ -6,6 +6,7 @@ Images are not decoded here, so that whoever decodes them can name the one that 
 import errno
 import glob
 import logging
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 import datasets
 import datasets.data_files
 import numpy as np
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from .. import UserError
@@ -91,8 +92,12 @@ def load_source(source: ImageSource, accelerator) -> tuple[datasets.Dataset | da
             dataset = _open_source(source)
         except UserError as error:  # raised after the barrier in which the other processes wait
             failure = error
+    said = [failure and f"on {platform.node()}: {failure}. All machines need the images, at the same place"]
+    problems = filter(None, gather_object(said) if accelerator.num_processes > 1 else [])
     if failure:
         raise failure
+    for problem in problems:  # of another process: this one's images are of no use without it
+        raise UserError(problem)
     return select_columns(dataset, source), source.name
 
 
