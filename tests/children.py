@@ -95,6 +95,7 @@ def _child(what, arguments, log, folder, environment, file_limit, machine):
     os.dup2(descriptor, 2)
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that is no child of a server
     os.chdir(folder)
     if file_limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

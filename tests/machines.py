@@ -34,7 +34,7 @@ class Machine:
     namespace: str
     name: str
     address: str
-    hosts: Path
+    hosts: str
 
     def enter(self):
         """Have the calling process, and what it starts, be on this machine."""
@@ -49,7 +49,7 @@ class Machine:
         call("unshare", CLONE_NEWUTS | CLONE_NEWNS)
         call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
         socket.sethostname(self.name)
-        call("mount", str(self.hosts).encode(), b"/etc/hosts", None, MS_BIND, None)
+        call("mount", self.hosts.encode(), b"/etc/hosts", None, MS_BIND, None)
 
 
 class Machines:
@@ -65,7 +65,7 @@ class Machines:
         hosts, tag = folder / "hosts", f"dm{os.getpid() % 100000}"
         addresses = {"head": "10.77.0.1", "worker": "10.77.0.2"}
         hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in addresses.items()))
-        self.all = [Machine(f"{tag}-{name}", name, ip, hosts) for name, ip in addresses.items()]
+        self.all = [Machine(f"{tag}-{name}", name, ip, str(hosts)) for name, ip in addresses.items()]
         steps = [["netns", "add", machine.namespace] for machine in self.all]
         ends = [f"{tag}{end}" for end in "ab"]
         steps += [["link", "add", ends[0], "type", "veth", "peer", "name", ends[1]]]

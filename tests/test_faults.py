@@ -251,7 +251,7 @@ from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from utils.exits import run_script
 from utils.signals import StopSignal
-StopSignal(types.SimpleNamespace(is_main_process=True, num_processes=1))
+StopSignal(types.SimpleNamespace(is_main_process=True, process_index=0, num_processes=1))
 Path(sys.argv[1]).touch()
 time.sleep(60)  # a step that does not end
 time.sleep(60)
@@ -277,7 +277,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
     """Protection: ``signal.SIG_IGN`` in ``StopSignal``; ``nohup`` works that way."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        stop = StopSignal(types.SimpleNamespace(is_main_process=True, num_processes=1))
+        stop = StopSignal(types.SimpleNamespace(is_main_process=True, process_index=0, num_processes=1))
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.received is None
         stop.restore()
@@ -316,7 +316,8 @@ def test_steps_that_fp16_skips_are_counted_and_shown(accelerator, capsys, caplog
         reduce=lambda values, how: values, log=lambda values, step: logged.append(values),
     )  # fmt: skip
     train_data = types.SimpleNamespace(global_batch_size=4, label_names=[], prepare=lambda: None)
-    curves = TrainingCurves(fake, types.SimpleNamespace(logging_steps=2), train_data, 1000, 0, 4)
+    args = types.SimpleNamespace(logging_steps=2, grad_norm_deviations=None, max_rollbacks=0, output_dir="nowhere")
+    curves = TrainingCurves(fake, args, train_data, 1000, 0, 4)
     for step, norm in enumerate([float("inf"), 1.0, float("nan"), float("inf")], start=1):
         curves.add(torch.ones(4), torch.arange(4))
         curves.step(step, torch.tensor(norm))

@@ -115,6 +115,33 @@ def test_two_processes_of_a_sibling_learn_what_one_learns(tmp_path, script, flag
     assert close(tmp_path / "one", tmp_path / "two")
 
 
+SLOW_RANK = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_ddpm
+from utils.data import TrainData
+from utils.exits import run_script
+original = TrainData.batches
+def batches(self, *steps):
+    for batch in original(self, *steps):
+        time.sleep(0.2 * self.accelerator.process_index)
+        yield batch
+TrainData.batches = batches
+run_script(train_ddpm.main, train_ddpm.parse_args(sys.argv[1:]))
+"""
+
+
+def test_a_process_that_is_slower_than_the_others_is_seen(tmp_path):
+    """Protection: ``TrainingCurves._timed_backward``. The time of a whole step is the same for all: they wait."""
+    flags = [*TINY, "--unet=tiny", f"--output_dir={tmp_path / 'run'}", "--report_to=tensorboard", "--logging_steps=2"]
+    code, output = children.run(SLOW_RANK, *flags, processes=2, folder=tmp_path)
+    assert code == 0, output
+    slowest, fastest = (scalars(tmp_path / "run", f"processes/{name}_seconds") for name in ("slowest", "fastest"))
+    assert list(slowest) == list(fastest) == [2, 4, 6]
+    for step in (4, 6):  # before the first step other things than data are waited for
+        assert 0.2 < slowest[step] < 1 and slowest[step] - fastest[step] > 0.15
+
+
 def test_two_processes_resume_bit_for_bit(tmp_path):
     flags = ["--cache_images=never", "--dataloader_num_workers=0", "--checkpoints_total_limit=3"]
     code, output = run_script(SCRIPT, tmp_path / "straight", *flags, processes=2)

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -128,3 +129,70 @@ def test_images_that_only_one_machine_has_are_refused_everywhere(tmp_path, count
     for code, said in own_folders(tmp_path, flags, name):
         assert code == 1 and said.count("error: ") == 1 and "Traceback" not in said, said
         assert re.search(message, said), said
+
+
+SRUN = """#!{python}
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from machines import Machine
+pids = []
+for rank, machine in enumerate({machines}):
+    pid = os.fork()
+    if not pid:
+        machine.enter()
+        os.environ["SLURM_NODEID"] = str(rank)
+        os.execvp(sys.argv[1], sys.argv[1:])
+    pids.append(pid)
+signal.signal(signal.SIGUSR1, lambda number, frame: [os.kill(pid, number) for pid in pids])  # as srun does
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
+"""
+
+
+@pytest.mark.slow
+def test_a_slurm_job_on_two_machines_restarts_saves_and_queues_itself_again(tmp_path, machines):
+    """configs/slurm.sbatch with --nodes=2 as it stands, Slurm's own programs aside."""
+    programs = {
+        "srun": SRUN.format(python=sys.executable, tests=str(Path(__file__).parent), machines=machines),
+        "scontrol": '#!/bin/bash\nif [ "$1" = show ]; then echo head; echo worker; else echo "$@" > requeued; fi\n',
+        "accelerate": f'#!/bin/bash\nexec {sys.executable} -m accelerate.commands.launch "${{@:2}}"\n',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    slurm = dict(SLURM_JOB_ID="17", SLURM_NNODES="2", SLURM_JOB_NODELIST="both", SLURM_SUBMIT_DIR=str(tmp_path))
+    environment = {**os.environ, **slurm, "PROCESSES": "1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    flags = tiny(f"--output_dir={tmp_path / 'run'}", "--max_train_steps=150", "--checkpointing_steps=5")
+
+    def start(*more):
+        with open(tmp_path / "log", "w") as log:
+            command = ["bash", str(ROOT / "configs" / "slurm.sbatch"), str(SCRIPT), *flags, *more]
+            return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+
+    def said(text, times=1):
+        deadline = time.monotonic() + 120
+        while (tmp_path / "log").read_text().count(text) < times:
+            assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.05)
+
+    job = start()
+    said("Saved")
+    workers = subprocess.run(["pgrep", "-f", f"{SCRIPT} .*{tmp_path}"], capture_output=True, text=True).stdout.split()
+    ranks = {}
+    for pid in workers:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks |= {entry[5:]: int(pid) for entry in variables if entry.startswith(b"RANK=")}
+    os.kill(ranks[b"1"], signal.SIGKILL)
+    said("INFO Resuming from")
+    said("Saved", 3)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(120) not in (0, None), (tmp_path / "log").read_text()
+    text = (tmp_path / "log").read_text()
+    assert "worker: waiting up to 10 minutes for 2 machines at head:20017" in text
+    assert text.count("Stopped by SIGTERM") == 1 and (tmp_path / "requeued").read_text() == "requeue 17\n", text
+    step = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert f"after {step} of 150 optimizer steps" in text
+    job = start(f"--max_train_steps={step + 3}")
+    assert job.wait(120) == 0 and f"{step} optimizer steps done" in (tmp_path / "log").read_text()

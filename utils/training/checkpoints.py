@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -247,12 +248,15 @@ def _check_finite(accelerator) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            files[file.relative_to(folder).as_posix()] = [file.stat().st_size, file_hash(file)]
-        sync(file)
-    _write_json(folder / MANIFEST, {"files": files})
+    def seal(path: Path) -> list | None:
+        entry = [path.stat().st_size, file_hash(path)] if path.is_file() else None
+        sync(path)
+        return entry
+
+    paths = sorted(folder.rglob("*"))
+    with ThreadPoolExecutor() as pool:  # half of a save's time is spent here
+        entries = dict(zip((path.relative_to(folder).as_posix() for path in paths), pool.map(seal, paths), strict=True))
+    _write_json(folder / MANIFEST, {"files": {name: entry for name, entry in entries.items() if entry}})
     sync(folder / MANIFEST)
     sync(folder)
 

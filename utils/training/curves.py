@@ -46,6 +46,9 @@ class TrainingCurves:
         self.images_per_step, self.label_names = train_data.global_batch_size, train_data.label_names
         self.num_train_timesteps = num_train_timesteps
         self.last_written, self.written_at, self.skipped = first_step, time.perf_counter(), 0
+        self.began, self.alone = self.written_at, 0.0
+        if accelerator.num_processes > 1:  # they wait for each other in the backward pass
+            self._backward, accelerator.backward = accelerator.backward, self._timed_backward
         self.bar = tqdm(
             total=last_step, initial=first_step, desc="Training", unit="step", dynamic_ncols=True,
             disable=not accelerator.is_local_main_process, mininterval=0.1 if sys.stderr.isatty() else 10,
@@ -60,6 +63,7 @@ class TrainingCurves:
     def add(self, losses: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None = None) -> None:
         """Collect one micro-step: loss of each sample, unweighted, (B,); its timestep (B,); its class (B,), or -1."""
         progress()
+        self.began = time.perf_counter()
         losses = losses.detach().float()
         bins = (timesteps * NOISE_LEVELS // self.num_train_timesteps).long()
         bins = bins.clamp(max=NOISE_LEVELS - 1)  # a real timestep just below T may have been rounded to it
@@ -106,6 +110,11 @@ class TrainingCurves:
             curves["skipped_steps"] = self.skipped
         curves["images_per_second"] = images_per_second
         curves["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
+        if self.accelerator.num_processes > 1:  # of each process until it waits for the others: data and forward pass
+            alone = torch.tensor([self.alone / (global_step - self.last_written)], device=self.accelerator.device)
+            alone = self.accelerator.gather(alone)
+            curves |= {"processes/slowest_seconds": alone.max().item(), "processes/fastest_seconds": alone.min().item()}
+            self.alone = 0.0
         names = [f"loss_by_timestep/{level}" for level in noise_levels(self.num_train_timesteps)]
         names += [f"loss_by_label/{name}" for name in self.label_names]
         curves |= {name: mean for name, mean in zip(names, means[:-1], strict=True) if mean is not None}
@@ -113,6 +122,10 @@ class TrainingCurves:
         self.bar.set_postfix_str(f"loss {curves['loss']:.4f}, {images_per_second:.0f} images/s", refresh=False)
         self.last_written, self.written_at = global_step, time.perf_counter()
         self._clear()
+
+    def _timed_backward(self, *losses, **options) -> None:
+        self.alone += time.perf_counter() - self.began
+        self._backward(*losses, **options)
 
     def check(self, global_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean losses and gradient norms of the steps since the last point, over all processes, (steps,) on the CPU.
@@ -135,6 +148,7 @@ class TrainingCurves:
             yield
         finally:
             self.written_at += time.perf_counter() - started
+            self.began = time.perf_counter()
 
     def close(self) -> None:
         self.bar.close()

@@ -268,10 +268,11 @@ def stop(accelerator, args, global_step: int, max_train_steps: int, number: int)
     _close_trackers(accelerator)
     release_output_dir(args)
     close_bars()
-    accelerator.print(
-        f"\nStopped by {signal.Signals(number).name} after {global_step} of {max_train_steps} optimizer steps; "
-        f"{Path(args.output_dir) / f'checkpoint-{global_step}'} is complete.\nThe same command goes on from there."
-    )
+    if accelerator.is_main_process:
+        print(
+            f"\nStopped by {signal.Signals(number).name} after {global_step} of {max_train_steps} optimizer steps; "
+            f"{Path(args.output_dir) / f'checkpoint-{global_step}'} is complete.\nThe same command goes on from there."
+        )
     sys.exit(128 + number)
 
 
