@@ -55,9 +55,7 @@ def main():
             path = save(accelerator, Path(folder), step, save_pipeline, {}, total_limit=2)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     for name, times in spent.items():
-        print(
-            f"{name}: {statistics.median(seconds):.1f} s, {min(seconds):.1f} to {max(seconds):.1f} (N={len(seconds)})"
-        )
+        print(f"{name}: {statistics.median(times):.1f} s, {min(times):.1f} to {max(times):.1f} (N={len(times)})")
     print(f"{size / 2**30:.1f} GiB")
 
 

@@ -60,9 +60,8 @@ def run(processes: int, namespaces: list[str], steps: int, unet: str, resolution
                     MASTER_ADDR="10.78.0.1", GLOO_SOCKET_IFNAME=f"scaling{rank}", LOCAL_RANK=0, LOCAL_WORLD_SIZE=1
                 )
             environment = os.environ | {name: str(value) for name, value in group.items()}
-            children.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            )
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            children.append(process)
         said = [child.communicate()[0].decode() for child in children]
         for child, text in zip(children, said, strict=True):
             if child.returncode:
@@ -107,9 +106,9 @@ def main():
     if len(os.sched_getaffinity(0)) < 2:
         sys.exit("At least two cores are needed")
     names = join_namespaces()
-    cases = {"1 process, 1 core": (1, []), "2 processes, 2 cores": (2, [])} | (
-        {"2 machines, 1 core each": (2, names)} if names else {}
-    )
+    cases = {"1 process, 1 core": (1, []), "2 processes, 2 cores": (2, [])}
+    if names:
+        cases["2 machines, 1 core each"] = (2, names)
     found = {name: [] for name in cases}
     try:
         for number in range(options.rounds):

@@ -14,7 +14,9 @@ from children import finish
 from conftest import equal_weights, slow, tiny
 
 import train_ddpm
+from utils.exits import LOST
 from utils.training.checkpoints import verify_checkpoint
+from utils.watchdog import PLACES
 
 SCRIPT = Path(train_ddpm.__file__)
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -139,3 +141,52 @@ def test_a_hang_ends_says_where_and_the_run_goes_on_by_itself(tmp_path, launch, 
     ), said  # fmt: skip
     assert "most recent call first" in said and "in main" in said  # the stacks
     assert equal_weights(folder / WEIGHTS, straight(16))
+
+
+PATCHED = f"""
+import sys, time
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import train_ddpm
+{{patch}}
+from utils.exits import run_script
+run_script(train_ddpm.main, train_ddpm.parse_args(sys.argv[1:]))
+"""
+DATA = """
+from utils.data import TrainData
+import utils.data.datasets as m
+original = m.from_uint8
+calls = []
+m.from_uint8 = lambda images: calls.append(time.sleep(99 * (len(calls) == 3))) or original(images)
+"""
+SAMPLING = """
+import utils.diffusion.sampling as m
+original = m.starting_noise
+calls = []
+m.starting_noise = lambda *a: calls.append(time.sleep(99 * (len(calls) == 1))) or original(*a)
+"""
+
+
+@pytest.mark.parametrize("place, patch", [slow("data", DATA), ("sampling", SAMPLING)])
+def test_a_hang_names_the_place(tmp_path, place, patch):
+    """Protection: ``PLACES`` in ``watchdog``. One process, which nobody restarts."""
+    flags = [*flags_of(tmp_path / "run", 5), "--hang_timeout=1", "--sample_steps=2"]
+    code, said = children.run(PATCHED.format(patch=patch), *flags, folder=tmp_path)
+    assert code == LOST and f"optimizer steps and is in: {place}. Its threads:" in said, said
+    assert place in PLACES.values() and said.rstrip().endswith("The same command goes on from the newest checkpoint.")
+
+
+SLOW = """
+from diffusers import UNet2DModel
+original = UNet2DModel.forward
+def forward(self, *a, **k):
+    time.sleep(0.4 * (not self.training))
+    return original(self, *a, **k)
+UNet2DModel.forward = forward
+"""
+
+
+def test_slow_is_not_hung(tmp_path):
+    """Sampling that takes three times the limit, each of its model calls less. Protection: ``progress``."""
+    flags = [*flags_of(tmp_path / "run", 3), "--hang_timeout=1", "--sample_steps=2", "--num_inference_steps=8"]
+    code, said = children.run(PATCHED.format(patch=SLOW), *flags, folder=tmp_path)
+    assert code == 0 and "--hang_timeout" not in said, said
