@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import UserError
+from . import UserError, watchdog
 from .exits import Again
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def _go_back(accelerator, args, step: int, loss: float, norm: float, expected: s
     if accelerator.is_main_process:
         entry = dict(global_batch=number, step=step, loss=str(loss), grad_norm=str(norm), expected=expected)
         add(args.output_dir, [entry])
+    watchdog.rest()
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()  # the record is there when the others read it

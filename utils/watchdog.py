@@ -34,6 +34,12 @@ def progress() -> None:
     _count += 1
 
 
+def rest() -> None:
+    """End the watch, if there is one: what comes now may take its time."""
+    if _current:
+        _current.end()
+
+
 class Watchdog:
     """Two threads: one tells the other processes of progress and hears of theirs, one looks at the clock.
 
@@ -50,10 +56,9 @@ class Watchdog:
         self.rank, self.world_size, self.seconds = accelerator.process_index, accelerator.num_processes, seconds
         self.step, self.moved_at, self.silent, self.ended = 0, 0.0, {}, threading.Event()
         self.interval = min(5.0, seconds / 10)
-        self.thread, self.function = threading.get_ident(), sys._getframe(2).f_code  # a script's ``main``
+        self.thread, self.main = threading.get_ident(), id(sys._getframe(2))  # a script's, that called StopSignal
         global _current
-        if _current:
-            _current.end()
+        rest()
         _current = self
 
     def feed(self, global_step: int) -> None:
@@ -73,7 +78,7 @@ class Watchdog:
     def _look(self) -> None:
         count, woken_at = _count, time.monotonic()
         while not self.ended.wait(self.interval):
-            if self.function not in (frame.f_code for frame in self._stack()):
+            if self.main not in map(id, self._stack()):
                 return self.end()
             now = time.monotonic()
             if count != _count or now - woken_at > self.interval + self.seconds / 2:  # it was suspended itself

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from .. import UserError
 from ..training.checkpoints import file_hash
+from ..watchdog import progress
 
 DIGITS_WEIGHTS = Path(__file__).parent / "digits_net.safetensors"
 DEFAULT_MODELS = {"dinov2": "facebook/dinov2-base", "clip": "openai/clip-vit-base-patch32"}
@@ -57,8 +58,12 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """float32 (N, D) for uint8 images (N, C, H, W)."""
-        batches = [images[k : k + self.batch_size] for k in range(0, len(images), self.batch_size)]
-        return np.concatenate([self.function(torch.from_numpy(batch)).float().cpu().numpy() for batch in batches])
+        found = []
+        for start in range(0, len(images), self.batch_size):
+            progress()
+            batch = torch.from_numpy(images[start : start + self.batch_size])
+            found.append(self.function(batch).float().cpu().numpy())
+        return np.concatenate(found)
 
 
 def load_extractor(name: str, model_name_or_path: str | None = None, device: str | torch.device = "cpu") -> Extractor:

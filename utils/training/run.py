@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from tqdm.auto import tqdm
 
 from .. import UserError, printable
-from ..exits import close_bars
+from ..exits import LAUNCHER, close_bars
 from ..hardware import device_name, has_bf16, set_up_process, use_all_cores
 from .curves import draw_curves
 from .output_dir import check_finished, how_to_load, public, release_output_dir, write_arguments, write_finished
@@ -64,8 +64,11 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
         UserError: fp16 on a CPU, several processes that do not know of each other, an engine that cuts up the weights.
     """
     set_up_process()
+    command = Path(f"/proc/{LAUNCHER}/cmdline")  # on a CPU, accelerate passes nothing of it on
+    launched = command.read_bytes().decode(errors="replace").split("\0") if os.access(command, os.R_OK) else []
     for engine in ("FSDP", "DeepSpeed", "Megatron_LM", "parallelism_config"):
-        if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1"):
+        asked = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1")
+        if asked or f"--use_{engine.lower()}" in launched:
             said = f"the accelerate configuration asks for {engine}, which cuts up weights that the average needs whole"
             raise UserError(f"{said}; leave it out: --multi_gpu gives each GPU all of them")
     AcceleratorState._reset_state()  # of a run before in this Python process, a notebook's, in another precision
