@@ -1,10 +1,12 @@
 """How training on a CPU scales: one process on one core, two on two, and two machines of one core each.
 
+Two runs that do not know of each other, one on each core, show what the machine itself has to give.
+
     python benchmarks/scaling.py
 
 The machines are network namespaces joined by a cable, where the kernel and the user's rights allow it (Linux, root).
-Each process has one core, one thread and its own 64 images a step. Prints images/s and the ratio to one process, of
-rounds in which the three alternate, and the share of a step in which a process waits for the sum of the gradients.
+Each process has one core, one thread and its own 64 images a step. Prints images/s and ratios, of rounds in which the
+cases alternate, and the share of a step in which a process waits for the sum of the gradients.
 """
 
 import argparse
@@ -40,8 +42,12 @@ json.dump([rates, {{name: value for name, value in data.items() if name.startswi
 """
 
 
-def run(processes: int, namespaces: list[str], steps: int, unet: str, resolution: int) -> tuple[float, float]:
-    """Images/s of all processes (median over the points of a curve), and the share of waiting (in the mean)."""
+def run(processes: int, how: list[str] | str, steps: int, unet: str, resolution: int) -> tuple[float, float]:
+    """Images/s of all processes (median over the points of a curve), and the share of waiting (in the mean).
+
+    Args:
+        how: namespaces for the processes, none for this one, or "apart".
+    """
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         server.close()
@@ -50,12 +56,15 @@ def run(processes: int, namespaces: list[str], steps: int, unet: str, resolution
             flags = ["--dataset_name=digits", f"--unet={unet}", f"--resolution={resolution}", "--report_to=none"]
             flags += [f"--max_train_steps={steps}", "--logging_steps=5", "--num_samples=1", "--num_inference_steps=1"]
             command = [sys.executable, "-c", DRIVER, f"{folder}/{rank}.json", *flags, f"--output_dir={folder}/run"]
+            command[-1] += str(rank) * (how == "apart")
             command = ["taskset", "-c", str(rank), *command]
             group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_PORT=port)
             group |= dict(OMP_NUM_THREADS=1, ACCELERATE_USE_CPU="true", MASTER_ADDR="127.0.0.1")
             group |= dict(ACCELERATE_MIXED_PRECISION="bf16")
-            if namespaces:
-                command = ["ip", "netns", "exec", namespaces[rank], *command]
+            if how == "apart":
+                group |= dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, MASTER_PORT=port + rank)
+            elif how:
+                command = ["ip", "netns", "exec", how[rank], *command]
                 group |= dict(
                     MASTER_ADDR="10.78.0.1", GLOO_SOCKET_IFNAME=f"scaling{rank}", LOCAL_RANK=0, LOCAL_WORLD_SIZE=1
                 )
@@ -66,8 +75,9 @@ def run(processes: int, namespaces: list[str], steps: int, unet: str, resolution
         for child, text in zip(children, said, strict=True):
             if child.returncode:
                 sys.exit(text)
-        rates, data = json.loads(Path(folder, "0.json").read_text(encoding="utf-8"))
-    rate = statistics.median([value for value in rates if value][1:])
+        results = [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
+    rates = [statistics.median([value for value in points if value][1:]) for points, _ in results]
+    rate, data = (sum(rates) if how == "apart" else rates[0]), results[0][1]
     exposed = data.get("avg_backward_comm_time", 0) - data.get("avg_backward_compute_comm_overlap_time", 0)
     return rate, exposed / 1e9 / (64 * processes / rate)
 
@@ -106,9 +116,9 @@ def main():
     if len(os.sched_getaffinity(0)) < 2:
         sys.exit("At least two cores are needed")
     names = join_namespaces()
-    cases = {"1 process, 1 core": (1, []), "2 processes, 2 cores": (2, [])}
+    cases = {"1 process": (1, []), "2 runs apart": (2, "apart"), "2 processes": (2, [])}
     if names:
-        cases["2 machines, 1 core each"] = (2, names)
+        cases["2 machines"] = (2, names)
     found = {name: [] for name in cases}
     try:
         for number in range(options.rounds):
@@ -117,12 +127,17 @@ def main():
                 print(f"round {number + 1}, {name}: {found[name][-1][0]:.0f} images/s", file=sys.stderr)
     finally:
         remove_namespaces(names)
-    base = [rate for rate, _ in found["1 process, 1 core"]]
-    print("| | images/s | times one process, by round | waiting for gradients |\n|---|---|---|---|")
+    print(
+        "| | images/s | times 1 process, by round | times 2 runs apart | waiting for gradients |\n|---|---|---|---|---|"
+    )
     for name, results in found.items():
-        ratios = ", ".join(f"{rate / one:.2f}" for (rate, _), one in zip(results, base, strict=True))
+        rates = [rate for rate, _ in results]
+        ratios = [
+            ", ".join(f"{rate / other:.2f}" for rate, (other, _) in zip(rates, found[base], strict=True))
+            for base in ("1 process", "2 runs apart")
+        ]
         share = statistics.median(share for _, share in results)
-        print(f"| {name} | {statistics.median(rate for rate, _ in results):.0f} | {ratios} | {share:.0%} |")
+        print(f"| {name} | {statistics.median(rates):.0f} | {' | '.join(ratios)} | {share:.0%} |")
 
 
 if __name__ == "__main__":
