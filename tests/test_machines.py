@@ -142,7 +142,7 @@ for rank, machine in enumerate({machines}):
     if not pid:
         machine.enter()
         os.environ["SLURM_NODEID"] = str(rank)
-        os.execvp(sys.argv[1], sys.argv[1:])
+        os.execvp(sys.argv[2], sys.argv[2:])  # behind --cpus-per-task
     pids.append(pid)
 signal.signal(signal.SIGUSR1, lambda number, frame: [os.kill(pid, number) for pid in pids])  # as srun does
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))

@@ -188,5 +188,5 @@ UNet2DModel.forward = forward
 def test_slow_is_not_hung(tmp_path):
     """Sampling that takes twice the limit and more, each of its model calls less. Protection: ``progress``."""
     flags = [*flags_of(tmp_path / "run", 3), "--hang_timeout=2", "--sample_steps=2", "--num_inference_steps=8"]
-    code, said = children.run(PATCHED.format(patch=SLOW), *flags, folder=tmp_path)
+    code, said = children.run(PATCHED.format(patch=SLOW), *flags, "--num_samples=8", processes=2, folder=tmp_path)
     assert code == 0 and "--hang_timeout" not in said, said

@@ -11,10 +11,11 @@ from conftest import equal_weights, exit_code, interrupt, parse, scalars, slow, 
 from PIL import Image
 
 import train_ddpm
-from utils import UserError, rollbacks
+from utils import UserError
 from utils.data import TrainData
 from utils.exits import Again
-from utils.rollbacks import RECORD, WINDOW, global_batches
+from utils.rollbacks import RECORD, WINDOW, global_batches, read
+from utils.signals import StopSignal
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FLAGS = ["--max_rollbacks=2", "--logging_steps=2", "--report_to=tensorboard"]
@@ -100,15 +101,17 @@ def test_a_gradient_that_is_much_larger_than_those_before_is_left_out(tmp_path, 
     """The norms that it is compared with are in the checkpoint: a resumed run decides as the other one does."""
     steps, bad = WINDOW + 12, WINDOW + 8
     flags = [*FLAGS, f"--max_train_steps={steps}", "--grad_norm_deviations=8", "--train_batch_size=2", "--resolution=4"]
+    flags += ["--logging_steps=10", "--gradient_accumulation_steps=2"]  # a checkpoint between two points
     flags += [f"--checkpointing_steps={WINDOW + 4}", "--checkpoints_total_limit=9", "--lr_scheduler=constant"]
-    poisoned(bad, factor=50)
+    poisoned(bad, factor=5000)
     assert train_again(tmp_path / "run", *flags) == 1
     (entry,) = json.loads((tmp_path / "run" / RECORD).read_text())
     assert entry["global_batch"] == bad and entry["step"] == bad + 1 and "a norm of at most" in entry["expected"]
     interrupt(tmp_path / "run", f"checkpoint-{WINDOW + 4}")
     weights = (tmp_path / "run" / WEIGHTS).rename(tmp_path / "weights.safetensors")
-    (tmp_path / "run" / RECORD).unlink()  # as if killed before it happened
+    (tmp_path / "run" / RECORD).rename(tmp_path / RECORD)  # as if killed before it happened
     assert train_again(tmp_path / "run", *flags) == 1
+    assert (tmp_path / "run" / RECORD).read_text() == (tmp_path / RECORD).read_text()
     assert equal_weights(tmp_path / "run" / WEIGHTS, weights)
     assert exit_code(lambda _: parse("--grad_norm_deviations=5"), None) == 2
 
@@ -136,7 +139,7 @@ def test_a_stream_reads_past_what_is_left_out(tmp_path, poisoned):
 
 
 @pytest.mark.parametrize("processes", [2, slow(1)])
-def test_rollback_and_kill_9_on_several_processes(tmp_path, processes):
+def test_several_processes_go_back_together(tmp_path, processes):
     """All go back together; what is killed afterwards goes on to the same bits."""
     flags = [Path(train_ddpm.__file__).parent, "4", *tiny(f"--output_dir={tmp_path / 'run'}"), "--max_rollbacks=1"]
     code, said = children.run(POISON, *flags, processes=processes, folder=tmp_path)
@@ -148,25 +151,45 @@ def test_rollback_and_kill_9_on_several_processes(tmp_path, processes):
     assert equal_weights(tmp_path / "run" / WEIGHTS, weights)
 
 
-def test_a_signal_is_not_lost_when_the_run_goes_back(tmp_path, poisoned, monkeypatch):
-    """It comes in the step that is bad: the run goes back, and then stops at its next step."""
+@pytest.mark.parametrize("steps", [1, 10])
+def test_a_signal_is_not_lost_when_the_run_goes_back(tmp_path, poisoned, monkeypatch, steps):
+    """It comes before the bad step is found, at a point of the curves or by the look before saving: the run goes back,
+    and then stops at its next step."""
+    flags = [*FLAGS, f"--logging_steps={steps}"]
     poisoned(4)
-    original = rollbacks._go_back
+    original = StopSignal.check
 
-    def go_back(*arguments):
-        signal.raise_signal(signal.SIGTERM)
-        original(*arguments)
+    def check(self, global_step):
+        if global_step == 4 + (steps > 1):
+            signal.raise_signal(signal.SIGTERM)
+            return None  # as between two looks on a GPU
+        return original(self, global_step)
 
-    monkeypatch.setattr(rollbacks, "_go_back", go_back)
+    monkeypatch.setattr(StopSignal, "check", check)
     with pytest.raises(Again):
-        train(tmp_path / "run", *FLAGS)
-    assert train(tmp_path / "run", *FLAGS) == 143
+        train(tmp_path / "run", *flags)
+    monkeypatch.setattr(StopSignal, "check", original)
+    assert train(tmp_path / "run", *flags) == 143
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
-    assert train(tmp_path / "run", *FLAGS) == 0  # and in a notebook the next run is not stopped by it
+    assert train(tmp_path / "run", *flags) == 0  # and in a notebook the next run is not stopped by it
+
+
+def test_a_run_that_was_told_where_to_begin_goes_back_to_what_it_has_saved_since(tmp_path, poisoned, capsys):
+    """Protection: ``output_dir._find_checkpoint``."""
+    folder, flags = tmp_path / "run", [*FLAGS, "--lr_scheduler=constant", "--checkpoints_total_limit=9"]
+    assert train(folder, *flags, "--max_train_steps=3") == 0
+    poisoned(7)
+    flags += ["--max_train_steps=9", f"--resume_from_checkpoint={folder / 'checkpoint-3'}"]
+    capsys.readouterr()
+    assert train_again(folder, *flags) == 1
+    resumed = [line.split("Resuming from ")[1] for line in capsys.readouterr().err.splitlines() if "Resuming" in line]
+    assert [line.split(",")[0].rpartition("/")[2] for line in resumed] == ["checkpoint-3", "checkpoint-6"]
+    assert not list(folder.glob("abandoned*"))
 
 
 def test_the_order_of_global_batches(tmp_path):
-    assert [next(global_batches(None)) for _ in range(2)] == [0, 0]
+    assert read(tmp_path) == []
+    assert next(global_batches([])) == 0
     (tmp_path / RECORD).write_text(json.dumps([{"global_batch": 1}, {"global_batch": 2}]))
-    order = global_batches(tmp_path)
+    order = global_batches(read(tmp_path))
     assert [next(order) for _ in range(3)] == [0, 3, 4]

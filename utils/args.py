@@ -8,6 +8,7 @@ import argparse
 import difflib
 import math
 import os
+import sys
 from pathlib import Path
 
 from .exits import not_again
@@ -125,8 +126,9 @@ class Parser(argparse.ArgumentParser):
             given = message.split(": ")[1].split()[0].split("=")[0]
             close = difflib.get_close_matches(given, self._option_string_actions, n=1)
             hint = f"did you mean {close[0]}?" if close else hint
+        self._print_message(f"error: {message} ({hint})\n", sys.stderr)
         not_again()
-        self.exit(2, f"error: {message} ({hint})\n")
+        self.exit(2)
 
     @staticmethod
     def switch(group, name: str, default: bool | None, help: str) -> None:

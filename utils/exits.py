@@ -4,6 +4,7 @@ torch is imported only where it is needed: a mistake in a flag is answered at on
 """
 
 import errno
+import gc
 import os
 import re
 import signal
@@ -31,14 +32,15 @@ def run_script(main: Callable, args) -> NoReturn:
     code, final = 0, True  # final: started again, it would end in the same way
     again = True
     while again:
+        gc.collect()  # what the run before a rollback had
         again = False
         try:
             main(args)
         except Again:
+            again = True
             close_bars()
             for thread in _uploads():
                 thread.join()
-            again = True
         except SystemExit as request:
             code = request.code or 0
         except KeyboardInterrupt:  # later on, StopSignal has it
@@ -75,7 +77,10 @@ def not_again() -> None:
     Its agent, torchrun's, restarts whatever does not end with 0, be it a mistake in a flag; only a signal stops it.
     """
     left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if left > 0 and os.getppid() == LAUNCHER:  # it lives: otherwise the parent is somebody else by now
+    if left <= 0 or not hasattr(os, "getsid") or os.getsid(0) != os.getpid():  # the agent's workers lead their sessions
+        return
+    if os.getppid() == LAUNCHER:  # it lives: otherwise the parent is somebody else by now
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it passes on to all
         os.kill(LAUNCHER, signal.SIGTERM)
 
 
@@ -103,11 +108,8 @@ def _lost(error: Exception) -> str:
 
 def _lost_another_process(error: Exception) -> bool:
     """Whether a collective operation failed because another process is not there any more."""
-    import torch.distributed
-
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError):
-        return False
-    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in GONE)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return several and isinstance(error, RuntimeError) and any(words in str(error) for words in GONE)
 
 
 def _advice(error: Exception, args) -> str | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from . import UserError, watchdog
 from .exits import Again
@@ -21,6 +22,7 @@ from .exits import Again
 logger = logging.getLogger(__name__)
 
 RECORD = "rollbacks.json"  # in the output folder: one entry for each time
+gone_back = False  # this process's run, and it has not begun again yet
 WINDOW = 100  # optimizer steps whose gradient norms the next one's is compared with
 
 
@@ -40,13 +42,21 @@ def add(output_dir: str | Path, entries: list[dict]) -> None:
     new = [entry for entry in entries if entry["global_batch"] not in {known["global_batch"] for known in found}]
     if new:
         temporary = Path(output_dir) / f".tmp-{RECORD}"
-        temporary.write_text(json.dumps([*found, *new], indent=2) + "\n", encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps([*found, *new], indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, Path(output_dir) / RECORD)
 
 
-def global_batches(output_dir: str | Path | None) -> Iterator[int]:
+def read_together(accelerator, output_dir: str | Path) -> list[dict]:
+    """``read`` by the main process for all: another machine may see an older state of the file. Call it on all."""
+    return broadcast_object_list([read(output_dir) if accelerator.is_main_process else None])[0]
+
+
+def global_batches(entries: list[dict]) -> Iterator[int]:
     """Which global batch of the order of samples each optimizer step takes: 0, 1, 2 ..., less what is left out."""
-    left_out = {entry["global_batch"] for entry in read(output_dir)} if output_dir else set()
+    left_out = {entry["global_batch"] for entry in entries}
     return (number for number in itertools.count() if number not in left_out)
 
 
@@ -81,7 +91,8 @@ def check(accelerator, args, global_step: int, losses: torch.Tensor, grad_norms:
 
 
 def _go_back(accelerator, args, step: int, loss: float, norm: float, expected: str) -> None:
-    found, problem = read(args.output_dir), f"step {step}: loss {loss:g}, gradient norm {norm:g}; {expected}"
+    found = read_together(accelerator, args.output_dir)
+    problem = f"step {step}: loss {loss:g}, gradient norm {norm:g}; {expected}"
     if len(found) >= args.max_rollbacks:
         raise NonFiniteLoss(
             f"{problem}. No checkpoint was made of it"
@@ -89,7 +100,7 @@ def _go_back(accelerator, args, step: int, loss: float, norm: float, expected: s
             + ". The same command goes on from the last one, perhaps with --mixed_precision no; if it happens again, "
             "--max_rollbacks leaves the images of such steps out, or start anew with a lower --learning_rate"
         )
-    number = next(itertools.islice(global_batches(args.output_dir), step - 1, None))
+    number = next(itertools.islice(global_batches(found), step - 1, None))
     logger.warning(
         f"{problem}. Back to the newest checkpoint; its images, global batch {number}, are left out "
         f"({len(found) + 1} of {args.max_rollbacks} rollbacks)"
@@ -100,5 +111,8 @@ def _go_back(accelerator, args, step: int, loss: float, norm: float, expected: s
     watchdog.rest()
     for tracker in accelerator.trackers:
         tracker.finish()
-    accelerator.wait_for_everyone()  # the record is there when the others read it
+    accelerator.wait_for_everyone()  # the record is there when it is read
+    accelerator.free_memory()
+    global gone_back
+    gone_back = True
     raise Again("the run goes back to its newest checkpoint: call main(args) again")

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from . import rollbacks
 from .watchdog import Watchdog, progress
 
 # Ctrl-C; the polite kill; the terminal is gone; Slurm's --signal=USR1@300. Windows has the first two
@@ -29,7 +30,6 @@ class StopSignal:
 
     def __init__(self, accelerator, promise="stopping after this step, with a checkpoint", hang_timeout: float = 0):
         self.accelerator, self.promise, self.received, self.at = accelerator, promise, None, 0.0
-        self.obeyed = False
         self.watchdog = Watchdog(accelerator, hang_timeout)
         heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         self.previous = {number: signal.signal(number, self._handle) for number in heard}
@@ -37,8 +37,9 @@ class StopSignal:
             before = getattr(handler, "__self__", None)
             if isinstance(before, StopSignal):
                 self.previous[number] = before.previous[number]
-                if not before.obeyed:
+                if rollbacks.gone_back and before.received:
                     self.received, self.at = before.received, before.at
+        rollbacks.gone_back = False
 
     def _handle(self, number, frame):
         if self.received is None:
@@ -66,7 +67,6 @@ class StopSignal:
                 return None
             received = torch.tensor([self.received or 0], device=self.accelerator.device)
             number = int(self.accelerator.gather(received).max()) or None
-        self.obeyed = number is not None
         return number
 
     def restore(self) -> None:

@@ -96,11 +96,12 @@ class Watchdog:
             store.add(f"watchdog/{self.rank}", 1)
             told, before, total = _count, total, store.add("watchdog", _count - told)
             if total != before:
-                self.moved_at, pulses = time.monotonic(), {}
+                self.moved_at, self.silent, pulses = time.monotonic(), {}, {}
                 continue
-            heard = {rank: store.add(f"watchdog/{rank}", 0) for rank in range(self.world_size)}
+            first, others = not pulses, [rank for rank in range(self.world_size) if rank != self.rank]
+            heard = {rank: store.add(f"watchdog/{rank}", 0) for rank in others}
             silent = [rank for rank, pulse in heard.items() if pulses.setdefault(rank, pulse) == pulse > 0]
-            self.silent = {rank: store.get(f"watchdog/name/{rank}").decode() for rank in silent if rank != self.rank}
+            self.silent = {} if first else {rank: store.get(f"watchdog/name/{rank}").decode() for rank in silent}
 
     def _give_up(self) -> None:
         silent = "".join(f" Process {rank} does not answer either." for rank in self.silent)
@@ -113,9 +114,10 @@ class Watchdog:
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         print("The same command goes on from the newest checkpoint.", file=sys.stderr, flush=True)
         for machine, pid in (name.rsplit(" ", 1) for name in self.silent.values()):
-            if machine == platform.node():  # stopped, so that only this ends it
-                with contextlib.suppress(OSError):
-                    os.kill(int(pid), signal.SIGKILL)
+            with contextlib.suppress(OSError):  # it has ended, or this is not Linux
+                parent = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+                if machine == platform.node() and int(parent) == os.getppid():  # of this run, and stopped: only this
+                    os.kill(int(pid), signal.SIGKILL)  # ends it
         os._exit(LOST)
 
     def _stack(self) -> Iterator[types.FrameType]:

@@ -25,10 +25,9 @@ import torch
 from accelerate.utils import gather_object
 from PIL import Image
 
-from .. import UserError, randomness
+from .. import UserError, randomness, rollbacks
 from ..args import size_of
 from ..pictures import from_uint8
-from ..rollbacks import global_batches
 from ..signals import STOP_SIGNALS
 from .feeds import Cache, Stream, read_ahead
 from .images import INSPECTED, PreparedImages, choose_range, find_file, locate, spread_over
@@ -268,6 +267,8 @@ class TrainData:
             ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_ids`` int64 (B,) NumPy array;
             ``labels`` int64 (B,) on the device, if ``--label_column`` is given.
         """
+        folder = vars(self.args).get("output_dir")
+        self._left_out = rollbacks.read_together(self.accelerator, folder) if folder else []
         source = self._stream if self.length is None else self._from_cache if self._cache else self._from_loader
         for sample_ids, images, labels in source(self._sample_ids(first_step, last_step)):
             images = from_uint8(images.to(self.accelerator.device, non_blocking=True))
@@ -284,8 +285,7 @@ class TrainData:
     def _sample_ids(self, first_step: int, last_step: int) -> Iterator[np.ndarray]:
         """Sample ids of each micro-batch: number of the global batch x its size + place in it."""
         size = self.args.train_batch_size
-        numbers = global_batches(vars(self.args).get("output_dir"))  # 0, 1, 2 ..., unless some are left out
-        for number in itertools.islice(numbers, first_step, last_step):
+        for number in itertools.islice(rollbacks.global_batches(self._left_out), first_step, last_step):
             for micro_step in range(self.args.gradient_accumulation_steps):
                 chunk = micro_step * self.accelerator.num_processes + self.accelerator.process_index
                 yield number * self.global_batch_size + chunk * size + np.arange(size)

@@ -10,6 +10,7 @@ from diffusers import SchedulerMixin
 
 from .. import randomness
 from ..pictures import to_uint8
+from ..watchdog import progress
 from .schedulers import predicted_images
 
 
@@ -120,6 +121,7 @@ def sample_batch(
         options["use_clipped_model_output"] = True
     with evaluating(model):
         for timestep in sampler.timesteps[first_step:]:
+            progress()
             if stop():
                 return None
             if guidance:

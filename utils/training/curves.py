@@ -56,7 +56,7 @@ class TrainingCurves:
         self._clear()
 
     def _clear(self) -> None:
-        self.losses, self.grad_norms = [], []
+        self.losses, self.grad_norms, self.checked = [], [], 0
         bins = NOISE_LEVELS + len(self.label_names) + 1  # the last for samples whose label is missing
         self.sums, self.counts = torch.zeros(2, bins, device=self.accelerator.device)
 
@@ -137,7 +137,8 @@ class TrainingCurves:
             return torch.zeros(0), torch.zeros(0)
         losses = torch.stack(self.losses).reshape(len(self.grad_norms), -1).mean(1)
         losses, grad_norms = self.accelerator.reduce(torch.stack([losses, torch.stack(self.grad_norms)]), "mean").cpu()
-        rollbacks.check(self.accelerator, self.args, global_step, losses, grad_norms)
+        rollbacks.check(self.accelerator, self.args, global_step, losses[self.checked :], grad_norms[self.checked :])
+        self.checked = len(losses)
         return losses, grad_norms
 
     @contextmanager

@@ -228,7 +228,7 @@ def resume(accelerator, args, data_settings: dict, ema_model) -> int:
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
         checkpoints.remove_leftovers(output_dir)
-    path = checkpoints.find_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
+    path = _find_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
     if path is None:
         logger.info(f"Starting a new run in {output_dir}.")
         return 0
@@ -250,6 +250,16 @@ def resume(accelerator, args, data_settings: dict, ema_model) -> int:
     ema_model.load(averaged, state["ema_step"])
     logger.info(f"Resuming from {path}, {state['global_step']} optimizer steps done.")
     return state["global_step"]
+
+
+def _find_checkpoint(accelerator, output_dir: Path, request: str | None) -> Path | None:
+    """What the flag asks for; where this very run goes on by itself, what it has saved since then."""
+    if rollbacks.gone_back or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        newest = checkpoints.find_checkpoint(accelerator, output_dir, None)
+        steps = re.fullmatch(r"checkpoint-(\d+)", Path(request or "").name)
+        if newest and (not steps or int(newest.name.split("-")[1]) > int(steps[1])):
+            return newest
+    return checkpoints.find_checkpoint(accelerator, output_dir, request)
 
 
 def save(accelerator, args, data_settings: dict, ema_model, global_step: int, save_pipeline) -> None:

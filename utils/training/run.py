@@ -22,7 +22,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 from tqdm.auto import tqdm
 
-from .. import UserError, printable
+from .. import UserError, printable, watchdog
 from ..exits import LAUNCHER, close_bars
 from ..hardware import device_name, has_bf16, set_up_process, use_all_cores
 from .curves import draw_curves
@@ -109,7 +109,9 @@ def _rendezvous(url: str, timeout: timedelta, **options):
     yield store, rank, world_size
 
 
-torch.distributed.register_rendezvous_handler("attempt", _rendezvous)
+if torch.distributed.is_available():
+    with contextlib.suppress(RuntimeError):  # this module was loaded before, and is again
+        torch.distributed.register_rendezvous_handler("attempt", _rendezvous)
 
 
 def _check_trackers(report_to: str) -> list[str]:
@@ -188,7 +190,7 @@ def start(accelerator, args, name: str, first_step: int, **summary) -> None:
 
 def _tracker_options(args, first_step: int) -> dict[str, dict]:
     """What shows a resumed run as one: TensorBoard hides what it has from later steps, W&B knows the run by an id."""
-    tensorboard = {"purge_step": first_step + 1} if first_step else {}
+    tensorboard = {"purge_step": first_step + 1}
     file = Path(args.output_dir) / args.logging_dir / "wandb_id"
     if "wandb" not in args.report_to and args.report_to != "all":
         return {"tensorboard": tensorboard}
@@ -267,19 +269,21 @@ def _command(name: str) -> str:
 
 def stop(accelerator, args, global_step: int, max_train_steps: int, number: int) -> NoReturn:
     """Say how to go on after a signal, and exit with 128 + its number: 143 for SIGTERM, 130 for SIGINT."""
-    accelerator.wait_for_everyone()
     _close_trackers(accelerator)
     release_output_dir(args)
     close_bars()
     if accelerator.is_main_process:
         print(
             f"\nStopped by {signal.Signals(number).name} after {global_step} of {max_train_steps} optimizer steps; "
-            f"{Path(args.output_dir) / f'checkpoint-{global_step}'} is complete.\nThe same command goes on from there."
+            f"{Path(args.output_dir) / f'checkpoint-{global_step}'} is complete.\nThe same command goes on from there.",
+            flush=True,
         )
+    accelerator.wait_for_everyone()  # whoever exits first may have the launcher end the others
     sys.exit(128 + number)
 
 
 def _close_trackers(accelerator) -> None:
     """As ``accelerator.end_training``, but the process group is left alone: gloo may hang in destroying it."""
+    watchdog.rest()  # a tracker may have much to send
     for tracker in accelerator.trackers:
         tracker.finish()
