@@ -312,7 +312,7 @@ def test_steps_that_fp16_skips_are_counted_and_shown(accelerator, capsys, caplog
     """Protection: ``overflows`` in ``TrainingCurves.step``. (A scaler needs a GPU; this is what it leaves behind.)"""
     logged = []
     fake = types.SimpleNamespace(
-        device=torch.device("cpu"), is_local_main_process=False, mixed_precision="fp16",
+        device=torch.device("cpu"), is_local_main_process=False, num_processes=1, mixed_precision="fp16",
         reduce=lambda values, how: values, log=lambda values, step: logged.append(values),
     )  # fmt: skip
     train_data = types.SimpleNamespace(global_batch_size=4, label_names=[], prepare=lambda: None)

@@ -51,7 +51,7 @@ def add(output_dir: str | Path, entries: list[dict]) -> None:
 
 def read_together(accelerator, output_dir: str | Path) -> list[dict]:
     """``read`` by the main process for all: another machine may see an older state of the file. Call it on all."""
-    return broadcast_object_list([read(output_dir) if accelerator.is_main_process else None])[0]
+    return broadcast_object_list([read(output_dir)])[0] if accelerator.num_processes > 1 else read(output_dir)
 
 
 def global_batches(entries: list[dict]) -> Iterator[int]:

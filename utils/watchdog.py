@@ -89,7 +89,10 @@ class Watchdog:
 
     def _talk(self) -> None:
         """One number that all processes add to; whether each still adds is asked only when it does not move."""
-        store = torch.distributed.distributed_c10d._get_default_store().clone()
+        with contextlib.suppress(RuntimeError):  # whoever keeps the store has ended
+            self._exchange(torch.distributed.distributed_c10d._get_default_store().clone())
+
+    def _exchange(self, store) -> None:
         store.set(f"watchdog/name/{self.rank}", f"{platform.node()} {os.getpid()}")
         told, total, pulses = 0, 0, {}
         while not self.ended.wait(self.interval):

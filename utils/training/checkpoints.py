@@ -10,8 +10,11 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
+import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -207,6 +210,30 @@ def set_aside_newer(output_dir: Path, path: Path) -> None:
                 target = newer.with_name(f"abandoned-{newer.name}-{number}")
             os.rename(newer, target)
             logger.warning(f"{newer} is newer than {path.name}, which this run goes back to: renamed to {target.name}")
+
+
+def check_shared(accelerator, folder: Path) -> None:
+    """Refuse a folder of which each machine has its own: each would save a part of every checkpoint.
+
+    Raises:
+        UserError: on every process.
+    """
+    token = folder / broadcast_object_list([f".tmp-seen-by-all-{uuid.uuid4().hex}"])[0]
+    if accelerator.is_main_process:
+        token.touch()
+    accelerator.wait_for_everyone()
+    deadline = time.monotonic() + 2
+    while not (seen := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)  # a network's file system may be late
+    found = gather_object([(seen, f"process {accelerator.process_index} on {platform.node()}")])
+    if accelerator.is_main_process:
+        token.unlink()
+    blind = [name for seen, name in found if not seen]
+    if blind:
+        raise UserError(
+            f"--output_dir {folder} must be on a file system that all machines share: what {found[0][1]} writes there, "
+            f"{', '.join(blind)} does not see. Choose a shared folder"
+        )
 
 
 def on_all_processes(accelerator, problem: str, action: Callable[[], None], advice: str) -> None:

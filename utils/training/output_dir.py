@@ -4,16 +4,14 @@ import errno
 import json
 import logging
 import os
-import platform
 import re
 import time
-import uuid
 from pathlib import Path
 
 import accelerate
 import diffusers
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
 from .. import UserError, randomness, rollbacks
@@ -83,28 +81,8 @@ def claim_output_dir(accelerator, args, script: str) -> tuple[Path, int | None]:
     if problem:
         raise UserError(problem)
     if accelerator.num_processes > 1:
-        _check_shared(accelerator, folder)
+        checkpoints.check_shared(accelerator, folder)
     return folder, finished_at
-
-
-def _check_shared(accelerator, folder: Path) -> None:
-    """Refuse a folder of which each machine has its own: each would save a part of every checkpoint."""
-    token = folder / broadcast_object_list([f".tmp-seen-by-all-{uuid.uuid4().hex}"])[0]
-    if accelerator.is_main_process:
-        token.touch()
-    accelerator.wait_for_everyone()
-    deadline = time.monotonic() + 2
-    while not (seen := token.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)  # a network's file system may be late
-    found = gather_object([(seen, f"process {accelerator.process_index} on {platform.node()}")])
-    if accelerator.is_main_process:
-        token.unlink()
-    blind = [name for seen, name in found if not seen]
-    if blind:
-        raise UserError(
-            f"--output_dir {folder} must be on a file system that all machines share: what {found[0][1]} writes there, "
-            f"{', '.join(blind)} does not see. Choose a shared folder"
-        )
 
 
 def _inspect_output_dir(folder: Path, args, script: str) -> int | None:
