@@ -241,7 +241,12 @@ def test_engines_that_cut_up_the_weights_are_refused(tmp_path):
         code, output = children.run(Path(SCRIPT), *flags, folder=tmp_path, environment=environment)
         assert code == 1 and f"error: the accelerate configuration asks for {engine}, which cuts up weights" in output
         assert "Traceback" not in output and not (tmp_path / "run").exists()
-    command = [*LAUNCH, "--cpu", "--use_fsdp", SCRIPT]  # on a CPU, where accelerate only ignores it
+
+
+@pytest.mark.slow
+def test_fsdp_is_refused_where_accelerate_only_ignores_it(tmp_path):
+    """On a CPU nothing but the launcher's command line tells of it."""
+    command = [*LAUNCH, "--num_processes=1", "--use_fsdp", SCRIPT]  # on a CPU, where accelerate only ignores it
     code, output = run_anew(command, tmp_path / "run")
     assert code != 0 and "error: the accelerate configuration asks for FSDP" in output, output
 
