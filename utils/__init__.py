@@ -1,5 +1,9 @@
 """Chores that the training scripts share: one file a chore, each usable on its own."""
 
+import json
+import os
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake that the user can correct: what was given, what is expected, what to do. Shown without a traceback."""
@@ -8,3 +12,23 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """The text with control characters escaped: a file's name may hold commands for the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def sync(path: Path) -> None:
+    """Have the disk write what the system has of a file or folder."""
+    if os.name == "nt":  # opens no folders, and syncs no file that is open for reading
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_record(path: Path, content) -> None:
+    """Write JSON that is there as a whole or as it was before, whatever happens meanwhile."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)

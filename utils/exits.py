@@ -30,33 +30,22 @@ class Again(Exception):
 def run_script(main: Callable, args) -> NoReturn:
     """Call ``main(args)`` and exit: with 0, its code, or 1 and one line for a mistake that the user can correct."""
     code, final = 0, True  # final: started again, it would end in the same way
-    again = True
-    while again:
-        gc.collect()  # what the run before a rollback had
-        again = False
-        try:
-            main(args)
-        except Again:
-            again = True
-            close_bars()
-            for thread in _uploads():
-                thread.join()
-        except SystemExit as request:
-            code = request.code or 0
-        except KeyboardInterrupt:  # later on, StopSignal has it
-            where = " before training began" * hasattr(args, "checkpointing_steps")
-            print(f"\nStopped by SIGINT{where}", file=sys.stderr)
-            code = 130
-        except Exception as error:
-            close_bars()
-            advice, code = (_advice(error, args), 1)
-            if _lost_another_process(error):
-                advice, code, final = (_lost(error), LOST, False)
-            if advice is None:
-                traceback.print_exc()
-                final = False
-            else:
-                print(printable(f"error: {advice}"), file=sys.stderr)
+    try:
+        while _goes_back(main, args):
+            gc.collect()  # what the run had until then
+    except SystemExit as request:
+        code = request.code or 0
+    except KeyboardInterrupt:  # later on, StopSignal has it
+        print("\nStopped by SIGINT" + " before training began" * hasattr(args, "checkpointing_steps"), file=sys.stderr)
+        code = 130
+    except Exception as error:
+        close_bars()
+        lost, advice = _lost(error), _advice(error, args)
+        code, final = (LOST if lost else 1), advice is not None and not lost
+        if lost or advice:
+            print(printable(f"error: {lost or advice}"), file=sys.stderr)
+        else:
+            traceback.print_exc()
     if code and final:
         not_again()
     # At once, where something may keep the process from ending: other processes, or an upload that is still under way
@@ -65,6 +54,18 @@ def run_script(main: Callable, args) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _goes_back(main: Callable, args) -> bool:
+    """Call ``main(args)``; whether it has to be called again."""
+    try:
+        main(args)
+    except Again:
+        close_bars()
+        for thread in _uploads():
+            thread.join()
+        return True
+    return False
 
 
 def _uploads() -> list[threading.Thread]:
@@ -96,7 +97,12 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _lost(error: Exception) -> str:
+def _lost(error: Exception) -> str | None:
+    """What to say where a collective operation failed because another process is gone; None for other errors."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError):
+        return None
+    if not any(words in str(error) for words in GONE):
+        return None
     reason = re.sub(r"\[\S*/[\w.]+:\d+\] *", "", _first_line(error))  # without the place in torch's sources
     address = re.search(r"\[([\d.]+|[\da-f:]+)\]:\d+", reason)
     where = f", at {address[1]}," if address else ""
@@ -104,12 +110,6 @@ def _lost(error: Exception) -> str:
         f"another process of this run{where} has ended or cannot be reached; what it has said itself is above, or in "
         f"its machine's log. The same command goes on from the newest checkpoint ({reason})"
     )
-
-
-def _lost_another_process(error: Exception) -> bool:
-    """Whether a collective operation failed because another process is not there any more."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return several and isinstance(error, RuntimeError) and any(words in str(error) for words in GONE)
 
 
 def _advice(error: Exception, args) -> str | None:

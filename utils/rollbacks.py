@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
-from . import UserError, watchdog
+from . import UserError, write_record
 from .exits import Again
+from .watchdog import close_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,7 @@ def add(output_dir: str | Path, entries: list[dict]) -> None:
     found = read(output_dir)
     new = [entry for entry in entries if entry["global_batch"] not in {known["global_batch"] for known in found}]
     if new:
-        temporary = Path(output_dir) / f".tmp-{RECORD}"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps([*found, *new], indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, Path(output_dir) / RECORD)
+        write_record(Path(output_dir) / RECORD, [*found, *new])
 
 
 def read_together(accelerator, output_dir: str | Path) -> list[dict]:
@@ -108,9 +103,7 @@ def _go_back(accelerator, args, step: int, loss: float, norm: float, expected: s
     if accelerator.is_main_process:
         entry = dict(global_batch=number, step=step, loss=str(loss), grad_norm=str(norm), expected=expected)
         add(args.output_dir, [entry])
-    watchdog.rest()
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    close_trackers(accelerator)
     accelerator.wait_for_everyone()  # the record is there when it is read
     accelerator.free_memory()
     global gone_back

@@ -7,7 +7,7 @@ import time
 import torch
 
 from . import rollbacks
-from .watchdog import Watchdog, progress
+from .watchdog import Watchdog
 
 # Ctrl-C; the polite kill; the terminal is gone; Slurm's --signal=USR1@300. Windows has the first two
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -52,7 +52,6 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Whether this process has received a signal: asked before each model call of what takes long."""
-        progress()
         return self.received is not None
 
     def check(self, global_step: int) -> int | None:

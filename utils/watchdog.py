@@ -34,10 +34,15 @@ def progress() -> None:
     _count += 1
 
 
-def rest() -> None:
-    """End the watch, if there is one: what comes now may take its time."""
+def close_trackers(accelerator) -> None:
+    """As ``accelerator.end_training``, but the process group is left alone: gloo may hang in destroying it.
+
+    The watch ends before, if there is one: a tracker may have much to send.
+    """
     if _current:
         _current.end()
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 class Watchdog:
@@ -58,7 +63,8 @@ class Watchdog:
         self.interval = min(5.0, seconds / 10)
         self.thread, self.main = threading.get_ident(), id(sys._getframe(2))  # a script's, that called StopSignal
         global _current
-        rest()
+        if _current:
+            _current.end()
         _current = self
 
     def feed(self, global_step: int) -> None:
@@ -95,16 +101,18 @@ class Watchdog:
     def _exchange(self, store) -> None:
         store.set(f"watchdog/name/{self.rank}", f"{platform.node()} {os.getpid()}")
         told, total, pulses = 0, 0, {}
-        while not self.ended.wait(self.interval):
+        while True:
             store.add(f"watchdog/{self.rank}", 1)
             told, before, total = _count, total, store.add("watchdog", _count - told)
             if total != before:
                 self.moved_at, self.silent, pulses = time.monotonic(), {}, {}
-                continue
-            first, others = not pulses, [rank for rank in range(self.world_size) if rank != self.rank]
-            heard = {rank: store.add(f"watchdog/{rank}", 0) for rank in others}
-            silent = [rank for rank, pulse in heard.items() if pulses.setdefault(rank, pulse) == pulse > 0]
-            self.silent = {} if first else {rank: store.get(f"watchdog/name/{rank}").decode() for rank in silent}
+            else:
+                first, others = not pulses, [rank for rank in range(self.world_size) if rank != self.rank]
+                heard = {rank: store.add(f"watchdog/{rank}", 0) for rank in others}
+                silent = [rank for rank, pulse in heard.items() if pulses.setdefault(rank, pulse) == pulse > 0]
+                self.silent = {} if first else {rank: store.get(f"watchdog/name/{rank}").decode() for rank in silent}
+            if self.ended.wait(self.interval):
+                return
 
     def _give_up(self) -> None:
         silent = "".join(f" Process {rank} does not answer either." for rank in self.silent)

@@ -12,7 +12,7 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -267,10 +267,10 @@ class TrainData:
             ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_ids`` int64 (B,) NumPy array;
             ``labels`` int64 (B,) on the device, if ``--label_column`` is given.
         """
-        folder = vars(self.args).get("output_dir")
-        self._left_out = rollbacks.read_together(self.accelerator, folder) if folder else []
+        numbers = rollbacks.global_batches(rollbacks.read_together(self.accelerator, self.args.output_dir))
+        numbers = itertools.islice(numbers, first_step, last_step)
         source = self._stream if self.length is None else self._from_cache if self._cache else self._from_loader
-        for sample_ids, images, labels in source(self._sample_ids(first_step, last_step)):
+        for sample_ids, images, labels in source(self._sample_ids(numbers)):
             images = from_uint8(images.to(self.accelerator.device, non_blocking=True))
             batch = {"sample_ids": sample_ids, "images": images}
             if self.label_names:
@@ -282,10 +282,10 @@ class TrainData:
         images, labels = self._images.examples(count, with_labels=True)
         return (from_uint8(images), labels) if with_labels else from_uint8(images)
 
-    def _sample_ids(self, first_step: int, last_step: int) -> Iterator[np.ndarray]:
-        """Sample ids of each micro-batch: number of the global batch x its size + place in it."""
+    def _sample_ids(self, numbers: Iterable[int]) -> Iterator[np.ndarray]:
+        """Sample ids of each micro-batch of these global batches: number x size + place in it."""
         size = self.args.train_batch_size
-        for number in itertools.islice(rollbacks.global_batches(self._left_out), first_step, last_step):
+        for number in numbers:
             for micro_step in range(self.args.gradient_accumulation_steps):
                 chunk = micro_step * self.accelerator.num_processes + self.accelerator.process_index
                 yield number * self.global_batch_size + chunk * size + np.arange(size)

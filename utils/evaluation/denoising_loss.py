@@ -16,6 +16,7 @@ from ..diffusion.sampling import evaluating
 from ..diffusion.schedulers import output_for
 from ..pictures import from_uint8
 from ..training.curves import NOISE_LEVELS, noise_levels
+from ..watchdog import progress
 
 
 class DenoisingLoss:
@@ -41,7 +42,7 @@ class DenoisingLoss:
     ) -> dict[str, float]:
         """The mean loss as ``loss`` and that of each range of timesteps as ``0-249`` and so on.
 
-        Nothing if ``stop``, asked before every batch, says so to a single process.
+        Nothing if ``stop``, which a single process asks before every batch, says so.
         """
         steps = self.noise_scheduler.config.num_train_timesteps
         distribution = getattr(self.noise_scheduler, "noise_distribution", "normal")
@@ -50,7 +51,8 @@ class DenoisingLoss:
         mine = numbers[accelerator.process_index :: accelerator.num_processes]
         with evaluating(model):
             for batch in np.array_split(mine, range(self.batch_size, len(mine), self.batch_size)):
-                if stop() and accelerator.num_processes == 1:
+                progress()
+                if accelerator.num_processes == 1 and stop():
                     return {}
                 levels = batch % NOISE_LEVELS
                 fractions = (levels + randomness.uniform(self.seed, "validation timesteps", batch)) / NOISE_LEVELS

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
-from ..training.checkpoints import sync
+from .. import sync
 
 BLOCK = 250  # images of a file, or somewhat more
 

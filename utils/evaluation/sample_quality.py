@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import sync
 from ..pictures import to_uint8
-from ..training.checkpoints import on_all_processes, sync
+from ..training.checkpoints import on_all_processes
 from .features import load_extractor
 from .metrics import distance_name, frechet_distance, kernel_distance
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
 
-from .. import UserError
+from .. import UserError, sync
 from ..watchdog import progress
 
 logger = logging.getLogger(__name__)
@@ -301,17 +301,6 @@ def file_hash(*files: Path) -> str:
                 digest.update(block)
                 progress()
     return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have the disk write what the system has of a file or folder."""
-    if os.name == "nt":  # opens no folders, and syncs no file that is open for reading
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(output_dir: Path, total_limit: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
-from .. import UserError, randomness, rollbacks
+from .. import UserError, randomness, rollbacks, write_record
 from ..args import defaults_of
 from ..hardware import device_name
 from . import checkpoints
@@ -268,22 +268,14 @@ def write_arguments(accelerator, args, script: str, **summary) -> None:
         "device": device_name(accelerator.device),
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, accelerate)},
     }
-    _write_record(Path(args.output_dir) / ARGUMENTS, content)
+    write_record(Path(args.output_dir) / ARGUMENTS, content)
 
 
 def write_finished(accelerator, args, global_step: int) -> None:
     """Note in ``training_args.json`` that the run is complete."""
     if accelerator.is_main_process:
         path = Path(args.output_dir) / ARGUMENTS
-        _write_record(path, {**json.loads(path.read_text(encoding="utf-8")), "finished_at_step": global_step})
-
-
-def _write_record(path: Path, content: dict) -> None:
-    temporary = path.with_name(f".tmp-{ARGUMENTS}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    checkpoints.sync(temporary)
-    temporary.replace(path)
-    checkpoints.sync(path.parent)
+        write_record(path, {**json.loads(path.read_text(encoding="utf-8")), "finished_at_step": global_step})
 
 
 def _what_ran(accelerator) -> dict[str, str]:

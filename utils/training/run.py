@@ -22,9 +22,10 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 from tqdm.auto import tqdm
 
-from .. import UserError, printable, watchdog
+from .. import UserError, printable
 from ..exits import LAUNCHER, close_bars
 from ..hardware import device_name, has_bf16, set_up_process, use_all_cores
+from ..watchdog import close_trackers
 from .curves import draw_curves
 from .output_dir import check_finished, how_to_load, public, release_output_dir, write_arguments, write_finished
 
@@ -72,7 +73,7 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
             said = f"the accelerate configuration asks for {engine}, which cuts up weights that the average needs whole"
             raise UserError(f"{said}; leave it out: --multi_gpu gives each GPU all of them")
     AcceleratorState._reset_state()  # of a run before in this Python process, a notebook's, in another precision
-    # Others wait while one downloads; while it trains, signals.Watchdog is faster
+    # Others wait while one downloads; while it trains, the Watchdog is faster
     group = InitProcessGroupKwargs(init_method="attempt://", timeout=timedelta(hours=2))
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group], **options)
     _set_up_logging(accelerator)
@@ -221,7 +222,7 @@ def finish(accelerator, args, global_step: int, max_train_steps: int, stop_signa
         stop(accelerator, args, global_step, max_train_steps, number)
     write_finished(accelerator, args, global_step)
     accelerator.wait_for_everyone()
-    _close_trackers(accelerator)
+    close_trackers(accelerator)
     if accelerator.is_main_process:
         try:
             draw_curves(Path(args.output_dir), Path(args.output_dir) / args.logging_dir)
@@ -269,7 +270,7 @@ def _command(name: str) -> str:
 
 def stop(accelerator, args, global_step: int, max_train_steps: int, number: int) -> NoReturn:
     """Say how to go on after a signal, and exit with 128 + its number: 143 for SIGTERM, 130 for SIGINT."""
-    _close_trackers(accelerator)
+    close_trackers(accelerator)
     release_output_dir(args)
     close_bars()
     if accelerator.is_main_process:
@@ -280,10 +281,3 @@ def stop(accelerator, args, global_step: int, max_train_steps: int, number: int)
         )
     accelerator.wait_for_everyone()  # whoever exits first may have the launcher end the others
     sys.exit(128 + number)
-
-
-def _close_trackers(accelerator) -> None:
-    """As ``accelerator.end_training``, but the process group is left alone: gloo may hang in destroying it."""
-    watchdog.rest()  # a tracker may have much to send
-    for tracker in accelerator.trackers:
-        tracker.finish()
