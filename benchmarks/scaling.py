@@ -10,6 +10,7 @@ cases alternate, and the share of a step in which a process waits for the sum of
 """
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -20,6 +21,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from machines import Machine, Machines  # noqa: E402
+
 DRIVER = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -42,11 +46,11 @@ json.dump([rates, {{name: value for name, value in data.items() if name.startswi
 """
 
 
-def run(processes: int, how: list[str] | str, steps: int, unet: str, resolution: int) -> tuple[float, float]:
+def run(processes: int, how: list[Machine] | str, steps: int, unet: str, resolution: int) -> tuple[float, float]:
     """Images/s of all processes (median over the points of a curve), and the share of waiting (in the mean).
 
     Args:
-        how: namespaces for the processes, none for this one, or "apart".
+        how: a machine for each process, none for this one, or "apart".
     """
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -64,12 +68,12 @@ def run(processes: int, how: list[str] | str, steps: int, unet: str, resolution:
             if how == "apart":
                 group |= dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, MASTER_PORT=port + rank)
             elif how:
-                command = ["ip", "netns", "exec", how[rank], *command]
-                group |= dict(
-                    MASTER_ADDR="10.78.0.1", GLOO_SOCKET_IFNAME=f"scaling{rank}", LOCAL_RANK=0, LOCAL_WORLD_SIZE=1
-                )
+                group |= dict(MASTER_ADDR=how[0].name, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
             environment = os.environ | {name: str(value) for name, value in group.items()}
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                preexec_fn=how[rank].enter if how and how != "apart" else None,
+            )  # fmt: skip
             children.append(process)
         said = [child.communicate()[0].decode() for child in children]
         for child, text in zip(children, said, strict=True):
@@ -82,30 +86,6 @@ def run(processes: int, how: list[str] | str, steps: int, unet: str, resolution:
     return rate, exposed / 1e9 / (64 * processes / rate)
 
 
-def join_namespaces() -> list[str]:
-    """Two network namespaces joined by a cable; none where that is not possible."""
-    names = [f"scaling-{os.getpid()}-{rank}" for rank in range(2)]
-    steps = [["netns", "add", name] for name in names]
-    steps += [["link", "add", "scaling0", "type", "veth", "peer", "name", "scaling1"]]
-    for rank, name in enumerate(names):
-        steps += [["link", "set", f"scaling{rank}", "netns", name]]
-        steps += [["-n", name, "addr", "add", f"10.78.0.{rank + 1}/24", "dev", f"scaling{rank}"]]
-        steps += [["-n", name, "link", "set", device, "up"] for device in (f"scaling{rank}", "lo")]
-    try:
-        for step in steps:
-            subprocess.run(["ip", *step], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"No two machines here: {getattr(error, 'stderr', None) or error}")
-        remove_namespaces(names)
-        return []
-    return names
-
-
-def remove_namespaces(names: list[str]) -> None:
-    for name in names:
-        subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -115,18 +95,19 @@ def main():
     options = parser.parse_args()
     if len(os.sched_getaffinity(0)) < 2:
         sys.exit("At least two cores are needed")
-    names = join_namespaces()
     cases = {"1 process": (1, []), "2 runs apart": (2, "apart"), "2 processes": (2, [])}
-    if names:
-        cases["2 machines"] = (2, names)
-    found = {name: [] for name in cases}
-    try:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        try:
+            machines = Machines(Path(folder))
+            stack.callback(machines.close)
+            cases["2 machines"] = (2, machines.all)
+        except OSError as error:
+            print(f"No two machines here: {error}")
+        found = {name: [] for name in cases}
         for number in range(options.rounds):
             for name, case in cases.items():
                 found[name].append(run(*case, options.steps, options.unet, options.resolution))
                 print(f"round {number + 1}, {name}: {found[name][-1][0]:.0f} images/s", file=sys.stderr)
-    finally:
-        remove_namespaces(names)
     print(
         "| | images/s | times 1 process, by round | times 2 runs apart | waiting for gradients |\n|---|---|---|---|---|"
     )

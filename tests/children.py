@@ -4,6 +4,7 @@ A child is forked from a server that has imported slow libraries. It has its own
 huggingface_hub, datasets and the like read while they are imported, the server is one that has not imported those.
 """
 
+import contextlib
 import glob
 import multiprocessing
 import os
@@ -112,6 +113,21 @@ def _child(what, arguments, log, folder, environment, file_limit, machine):
         exec(what, {"__name__": "__main__"})
 
 
+DRIVER = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_ddpm
+{{patch}}
+from utils.exits import run_script
+run_script(train_ddpm.main, train_ddpm.parse_args(sys.argv[1:]))
+"""
+
+
+def patched(patch):
+    """The code of a process that runs train_ddpm.py after these lines, which find it, sys and time imported."""
+    return DRIVER.format(patch=patch)
+
+
 LAUNCHER = """
 import os, runpy, signal, subprocess, sys, threading
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
@@ -171,6 +187,13 @@ def _points_to(path, file):
         return os.readlink(path) == str(file)
     except OSError:  # it has ended, or is somebody else's
         return False
+
+
+def kill(launcher):
+    """End a launcher and what it has started, at once."""
+    for pid in [*(family(launcher) if launcher.is_alive() else []), launcher.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def free_port():

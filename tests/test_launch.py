@@ -30,28 +30,33 @@ pipeline(batch_size=2, num_inference_steps=2).images[1].save("sample.png")
 """
 
 
+def tiny(script, folder):
+    """Flags of a tiny run of the script into the folder."""
+    return [*TINY, *(["--unet=tiny"] if script == SCRIPT else []), f"--output_dir={folder}"]
+
+
+def changed(**changes):
+    """The environment with changes; None removes a variable."""
+    return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+
+
 def start(command, folder, *flags, **changes):
-    """Start a launcher in a child; ``changes`` to the environment, None removes a variable."""
-    tiny = [*TINY, *(["--unet=tiny"] if command[-1] == SCRIPT else []), f"--output_dir={folder}"]
-    environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
-    log, place = folder.with_suffix(".log"), folder.parent  # any working directory will do
-    return children.launch(command, *tiny, *flags, log=log, folder=place, environment=environment)
+    """Start a launcher in a child, in any working directory, with ``changes`` to the environment."""
+    flags, log = [*tiny(command[-1], folder), *flags], folder.with_suffix(".log")
+    return children.launch(command, *flags, log=log, folder=folder.parent, environment=changed(**changes))
 
 
 def start_anew(command, folder, *flags, **changes):
     """The same as a user does, in new processes."""
-    tiny = [*TINY, *(["--unet=tiny"] if command[-1] == SCRIPT else []), f"--output_dir={folder}"]
-    environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
     return subprocess.Popen(
-        [*command, *tiny, *map(str, flags)], cwd=folder.parent, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        [*command, *tiny(command[-1], folder), *map(str, flags)], cwd=folder.parent, env=changed(**changes),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
 
 def run_script(script, folder, *flags, processes=1):
     """A script in as many processes, without a launcher, which takes longer to start than to train."""
-    tiny = [*TINY, *(["--unet=tiny"] if script == SCRIPT else []), f"--output_dir={folder}"]
-    return children.run(Path(script), *tiny, *flags, processes=processes, folder=folder.parent)
+    return children.run(Path(script), *tiny(script, folder), *flags, processes=processes, folder=folder.parent)
 
 
 def run(command, folder, *flags, **changes):
@@ -115,26 +120,21 @@ def test_two_processes_of_a_sibling_learn_what_one_learns(tmp_path, script, flag
     assert close(tmp_path / "one", tmp_path / "two")
 
 
-SLOW_RANK = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import train_ddpm
+SLOW_RANK = """
 from utils.data import TrainData
-from utils.exits import run_script
 original = TrainData.batches
 def batches(self, *steps):
     for batch in original(self, *steps):
         time.sleep(0.2 * self.accelerator.process_index)
         yield batch
 TrainData.batches = batches
-run_script(train_ddpm.main, train_ddpm.parse_args(sys.argv[1:]))
 """
 
 
 def test_a_process_that_is_slower_than_the_others_is_seen(tmp_path):
     """Protection: ``TrainingCurves._timed_backward``. The time of a whole step is the same for all: they wait."""
     flags = [*TINY, "--unet=tiny", f"--output_dir={tmp_path / 'run'}", "--report_to=tensorboard", "--logging_steps=2"]
-    code, output = children.run(SLOW_RANK, *flags, processes=2, folder=tmp_path)
+    code, output = children.run(children.patched(SLOW_RANK), *flags, processes=2, folder=tmp_path)
     assert code == 0, output
     slowest, fastest = (scalars(tmp_path / "run", f"processes/{name}_seconds") for name in ("slowest", "fastest"))
     assert list(slowest) == list(fastest) == [2, 4, 6]
@@ -326,27 +326,23 @@ def test_a_slurm_job_saves_and_queues_itself_again(tmp_path, processes):
     assert not (tmp_path / "requeued").exists()
 
 
-RANK_FAILS = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import accelerate, train_ddpm
-from utils.exits import run_script
+RANK_FAILS = """
+import accelerate
 original = accelerate.Accelerator.save_state
 def save_state(self, folder):
     if self.process_index == 1 and "checkpoint-6" in folder:
         raise OSError(28, "No space left on device")
     return original(self, folder)
 accelerate.Accelerator.save_state = save_state
-run_script(train_ddpm.main, train_ddpm.parse_args(["--unet=tiny", *sys.argv[1:]]))
 """
 
 
 def test_a_failure_in_saving_on_one_rank_stops_all_with_its_message(tmp_path):
     """Protection: ``checkpoints.on_all_processes``, ``exits.run_script``: no rank waits for others to leave. Then
     torchrun trains to the end."""
-    (tmp_path / "driver.py").write_text(RANK_FAILS)
+    (tmp_path / "driver.py").write_text(children.patched(RANK_FAILS))
     began = time.monotonic()
-    code, output = run([*TORCHRUN[:-1], str(tmp_path / "driver.py")], tmp_path / "run")
+    code, output = run([*TORCHRUN[:-1], str(tmp_path / "driver.py")], tmp_path / "run", "--unet=tiny")
     assert code not in (0, None)
     assert "checkpoint-6 cannot be saved: process 1: OSError: [Errno 28] No space left on device" in output, output
     assert time.monotonic() - began < 60  # a rank that waits does so for two hours

@@ -37,27 +37,21 @@ def launch(tmp_path, machines):
     """A function: ``accelerate launch`` with configs/multi_node.yaml on both machines; nothing of it is left behind."""
     launched = []
 
-    def start(*flags, restarts=0, processes=2, only=(0, 1)):
-        for rank in only:
+    def start(*flags):
+        for rank, machine in enumerate(machines):
             log = tmp_path / f"log-{rank}"
             log.unlink(missing_ok=True)
-            command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", CONFIG]
-            command += ["--machine_rank", rank, "--main_process_ip", "head", "--mixed_precision", "no"]
-            command += ["--num_processes", processes, "--max_restarts", restarts, SCRIPT]
+            command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(CONFIG)]
+            command += ["--machine_rank", str(rank), "--main_process_ip", "head", "--num_processes", "2"]
+            command += ["--mixed_precision", "no", str(SCRIPT)]
             environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-            launched.append(
-                children.launch(
-                    [str(part) for part in command], *flags, log=log, folder=tmp_path, machine=machines[rank],
-                    environment=environment,
-                )
-            )  # fmt: skip
-        return launched[-len(only) :]
+            where = dict(folder=tmp_path, machine=machine, environment=environment)
+            launched.append(children.launch(command, *flags, log=log, **where))
+        return launched[-2:]
 
     yield start
     for launcher in launched:
-        for pid in children.family(launcher) if launcher.is_alive() else []:
-            os.kill(pid, signal.SIGKILL)
-        launcher.kill()
+        children.kill(launcher)
 
 
 def test_two_machines_of_one_process_equal_one_machine_of_two(tmp_path, launch):
@@ -79,8 +73,7 @@ def test_a_machine_that_goes_is_named_and_the_same_command_goes_on(tmp_path, lau
     while not list((tmp_path / "run").glob("checkpoint-*")):
         assert time.monotonic() < deadline, pair[0].log.read_text()
         time.sleep(0.05)
-    for pid in [*children.family(pair[1]), pair[1].pid]:
-        os.kill(pid, signal.SIGKILL)
+    children.kill(pair[1])
     code, said = children.ended(pair[0])
     assert code not in (0, None)
     assert re.search(

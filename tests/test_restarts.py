@@ -51,9 +51,7 @@ def launch(tmp_path):
 
     yield start
     for agent in agents:
-        for pid in children.family(agent) if agent.is_alive() else []:
-            os.kill(pid, signal.SIGKILL)
-        agent.kill()
+        children.kill(agent)
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +141,6 @@ def test_a_hang_ends_says_where_and_the_run_goes_on_by_itself(tmp_path, launch, 
     assert equal_weights(folder / WEIGHTS, straight(16))
 
 
-PATCHED = f"""
-import sys, time
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import train_ddpm
-{{patch}}
-from utils.exits import run_script
-run_script(train_ddpm.main, train_ddpm.parse_args(sys.argv[1:]))
-"""
 DATA = """
 from utils.data import TrainData
 import utils.data.datasets as m
@@ -170,7 +160,7 @@ m.starting_noise = lambda *a: calls.append(time.sleep(99 * (len(calls) == 1))) o
 def test_a_hang_names_the_place(tmp_path, place, patch):
     """Protection: ``PLACES`` in ``watchdog``. One process, which nobody restarts."""
     flags = [*flags_of(tmp_path / "run", 5), "--hang_timeout=2", "--sample_steps=2"]
-    code, said = children.run(PATCHED.format(patch=patch), *flags, folder=tmp_path)
+    code, said = children.run(children.patched(patch), *flags, folder=tmp_path)
     assert code == LOST and f"optimizer steps and is in: {place}. Its threads:" in said, said
     assert place in PLACES.values() and said.rstrip().endswith("The same command goes on from the newest checkpoint.")
 
@@ -188,5 +178,5 @@ UNet2DModel.forward = forward
 def test_slow_is_not_hung(tmp_path):
     """Sampling that takes twice the limit and more, each of its model calls less. Protection: ``progress``."""
     flags = [*flags_of(tmp_path / "run", 3), "--hang_timeout=2", "--sample_steps=2", "--num_inference_steps=8"]
-    code, said = children.run(PATCHED.format(patch=SLOW), *flags, "--num_samples=8", processes=2, folder=tmp_path)
+    code, said = children.run(children.patched(SLOW), *flags, "--num_samples=8", processes=2, folder=tmp_path)
     assert code == 0 and "--hang_timeout" not in said, said
