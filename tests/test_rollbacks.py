@@ -184,3 +184,10 @@ def test_the_order_of_global_batches(tmp_path):
     (tmp_path / RECORD).write_text(json.dumps([{"global_batch": 1}, {"global_batch": 2}]))
     order = global_batches(read(tmp_path))
     assert [next(order) for _ in range(3)] == [0, 3, 4]
+
+
+@pytest.mark.parametrize("content", ["[{", '{"step": 3}', '[{"step": 3}]', '[{"global_batch": "x"}]'])
+def test_a_damaged_record_is_named(tmp_path, content):
+    (tmp_path / RECORD).write_text(content)
+    with pytest.raises(UserError, match=r"rollbacks.json is damaged.*delete the file"):
+        read(tmp_path)

@@ -31,9 +31,20 @@ class NonFiniteLoss(UserError):
 
 
 def read(output_dir: str | Path) -> list[dict]:
-    """What the run in this folder has left out, an entry for each time: ``global_batch``, ``step`` and why."""
+    """What the run in this folder has left out, an entry for each time: ``global_batch``, ``step`` and why.
+
+    Raises:
+        UserError: the record is damaged.
+    """
     file = Path(output_dir) / RECORD
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        return [{**entry, "global_batch": int(entry["global_batch"])} for entry in entries]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error}); expected a list of entries with global_batch. The "
+            "newest checkpoint holds the same list: delete the file, and the same command goes on from there"
+        ) from error
 
 
 def add(output_dir: str | Path, entries: list[dict]) -> None:
@@ -89,16 +100,16 @@ def _go_back(accelerator, args, step: int, loss: float, norm: float, expected: s
     found = read_together(accelerator, args.output_dir)
     problem = f"step {step}: loss {loss:g}, gradient norm {norm:g}; {expected}"
     if len(found) >= args.max_rollbacks:
+        used_up = f", and --max_rollbacks {args.max_rollbacks} are used up, see {RECORD}" if found else ""
+        others = "" if found else "--max_rollbacks leaves the images of such steps out, or "
         raise NonFiniteLoss(
-            f"{problem}. No checkpoint was made of it"
-            + f", and --max_rollbacks {args.max_rollbacks} are used up, see {RECORD}" * bool(found)
-            + ". The same command goes on from the last one, perhaps with --mixed_precision no; if it happens again, "
-            "--max_rollbacks leaves the images of such steps out, or start anew with a lower --learning_rate"
+            f"{problem}. No checkpoint was made of it{used_up}. The same command goes on from the last one, perhaps "
+            f"with --mixed_precision no; if it happens again, {others}start anew with a lower --learning_rate"
         )
     number = next(itertools.islice(global_batches(found), step - 1, None))
     logger.warning(
-        f"{problem}. Back to the newest checkpoint; its images, global batch {number}, are left out "
-        f"({len(found) + 1} of {args.max_rollbacks} rollbacks)"
+        f"{problem}. Back to the newest checkpoint, or to the start if there is none; its images, global "
+        f"batch {number}, are left out ({len(found) + 1} of {args.max_rollbacks} rollbacks)"
     )
     if accelerator.is_main_process:
         entry = dict(global_batch=number, step=step, loss=str(loss), grad_norm=str(norm), expected=expected)
