@@ -37,7 +37,7 @@ outputs/digits/model_index.json:
 test: .venv/installed-dev  ## the tests, on a CPU, offline
 	$(BIN)/python -m pytest
 
-test-slow: .venv/installed-dev  ## the slow ones: more faults, launchers and signals
+test-slow: .venv/installed-slow  ## the slow ones: more faults, launchers and signals
 	$(BIN)/python -m pytest -m slow
 
 test-all: test test-slow  ## both
@@ -61,4 +61,8 @@ clean:  ## remove the environment (not the outputs)
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/installed-slow: requirements-slow.txt requirements-demo.txt .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-slow.txt
 	touch $@

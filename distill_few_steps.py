@@ -174,7 +174,7 @@ def main(args):
             rows |= {f"{calls} call{'s' * (calls > 1)}": draw(args.num_samples, calls) for calls in shown}
         if not any(images is None for images in rows.values()):  # not interrupted
             picture = make_grid(np.concatenate(list(rows.values())), captions=list(rows))
-            save_picture(picture, path, accelerator, global_step, "samples")
+            save_picture(picture, path, accelerator, global_step, "samples", f"step {global_step}, seed {args.seed}")
 
     def save_pipeline(folder):
         pipeline_class = ClassConditionalPipeline if conditional else DDPMPipeline

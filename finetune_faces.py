@@ -61,7 +61,7 @@ def main(args):
     from utils.diffusion.schedulers import make_sampler, pipeline_scheduler
     from utils.evaluation import Validation
     from utils.evaluation.reference import show_nearest
-    from utils.pictures import make_grid, save_picture, to_uint8
+    from utils.pictures import make_grid, save_picture, save_samples, to_uint8
     from utils.publishing import Hub, write_card
     from utils.randomness import random_bits, sample_noise, uniform
     from utils.signals import StopSignal
@@ -158,7 +158,7 @@ def main(args):
             pictures["guided"] = make_grid(np.concatenate([first, guided]), captions=["adapted", "guided"])
         for name, picture in pictures.items():
             save_picture(picture, output_dir / f"{name}.png", accelerator, global_step, name)
-        save_picture(make_grid(images), path, accelerator, global_step, "samples")
+        save_samples(make_grid(images), path, accelerator, args, global_step)
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):

@@ -36,7 +36,7 @@ def main(args):
     from utils.diffusion.illustrations import show_denoising, show_walk
     from utils.diffusion.linear_mix import LinearMixPipeline, LinearMixScheduler
     from utils.evaluation import Validation
-    from utils.pictures import make_grid, save_picture
+    from utils.pictures import make_grid, save_picture, save_samples
     from utils.publishing import Hub, write_card
     from utils.randomness import sample_noise, uniform
     from utils.signals import StopSignal
@@ -105,7 +105,7 @@ def main(args):
         save_picture(denoising, output_dir / "denoising.png", accelerator, global_step, "denoising")
         save_picture(walk, output_dir / "walk.png", accelerator, global_step, "walk")
         if images is not None:  # not interrupted
-            save_picture(make_grid(images), path, accelerator, global_step, "samples")
+            save_samples(make_grid(images), path, accelerator, args, global_step)
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):

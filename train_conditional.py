@@ -88,7 +88,7 @@ def main(args):
     from utils.diffusion.classes import GuidedModel, give_classes, labels_in_turn, rows_by_class
     from utils.diffusion.schedulers import make_sampler, min_snr_weights, pipeline_scheduler
     from utils.evaluation import SampleQuality, Validation
-    from utils.pictures import make_grid, save_picture
+    from utils.pictures import make_grid, save_samples
     from utils.publishing import Hub, write_card
     from utils.randomness import logit_normal, random_bits, sample_noise, uniform
     from utils.signals import StopSignal
@@ -181,7 +181,7 @@ def main(args):
             images = draw(args.num_samples)
         if images is not None:  # not interrupted
             images, captions = rows_by_class(images, class_names)
-            save_picture(make_grid(images, captions=captions), path, accelerator, global_step, "samples")
+            save_samples(make_grid(images, captions=captions), path, accelerator, args, global_step)
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):

@@ -80,7 +80,7 @@ def main(args):
     from utils.diffusion import check_fit, load_pretrained, noise_flags, sample_images, unet_from_config
     from utils.diffusion.schedulers import make_sampler, min_snr_weights, pipeline_scheduler
     from utils.evaluation import SampleQuality, Validation
-    from utils.pictures import make_grid, save_picture
+    from utils.pictures import make_grid, save_samples
     from utils.publishing import Hub, write_card
     from utils.randomness import logit_normal, random_bits, sample_noise, uniform
     from utils.signals import StopSignal
@@ -163,7 +163,7 @@ def main(args):
         with curves.pause(), ema_model.swapped_in(unet):
             images = draw(args.num_samples)
         if images is not None:  # not interrupted
-            save_picture(make_grid(images), path, accelerator, global_step, "samples")
+            save_samples(make_grid(images), path, accelerator, args, global_step)
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):

@@ -79,7 +79,7 @@ def main(args):
     from utils.diffusion import check_fit, load_pretrained, sample_images, unet_from_config
     from utils.diffusion.flow import FlowScheduler, flow_flags, make_sampler, nearest_noise, pipeline_scheduler, shifted
     from utils.evaluation import SampleQuality, Validation
-    from utils.pictures import make_grid, save_picture
+    from utils.pictures import make_grid, save_samples
     from utils.publishing import Hub, write_card
     from utils.randomness import logit_normal, random_bits, uniform
     from utils.signals import StopSignal
@@ -160,7 +160,7 @@ def main(args):
         with curves.pause(), ema_model.swapped_in(unet):
             images = draw(args.num_samples)
         if images is not None:  # not interrupted
-            save_picture(make_grid(images), path, accelerator, global_step, "samples")
+            save_samples(make_grid(images), path, accelerator, args, global_step)
 
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):

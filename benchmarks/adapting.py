@@ -65,9 +65,9 @@ def main():
                 f"--pretrained_model_name_or_path={folder / start}", "--prior_dataset_name", options.dataset_name,
                 "--prior_dataset_split", options.base_split, "--lr_warmup_steps=20",
             )  # fmt: skip
-            events = EventAccumulator(str(folder / name / "logs" / "finetune_faces")).Reload()
-            loss = [event.value for event in events.Scalars("validation_loss/held_out")]
-            prior = [event.value for event in events.Scalars("validation_loss/prior")]
+            events = EventAccumulator(str(folder / name / "logs" / name)).Reload()
+            loss = [event.value for event in events.Scalars("loss/validation_held_out")]
+            prior = [event.value for event in events.Scalars("loss/validation_prior")]
             print(f"| {name} | {loss[0]:.4f} | {loss[-1]:.4f} | {prior[0]:.4f} | {prior[-1]:.4f} |", flush=True)
 
 

@@ -49,9 +49,9 @@ def main():
             if result.returncode:
                 sys.exit(result.stdout + result.stderr)
             said = re.search(r"-> .*: ([\d,]+) weights learn.* keeps ([\d.]+) MiB", result.stderr)
-            events = EventAccumulator(str(Path(folder, method, "logs", "finetune_faces"))).Reload()
-            peak = events.Scalars("peak_memory_gib")[-1].value
-            seconds = options.train_batch_size / events.Scalars("images_per_second")[-1].value
+            events = EventAccumulator(str(Path(folder, method, "logs", method))).Reload()
+            peak = events.Scalars("system/peak_memory_gib")[-1].value
+            seconds = options.train_batch_size / events.Scalars("system/images_per_second")[-1].value
             print(f"| {method} | {said[1]} | {said[2]} | {peak:.1f} | {seconds:.1f} |", flush=True)
 
 

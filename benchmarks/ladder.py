@@ -69,8 +69,8 @@ def median_speed(folder: Path) -> float:
     speeds = []
     for event in events:
         accumulator = EventAccumulator(event).Reload()
-        if "images_per_second" in accumulator.Tags()["scalars"]:
-            speeds += [point.value for point in accumulator.Scalars("images_per_second")]
+        if "system/images_per_second" in accumulator.Tags()["scalars"]:
+            speeds += [point.value for point in accumulator.Scalars("system/images_per_second")]
     return float(np.median(speeds))
 
 

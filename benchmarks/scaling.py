@@ -36,7 +36,7 @@ def init(self, *arguments, **options):
     self._set_ddp_runtime_logging_sample_rate(1)
     wrapped.append(self)
 def log(self, curves, **options):
-    rates.append(curves.get("images_per_second"))
+    rates.append(curves.get("system/images_per_second"))
 torch.nn.parallel.DistributedDataParallel.__init__ = init
 import accelerate
 accelerate.Accelerator.log = log

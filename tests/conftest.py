@@ -123,6 +123,17 @@ def finished_run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, or the test is skipped."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser test")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("there is no Chromium: no browser test")
+    with playwright.sync_playwright() as session:
+        yield session.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+
 def slow(*values):
     """A case of a parametrized test that only `make test-all` runs."""
     return pytest.param(*values, marks=pytest.mark.slow)

@@ -85,10 +85,10 @@ def test_training_scripts_validate(tmp_path, script):
     flags += ["--num_validation_images=6", "--report_to=tensorboard"]
     assert train(tmp_path / "run", *flags, script=script) == 0
     for name in ("train", "held_out"):
-        curve = scalars(tmp_path / "run", f"validation_loss/{name}")
+        curve = scalars(tmp_path / "run", f"loss/validation_{name}")
         assert list(curve) == [4, 6]
         assert curve[6] < curve[4] < 3
-        assert scalars(tmp_path / "run", f"validation_0-249/{name}")[6] > 0
+        assert scalars(tmp_path / "run", f"loss_by_timestep_validation/{name}_0-249")[6] > 0
 
 
 def test_a_validation_split_that_is_trained_on_is_refused(tmp_path):

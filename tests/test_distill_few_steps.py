@@ -135,13 +135,13 @@ def test_a_student_that_is_consistent_has_nothing_to_learn(tmp_path, monkeypatch
     for wrong in (0.0, 0.3):
         folder = tmp_path / str(wrong)
         assert run(folder, teachers["v_prediction"], *flags) == 0
-        losses.append(list(scalars(folder, "loss").values()))
+        losses.append(list(scalars(folder, "loss/train").values()))
     assert max(losses[0]) < 1e-3 < 0.02 < min(losses[1]), losses
 
 
 def test_each_flag_of_the_objective_changes_the_result(tmp_path, teachers):
     run(tmp_path / "plain", teachers["v_prediction"], "--max_train_steps=2")
-    assert Image.open(tmp_path / "plain" / "samples.png").height == 4 * 68 + 4
+    assert Image.open(tmp_path / "plain" / "samples.png").height == 4 * 68 + 4 + 24
     run(tmp_path / "calls", teachers["v_prediction"], "--max_train_steps=2", "--teacher_steps=3")
     pictures = [Image.open(tmp_path / name / "samples.png") for name in ("plain", "calls")]
     assert pictures[0].height == pictures[1].height and pictures[0].tobytes() != pictures[1].tobytes()
@@ -203,8 +203,8 @@ def test_the_output_is_a_pipeline_of_diffusers_at_one_two_and_four_calls(finishe
 
 def test_the_grid_has_the_teacher_and_one_two_and_four_calls(finished):
     picture = Image.open(finished / "samples.png")
-    assert picture.height == 4 * 68 + 4 and sorted(path.name for path in (finished / "samples").iterdir())
-    assert list(scalars(finished, "quality/fd_digits_N130")) == [3, 6]
+    assert picture.height == 4 * 68 + 4 + 24 and sorted(path.name for path in (finished / "samples").iterdir())
+    assert list(scalars(finished, "metrics/fd_digits_N130")) == [3, 6]
     assert (finished / "best" / "model_index.json").is_file()
     state = finished / "checkpoint-6" / "training_state"
     assert [path.name for path in state.glob("*.safetensors")] == ["model.safetensors"]  # not the teacher's

@@ -118,9 +118,9 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, ki
     ]
     for key, values in optimizers[0].items():
         assert all(torch.equal(value, optimizers[1][key][part]) for part, value in values.items())
-    losses = scalars(folder, "loss")
+    losses = scalars(folder, "loss/train")
     assert list(losses) == list(range(1, steps + 1))  # strictly increasing, none twice
-    assert losses == scalars(tmp_path / "straight", "loss")
+    assert losses == scalars(tmp_path / "straight", "loss/train")
 
 
 def test_a_write_that_fails_halfway_leaves_the_older_checkpoint(tmp_path):
@@ -321,8 +321,8 @@ def test_steps_that_fp16_skips_are_counted_and_shown(accelerator, capsys, caplog
     for step, norm in enumerate([float("inf"), 1.0, float("nan"), float("inf")], start=1):
         curves.add(torch.ones(4), torch.arange(4))
         curves.step(step, torch.tensor(norm))
-    assert [values["skipped_steps"] for values in logged] == [1, 3]
-    assert logged[0]["grad_norm"] == 1 and "grad_norm" not in logged[1]
+    assert [values["optimizer/skipped_steps"] for values in logged] == [1, 3]
+    assert logged[0]["optimizer/grad_norm"] == 1 and "optimizer/grad_norm" not in logged[1]
     assert "fp16 overflowed in 2 of the last 2 steps" in caplog.text and "3 so far" in caplog.text
 
 

@@ -56,7 +56,7 @@ def test_before_after_nearest_and_guided_pictures(adapted):
     for name in ("before_after", "nearest", "guided"):
         assert Image.open(adapted / f"{name}.png").height == 2 * 68 + 4
         assert [picture.step for picture in events(adapted).Images(name)] == [3, 6]
-    assert Image.open(adapted / "samples.png").size == (3 * 68 + 4, 3 * 68 + 4)
+    assert Image.open(adapted / "samples.png").height == 3 * 68 + 4 + 24
     rows = np.asarray(Image.open(adapted / "before_after.png")).astype(int)
     assert np.abs(rows[4:68, -68:-4] - rows[72:136, -68:-4]).max() > 0  # it has learned something
     first = np.asarray(Image.open(adapted / "samples.png"))[4:68, 4:68]
@@ -64,12 +64,12 @@ def test_before_after_nearest_and_guided_pictures(adapted):
 
 
 def test_curves_of_validation_and_of_the_distance_to_the_base(adapted):
-    distance = scalars(adapted, "distance_to_base")
+    distance = scalars(adapted, "optimizer/distance_to_base")
     assert list(distance) == [0, 3, 6] and distance[0] == 0 < distance[3] < distance[6] < 1
     for name in ("train", "held_out", "prior"):
-        assert list(scalars(adapted, f"validation_loss/{name}")) == [0, 3, 6]
-        assert list(scalars(adapted, f"validation_0-249/{name}")) == [0, 3, 6]
-    assert scalars(adapted, "validation_loss/prior") != scalars(adapted, "validation_loss/train")
+        assert list(scalars(adapted, f"loss/validation_{name}")) == [0, 3, 6]
+        assert list(scalars(adapted, f"loss_by_timestep_validation/{name}_0-249")) == [0, 3, 6]
+    assert scalars(adapted, "loss/validation_prior") != scalars(adapted, "loss/validation_train")
 
 
 def test_lora_ends_as_a_plain_pipeline_with_its_adapter_beside(adapted, base):
@@ -121,7 +121,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, base, method):
     assert equal_weights(straight / WEIGHTS, resumed / WEIGHTS)  # EMA
     state = "checkpoint-6/training_state/model.safetensors"
     assert equal_weights(straight / state, resumed / state)
-    for tag in ("loss", "distance_to_base", "validation_loss/train"):
+    for tag in ("loss/train", "optimizer/distance_to_base", "loss/validation_train"):
         assert scalars(straight, tag) == scalars(resumed, tag)
     for name in ("samples.png", "before_after.png", "nearest.png"):
         assert np.array_equal(*(np.asarray(Image.open(folder / name)) for folder in (straight, resumed)))

@@ -45,7 +45,7 @@ def first_losses(name, folder, *flags):
         assert train(folder / name, *FLAGS, *start, *flags, script=script) == 0
     finally:
         torch.set_num_threads(threads)
-    return [float(f"{loss:.6g}") for loss in scalars(folder / name, "loss").values()]
+    return [float(f"{loss:.6g}") for loss in scalars(folder / name, "loss/train").values()]
 
 
 @pytest.fixture(scope="module")

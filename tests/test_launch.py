@@ -85,11 +85,11 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     code, output = run_script(SCRIPT, tmp_path / "two", *flags, processes=2)
     assert code == 0, output
     assert output.count("Finished, after 6 optimizer steps") == 1
-    one, two = scalars(tmp_path / "one", "loss"), scalars(tmp_path / "two", "loss")
+    one, two = scalars(tmp_path / "one", "loss/train"), scalars(tmp_path / "two", "loss/train")
     assert list(one) == list(two) == [1, 2, 3, 4, 5, 6]
     assert all(abs(one[step] - two[step]) < 1e-4 for step in one)
-    assert scalars(tmp_path / "one", "learning_rate") == scalars(tmp_path / "two", "learning_rate")
-    for curve in ("validation_loss/held_out", "quality/fd_pixels_N33"):
+    assert scalars(tmp_path / "one", "optimizer/learning_rate") == scalars(tmp_path / "two", "optimizer/learning_rate")
+    for curve in ("loss/validation_held_out", "metrics/fd_pixels_N33"):
         one, two = scalars(tmp_path / "one", curve), scalars(tmp_path / "two", curve)
         assert list(one) == [3, 6] and one == pytest.approx(two, rel=1e-2)
     assert (tmp_path / "two" / "best" / "model_index.json").is_file()
@@ -136,7 +136,7 @@ def test_a_process_that_is_slower_than_the_others_is_seen(tmp_path):
     flags = [*TINY, "--unet=tiny", f"--output_dir={tmp_path / 'run'}", "--report_to=tensorboard", "--logging_steps=2"]
     code, output = children.run(children.patched(SLOW_RANK), *flags, processes=2, folder=tmp_path)
     assert code == 0, output
-    slowest, fastest = (scalars(tmp_path / "run", f"processes/{name}_seconds") for name in ("slowest", "fastest"))
+    slowest, fastest = (scalars(tmp_path / "run", f"system/{name}_seconds") for name in ("slowest", "fastest"))
     assert list(slowest) == list(fastest) == [2, 4, 6]
     for step in (4, 6):  # before the first step other things than data are waited for
         assert 0.2 < slowest[step] < 1 and slowest[step] - fastest[step] > 0.15
@@ -166,7 +166,7 @@ def test_accelerate_launch_uses_the_config_and_a_stranger_loads_the_result(tmp_p
     assert code == 0, output
     cores = len(os.sched_getaffinity(0))
     assert f"1 x CPU, {cores} threads, bf16" in output  # though accelerate has set OMP_NUM_THREADS to 1
-    assert output.splitlines()[-6].startswith("Finished, after 2 optimizer steps")
+    assert output.splitlines()[-5].startswith("Finished, after 2 optimizer steps")
     assert json.loads((tmp_path / "run" / "training_args.json").read_text())["mixed_precision"] == "bf16"
     loaded_by_a_stranger(tmp_path, "DDPMPipeline")
 
@@ -186,7 +186,7 @@ def test_the_first_stages_are_launched_and_a_stranger_loads_the_result(tmp_path,
     code, output = run([*ONE[:-1], str(ROOT / script)], tmp_path / "run", "--max_train_steps=2", OMP_NUM_THREADS="1")
     assert code == 0, output
     assert "1 x CPU, 1 threads, bf16" in output  # the user's number
-    assert output.splitlines()[-6].startswith("Finished, after 2 optimizer steps")
+    assert output.splitlines()[-5].startswith("Finished, after 2 optimizer steps")
     loaded_by_a_stranger(tmp_path, "DiffusionPipeline", ", trust_remote_code=True")
 
 
@@ -198,7 +198,7 @@ def test_the_first_stages_do_the_same_on_two_processes(tmp_path, script):
     code, output = run_script(ROOT / script, tmp_path / "two", *flags, processes=2)
     assert code == 0 and output.count("Finished, after 6 optimizer steps") == 1, output
     assert close(tmp_path / "one", tmp_path / "two")
-    losses = scalars(tmp_path / "one", "loss"), scalars(tmp_path / "two", "loss")
+    losses = scalars(tmp_path / "one", "loss/train"), scalars(tmp_path / "two", "loss/train")
     assert list(losses[0]) == list(losses[1]) == [1, 2, 3, 4, 5, 6]
     assert all(abs(losses[0][step] - losses[1][step]) < 1e-4 for step in losses[0])
 
@@ -211,7 +211,7 @@ def test_fine_tuning_does_the_same_on_two_processes(tmp_path, finished_run):
     code, output = run_script(ROOT / "finetune_faces.py", tmp_path / "two", *flags, processes=2)
     assert code == 0 and output.count("Finished, after 6 optimizer steps") == 1, output
     assert close(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
-    for tag in ("loss", "validation_loss/held_out"):
+    for tag in ("loss/train", "loss/validation_held_out"):
         one, two = scalars(tmp_path / "one", tag), scalars(tmp_path / "two", tag)
         assert list(one) == list(two) and all(abs(one[step] - two[step]) < 1e-3 for step in one)
 

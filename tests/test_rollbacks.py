@@ -70,7 +70,7 @@ def test_the_run_goes_around_what_is_not_finite_and_ends_as_if_it_had_never_been
     (tmp_path / "known" / RECORD).write_text(json.dumps(record))
     assert train_again(tmp_path / "known", *FLAGS) == 0
     assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "known" / WEIGHTS)
-    assert list(scalars(tmp_path / "run", "loss")) == [2, 4, 6]
+    assert list(scalars(tmp_path / "run", "loss/train")) == [2, 4, 6]
 
     # Killed after the rollback
     interrupt(tmp_path / "run", "checkpoint-3")

@@ -18,9 +18,9 @@ FLAGS = ["--evaluate_steps=2", "--num_evaluation_samples=20", "--features=pixels
 def test_a_run_is_evaluated_and_its_best_model_kept(tmp_path, capsys):
     assert train(tmp_path / "run", *FLAGS, "--keep_best") == 0
     assert "Drawing and comparing 20 samples took" in capsys.readouterr().err
-    distances = scalars(tmp_path / "run", "quality/fd_pixels_N20")
+    distances = scalars(tmp_path / "run", "metrics/fd_pixels_N20")
     assert list(distances) == [2, 4, 6] and min(distances.values()) > 0
-    assert list(scalars(tmp_path / "run", "quality/kid_pixels_N20")) == [2, 4, 6]
+    assert list(scalars(tmp_path / "run", "metrics/kid_pixels_N20")) == [2, 4, 6]
     record = json.loads((tmp_path / "run" / "best" / "evaluation.json").read_text())
     assert record["fd_pixels_N20"] == pytest.approx(min(distances.values()), rel=1e-6)
     assert distances[record["step"]] == min(distances.values())

@@ -44,11 +44,11 @@ def finished(tmp_path_factory):
 
 
 def test_the_grid_has_a_row_for_each_class_and_the_curves_their_losses(finished):
-    assert Image.open(finished / "samples.png").height == 10 * 68 + 4
+    assert Image.open(finished / "samples.png").height == 10 * 68 + 4 + 24
     tags = set(events(finished).Tags()["scalars"])
-    assert {f"loss_by_label/{name}" for name in NAMES} <= tags
+    assert {f"loss_per_label/{name}" for name in NAMES} <= tags
     assert [picture.step for picture in events(finished).Images("samples")] == [2, 4, 6]
-    assert list(scalars(finished, "validation_loss/held_out")) == [3, 6]
+    assert list(scalars(finished, "loss/validation_held_out")) == [3, 6]
 
 
 def test_one_folder_loads_with_diffusers_alone_and_with_its_own_file(finished):

@@ -46,21 +46,46 @@ def make_grid(images: np.ndarray, min_cell: int = 64, captions: Sequence[str] = 
     return picture
 
 
-def save_picture(picture: Image.Image, path: Path, accelerator, step: int, name: str) -> None:
+def save_samples(picture: Image.Image, path: Path, accelerator, args, step: int) -> None:
+    """``save_picture`` for a grid of samples, with a line below it that says how they were drawn.
+
+    Args:
+        args: ``num_inference_steps``, ``seed`` and, where the script has them, ``sampler`` and ``guidance_scale``.
+    """
+    flags = vars(args)
+    parts = [f"step {step}", flags.get("sampler"), f"{args.num_inference_steps} calls", f"seed {args.seed}"]
+    if "label_dropout" in flags:
+        parts.append(f"guidance {args.guidance_scale:g}")
+    save_picture(picture, path, accelerator, step, "samples", ", ".join(part for part in parts if part))
+
+
+def save_picture(picture: Image.Image, path: Path, accelerator, step: int, name: str, caption: str = "") -> None:
     """Write a picture as PNG and to the trackers, on the main process.
 
     Args:
         path: of the PNG; its folder is made.
         step: optimizer steps done, the trackers' x-axis.
         name: in the trackers.
+        caption: a line below it.
     """
     if not accelerator.is_main_process:
         return
+    if caption:
+        font = ImageFont.load_default(size=16)
+        width = max(picture.width, int(font.getlength(caption)) + 8)
+        larger = Image.new(picture.mode, (width, picture.height + 24))
+        larger.paste(picture)
+        ImageDraw.Draw(larger).text((4, picture.height + 12), caption, fill="white", font=font, anchor="lm")
+        picture = larger
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
     pixels = np.atleast_3d(np.asarray(picture))
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "trackio":  # accelerate's has no log_images
+            import trackio
+
+            tracker.log({name: trackio.Image(picture, caption=caption)}, step=step)
         elif hasattr(tracker, "log_images"):
             tracker.log_images({name: [picture]}, step=step)

@@ -110,10 +110,12 @@ class Validation:
             step: optimizer steps done.
             stop: see ``DenoisingLoss.measure``.
         """
+        curves = {f"optimizer/{name}": value for name, value in values.items()}
         for name, denoising_loss in self.losses.items():
             for part, value in denoising_loss.measure(model, self.accelerator, stop).items():
-                values[f"validation_{part}/{name}"] = value
-        self.accelerator.log(values, step=step)
+                level = f"loss_by_timestep_validation/{name}_{part}"
+                curves[f"loss/validation_{name}" if part == "loss" else level] = value
+        self.accelerator.log(curves, step=step)
 
 
 def load_images(args, accelerator, train_data, kind: str) -> tuple[torch.Tensor, np.ndarray]:

@@ -24,7 +24,7 @@ RECORD = "evaluation.json"
 class SampleQuality:
     """Fréchet distance and KID between samples and as many training images.
 
-    Both are biased or noisy for small N, which is why the curves carry it: ``quality/fd_digits_N1000``.
+    Both are biased or noisy for small N, which is why the curves carry it: ``metrics/fd_digits_N1000``.
 
     Args:
         args: ``evaluate_steps``, ``num_evaluation_samples``, ``features``, ``keep_best``, ``output_dir``, ``seed``.
@@ -72,7 +72,7 @@ class SampleQuality:
         features = self.extract(images)
         kid, _ = kernel_distance(features, self.reference, seed=self.args.seed)
         self.values = {self._distance: frechet_distance(features, self.reference), self._kid: kid}
-        self.accelerator.log({f"quality/{name}": value for name, value in self.values.items()}, step=step)
+        self.accelerator.log({f"metrics/{name}": value for name, value in self.values.items()}, step=step)
         self.values["step"] = step
         if not self.announced:
             self.announced = True

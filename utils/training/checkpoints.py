@@ -193,7 +193,12 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
         ]
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        schedule._last_lr = rates
+        before, schedule._last_lr = schedule.get_last_lr()[0], rates
+        if abs(before - rates[0]) > 1e-3 * max(before, rates[0]):
+            logger.info(
+                f"The learning rate goes from {before:.3g} to {rates[0]:.3g}: its schedule has another length than "
+                "before. With --lr_scheduler constant_with_warmup from the start it would not"
+            )
     accelerator.step = 0  # micro-steps: a checkpoint stands at an optimizer step's end
 
 

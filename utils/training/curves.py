@@ -1,5 +1,8 @@
 """What a run shows while it trains: one progress bar, and curves in the trackers.
 
+Trackers sort curves by name, in groups by what is before the slash; so what is looked at first comes first:
+``loss``, ``loss_by_timestep``, ``loss_per_label``, ``metrics``, ``optimizer``, ``system``.
+
 Losses stay on the device between two points of the curves, so that no step waits for the device.
 """
 
@@ -81,7 +84,7 @@ class TrainingCurves:
         Args:
             global_step: optimizer steps done.
             grad_norm: before clipping, 0-d.
-            values: further curves, such as the learning rate.
+            values: further curves of the optimizer, such as the learning rate.
 
         Raises:
             NonFiniteLoss, Again: see ``rollbacks.check``.
@@ -103,23 +106,24 @@ class TrainingCurves:
         seconds = time.perf_counter() - self.written_at
         images_per_second = (global_step - self.last_written) * self.images_per_step / seconds
         means = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
-        curves = {"loss": losses.mean().item(), **values}
+        loss = losses.mean().item()
         if len(grad_norms):
-            curves["grad_norm"] = grad_norms.mean().item()
+            values["grad_norm"] = grad_norms.mean().item()
         if self.accelerator.mixed_precision == "fp16":
-            curves["skipped_steps"] = self.skipped
-        curves["images_per_second"] = images_per_second
-        curves["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
+            values["skipped_steps"] = self.skipped
+        curves = {"loss/train": loss, **{f"optimizer/{name}": value for name, value in values.items()}}
+        curves["system/images_per_second"] = images_per_second
+        curves["system/peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
         if self.accelerator.num_processes > 1:  # of each process until it waits for the others: data and forward pass
             alone = torch.tensor([self.alone / (global_step - self.last_written)], device=self.accelerator.device)
             alone = self.accelerator.gather(alone)
-            curves |= {"processes/slowest_seconds": alone.max().item(), "processes/fastest_seconds": alone.min().item()}
+            curves |= {"system/slowest_seconds": alone.max().item(), "system/fastest_seconds": alone.min().item()}
             self.alone = 0.0
         names = [f"loss_by_timestep/{level}" for level in noise_levels(self.num_train_timesteps)]
-        names += [f"loss_by_label/{name}" for name in self.label_names]
+        names += [f"loss_per_label/{name}" for name in self.label_names]
         curves |= {name: mean for name, mean in zip(names, means[:-1], strict=True) if mean is not None}
         self.accelerator.log(curves, step=global_step)
-        self.bar.set_postfix_str(f"loss {curves['loss']:.4f}, {images_per_second:.0f} images/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:.0f} images/s", refresh=False)
         self.last_written, self.written_at = global_step, time.perf_counter()
         self._clear()
 
@@ -168,9 +172,10 @@ def draw_curves(folder: Path, logs: Path) -> None:
     for run in runs:
         events = EventAccumulator(str(run), size_guidance={"images": 1}).Reload()
         for tag in events.Tags()["scalars"]:
-            if tag == "loss" or tag.startswith("validation_loss/"):
+            if tag.startswith("loss/"):
                 points = events.Scalars(tag)
-                axes.plot([point.step for point in points], [point.value for point in points], label=tag)
+                steps, values = [point.step for point in points], [point.value for point in points]
+                axes.plot(steps, values, label=f"{tag.removeprefix('loss/')}: {values[-1]:.3g} at the end")
     if axes.lines:
         label_log_axis(axes)
         axes.legend()

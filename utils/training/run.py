@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import sys
-import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -18,8 +17,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from tqdm.auto import tqdm
 
 from .. import UserError, printable
@@ -27,7 +25,8 @@ from ..exits import LAUNCHER, close_bars
 from ..hardware import device_name, has_bf16, set_up_process, use_all_cores
 from ..watchdog import close_trackers
 from .curves import draw_curves
-from .output_dir import check_finished, how_to_load, public, release_output_dir, write_arguments, write_finished
+from .output_dir import check_finished, how_to_load, release_output_dir, write_arguments, write_finished
+from .trackers import check_trackers, start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def make_accelerator(args) -> Accelerator:
     Raises:
         UserError: also for an unknown or missing tracker.
     """
-    trackers = _check_trackers(args.report_to)
+    trackers = check_trackers(args.report_to)
     # The schedule counts optimizer steps. By default accelerate steps it once per process, which no schedule's length
     # survives unless it is multiplied by the number of processes.
     accelerator = start_process(
@@ -115,19 +114,6 @@ if torch.distributed.is_available():
         torch.distributed.register_rendezvous_handler("attempt", _rendezvous)
 
 
-def _check_trackers(report_to: str) -> list[str]:
-    if report_to in ("none", "all"):
-        return [] if report_to == "none" else ["all"]
-    known, available = (LoggerType.list(), [str(tracker) for tracker in get_available_trackers()])
-    names = [name.strip() for name in report_to.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError(f"--report_to {name}: unknown tracker; expected none, {', '.join(known)}")
-        if name not in available:
-            raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or choose none")
-    return names
-
-
 def _check_versions() -> None:
     """One line about packages of other versions than requirements.txt pins; a further release of one counts as it."""
     pinned = (
@@ -171,37 +157,15 @@ def start(accelerator, args, name: str, first_step: int, **summary) -> None:
     """Log what is about to be trained, write ``training_args.json`` and open the trackers.
 
     Args:
-        name: the trackers' project without ``--tracker_project_name``; TensorBoard's folder in the logging folder.
-        first_step: optimizer steps done; what TensorBoard has from later steps is hidden.
+        name: of the script.
+        first_step: optimizer steps done.
         summary: what was found out, to be recorded beside the flags.
     """
     write_arguments(accelerator, args, name, **summary)
     logger.info("Training: " + ", ".join(f"{key} {value}" for key, value in summary.items() if value is not None))
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     logger.info(f"{accelerator.num_processes} x {device_name(accelerator.device)}, {precision}")
-    values = public({**vars(args), **summary})
-    scalars = {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in values.items() if v is not None}
-    project = args.tracker_project_name or name
-    try:
-        options = _tracker_options(args, first_step) if accelerator.is_main_process else {}
-        accelerator.init_trackers(project, config=scalars, init_kwargs=options)
-    except Exception as error:  # each tracker has its own: no login, no network, no folder
-        raise UserError(f"--report_to {args.report_to} cannot start: {type(error).__name__}: {error}") from error
-
-
-def _tracker_options(args, first_step: int) -> dict[str, dict]:
-    """What shows a resumed run as one: TensorBoard hides what it has from later steps, W&B knows the run by an id."""
-    tensorboard = {"purge_step": first_step + 1}
-    file = Path(args.output_dir) / args.logging_dir / "wandb_id"
-    if "wandb" not in args.report_to and args.report_to != "all":
-        return {"tensorboard": tensorboard}
-    if not (first_step and file.is_file()):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    wandb = dict(
-        id=file.read_text(encoding="utf-8"), resume="allow", dir=args.output_dir, name=Path(args.output_dir).name
-    )
-    return {"tensorboard": tensorboard, "wandb": wandb}
+    start_trackers(accelerator, args, name, first_step, summary)
 
 
 def total_train_steps(args, num_images: int | None, global_batch_size: int) -> int:
@@ -244,22 +208,24 @@ def print_finished(accelerator, args, global_step: int, data_settings: dict | No
         release_output_dir(args)
     if not accelerator.is_main_process:
         return
-    folder, script = args.output_dir, os.path.relpath(sys.argv[0])
-    config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
-    options = f" --quiet --config_file {config}" if os.path.isfile(config) else ""
-    base = vars(args).get("pretrained_model_name_or_path")
-    images = "--train_data_dir DIR --output_dir outputs/mine"
-    if base:
-        images += f" --pretrained_model_name_or_path {base} --learning_rate {args.learning_rate:g}"
-    pictures = sorted(path.name for path in Path(folder).glob("*.png") if path.name != "samples.png")
-    print(
-        f"\n{'This run was finished before' if data_settings else 'Finished'}, after {global_step} optimizer steps."
-        f"\n  samples      {', '.join([str(Path(folder) / 'samples.png'), *pictures])}"
-        f"\n  pipeline     {how_to_load(Path(folder), folder)}"
-        f"\n  curves       {_command('tensorboard')} --logdir {folder}"
-        f"\n  train on     the same command with a larger --max_train_steps"
-        f"\n  your images  {_command('accelerate')} launch{options} {script} {images}"
-    )
+    folder, script = Path(args.output_dir), os.path.relpath(sys.argv[0])
+    pictures = sorted(path.name for path in folder.glob("*.png") if path.name != "samples.png")
+    lines = {"samples": ", ".join([str(folder / "samples.png"), *pictures])}
+    card = folder / "README.md"
+    if not card.is_file() or "from_pretrained" in card.read_text(encoding="utf-8"):  # the card has what has been run
+        lines["pipeline"] = how_to_load(folder, args.output_dir)
+    if any((folder / args.logging_dir).glob("**/events.out.*")):
+        lines["curves"] = f"{_command('tensorboard')} --logdir {args.output_dir}"
+    lines["train on"] = "the same command with a larger --max_train_steps"
+    if not args.train_data_dir and args.dataset_name in (None, "mnist", "digits", "faces"):
+        config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
+        options = f" --quiet --config_file {config}" if os.path.isfile(config) else ""
+        images = "--train_data_dir DIR --output_dir outputs/mine"
+        if base := vars(args).get("pretrained_model_name_or_path"):
+            images += f" --pretrained_model_name_or_path {base} --learning_rate {args.learning_rate:g}"
+        lines["your images"] = f"{_command('accelerate')} launch{options} {script} {images}"
+    title = "This run was finished before" if data_settings else "Finished"
+    print(f"\n{title}, after {global_step} optimizer steps.", *(f"  {k:12} {v}" for k, v in lines.items()), sep="\n")
 
 
 def _command(name: str) -> str:

@@ -1,0 +1,120 @@
+"""What trackers show of a run: TensorBoard in a browser, Weights & Biases and trackio offline."""
+
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+from children import ROOT
+from conftest import events, interrupt, parse, train
+
+from utils.training.trackers import _options, check_trackers
+
+
+def test_tensorboard_has_one_run_over_resumes_and_the_flags_that_differ(tmp_path):
+    from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
+
+    flags = ["--report_to=tensorboard", "--label_column=label", "--max_train_steps=6"]
+    train(tmp_path / "run", *flags)
+    interrupt(tmp_path / "run", keep="checkpoint-3")
+    train(tmp_path / "run", *flags)
+    assert {path.parent for path in (tmp_path / "run").rglob("events.*")} == {tmp_path / "run" / "logs" / "run"}
+    data = events(tmp_path / "run")
+    content = data.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
+    given = dict(parse_session_start_info_plugin_data(content).hparams)
+    assert given["label_column"].string_value == "label" and given["parameters"].number_value > 1e5
+    assert not {"adam_beta1", "max_grad_norm", "output_dir"} & set(given)  # defaults, and what is private
+    assert "custom_scalars" in str(data.summary_metadata.values())
+
+
+def test_trackers_show_a_resumed_run_as_one(tmp_path):
+    args = parse("--output_dir", tmp_path / "run", "--report_to=wandb,tensorboard")
+    new, other = (_options(args, ["wandb"], 0)["wandb"] for _ in range(2))
+    resumed = _options(args, ["wandb"], 3)["wandb"]
+    assert resumed["id"] == other["id"] != new["id"] and resumed["resume"] == "allow"
+    assert resumed["dir"] == str(tmp_path / "run") and resumed["name"] == "run"
+
+
+def test_what_a_tracker_needs_is_compared_with_what_is_installed(monkeypatch, caplog):
+    lines = ["pillow<5", "numpy", "not-there>=1", "torch<1; extra == 'gpu'"]
+    monkeypatch.setattr("utils.training.trackers.importlib.metadata.requires", lambda name: lines)
+    assert check_trackers("tensorboard") == ["tensorboard"]
+    (line,) = caplog.messages
+    assert "tensorboard: its package wants pillow<5 (" in line and "not-there>=1 (none is installed)" in line
+    assert "numpy" not in line and "torch" not in line
+
+
+@pytest.mark.slow
+def test_tensorboard_in_a_browser(tmp_path, finished_run, browser):
+    """What opens first is the loss; the pictures, the overlaid curves and the table of metrics are there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/"
+    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={finished_run}", "--host=127.0.0.1"]
+    with subprocess.Popen([*command, f"--port={port}"], stderr=subprocess.DEVNULL) as server:
+        try:
+            page = browser.new_page(viewport={"width": 1600, "height": 1200})
+            open_when_there(page, address)
+            first = page.locator(".group-title").nth(1)  # after "Pinned"
+            assert first.inner_text(timeout=60_000).split()[0] == "loss"
+            page.get_by_text("loss/train", exact=True).first.wait_for()
+            assert page.get_by_text(f"logs/{finished_run.name}", exact=True).first.is_visible()
+            page.screenshot(path=tmp_path / "time_series.png")
+            shown = {"images": "step 6", "custom_scalars": "training and held out", "hparams": "loss/train"}
+            for tab, wanted in shown.items():
+                page.goto(f"{address}#{tab}")
+                page.reload()
+                page.get_by_text(wanted).first.wait_for(timeout=60_000)
+            page.goto(f"{address}#images")
+            page.reload()
+            page.locator("tf-image-loader img").first.wait_for(timeout=60_000)
+        finally:
+            server.terminate()
+
+
+def open_when_there(page, address, seconds=60):
+    for attempt in range(seconds):
+        try:
+            return page.goto(address)
+        except Exception:  # the server is not there yet
+            if attempt == seconds - 1:
+                raise
+            time.sleep(1)
+
+
+@pytest.mark.slow
+def test_trackio_has_curves_and_pictures_of_one_run_over_resumes(tmp_path):
+    pytest.importorskip("trackio")
+    command = [sys.executable, "train_ddpm.py", "--dataset_name=digits", "--unet=tiny", "--report_to=trackio"]
+    command += ["--max_train_steps=4", "--logging_steps=2", "--checkpointing_steps=2", "--num_samples=4"]
+    command += ["--num_inference_steps=1", "--tracker_project_name=mine", f"--output_dir={tmp_path / 'run'}"]
+    for resumed in (False, True):
+        if resumed:
+            interrupt(tmp_path / "run", keep="checkpoint-2")
+        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")})
+    with sqlite3.connect(tmp_path / "trackio" / "mine.db") as database:
+        rows = database.execute("select run_name, step, metrics from metrics").fetchall()
+        configs = database.execute("select * from configs").fetchall()
+    assert {name for name, *_ in rows} == {"run"} and {step for _, step, _ in rows} == {2, 4}
+    logged = str([values for *_, values in rows])
+    assert "loss/train" in logged and "samples" in logged
+    assert len(configs) == 1 and str(tmp_path / "run") in str(configs)
+    assert [*(tmp_path / "trackio" / "media").rglob("*.png")]
+
+
+@pytest.mark.slow
+def test_wandb_keeps_all_in_the_output_folder_and_one_run_over_resumes(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--report_to=wandb", "--num_samples=4"]
+    assert train(tmp_path / "run", *flags) == 0
+    interrupt(tmp_path / "run", keep="checkpoint-3")
+    assert train(tmp_path / "run", *flags) == 0
+    runs = [*(tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and len({run.name.rpartition("-")[2] for run in runs}) == 1  # two parts with one id
+    assert all([*run.rglob("samples_*.png")] for run in runs) and not (tmp_path / "wandb").exists()

@@ -1,0 +1,127 @@
+"""The trackers of a run: what they need, what they are told at the start, and one run in them over all resumes."""
+
+import importlib.metadata
+import logging
+import uuid
+from pathlib import Path
+
+from accelerate.tracking import TensorBoardTracker, get_available_trackers
+from accelerate.utils import LoggerType
+from packaging.requirements import Requirement
+
+from .. import UserError
+from ..args import defaults_of
+from .output_dir import public
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = {  # TensorBoard's custom scalars: curves that belong together, in one chart
+    "loss": {
+        "training and held out": ["Multiline", ["^loss/"]],
+        "by noise level": ["Multiline", ["^loss_by_timestep/"]],
+        "held out, by noise level": ["Multiline", ["^loss_by_timestep_validation/"]],
+    }
+}
+
+ALWAYS = ("learning_rate", "train_batch_size", "seed")  # among TensorBoard's hyperparameters, defaults or not
+
+
+def check_trackers(report_to: str) -> list[str]:
+    """The trackers' names in ``--report_to``; ``all`` are those that are installed.
+
+    Raises:
+        UserError: one is unknown or not installed.
+    """
+    known, available = (LoggerType.list(), [str(tracker) for tracker in get_available_trackers()])
+    names = {"none": [], "all": available}.get(report_to, [name.strip() for name in report_to.split(",")])
+    for name in names:
+        if name not in known:
+            raise UserError(f"--report_to {name}: unknown tracker; expected none, {', '.join(known)}")
+        if name not in available:
+            raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or choose none")
+        problems = _unmet(name)
+        if problems:
+            logger.warning(f"--report_to {name}: its package wants {', '.join(problems)}. If it fails, install those")
+    return names
+
+
+def _unmet(package: str) -> list[str]:
+    """What an installed package says that it needs, where something else is installed."""
+    problems = []
+    for wanted in map(Requirement, importlib.metadata.requires(package) or ()):
+        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        found = next(iter(importlib.metadata.distributions(name=wanted.name)), None)
+        if found is None or not wanted.specifier.contains(found.version, prereleases=True):
+            version = found.version if found else "none"
+            problems.append(f"{wanted.name}{wanted.specifier} ({version} is installed)")
+    return problems
+
+
+def start_trackers(accelerator, args, name: str, first_step: int, summary: dict) -> None:
+    """Open the trackers on the main process.
+
+    A run is called after its folder. TensorBoard keeps one run over resumes, and hides what it has from later steps;
+    its table of hyperparameters has the flags that differ from their defaults, and a few others.
+
+    Args:
+        name: the project without ``--tracker_project_name``.
+        first_step: optimizer steps done.
+        summary: what was found out, to be recorded beside the flags.
+
+    Raises:
+        UserError: one of them cannot start.
+    """
+    if not accelerator.is_main_process:
+        return
+    folder, logs = Path(args.output_dir).resolve(), Path(args.output_dir) / args.logging_dir
+    tensorboard = TensorBoardTracker(folder.name, logs, purge_step=first_step + 1)
+    names = [str(tracker) for tracker in accelerator.log_with]
+    accelerator.log_with = [tensorboard if name == "tensorboard" else name for name in names]
+    flags = public(vars(args))
+    config = {**flags, **public(summary), "output_dir": str(folder)}
+    try:
+        options = _options(args, names, first_step)
+        accelerator.init_trackers(args.tracker_project_name or name, init_kwargs=options)
+        for tracker in accelerator.trackers:
+            if tracker is tensorboard:
+                defaults = {**defaults_of(args), **dict.fromkeys(ALWAYS)}
+                shown = {flag: value for flag, value in flags.items() if value != defaults.get(flag)}
+                _describe(tensorboard.writer, _plain({**shown, "parameters": summary.get("parameters")}))
+            else:
+                tracker.store_init_configuration(_plain(config))
+                if not hasattr(tracker, "log_images") and tracker.name != "trackio":
+                    logger.warning(f"--report_to {tracker.name} shows no pictures; they are in {args.output_dir}")
+    except Exception as error:  # each tracker has its own: no login, no network, no folder
+        raise UserError(f"--report_to {args.report_to} cannot start: {type(error).__name__}: {error}") from error
+
+
+def _plain(values: dict) -> dict:
+    return {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in values.items() if v is not None}
+
+
+def _describe(writer, values: dict) -> None:
+    """TensorBoard's layout and hyperparameters, in the run itself: ``add_hparams`` would add a run for each start.
+
+    Without torch's record of the experiment the table has a column for whatever a run under the same folder has.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    _, session, _ = hparams(values, {})
+    writer.file_writer.add_summary(session)
+    writer.add_custom_scalars(LAYOUT)
+
+
+def _options(args, names: list[str], first_step: int) -> dict[str, dict]:
+    """What shows a resumed run as one: W&B knows it by an id, trackio by its name."""
+    file = Path(args.output_dir) / args.logging_dir / "wandb_id"
+    folder, options = Path(args.output_dir).resolve(), {}
+    if "trackio" in names:
+        options["trackio"] = dict(name=folder.name, resume="allow" if first_step else "never")
+    if "wandb" in names:
+        if not (first_step and file.is_file()):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        run_id = file.read_text(encoding="utf-8")
+        options["wandb"] = dict(id=run_id, resume="allow", dir=args.output_dir, name=folder.name)
+    return options
