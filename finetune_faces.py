@@ -165,7 +165,7 @@ def main(args):
             adapters.save_adapter(unet, folder / "adapter")
             plain = adapters.merged(unet)
             DDPMPipeline(plain, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
-        write_card(folder, "Adapted DDPM", args, of_people=True, **summary)
+        write_card(folder, "Adapted DDPM", args, **summary)
 
     if global_step == 0:
         validate()

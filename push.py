@@ -15,7 +15,7 @@ def parse_args(argv=None):
         "--evaluation", metavar="FILE", help="results.json of evaluate.py; its numbers go into the card"
     )
     add_hub_arguments(parser.add_argument_group("Hub (defaults: what the run was started with)"))
-    parser.set_defaults(hub_private_repo=None, hub_logs=None)
+    parser.set_defaults(hub_private_repo=None, hub_logs=None, hub_license=None)
     return parser.parse(argv)
 
 
@@ -27,7 +27,7 @@ def main(args):
 
     from utils import UserError
     from utils.publishing import Hub
-    from utils.publishing.results import add_results
+    from utils.publishing.results import add_results, licensed
     from utils.training import run
 
     folder = Path(args.output_dir)
@@ -48,6 +48,7 @@ def main(args):
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--evaluation {args.evaluation}: {error}; expected results.json of evaluate.py") from error
     accelerator = run.start_process(None)
+    licensed(folder, args.hub_license)
     Hub(accelerator, SimpleNamespace(**settings)).push()
 
 

@@ -165,7 +165,7 @@ def main(args):
     def save_pipeline(folder):
         with ema_model.swapped_in(unet):
             DDPMPipeline(unet, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
-        write_card(folder, "Flow matching", args, **summary)
+        write_card(folder, "Flow-matching model", args, **summary)
 
     draw(1, num_inference_steps=1)  # a model that cannot draw is found out now, not after hours
 

@@ -136,6 +136,7 @@ def test_the_card(hub, finished, tmp_path):
     card = hub.files("me/digits")["README.md"].decode()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "diffusers" and metadata["license"] == "unknown"
+    assert "--hub_license says" in said
     assert metadata["pipeline_tag"] == "unconditional-image-generation"
     metrics = metadata["model-index"][0]["results"][0]["metrics"]
     assert {metric["type"]: metric["value"] for metric in metrics} == {"fd_digits": 7.5, "recall": 0.9}
@@ -145,9 +146,17 @@ def test_the_card(hub, finished, tmp_path):
         "## Intended use and limits",
         "data\\_license | CC BY 4.0",
         "torch 2.13",
+        "# DDPM trained on scikit-learn's digits",
+        "| DDIM | 20 | 300 | 7.5 | 0.9 |",
+        "](https://arxiv.org/abs/2006.11239)",
     ):
         assert part in card, card
     assert "![samples](samples.png)" in card and "![curves](curves.png)" in card
+    assert "## People" not in card  # digits
+    code, said = run(hub, finished, f"--evaluation={tmp_path}/results.json", "--hub_license=mit", script="push.py")
+    assert code == 0 and "--hub_license says" not in said, said
+    again = hub.files("me/digits")["README.md"].decode()
+    assert yaml.safe_load(again.split("---")[1])["license"] == "mit" and again.count("## Evaluation") == 1
     snippet = card.split("```python\n")[1].split("```")[0]
     place = tmp_path / "stranger"
     place.mkdir()

@@ -5,13 +5,17 @@ import gc
 import json
 import math
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import ROOT
 from conftest import equal_weights, events, interrupt, parse, scalars, slow, train
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
@@ -92,6 +96,42 @@ def test_grids_card_and_arguments(finished_run):
     record = json.loads((finished_run / "training_args.json").read_text())
     assert record["finished_at_step"] == 6 and record["arguments"]["learning_rate"] == 1e-3
     assert record["images"] == 1797 and record["versions"]["torch"].startswith("2.")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of twelve images with a private name."""
+    folder = tmp_path / "aunt-marys-photos"
+    folder.mkdir()
+    for k in range(12):
+        Image.fromarray(np.random.default_rng(k).integers(0, 255, (8, 8, 3), np.uint8)).save(folder / f"{k}.png")
+    return folder
+
+
+def test_the_card_names_no_private_folder(tmp_path, photos):
+    flags = [f"--dataset_name={photos}", "--max_train_steps=1"]
+    train(tmp_path / "run", *flags)
+    card = (tmp_path / "run" / "README.md").read_text()
+    record = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    assert "# DDPM trained on 12 own images" in card and "## People" in card
+    assert "aunt" not in card and "aunt" not in str(record["public_arguments"])
+    train(tmp_path / "named", *flags, "--hub_dataset_name=me/birds")
+    assert "trained on me/birds" in (tmp_path / "named" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_command_on_the_card_reproduces_the_weights(tmp_path, photos):
+    flags = [f"--train_data_dir={photos}", "--max_train_steps=2", "--train_batch_size=4", "--unet=tiny"]
+    flags += ["--num_samples=2", "--num_inference_steps=1", "--report_to=none"]
+    command = [sys.executable, "train_ddpm.py", *flags, "--output_dir", str(tmp_path / "run")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    lines = (tmp_path / "run" / "README.md").read_text().splitlines()
+    (line,) = [line.strip() for line in lines if line.startswith("    accelerate launch")]
+    again = [part.replace("own images", str(photos)) for part in shlex.split(line)]
+    assert again[-2:] == ["--output_dir", "run"] and "--mixed_precision" in again and "aunt" not in line
+    again[-1] = str(tmp_path / "again")
+    subprocess.run([str(Path(sys.executable).parent / again[0]), *again[1:]], cwd=ROOT, check=True)
+    assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "again" / WEIGHTS)
 
 
 def test_the_same_command_again_does_nothing(tmp_path, capsys):

@@ -151,7 +151,7 @@ def test_the_output_is_a_pipeline_of_diffusers(finished):
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(num_inference_steps=3).images[0].size == (8, 8)
     card = (finished / "README.md").read_text()
-    assert "# Flow matching" in card and "flow-matching" in card and "flow\\_shift" in card
+    assert "# Flow-matching model trained on" in card and "flow-matching" in card and "flow\\_shift" in card
 
 
 @pytest.mark.parametrize("flags", [[], slow(["--gradient_accumulation_steps=2", "--train_batch_size=4"])])

@@ -188,6 +188,7 @@ def add_hub_arguments(group) -> None:
     Parser.switch(group, "--hub_private_repo", False, "make it a private repository; an existing public one is refused")
     group.add_argument("--hub_revision", metavar="BRANCH", help="branch to push to (default: main)")
     Parser.switch(group, "--hub_logs", False, "push TensorBoard's files, too: the Hub shows them; they may hold pictures of training images")
+    group.add_argument("--hub_license", metavar="LICENSE", default="unknown", help="the model's licence, for its card: apache-2.0, cc-by-4.0, openrail, other ...")
     group.add_argument("--hub_timeout", type=real(4), default=1800.0, help="give up a push after this many seconds of failing")
 
 
@@ -279,7 +280,7 @@ def _add_run_arguments(parser: Parser) -> None:
     add_hub_arguments(group)
     group.add_argument("--hub_strategy", choices=("end", "every_checkpoint"), default="end", help="when to push; checkpoints go beside training")
     parser.switch(group, "--push_required", False, "do not train if the Hub cannot be reached at the start")
-    group.add_argument("--hub_license", metavar="LICENSE", default="unknown", help="the model's licence, for its card: apache-2.0, cc-by-4.0, openrail, other ...")
+    group.add_argument("--hub_dataset_name", metavar="NAME", help="what the model's page calls the training images (default: their name on the Hub; images of your own are not named)")
 
     group = parser.add_argument_group("validation")
     group.add_argument("--validation_split", help="split held out from training, for a loss curve; for example train[90%%:]")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import sync
+from .. import sync, write_record
 from ..pictures import to_uint8
 from ..training.checkpoints import on_all_processes
 from .features import load_extractor
@@ -74,6 +74,7 @@ class SampleQuality:
         self.values = {self._distance: frechet_distance(features, self.reference), self._kid: kid}
         self.accelerator.log({f"metrics/{name}": value for name, value in self.values.items()}, step=step)
         self.values["step"] = step
+        write_record(self.folder.parent / RECORD, self.values)  # for the model's page
         if not self.announced:
             self.announced = True
             logger.info(

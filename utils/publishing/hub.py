@@ -77,9 +77,9 @@ class Hub:
             self._create()
         except Exception as error:  # httpx2's errors, the client's and ConnectionError share no class
             if _is_refusal(error):
-                raise UserError(f"--push_to_hub: {_explain(error, self.repo_id)}") from error
+                raise UserError(f"cannot push: {_explain(error, self.repo_id)}") from error
             if self.args.push_required:
-                raise UserError(f"--push_to_hub: the Hub cannot be reached: {_explain(error, self.repo_id)}") from error
+                raise UserError(f"cannot push: the Hub cannot be reached: {_explain(error, self.repo_id)}") from error
             logger.warning(
                 f"The Hub cannot be reached now: {_explain(error, self.repo_id)}. The push is tried again at the end"
             )

@@ -1,25 +1,30 @@
 """The README.md of a trained model, written by the run that trained it."""
 
 import contextlib
+import functools
+import importlib.metadata
 import io
 import json
 import logging
+import os
+import platform
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import accelerate
-import diffusers
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..hardware import device_name
-from ..training.output_dir import how_to_load, is_hub_id, without_path
+from ..training.output_dir import DATA, OWN_IMAGES, how_to_load, is_hub_id, public, public_data, without_path
 
 logger = logging.getLogger(__name__)
 
+PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "numpy", "pillow")
 TRAINING_FLAGS = (
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "dropout", "label_dropout", "use_ema",
     "random_flip", "seed", "solver_steps", "points_per_way", "noisy_points", "huber_c", "teacher_guidance_scale",
@@ -31,6 +36,7 @@ For studying and illustrating diffusion models, and to start others from. It dra
 their gaps and biases; what it draws is evidence of nothing. Small data sets are memorised: compare samples with the
 training images before showing them. The licence of the training images applies, too.
 """
+UNLICENSED = "The page says `license: unknown`: --hub_license says under which one others may use the model"
 PEOPLE = """
 ## People
 
@@ -40,87 +46,147 @@ images (`nearest.png`, written by the run, shows the nearest by their pixels: th
 Intended for studying and illustrating generative models. Not for depicting an identifiable person without consent, for
 deceiving anyone, or for recognising or judging people; what it draws says nothing about anybody.
 """
+NOBODY = {"digits", "mnist", "ylecun/mnist"}  # images that show no people
+SUBJECTS = {"digits": "scikit-learn's digits", "mnist": "MNIST", "faces": "scikit-image's faces"}
+PAPERS = {  # by a setting and its value, ... for any: what it comes from
+    ("_class_name", "DDPMPipeline"): ("Denoising diffusion probabilistic models", "2006.11239"),
+    ("_class_name", "ConsistencyModelPipeline"): ("Denoising diffusion probabilistic models", "2006.11239"),
+    ("prediction_type", "v_prediction"): ("Progressive distillation: v-prediction", "2202.00512"),
+    ("prediction_type", "flow_prediction"): ("Flow matching for generative modeling", "2210.02747"),
+    ("beta_schedule", "squaredcos_cap_v2"): ("Improved DDPM: the cosine schedule", "2102.09672"),
+    ("time_density", "logit_normal"): ("Scaling rectified flow transformers: the density of times", "2403.03206"),
+    ("rescale_betas_zero_snr", True): ("Common diffusion noise schedules and sample steps are flawed", "2305.08891"),
+    ("snr_gamma", ...): ("Efficient diffusion training via min-SNR weighting", "2303.09556"),
+    ("label_dropout", ...): ("Classifier-free diffusion guidance", "2207.12598"),
+    ("model_guidance", ...): ("Diffusion models without classifier-free guidance", "2502.12154"),
+    ("method", "lora"): ("LoRA", "2106.09685"),
+    ("sampler", "LCMScheduler"): ("Latent consistency models", "2310.04378"),
+    ("sampler", "DPMSolverMultistepScheduler"): ("DPM-Solver++", "2211.01095"),
+    ("sampler", "DDIMScheduler"): ("Denoising diffusion implicit models", "2010.02502"),
+    ("sampler", "UniPCMultistepScheduler"): ("UniPC", "2302.04867"),
+}
 
 
-def write_card(folder: Path, title: str, args, of_people: bool = False, **summary) -> None:
-    """Write ``README.md``: valid metadata, the samples, a snippet that loads the model, and how it was trained.
+def write_card(folder: Path, title: str, args, **summary) -> None:
+    """Write ``README.md``: valid metadata, the samples, how to load the model, and what reproduces it.
 
-    In the run's own folder the snippet has been run, with one step, before it is written.
+    In the run's own folder the snippet has been run, with one step, before it is written. Training images of this
+    machine are named by their number, unless ``--hub_dataset_name`` names them.
 
     Args:
         folder: a saved pipeline.
-        title: what kind of model it is, one line.
+        title: what kind of model it is, a few words.
         args: the run's flags.
-        of_people: whether the images show people; adds a section.
-        summary: what the run found out; ``data`` is the Hub id, path or short name of the training images,
-            ``data_license`` their licence, ``base`` the id or path of the pipeline that it started from, ``classes``
-            the names of what a conditional model can be asked for.
+        summary: what the run found out; ``data`` is the Hub id, path or short name of the training images, ``images``
+            their number, ``data_license`` their licence, ``base`` the id or path of the pipeline that it started from,
+            ``classes`` the names of what a conditional model can be asked for.
     """
-    classes = summary.pop("classes", None)
+    classes, output_dir = summary.pop("classes", None), Path(args.output_dir)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    on_hub = {key: name for key, name in summary.items() if key in ("data", "base") and is_hub_id(name)}
-    sampler = index["scheduler"][1]
-    tags = ["diffusers", "unconditional-image-generation", *(["class-conditional"] if classes else [])]
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    if scheduler.get("use_flow_sigmas"):
-        tags.append("flow-matching")
-    elif sampler == "LCMScheduler":
-        tags.append("consistency-distillation")
-    elif index["_class_name"] == "DDPMPipeline":
-        tags.append("ddpm")
+    final = folder.resolve() == output_dir.resolve()  # otherwise a checkpoint, which has no pictures
+    people = summary["data"] not in NOBODY or is_hub_id(summary.get("base"))
+    summary = public({**summary, "data": args.hub_dataset_name or summary["data"]})
+    subject = SUBJECTS.get(summary["data"], summary["data"])
+    if subject == OWN_IMAGES:
+        summary["data"] = subject = f"{summary.get('images') or 'a stream of'} {OWN_IMAGES}"
     data = ModelCardData(
         license=args.hub_license,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=tags,
-        datasets=[on_hub["data"]] if "data" in on_hub else None,
-        base_model=on_hub.get("base"),
+        tags=_tags(index, scheduler, classes),
+        datasets=[summary["data"]] if is_hub_id(summary["data"]) else None,
+        base_model=summary.get("base") if is_hub_id(summary.get("base")) else None,
     )
-    for key in {"data", "base"} & (set(summary) - set(on_hub)):
-        summary[key] = Path(summary[key]).name  # no path of one machine
-    record = Path(args.output_dir) / "training_args.json"
+    if final and args.push_to_hub and args.hub_license == "unknown":
+        logger.warning(f"{UNLICENSED} (the training images: {summary.get('data_license', 'not stated')})")
+    record = output_dir / "training_args.json"
     ran = json.loads(record.read_text(encoding="utf-8")).get("ran", {}) if record.is_file() else {}
+    flags = {key: value for key, value in vars(args).items() if value is not None}
     found = {key: value for key, value in summary.items() if value is not None and key != "fingerprint"}
-    settings = found | ran | {key: vars(args)[key] for key in TRAINING_FLAGS if vars(args).get(key) is not None}
-    table = "\n".join(f"| {_escape(key)} | {_escape(value)} |" for key, value in settings.items())
-    folders = [folder, *(folder / part for part in ("scheduler", "unet"))]
-    code = [f"`{path.relative_to(folder)}`" for place in folders for path in place.glob("*.py")]
+    settings = found | ran | {key: flags[key] for key in TRAINING_FLAGS if key in flags}
+    code = [
+        f"`{path.relative_to(folder)}`" for part in ("", "scheduler", "unet") for path in (folder / part).glob("*.py")
+    ]
     trust = f"`trust_remote_code=True` runs the code that comes with the model: {', '.join(code)}. Read it first.\n\n"
-    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, diffusers, accelerate))
-    state = accelerate.PartialState()
-    final = folder.resolve() == Path(args.output_dir).resolve()  # otherwise a checkpoint, which has no pictures
-    guidance = f", guidance {args.guidance_scale}" if classes and "guidance_scale" in vars(args) else ""
-    drawn = f"""The weights drew the samples above ({args.num_samples} images, \
-{vars(args).get("sampler", sampler)}, {args.num_inference_steps} steps, seed {args.seed}{guidance}, not selected)."""
-    if sampler == "LCMScheduler":
-        drawn = f"Above, the teacher's samples and these weights' from the same noise, seed {args.seed}, not selected."
-    snippet = _snippet(folder, args, final, classes)
     has_curves = final and {"all", "tensorboard"} & set(args.report_to.split(","))
+    used = flags | found | {"_class_name": index["_class_name"], "sampler": index["scheduler"][1]}
+    papers = {
+        paper for (key, value), paper in PAPERS.items() if (used.get(key) if value is ... else used.get(key) == value)
+    }
+    links = "\n".join(f"* [{name}](https://arxiv.org/abs/{number})" for name, number in sorted(papers))
     text = f"""---
 {data.to_yaml()}
 ---
 
-# {_escape(title)}
-
-Draws images like those in {_escape(summary["data"])}, with a {index["unet"][1]}.{_said_of(classes)}
+# {_escape(title)} trained on {_escape(subject)}
 
 {"![samples](samples.png)" if final else "From before the end of training."}
 
-{snippet}{trust if code else ""}The saved scheduler is `{sampler}`. {drawn if final else ""}
+{_drawn(index["scheduler"][1], args, classes) if final else ""}Draws {_shape(summary)}images like those of \
+{_escape(subject)}, with a {index["unet"][1]}.{_said_of(classes)}
 
+## Use
+
+{_snippet(folder, args, final, classes)}{trust if code else ""}The saved scheduler is `{index["scheduler"][1]}`.
+{_section("Metrics", _metrics(output_dir) if final else "")}
 ## Training
 
 {"![curves](curves.png)" if has_curves else ""}
 
-    {command_line()}
+{_reproduce()}
 
-{versions}; {state.num_processes} x {device_name(state.device)}
-
-| | |
-|---|---|
-{table}
-{USE}{PEOPLE if of_people else ""}"""
+{_table(settings)}
+{_section("Papers", links)}{USE}{PEOPLE if people else ""}"""
     ModelCard(text).save(folder / "README.md")
+
+
+def _tags(index: dict, scheduler: dict, classes) -> list[str]:
+    tags = ["diffusers", "unconditional-image-generation", *(["class-conditional"] if classes else [])]
+    if scheduler.get("use_flow_sigmas"):
+        tags.append("flow-matching")
+    elif index["scheduler"][1] == "LCMScheduler":
+        tags.append("consistency-distillation")
+    elif index["_class_name"] == "DDPMPipeline":
+        tags.append("ddpm")
+    return tags
+
+
+def _section(title: str, text: str) -> str:
+    return f"\n## {title}\n\n{text}\n" if text else ""
+
+
+def _table(values: dict) -> str:
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {_escape(key)} | {_escape(value)} |" for key, value in values.items())]
+    )
+
+
+def _shape(summary: dict) -> str:
+    if "image_shape" not in summary:
+        return ""
+    channels, height, width = summary["image_shape"]
+    return f"{height} x {width} {'grey ' if channels == 1 else ''}"
+
+
+def _drawn(sampler: str, args, classes) -> str:
+    """How the picture above was made."""
+    if sampler == "LCMScheduler":
+        return f"The teacher's samples and this model's from the same noise, seed {args.seed}, not selected. "
+    guidance = f", guidance {args.guidance_scale:g}" if classes and "guidance_scale" in vars(args) else ""
+    how = f"{vars(args).get('sampler', sampler)}, {args.num_inference_steps} steps, seed {args.seed}{guidance}"
+    return f"{args.num_samples} samples, not selected: {how}. "
+
+
+def _metrics(output_dir: Path) -> str:
+    """What the run has measured of its samples while it trained (``--evaluate_steps``)."""
+    file = output_dir / "evaluation.json"
+    if not file.is_file():
+        return ""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    shown = {name: f"{value:.4g}" for name, value in values.items() if name != "step"}
+    said = f"After {values['step']} optimizer steps, N samples against as many training images; lower is better."
+    return f"{said}\n\n{_table(shown)}"
 
 
 def _said_of(classes) -> str:
@@ -165,11 +231,53 @@ def _snippet(folder: Path, args, run_it: bool, classes=None) -> str:
     return f"```python\n{code}\n```\n\n"
 
 
-def command_line() -> str:
-    """The command that started this process, without paths of this machine."""
+def _reproduce() -> str:
+    """The command, the state of the scripts, versions and machine that a run takes to come out the same."""
+    state = accelerate.state.AcceleratorState()
+    launcher = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if state.num_processes > 1:
+        launcher += ["--multi_gpu", "--num_processes", str(state.num_processes)]
+        launcher += ["--num_machines", str(machines)] * (machines > 1)
+    launcher += ["--mixed_precision", state.mixed_precision]
+    command = shlex.join([*launcher, *_public(sys.argv)]).replace("\n", " ")
+    if state.num_processes > 1 and state.device.type == "cpu":
+        command = f"ACCELERATE_USE_CPU=true {command}"
     if "ipykernel" in sys.modules:
-        return "(in a notebook)"
-    return shlex.join(["python", *(without_path(argument) for argument in sys.argv)]).replace("\n", " ")
+        command = "(in a notebook)"
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    where = f"{state.num_processes} x {device_name(state.device)}, Python {platform.python_version()}"
+    return f"    {command}\n\n{_commit()}{', '.join(versions)}; {where}"
+
+
+def _public(arguments: list[str]) -> list[str]:
+    """A command line without paths of this machine, and without the names of private folders."""
+    shown, before = [], ""
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if before.lstrip("-") in DATA:
+            argument = public_data(argument)
+        elif flag.lstrip("-") in DATA and equals:
+            argument = f"{flag}={public_data(value)}"
+        shown.append(without_path(argument))
+        before = argument
+    return shown
+
+
+@functools.cache
+def _commit() -> str:
+    """Which version of the scripts ran, as far as git knows it."""
+
+    def git(*words):
+        folder = Path(__file__).parents[2]
+        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        commit = git("log", "-1", "--format=%H", "--", ".")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    except (OSError, subprocess.SubprocessError):  # no git here
+        return ""
+    return f"Scripts: commit {commit[:12]}{', with changes' * bool(changed)}. " if commit else ""
 
 
 def _escape(value) -> str:

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 ARGUMENTS = "training_args.json"
 # Flags that say where things are on this machine, or concern it alone
 PRIVATE = {"output_dir", "logging_dir", "image_cache_dir", "config", "resume_from_checkpoint", "report_to"}
+DATA = {"train_data_dir", "dataset_name", "prior_dataset_name", "data"}  # flags and results that may name own images
+OWN_IMAGES = "own images"
 LOCK = ".lock"
 # What may be in an output folder before its first run: a lock, and the log of that very command (`... | tee DIR/log`)
 OUR_FILES = re.compile(r"\.lock|\.tmp-.*|log|nohup\.out|.*\.(log|out|err)")
@@ -44,12 +46,12 @@ FREE_ON_RESUME = {
     "bad_images", "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config", "data",
     "dataloader_num_workers", "dataset_name", "evaluate_steps", "features", "features_model_name_or_path",
     "fingerprint", "grad_norm_deviations", "gradient_accumulation_steps", "gradient_checkpointing", "hang_timeout",
-    "hub_license", "hub_logs", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_timeout",
-    "image_cache_dir", "image_range", "keep_best", "logging_dir", "logging_steps", "max_bad_images", "max_rollbacks",
-    "max_train_steps", "mixed_precision", "num_evaluation_samples", "num_train_epochs", "num_validation_images",
-    "output_dir", "prior_dataset_name", "prior_dataset_split", "push_required", "push_to_hub", "report_to",
-    "resume_from_checkpoint", "sample_batch_size", "sample_steps", "tracker_project_name", "train_batch_size",
-    "train_data_dir", "validation_split", "validation_steps", *DRAWING,
+    "hub_dataset_name", "hub_license", "hub_logs", "hub_model_id", "hub_private_repo", "hub_revision",
+    "hub_strategy", "hub_timeout", "image_cache_dir", "image_range", "keep_best", "logging_dir", "logging_steps",
+    "max_bad_images", "max_rollbacks", "max_train_steps", "mixed_precision", "num_evaluation_samples",
+    "num_train_epochs", "num_validation_images", "output_dir", "prior_dataset_name", "prior_dataset_split",
+    "push_required", "push_to_hub", "report_to", "resume_from_checkpoint", "sample_batch_size", "sample_steps",
+    "tracker_project_name", "train_batch_size", "train_data_dir", "validation_split", "validation_steps", *DRAWING,
 }  # fmt: skip
 
 
@@ -319,8 +321,18 @@ def without_path(value):
 
 
 def public(values: dict) -> dict:
-    """Flags and results that may be published: nothing about this machine."""
-    return {name: without_path(value) for name, value in values.items() if name not in PRIVATE}
+    """Flags and results that may be published: nothing about this machine, and no name of a private folder."""
+    return {
+        name: public_data(value) if name in DATA else without_path(value)
+        for name, value in values.items()
+        if name not in PRIVATE
+    }
+
+
+def public_data(name):
+    """Training images by their name, if it is one on the Hub or of the embedded ones."""
+    local = name and name not in ("digits", "faces", "mnist") and not is_hub_id(name)
+    return OWN_IMAGES if local and (Path(name).exists() or not re.fullmatch(r"[\w.-]+", name)) else name
 
 
 def is_hub_id(name: str) -> bool:
