@@ -29,7 +29,7 @@ def parse_args(argv=None):
     group.add_argument("--image_column", help="column with the images, as in training (default: the only one of type Image)")
     group.add_argument("--label_column", help="column with class labels, for a model with classes (default: the only one of type ClassLabel)")
     group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, of images with more than 8 bits, as in training: LOW,HIGH, full or auto")
-    group.add_argument("--held_out_split", default="test", help="real images that they have not seen: the floor, and the measure of copying")
+    group.add_argument("--held_out_split", help="real images that they have not seen: the floor, and the measure of copying (default: test; where there is no such split, a tenth of --reference_split)")
 
     group = parser.add_argument_group("samples")
     group.add_argument("--num_samples", type=integer(10), default=2000, help="N: samples of each model, and real images of each split")
@@ -115,12 +115,14 @@ def main(args):
             by_class[name] = asked.by_class(images, extract, args.features, accelerator.device)
             if "class_accuracy" in by_class[name]:
                 row["class_accuracy"] = by_class[name]["class_accuracy"]
-        row["copies"], pairs[name] = real.copies(images)
+        copies, pairs[name] = real.copies(images)
+        row |= {} if copies is None else {"copies": copies}
         rows.append(row)
         grids[name] = images[:8]
 
     # Real images that the models have not seen, in the place of samples: nothing can be expected to be better
-    measure("floor: held-out images", real.held_out[: args.num_samples])
+    if real.held_out_split:
+        measure("floor: held-out images", real.held_out[: args.num_samples])
 
     # Samples
     for model in args.models:
@@ -150,7 +152,8 @@ def main(args):
         if args.validation_loss and is_few_step(own):
             say(f"{model} has no denoising loss: it does without the small steps that it is of")
         elif args.validation_loss:
-            for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
+            splits = {"--reference_split": args.reference_split, "--held_out_split": real.held_out_split}
+            for flag, split in ((flag, split) for flag, split in splits.items() if split):
                 images = from_uint8(real.resized(shape, split)[: args.num_validation_images])
                 labels = torch.from_numpy(real.labelled(shape, flag, split)[1]) if asked else None
                 labels = labels.where(labels >= 0, len(asked.names)) if asked else None
@@ -191,7 +194,7 @@ def main(args):
     measure("ceiling: noise", real.noise(args.num_samples))
     if accelerator.is_main_process:
         facts = dict(features=extract.name, features_hash=extract.hash, reference=args.reference)
-        facts |= dict(reference_split=args.reference_split, held_out_split=args.held_out_split, seed=args.seed)
+        facts |= dict(reference_split=args.reference_split, held_out_split=real.held_out_split, seed=args.seed)
         write_report(Path(args.output_dir), rows, losses, grids, pairs, by_class, bool(args.sweep), **facts)
         say(f"peak memory {peak_memory(accelerator.device) / 2**30:.2f} GiB")
 

@@ -15,7 +15,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub id of a pipeline, or of a UNet2DModel")
     parser.add_argument("--output_dir", metavar="DIR", default="outputs/samples", help="images/, grid.png and what else is asked for")
-    parser.add_argument("--num_samples", type=integer(1), default=64, help="images")
+    parser.add_argument("--num_samples", type=integer(1), default=64, help="images (default: 64; with --interpolate 8)")
     parser.add_argument("--sample_batch_size", type=integer(1), default=64, help="images at once, per process")
     parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of the noise that images start from")
     parser.add_argument("--format", choices=("png", "npz", "parquet"), default="png", help="also all images in one file: images.npz or images.parquet")
@@ -25,7 +25,7 @@ def parse_args(argv=None):
     group.add_argument("--num_inference_steps", type=integer(1, 1000), help="UNet calls per image (default: 40; 2 of a model of distill_few_steps.py)")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
     parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first")
-    parser.switch(group, "--gif", False, "also walk.gif and walk.png: how the first images arise, noisy and predicted")
+    parser.switch(group, "--gif", False, "also walk.gif and walk.png: how the first images arise, noisy and predicted; with --interpolate a walk.gif from A to B and back")
     group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images: --num_samples images lead from the noise of one to that of the other and, of a model with classes, through --class_labels")
     group.add_argument("--init_image", metavar="FILE", help="start from this picture with noise on it")
     group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="how much noise is put on --init_image: 1 leaves nothing of it")
@@ -34,6 +34,9 @@ def parse_args(argv=None):
     group.add_argument("--class_labels", metavar="LABELS", help="classes to draw, by name or number, such as 7,7,3, repeated in turn; or all (default: all, of a model with classes). --guidance_scale says how firmly")
     add_guidance_arguments(group)
     args = parser.parse(argv)
+    if args.interpolate:
+        parser.set_defaults(num_samples=8)  # more are nearly equal
+        args = parser.parse(argv)
     check_guidance(parser, args)
     return args
 # fmt: on
@@ -65,7 +68,7 @@ def main(args):
     # Model
     accelerator = run.start_process(args.mixed_precision)
     unet, own = load_pipeline(args.model)
-    steered = args.guidance_color or args.guidance_prompt or args.init_image or args.gif
+    steered = args.guidance_color or args.guidance_prompt or args.init_image or (args.gif and not args.interpolate)
     calls = args.num_inference_steps or usual_calls(own)
     sampler = choose_sampler(own, args.sampler, calls, bool(steered))
     if accelerator.device.type == "cuda":
@@ -132,12 +135,17 @@ def main(args):
     # Pictures of them all
     if accelerator.is_main_process:
         images, captions = images_folder.load(64), ()
-        if classes and not args.interpolate and len(classes) <= len(images):
+        if args.interpolate and len(images) <= 16:
+            captions = [""]  # one row
+        elif classes and not args.interpolate and len(classes) <= len(images):
             images, captions = rows_by_class(images, [names[k] for k in classes])
         make_grid(images, captions=captions).save(images_folder.folder / "grid.png")
         if args.format != "png":
             images_folder.export(args.format)
-        if args.gif:
+        if args.gif and args.interpolate:
+            ways = [[image[None]] for image in images_folder.load(args.num_samples)]
+            save_gif(ways + ways[::-1], images_folder.folder / "walk.gif")
+        elif args.gif:
             frames = []
             sample_ids = np.arange(min(16, args.num_samples))
             draw(sample_ids=sample_ids, watch=lambda *pair: frames.append([to_uint8(images) for images in pair]))

@@ -247,3 +247,24 @@ def test_wrong_input_is_refused_with_advice(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args(["x", "--reference=digits", "--sweep", "ddim:ten"])
     assert "--sweep ddim:ten: expected SAMPLER:STEPS,STEPS" in capsys.readouterr().err
+
+
+def test_without_a_held_out_split_a_tenth_is_taken_away_or_nothing(tmp_path, copies, held_out, capsys):
+    def evaluate_by(reference, name):
+        flags = [str(copies), f"--reference={reference}", f"--output_dir={tmp_path / name}", "--features=pixels"]
+        assert exit_code(evaluate.main, evaluate.parse_args([*flags, "--num_samples=30"])) == 0
+        return json.loads((tmp_path / name / "results.json").read_text())
+
+    found = evaluate_by(held_out, "tenth")
+    held_out_images = len([*held_out.iterdir()])
+    assert found["held_out_split"] == "a tenth of train" and found["results"][0]["N"] == min(30, held_out_images // 10)
+    assert f"{held_out_images // 10} of its {held_out_images} images are held out" in capsys.readouterr().err
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(held_out.iterdir())[:20]:
+        shutil.copy(path, few)
+    found, (said, warned) = evaluate_by(few, "none"), capsys.readouterr()
+    assert found["held_out_split"] is None and "too few to hold some out" in warned
+    assert [row["model"] for row in found["results"]] == [str(copies), "ceiling: noise"]
+    assert not {"copies", "precision", "density"} & set(found["results"][0])  # pixels cannot tell
+    assert "| model " in said and "features_hash" in said and "every column is in results.md" in said

@@ -31,6 +31,10 @@ FILES = {  # builders of ``datasets``, by the extension of files
 }  # fmt: skip
 
 
+class NoSuchSplit(UserError):
+    """The data set has no split of this name."""
+
+
 @dataclass(frozen=True)
 class ImageSource:
     """Which images are meant, and how messages call the flags that said so.
@@ -161,6 +165,8 @@ def _open_source(source: ImageSource):
         raise
     except Exception as error:  # as above, there is no common class
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if "Unknown split" in reason:
+            raise NoSuchSplit(f"{source.said('split')}: {source.name}: {reason}") from error
         if "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError):
             reason = "it holds no image files"
         elif isinstance(error, ConnectionError):
@@ -189,7 +195,7 @@ def _choose(parts: Mapping[str, datasets.Dataset], source: ImageSource):
         wanted = datasets.ReadInstruction.from_spec(spec)
         ranges = wanted.to_absolute({split: len(dataset) for split, dataset in parts.items()})
     except (ValueError, AssertionError) as error:
-        raise UserError(
+        raise NoSuchSplit(
             f"{source.said('split')}: {source.name} has the {'one split' if len(parts) == 1 else 'splits'} "
             f"{', '.join(parts)}; expected that, or a part such as {next(iter(parts))}[:80%]"
         ) from error

@@ -10,7 +10,7 @@ from PIL import Image
 from .. import UserError, randomness
 from ..data.images import PreparedImages, choose_range, locate, spread_over
 from ..data.pixels import GREY_MODES, decode_image, deep_values
-from ..data.sources import ImageSource, load_source
+from ..data.sources import ImageSource, NoSuchSplit, load_source
 from ..pictures import make_grid, to_uint8
 from .comparison import nearest_distances
 from .features import load_extractor, shrink
@@ -23,25 +23,63 @@ MEMORY = 2**30  # bytes of a split's images at most
 class Reference:
     """Both splits of the reference, at the size and in the mode of whatever they are compared with.
 
+    Without ``held_out_split``, what is held out is the split ``test``; where there is none, a tenth of the reference,
+    always the same, which is not compared with then; and of fewer than 100 images nothing.
+
     Args:
         args: ``reference``, ``reference_split``, ``held_out_split``, ``image_column``, ``label_column``,
             ``image_range``, ``seed``.
 
     Attributes:
         image_range: values that become black and white, see ``data.pixels.to_eight_bits``.
-        held_out: uint8 (N, C, H, W), at the images' own size.
+        held_out_split: its name, or None where nothing is held out.
+        held_out: uint8 (N, C, H, W), at the images' own size, or None.
+
+    Raises:
+        UserError: a split is not there, or its images cannot be read.
     """
 
     def __init__(self, args, accelerator):
-        self.args, self.accelerator, self._prepared, self._baselines = args, accelerator, {}, {}
-        self._sources = {}
-        for flag, split in (("--reference_split", args.reference_split), ("--held_out_split", args.held_out_split)):
-            self._sources[split] = load_source(self._source(split, flag), accelerator)[0]
+        self.args, self.accelerator, self._prepared, self._baselines, self._parts = args, accelerator, {}, {}, {}
+        self._sources = {args.reference_split: self._open(args.reference_split, "--reference_split")}
+        self.held_out_split = args.held_out_split or "test"
+        try:
+            if not args.held_out_split and "test" in args.reference_split:
+                raise NoSuchSplit
+            self._sources[self.held_out_split] = self._open(self.held_out_split, "--held_out_split")
+        except NoSuchSplit:
+            if args.held_out_split:
+                raise
+            self.held_out_split = self._hold_out(args.reference_split)
         shown = look_at(self._sources[args.reference_split], args.reference)
         self.image_range = choose_range(args.image_range, deep_values(shown))
-        first = next(look_at(self._sources[args.held_out_split], args.reference))
+        first = next(look_at(self._sources[self.held_out_split or args.reference_split], args.reference))
         mode = "L" if first.mode in GREY_MODES else "RGB"
-        self.held_out = self._load(args.held_out_split, (first.height, first.width), mode)
+        self._shape = (len(mode), first.height, first.width)
+        self.held_out = self.resized(self._shape, self.held_out_split) if self.held_out_split else None
+
+    def _open(self, split: str, flag: str, **options):
+        dataset = load_source(self._source(split, flag, **options), self.accelerator)[0]
+        return dataset.select(self._parts[split]) if split in self._parts else dataset
+
+    def _hold_out(self, split: str) -> str | None:
+        """Take a tenth of the reference away. Returns its name; None if there are too few images."""
+        name, length = f"a tenth of {split}", len(self._sources[split])
+        if length < 100:
+            logger.warning(
+                f"{self.args.reference} has no split test, and {length} images are too few to hold some out: there is "
+                "no floor and no measure of copying. --held_out_split names images that were not trained on"
+            )
+            return None
+        order, count = randomness.shuffled_indices(0, np.arange(length), length), length // 10
+        self._parts = {split: np.sort(order[count:]), name: np.sort(order[:count])}
+        whole = self._sources[split]
+        self._sources = {part: whole.select(indices) for part, indices in self._parts.items()}
+        logger.warning(
+            f"{self.args.reference} has no split test: {count} of its {length} images are held out. A model that was "
+            "trained on all has seen them: its copies are not found. --held_out_split names images that it has not seen"
+        )
+        return name
 
     def _source(self, split: str, flag: str, **options) -> ImageSource:
         flags = {"name": "--reference", "split": flag}
@@ -76,8 +114,7 @@ class Reference:
             UserError: it has no class labels.
         """
         split = split or self.args.reference_split
-        source = self._source(split, flag, label_column=self.args.label_column, find_labels=True)
-        dataset = load_source(source, self.accelerator)[0]
+        dataset = self._open(split, flag, label_column=self.args.label_column, find_labels=True)
         names = dataset.features["label"].names
         drawn = randomness.shuffled_indices(self.args.seed, np.arange(len(dataset)), len(dataset))
         images = self.resized(shape, split)
@@ -86,12 +123,10 @@ class Reference:
 
     def noise(self, count: int) -> np.ndarray:
         """Uniform noise in the shape of the images."""
-        noise = randomness.sample_noise(
-            self.args.seed, "ceiling", np.arange(count), self.held_out.shape[1:], "cpu", "uniform"
-        )
+        noise = randomness.sample_noise(self.args.seed, "ceiling", np.arange(count), self._shape, "cpu", "uniform")
         return to_uint8(noise)
 
-    def copies(self, images: np.ndarray) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
+    def copies(self, images: np.ndarray) -> tuple[float | None, tuple[np.ndarray, np.ndarray]]:
         """How many of the images are nearer to a training image than real ones are.
 
         An image's ratio is its distance to the nearest training image over that to the nearest held-out one. The rate
@@ -99,11 +134,15 @@ class Reference:
         about 0.01 is what real images have.
 
         Returns:
-            The rate; the eight images with the lowest ratio and their nearest training images, uint8.
+            The rate; the eight images with the lowest ratio and their nearest training images, uint8. If nothing is
+            held out, None and the eight that are nearest to training images.
         """
         train, pixels, trained, unseen, threshold = self._baseline(images)
         to_train, indices = nearest_distances(pixels(images), trained)
-        held_out = self.resized(images.shape[1:], self.args.held_out_split)
+        if unseen is None:
+            closest = np.argsort(to_train)[:8]
+            return None, (images[closest], train[indices[closest]])
+        held_out = self.resized(images.shape[1:], self.held_out_split)
         same = len(images) <= len(held_out) and np.array_equal(images, held_out[: len(images)])  # the floor
         ratios = to_train / np.maximum(nearest_distances(pixels(images), unseen, skip_first=same)[0], 1e-12)
         closest = np.argsort(ratios)[:8]
@@ -113,13 +152,15 @@ class Reference:
         """What images of this shape are compared with; the distances of all real images are measured once."""
         if images.shape[1:] not in self._baselines:
             shape = images.shape[1:]
-            train, held_out = self.resized(shape), self.resized(shape, self.args.held_out_split)
+            train, pixels, unseen, threshold = self.resized(shape), load_extractor("pixels"), None, None
             train = np.concatenate([train, train[..., ::-1]])  # as it may have been shown with --random_flip
-            pixels = load_extractor("pixels")
-            trained, unseen = pixels(train), pixels(held_out)
-            to_unseen = nearest_distances(unseen, unseen, skip_first=True)[0]
-            ratios = nearest_distances(unseen, trained)[0] / np.maximum(to_unseen, 1e-12)
-            self._baselines[images.shape[1:]] = train, pixels, trained, unseen, np.quantile(ratios, 0.01)
+            trained = pixels(train)
+            if self.held_out_split:
+                unseen = pixels(self.resized(shape, self.held_out_split))
+                to_unseen = nearest_distances(unseen, unseen, skip_first=True)[0]
+                ratios = nearest_distances(unseen, trained)[0] / np.maximum(to_unseen, 1e-12)
+                threshold = np.quantile(ratios, 0.01)
+            self._baselines[shape] = train, pixels, trained, unseen, threshold
         return self._baselines[images.shape[1:]]
 
 

@@ -15,7 +15,11 @@ noise gets. Lower is better for fd, kid and class_distance (of the digits' frequ
 precision, recall, density, coverage and class_accuracy (the share of samples that are recognised as the digit that was
 asked for). confidence: how sure the classifier is; noise can make it sure, too. copies: the share of images nearer to a
 training image than 99 % of the held-out ones are. Errors: of fd by bootstrap over the generated images, of kid over its
-subsets.
+subsets. Pixels have no precision, recall, density and coverage: noise would be best by them.
+"""
+SHORT = """
+Lower is better, of coverage and class_accuracy higher. Floor: real images in the place of samples; ceiling: noise.
+copies: the share of samples suspiciously near to a training image; about 0.01 is what real images have.
 """
 LOSS_NOTE = """
 Denoising loss on frozen (image, timestep, noise) triples, whole and by range of timesteps. A model that has learned by
@@ -44,6 +48,12 @@ def table_of(rows: list[dict]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
+def _short(row: dict) -> dict:
+    """What matters of a row, for the terminal."""
+    kept = ("model", "N", "fd_", "fid_", "kid_", "coverage", "class_accuracy", "copies")
+    return {key: value for key, value in row.items() if key.startswith(kept)}
+
+
 def _show(value) -> str:
     if value is None:
         return ""
@@ -58,7 +68,7 @@ def write_report(
     If samplers are compared, also ``sweep.png``.
 
     Args:
-        rows: one result each, with ``model`` its name; the first one is the floor.
+        rows: one result each, with ``model`` its name; the first one is the floor, if there is one.
         losses: denoising losses, a second table; may be empty.
         grids: uint8 (N, C, H, W) by name, samples to show.
         pairs: two of the same by name: the images most like training images, and those.
@@ -78,7 +88,10 @@ def write_report(
     if sum("guidance_scale" in row for row in rows) > 1:
         plot_guidance(rows).savefig(folder / "guidance.png")
         files.append("guidance.png")
-    print(f"\n{text}\nwritten to {folder}: {', '.join(files)}")
+    print(f"\n{said}\n\n{table_of([_short(row) for row in rows])}\n{SHORT}")
+    if losses:
+        print(table_of(losses))
+    print(f"\nwritten to {folder}: {', '.join(files)}; every column is in results.md")
     (folder / "results.md").write_text(text, encoding="utf-8")
     record = {**facts, "results": rows, "denoising_losses": losses, "by_class": by_class}
     (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -47,8 +47,9 @@ def plot_sweep(rows: list[dict]) -> Figure:
         points = sorted(points, key=lambda row: row["steps"])
         distances, errors = ([_distance(row, suffix) for row in points] for suffix in ("", "_error"))
         axes.errorbar([row["steps"] for row in points], distances, errors, marker="o", capsize=3, label=name)
-    floor = _distance(rows[0])
-    axes.axhline(floor, color="grey", linestyle="--", label=f"held-out images: {floor:.2g}")
+    if "steps" not in rows[0]:
+        floor = _distance(rows[0])
+        axes.axhline(floor, color="grey", linestyle="--", label=f"held-out images: {floor:.2g}")
     steps = sorted({row["steps"] for row in rows if "steps" in row})
     axes.set_xticks(steps, [str(n) for n in steps])
     label_log_axis(axes)
@@ -60,16 +61,18 @@ def plot_sweep(rows: list[dict]) -> Figure:
 def plot_guidance(rows: list[dict]) -> Figure:
     """Fidelity against diversity: Fréchet distance, precision and recall over the guidance scale, a line each model."""
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
-    panels = figure.subplots(1, 3)
+    metrics = [metric for metric in (_metric(rows[0]), "precision", "recall") if metric in rows[0]]
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     lines = {}
     for row in rows:
         if "guidance_scale" in row:
             lines.setdefault(row["model"].rsplit(" guidance ", 1)[0], []).append(row)
-    for axes, metric in zip(panels, (_metric(rows[0]), "precision", "recall"), strict=True):
+    for axes, metric in zip(panels, metrics, strict=True):
         for name, points in lines.items():
             points = sorted(points, key=lambda row: row["guidance_scale"])
             axes.plot([p["guidance_scale"] for p in points], [p[metric] for p in points], marker="o", label=name)
-        axes.axhline(rows[0][metric], color="grey", linestyle="--", label="held-out images")
+        if "steps" not in rows[0]:
+            axes.axhline(rows[0][metric], color="grey", linestyle="--", label="held-out images")
         axes.set(title=metric, xlabel="guidance scale")
     panels[0].legend()
     return figure
