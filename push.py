@@ -1,6 +1,6 @@
 """Push the output folder of a training script to the Hub: the model, its card, pictures and settings.
 
-    python push.py outputs/ddpm --hub_model_id me/digits
+    python push.py outputs/ddpm --hub_model_id me/digits --space
 
 Run `hf auth login` before, or set HF_TOKEN. Run again, it sends what is missing or has changed.
 """
@@ -13,6 +13,9 @@ def parse_args(argv=None):
     parser.add_argument("output_dir", metavar="folder", help="a run's folder, with model_index.json")
     parser.add_argument(
         "--evaluation", metavar="FILE", help="results.json of evaluate.py; its numbers go into the card"
+    )
+    parser.add_argument(
+        "--space", metavar="ID", nargs="?", const="", help="also a Space with demo.py; its id (default: the model's)"
     )
     add_hub_arguments(parser.add_argument_group("Hub (defaults: what the run was started with)"))
     parser.set_defaults(hub_private_repo=None, hub_logs=None, hub_license=None)
@@ -28,6 +31,7 @@ def main(args):
     from utils import UserError
     from utils.publishing import Hub
     from utils.publishing.results import add_results, licensed
+    from utils.publishing.space import Space
     from utils.training import run
 
     folder = Path(args.output_dir)
@@ -49,7 +53,10 @@ def main(args):
             raise UserError(f"--evaluation {args.evaluation}: {error}; expected results.json of evaluate.py") from error
     accelerator = run.start_process(None)
     licensed(folder, args.hub_license)
-    Hub(accelerator, SimpleNamespace(**settings)).push()
+    hub = Hub(accelerator, SimpleNamespace(**settings))
+    hub.push()
+    if args.space is not None:
+        Space(accelerator, SimpleNamespace(**settings), hub.repo_id).push()
 
 
 if __name__ == "__main__":

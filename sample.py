@@ -26,7 +26,7 @@ def parse_args(argv=None):
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
     parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first")
     parser.switch(group, "--gif", False, "also walk.gif and walk.png: how the first images arise, noisy and predicted; with --interpolate a walk.gif from A to B and back")
-    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images: --num_samples images lead from the noise of one to that of the other and, of a model with classes, through --class_labels")
+    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images: --num_samples images lead from the noise of one to that of the other (with dpmsolver++ where the pipeline's scheduler would add noise on the way) and, of a model with classes, through --class_labels")
     group.add_argument("--init_image", metavar="FILE", help="start from this picture with noise on it")
     group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="how much noise is put on --init_image: 1 leaves nothing of it")
 
@@ -56,7 +56,7 @@ def main(args):
     from utils.diffusion.classes import GuidedModel, between_classes, choose_classes, labels_in_turn, rows_by_class
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import make_guidance
-    from utils.diffusion.pipelines import choose_sampler, load_pipeline, slerp, usual_calls
+    from utils.diffusion.pipelines import choose_sampler, load_pipeline, sampler_for_walks, slerp, usual_calls
     from utils.diffusion.pretrained import image_shape
     from utils.diffusion.sampling import sample_batch
     from utils.evaluation.image_folder import ImageFolder, load_image, save_gif, save_walk
@@ -70,7 +70,8 @@ def main(args):
     unet, own = load_pipeline(args.model)
     steered = args.guidance_color or args.guidance_prompt or args.init_image or (args.gif and not args.interpolate)
     calls = args.num_inference_steps or usual_calls(own)
-    sampler = choose_sampler(own, args.sampler, calls, bool(steered))
+    name = args.sampler or (sampler_for_walks(own) if args.interpolate else None)
+    sampler = choose_sampler(own, name, calls, bool(steered))
     if accelerator.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)  # on a CPU it costs
     if args.compile:

@@ -68,6 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_request(self):
         path = unquote(urlparse(self.path).path)
+        path = re.sub(r"^/spaces/", "/space.", path)  # a Space is a repository of this name
+        path = re.sub(r"^/api/spaces/", "/api/models/space.", path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = self.read_chunks()
@@ -120,13 +122,16 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, body):
         wish = json.loads(body)
         repo_id = f"{wish.get('organization') or 'me'}/{wish['name']}"
+        url = f"{self.hub.url}/{repo_id}"
+        if wish.get("type") == "space":
+            url, repo_id = f"{self.hub.url}/spaces/{repo_id}", f"space.{repo_id}"
         status = 409 if repo_id in self.hub.repos else 200
         if repo_id.startswith("others/"):
             self.answer(403, {"error": "You don't have the rights to create a model under the namespace others"})
             return
         if status == 200:
             self.hub.create(repo_id, private=wish.get("visibility") == "private" or bool(wish.get("private")))
-        self.answer(status, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
+        self.answer(status, {"url": url, "name": repo_id})
 
     def auth_check(self, body, repo_id):
         if self.repo(repo_id):

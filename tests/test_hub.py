@@ -190,6 +190,23 @@ def test_two_processes_push_once(hub, tmp_path):
     assert hub.requests.count("POST /api/repos/create") == 2  # the check, and the push
 
 
+def test_a_space_is_pushed_with_the_code_that_it_runs(hub, finished):
+    code, said = run(hub, finished, "--space", "--hub_private_repo", "--hub_license=mit", script="push.py")
+    assert code == 0 and f"Pushed to {hub.url}/spaces/me/digits" in said, said
+    assert hub.repos["space.me/digits"]["private"] is True
+    files = hub.files("space.me/digits")
+    code_files = {str(path.relative_to(ROOT)) for path in [ROOT / "demo.py", *ROOT.glob("utils/**/*.py")]}
+    assert set(files) == code_files | {"README.md", "app.py", "requirements.txt"}
+    metadata = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert metadata["sdk"] == "gradio" and metadata["app_file"] == "app.py" and metadata["models"] == ["me/digits"]
+    assert metadata["license"] == "mit" and f"gradio=={metadata['sdk_version']}" in files["requirements.txt"].decode()
+    assert "main(parse_args(['me/digits']))" in files["app.py"].decode()
+    hub.fail("models/space.me/digits/commit", 500)
+    again = ["--hub_private_repo", "--hub_license=cc0-1.0", "--hub_timeout=4"]
+    code, said = run(hub, finished, "--space", *again, script="push.py")
+    assert code == PUSH_FAILED and "--hub_private_repo --space me/digits" in said, said
+
+
 @pytest.mark.slow
 def test_a_branch(hub, finished):
     code, said = run(hub, finished, "--hub_model_id=me/x", "--hub_revision=draft", script="push.py")

@@ -163,8 +163,11 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, basic):
 
 
 def test_an_interpolation_is_a_row_and_a_film(tmp_path, finished_run):
-    draw(finished_run, tmp_path / "walk", "--interpolate", 0, 3, "--gif", "--num_inference_steps=1", "--num_samples=6")
+    draw(finished_run, tmp_path / "walk", "--interpolate", 0, 3, "--gif", "--num_inference_steps=4", "--num_samples=6")
     with Image.open(tmp_path / "walk" / "walk.gif") as film, Image.open(tmp_path / "walk" / "grid.png") as grid:
         assert film.n_frames > 6 and grid.width > 5 * grid.height
     assert not (tmp_path / "walk" / "walk.png").exists()
+    drawn = images(tmp_path / "walk").astype(float)
+    steps, whole = np.abs(np.diff(drawn, axis=0)).mean(axis=(1, 2)), np.abs(drawn[0] - drawn[-1]).mean()
+    assert max(steps) < whole / 2  # a way, though the pipeline's own sampler adds noise at every step
     assert sample.parse_args(["x", "--interpolate", "0", "3"]).num_samples == 8

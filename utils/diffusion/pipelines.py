@@ -154,6 +154,15 @@ def estimate_seconds(model, sampler, accelerator, count, shape, num_inference_st
     return times[-1] * num_inference_steps * -(-count // once)
 
 
+def sampler_for_walks(own: SchedulerMixin) -> str | None:
+    """A sampler whose images follow from the noise that they start from; None if ``own`` is one.
+
+    One that adds noise at every step forgets where it came from: images on the way would have nothing in common.
+    """
+    adds_noise = isinstance(own, DDPMScheduler) or str(own.config.get("algorithm_type")).startswith("sde")
+    return "dpmsolver++" if adds_noise else None
+
+
 def slerp(first: torch.Tensor, second: torch.Tensor, fraction: float | torch.Tensor) -> torch.Tensor:
     """Spherical interpolation (Shoemake 1985): between two normal noises the result is normal noise again.
 

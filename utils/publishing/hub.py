@@ -52,6 +52,8 @@ class Hub:
             asked for; with ``push_required`` also if the Hub cannot be reached.
     """
 
+    kind, sent, options = "model", "hub", {}  # of repository; the folder with what is sent; how it is created
+
     def __init__(self, accelerator, args):
         self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir).resolve()
         self.repo_id, self.thread, self.failure = args.hub_model_id, None, None
@@ -90,15 +92,15 @@ class Hub:
         if not self.repo_id or "/" not in self.repo_id:
             name = self.repo_id or re.sub(r"[^\w.-]+", "-", self.folder.name).strip("-.") or "model"
             self.repo_id = f"{api.whoami()['name']}/{name}"
-        api.create_repo(self.repo_id, private=private or None, exist_ok=True)
-        api.auth_check(self.repo_id, write=True)
-        if private and not api.repo_info(self.repo_id).private:
+        api.create_repo(self.repo_id, repo_type=self.kind, private=private or None, exist_ok=True, **self.options)
+        api.auth_check(self.repo_id, repo_type=self.kind, write=True)
+        if private and not api.repo_info(self.repo_id, repo_type=self.kind).private:
             raise UserError(
-                f"--hub_private_repo: {self.repo_id} exists and is public. Make it private in its settings on the Hub, "
-                "or choose another --hub_model_id"
+                f"--hub_private_repo: the {self.kind} {self.repo_id} exists and is public. Make it private in its "
+                "settings on the Hub, or choose another --hub_model_id"
             )
         if self.args.hub_revision:
-            api.create_branch(self.repo_id, branch=self.args.hub_revision, exist_ok=True)
+            api.create_branch(self.repo_id, repo_type=self.kind, branch=self.args.hub_revision, exist_ok=True)
 
     def push_checkpoint(self, step: int) -> None:
         """With ``--hub_strategy every_checkpoint``, upload ``checkpoint-<step>`` beside training.
@@ -138,7 +140,7 @@ class Hub:
         except Exception as error:  # the disk, the network, or files that may not be published
             self.failure = error
         if self.failure is None:
-            print(f"\nPushed to {constants.ENDPOINT}/{self.repo_id}", flush=True)
+            print(f"\nPushed to {constants.ENDPOINT}/{'spaces/' * (self.kind == 'space')}{self.repo_id}", flush=True)
             return
         print(
             f"\nNot pushed: {_explain(self.failure, self.repo_id)}.\nThe model is complete in {self.args.output_dir}. "
@@ -202,8 +204,8 @@ class Hub:
                 _persist(self._create, self.args.hub_timeout)
                 self._finish_card()
                 upload = lambda: HfApi().upload_folder(  # noqa: E731
-                    repo_id=self.repo_id, folder_path=self.folder / "hub", revision=self.args.hub_revision or None,
-                    commit_message=f"Upload model, {message}",
+                    repo_id=self.repo_id, repo_type=self.kind, folder_path=self.folder / self.sent,
+                    revision=self.args.hub_revision or None, commit_message=f"Upload {self.kind}, {message}",
                 )  # fmt: skip
                 _persist(upload, self.args.hub_timeout)
                 self.failure = None

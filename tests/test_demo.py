@@ -1,0 +1,112 @@
+"""demo.py in a browser. The picture in the README:
+
+DEMO_MODEL=outputs/digits .venv/bin/python -m pytest -m slow tests/test_demo.py -k browser
+"""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from children import ROOT
+from conftest import train
+from fake_hub import FakeHub
+
+import demo
+import train_conditional
+from utils import UserError
+from utils.publishing.space import Space
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def serve():
+    """A function: start demo.py, or a script of another folder, and get the address of its page."""
+    servers = []
+
+    def start(*command, folder=ROOT, **environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        values = {**os.environ, "GRADIO_SERVER_PORT": port, **environment}
+        command = [sys.executable, *map(str, command)]
+        server = subprocess.Popen(command, cwd=folder, env=values, stdout=subprocess.PIPE, text=True)
+        servers.append(server)
+        for line in server.stdout:
+            if line.startswith("Open "):
+                return line.split()[1]
+        raise AssertionError(f"it ended with {server.wait()}")
+
+    yield start
+    for server in servers:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+@pytest.fixture
+def page(browser):
+    page = browser.new_page(viewport={"width": 1300, "height": 860})
+    page.set_default_timeout(60_000)
+    yield page
+    page.close()
+
+
+def drawn(page, before=None):
+    """The picture, when it has changed from ``before`` and nothing is being drawn any more."""
+    page.wait_for_function(
+        """before => {
+            const shown = document.querySelector("#picture img");
+            return shown && shown.src !== before && !document.querySelector("#picture .generating");
+        }""",
+        arg=before,
+    )
+    page.wait_for_timeout(1500)
+    return page.locator("#picture img").get_attribute("src")
+
+
+def test_a_browser_draws_and_the_picture_changes_with_the_seed(finished_run, serve, page):
+    model = os.environ.get("DEMO_MODEL")
+    page.goto(serve("demo.py", model or finished_run))
+    first = drawn(page)
+    assert page.locator("#nearest img").is_visible()  # the run's folder knows its training images
+    assert not page.get_by_label("Classes", exact=False).is_visible()
+    if model:
+        page.screenshot(path=ROOT / "assets" / "demo.png")
+    page.get_by_label("Seed", exact=True).fill("7")
+    page.get_by_role("button", name="Draw").click()
+    second = drawn(page, first)
+    page.get_by_role("button", name="Walk").click()
+    assert len({first, second, drawn(page, second)}) == 3
+
+
+def test_a_model_with_classes_is_asked_for_them(tmp_path, serve, page):
+    assert train(tmp_path / "run", "--max_train_steps=1", "--unet=tiny", script=train_conditional) == 0
+    page.goto(serve("demo.py", tmp_path / "run"))
+    first = drawn(page)
+    page.get_by_label("Classes", exact=False).click()
+    page.get_by_role("option", name="7").click()
+    page.get_by_role("button", name="Draw").click()
+    assert drawn(page, first) != first and not page.get_by_text("colour").is_visible()
+
+
+def test_the_space_draws_with_its_own_files_and_the_model_of_the_hub(tmp_path, finished_run, serve, page):
+    space = Space.__new__(Space)  # without the network
+    space.folder, space.model_id = tmp_path, "me/digits"
+    space._snapshot(finished_run)
+    hub = FakeHub()
+    hub.create("me/digits")
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS):
+        hub.files("me/digits")[name] = (finished_run / name).read_bytes()
+    network = dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1")
+    page.goto(serve("app.py", folder=tmp_path / "space", **network))
+    assert drawn(page) and page.get_by_role("heading", name="digits").is_visible()
+    hub.close()
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        demo.main(demo.parse_args([str(tmp_path / "nothing")]))
