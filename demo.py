@@ -29,45 +29,54 @@ def main(args):
     from types import SimpleNamespace
 
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # it works offline
-    import gradio as gr
     import numpy as np
     import torch
 
     from utils import UserError
     from utils.data.images import PreparedImages
     from utils.data.sources import ImageSource, load_source
+    from utils.diffusion import pipelines
     from utils.diffusion.class_conditional import class_names
     from utils.diffusion.classes import GuidedModel, labels_in_turn
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import Guidance, color_loss
     from utils.diffusion.linear_mix import LinearMixScheduler
-    from utils.diffusion.pipelines import choose_sampler, is_flow, load_pipeline, sampler_for_walks, slerp, usual_calls
     from utils.diffusion.pretrained import image_shape
-    from utils.diffusion.sampling import sample_batch
+    from utils.diffusion.sampling import sample_batch, starting_noise
     from utils.evaluation.image_folder import scaled_from
     from utils.evaluation.reference import show_nearest
     from utils.pictures import make_grid, to_uint8
-    from utils.randomness import sample_noise
     from utils.training import run
+
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise UserError("demo.py needs Gradio: pip install -r requirements-demo.txt") from error
 
     # Model
     accelerator = run.start_process(None)
-    unet, own = load_pipeline(args.model)
+    unet, own = pipelines.load_pipeline(args.model)
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
     shape, names = image_shape(unet.config), class_names(unet.config)
     samplers = [f"the model's own ({type(own).__name__})"]
     if not isinstance(own, LinearMixScheduler) and not is_few_step(own):
-        samplers += [name for name in (SOLVERS if is_flow(own) else SAMPLERS) if name != "heun"]  # it shows nothing
+        suited = SOLVERS if pipelines.is_flow(own) else SAMPLERS
+        samplers += [name for name in suited if name != "heun"]  # which shows nothing on the way
 
-    # Training images, where the run's folder says which they are
+    # Training images, where the run's folder says which they are, and they are there
     training_images, record = None, Path(args.model) / "training_args.json"
     if record.is_file():
-        flags = SimpleNamespace(**json.loads(record.read_text(encoding="utf-8"))["arguments"])
+        record = json.loads(record.read_text(encoding="utf-8"))
+        flags = SimpleNamespace(**record["arguments"])
+        if not flags.train_data_dir and not flags.dataset_name:
+            flags.dataset_name = record["data"]  # what was found where none was named; images of a program have no name
         try:
             dataset, name = load_source(ImageSource.from_args(flags), accelerator)
+            if flags.streaming or len(dataset) != record["images"]:
+                raise UserError(f"{name} has not the {record['images']} images that this was trained on")
             scaled = scaled_from(args.model)[1]
             images = PreparedImages(dataset, name, {1: "L", 3: "RGB"}[shape[0]], shape[1:], image_range=scaled)
-            training_images = images.examples(5000)
+            training_images = images.examples(1000)
         except UserError as error:
             print(f"Without the nearest training images: {error}")
 
@@ -76,7 +85,7 @@ def main(args):
         """Yields what is predicted at each step, and the nearest training images at the end."""
         try:
             name = None if sampler == samplers[0] else sampler
-            chosen, model = choose_sampler(own, name, int(calls), steered=True), unet
+            chosen, model = pipelines.choose_sampler(own, name, int(calls), steered=True), unet
             options = {"noise": noise}
             if names:
                 labels = [names.index(label) for label in classes] or list(range(len(names)))
@@ -84,7 +93,7 @@ def main(args):
                 model = GuidedModel(unet, guidance_scale)
             elif color:
                 options["guidance"] = Guidance(color_loss(color), guidance_scale)
-            ids = np.zeros(int(count), int) if noise else np.arange(int(count))  # a walk's noise on the way is one
+            ids = np.zeros(int(count), int) if noise else np.arange(int(count))  # on a walk all else is the first's
             steps = queue.Queue()
             with ThreadPoolExecutor(1) as pool:
                 drawn = pool.submit(
@@ -102,22 +111,23 @@ def main(args):
     def walk(other_seed, seed, count, calls, sampler, *rest):
         """Draws on the way from the noise of one seed to that of the other, with a sampler that adds none."""
         if sampler in (samplers[0], "ddpm", "sde-dpmsolver++"):
-            sampler = sampler_for_walks(own) or samplers[0]
-        ends = [sample_noise(int(end), "samples", np.zeros(1, int), shape) for end in (seed, other_seed)]
-        fractions = torch.linspace(0, 1, int(count))
-        between = slerp(*(end.expand(int(count), -1, -1, -1) for end in ends), fractions)
-        yield from draw(seed, count, calls, sampler, *rest, noise=lambda ids: between)
+            sampler = pipelines.sampler_for_walks(own) or samplers[0]
+        ends = [starting_noise(own, int(end), np.zeros(1, int), shape, "cpu") for end in (seed, other_seed)]
+        way = pipelines.noise_between(own, *ends, torch.linspace(0, 1, int(count)))
+        yield from draw(seed, count, calls, sampler, *rest, noise=lambda ids: way)
 
     # The page
-    with gr.Blocks(title=f"{Path(args.model).name}") as page:
-        gr.Markdown(f"# {Path(args.model).name}\n{shape[1]} x {shape[2]} pixels; the same seed draws the same images.")
+    usual, title = min(25, pipelines.usual_calls(own)), Path(args.model).name
+    with gr.Blocks(title=title) as page:
+        gr.Markdown(f"# {title}\n{shape[1]} x {shape[2]} pixels; the same seed draws the same images.")
         with gr.Row():
             with gr.Column(scale=1):
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 count = gr.Slider(1, 64, 16, step=1, label="Images")
-                calls = gr.Slider(1, 100, min(25, usual_calls(own)), step=1, label="Calls of the model an image")
+                calls = gr.Slider(1, 100, usual, step=1, label="Calls of the model an image")
                 sampler = gr.Dropdown(samplers, value=samplers[0], label="Sampler")
-                extra = gr.Dropdown(names, multiselect=True, label="Classes, in turn (all)", visible=bool(names))
+                label = "Classes, in turn (a walk: the first)"
+                extra = gr.Dropdown(names, multiselect=True, label=label, visible=bool(names))
                 color = gr.ColorPicker(None, label="Steer towards a colour", visible=not names)
                 scale = gr.Slider(0, 5, 1, step=0.1, label="Guidance towards it: how firmly")
                 start = gr.Button("Draw", variant="primary")
@@ -130,10 +140,14 @@ def main(args):
                 gr.Markdown("The first ones, and the training images nearest to them", visible=known)
                 nearest = image(label="Nearest training images", elem_id="nearest", visible=known)
         inputs = [seed, count, calls, sampler, scale, extra, color]
-        start.click(draw, inputs, [picture, nearest])
-        between.click(walk, [other, *inputs], [picture, nearest])
-        page.load(partial(draw, 0, 16, min(25, usual_calls(own)), samplers[0], 1), None, [picture, nearest])
-    _, here, public = page.launch(server_port=args.port, share=args.share, quiet=True, prevent_thread_lock=True)
+        one = dict(outputs=[picture, nearest], concurrency_id="model")  # one at a time, for the scheduler has a state
+        start.click(draw, inputs, **one)
+        between.click(walk, [other, *inputs], **one)
+        page.load(partial(draw, 0, 16, usual, samplers[0], 1), None, **one)
+    try:
+        _, here, public = page.launch(server_port=args.port, share=args.share, quiet=True, prevent_thread_lock=True)
+    except OSError as error:
+        raise UserError(f"--port {args.port}: {error}. Leave the flag out, and a free one is found") from error
     print(f"Open {public or here}", flush=True)
     page.block_thread()
 

@@ -86,6 +86,7 @@ def main(args):
     from utils.pictures import from_uint8
     from utils.training import run
     from utils.training.checkpoints import file_hash
+    from utils.training.output_dir import public_data
 
     if args.write_best:
         for model in args.models:
@@ -173,6 +174,8 @@ def main(args):
             facts = dict(sampler=type(sampler).__name__, steps=steps, ema=ema, weights=weights)
             if asked:
                 facts["guidance_scale"] = scale
+            if "algorithm_type" in sampler.config:
+                facts["algorithm"] = sampler.config.algorithm_type
             depends_on = dict(
                 weights=digest, model=kind, sampler=settings_of(sampler), steps=steps, guidance=scale,
                 labels=asked and asked.labels.tolist(), seed=args.seed, precision=accelerator.mixed_precision,
@@ -194,6 +197,7 @@ def main(args):
     measure("ceiling: noise", real.noise(args.num_samples))
     if accelerator.is_main_process:
         facts = dict(features=extract.name, features_hash=extract.hash, reference=args.reference)
+        facts |= dict(public_reference=public_data(args.reference))  # while it can be seen whether it is a path
         facts |= dict(reference_split=args.reference_split, held_out_split=real.held_out_split, seed=args.seed)
         write_report(Path(args.output_dir), rows, losses, grids, pairs, by_class, bool(args.sweep), **facts)
         say(f"peak memory {peak_memory(accelerator.device) / 2**30:.2f} GiB")

@@ -56,7 +56,7 @@ def main(args):
     hub = Hub(accelerator, SimpleNamespace(**settings))
     hub.push()
     if args.space is not None:
-        Space(accelerator, SimpleNamespace(**settings), hub.repo_id).push()
+        Space(accelerator, hub).push()
 
 
 if __name__ == "__main__":

@@ -56,12 +56,11 @@ def main(args):
     from utils.diffusion.classes import GuidedModel, between_classes, choose_classes, labels_in_turn, rows_by_class
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import make_guidance
-    from utils.diffusion.pipelines import choose_sampler, load_pipeline, sampler_for_walks, slerp, usual_calls
+    from utils.diffusion.pipelines import choose_sampler, load_pipeline, noise_between, sampler_for_walks, usual_calls
     from utils.diffusion.pretrained import image_shape
-    from utils.diffusion.sampling import sample_batch
+    from utils.diffusion.sampling import sample_batch, starting_noise
     from utils.evaluation.image_folder import ImageFolder, load_image, save_gif, save_walk
     from utils.pictures import make_grid, to_uint8
-    from utils.randomness import sample_noise
     from utils.signals import StopSignal
     from utils.training import run
 
@@ -72,6 +71,8 @@ def main(args):
     calls = args.num_inference_steps or usual_calls(own)
     name = args.sampler or (sampler_for_walks(own) if args.interpolate else None)
     sampler = choose_sampler(own, name, calls, bool(steered))
+    if name != args.sampler:
+        accelerator.print(f"--interpolate: with {name}, for the pipeline's own sampler adds noise at every step")
     if accelerator.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)  # on a CPU it costs
     if args.compile:
@@ -81,9 +82,8 @@ def main(args):
 
     # What images start from, and what they are steered to
     def between(sample_ids):
-        ends = [sample_noise(args.seed, "samples", np.array([k]), shape) for k in args.interpolate]
-        fractions = torch.from_numpy(sample_ids / max(1, args.num_samples - 1)).float()
-        return slerp(*(end.expand(len(sample_ids), -1, -1, -1) for end in ends), fractions)
+        ends = [starting_noise(own, args.seed, np.array([k]), shape, "cpu") for k in args.interpolate]
+        return noise_between(own, *ends, torch.from_numpy(sample_ids / max(1, args.num_samples - 1)).float())
 
     guidance = make_guidance(args, accelerator.device)
     options = dict(guidance=guidance, strength=args.strength)

@@ -257,6 +257,7 @@ def test_without_a_held_out_split_a_tenth_is_taken_away_or_nothing(tmp_path, cop
 
     found = evaluate_by(held_out, "tenth")
     held_out_images = len([*held_out.iterdir()])
+    assert found["public_reference"] == "own images"
     assert found["held_out_split"] == "a tenth of train" and found["results"][0]["N"] == min(30, held_out_images // 10)
     assert f"{held_out_images // 10} of its {held_out_images} images are held out" in capsys.readouterr().err
     few = tmp_path / "few"

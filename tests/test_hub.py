@@ -140,7 +140,7 @@ def test_the_card(hub, finished, tmp_path):
     assert metadata["pipeline_tag"] == "unconditional-image-generation"
     metrics = metadata["model-index"][0]["results"][0]["metrics"]
     assert {metric["type"]: metric["value"] for metric in metrics} == {"fd_digits": 7.5, "recall": 0.9}
-    assert "N=300, DDIM, 20 steps" in metrics[0]["name"]
+    assert metrics[0]["name"] == "fd_digits, sampler DDIM, steps 20, N 300"
     for part in (
         "from_pretrained('me/digits')",
         "## Intended use and limits",
@@ -201,10 +201,14 @@ def test_a_space_is_pushed_with_the_code_that_it_runs(hub, finished):
     assert metadata["sdk"] == "gradio" and metadata["app_file"] == "app.py" and metadata["models"] == ["me/digits"]
     assert metadata["license"] == "mit" and f"gradio=={metadata['sdk_version']}" in files["requirements.txt"].decode()
     assert "main(parse_args(['me/digits']))" in files["app.py"].decode()
-    hub.fail("models/space.me/digits/commit", 500)
-    again = ["--hub_private_repo", "--hub_license=cc0-1.0", "--hub_timeout=4"]
-    code, said = run(hub, finished, "--space", *again, script="push.py")
-    assert code == PUSH_FAILED and "--hub_private_repo --space me/digits" in said, said
+    # Elsewhere, and private because the model is; what sends it again names both
+    hub.fail("models/space.me/demo/commit", 500)
+    again = ["--hub_model_id=me/digits", "--space=me/demo", "--hub_timeout=4"]
+    code, said = run(hub, finished, *again, script="push.py")
+    assert code == PUSH_FAILED and "--hub_model_id me/digits --space me/demo" in said, said
+    assert hub.repos["space.me/demo"]["private"] is True and "me/demo" not in hub.repos
+    code, said = run(hub, finished, *again, "--hub_revision=draft", script="push.py")
+    assert code == 1 and "leave --hub_revision out" in said, said
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ def test_the_notebook_runs_and_ends_with_a_seven(tmp_path, monkeypatch):
         if path.suffix == ".py" or path.name in ("utils", "notebooks"):
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.setenv("LADDER_STEPS", "1000" if write else "5")
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):  # as it is at a user's
+        monkeypatch.delenv(name)
     if write:
         monkeypatch.delenv("OMP_NUM_THREADS")
     notebook = nbformat.read(PATH, as_version=4)

@@ -1,17 +1,19 @@
 """What trackers show of a run: TensorBoard in a browser, Weights & Biases and trackio offline."""
 
+import importlib.metadata
 import os
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from children import ROOT
 from conftest import events, interrupt, parse, train
 
-from utils.training.trackers import _options, check_trackers
+from utils.training.trackers import _options, _unmet
 
 
 def test_tensorboard_has_one_run_over_resumes_and_the_flags_that_differ(tmp_path):
@@ -38,13 +40,17 @@ def test_trackers_show_a_resumed_run_as_one(tmp_path):
     assert resumed["dir"] == str(tmp_path / "run") and resumed["name"] == "run"
 
 
-def test_what_a_tracker_needs_is_compared_with_what_is_installed(monkeypatch, caplog):
+def test_what_a_tracker_needs_is_compared_with_what_is_installed(tmp_path, monkeypatch, capsys):
     lines = ["pillow<5", "numpy", "not-there>=1", "torch<1; extra == 'gpu'"]
-    monkeypatch.setattr("utils.training.trackers.importlib.metadata.requires", lambda name: lines)
-    assert check_trackers("tensorboard") == ["tensorboard"]
-    (line,) = caplog.messages
-    assert "tensorboard: its package wants pillow<5 (" in line and "not-there>=1 (none is installed)" in line
-    assert "numpy" not in line and "torch" not in line
+    known = importlib.metadata.distributions
+    tracker = SimpleNamespace(requires=lines)
+    fake = lambda name: [tracker] if name == "tensorboard" else known(name=name)  # noqa: E731
+    monkeypatch.setattr("utils.training.trackers.importlib.metadata.distributions", fake)
+    problems = _unmet("tensorboard")
+    assert len(problems) == 2 and problems[0].startswith("pillow<5 (") and problems[1].startswith("not-there>=1 (none")
+    assert _unmet("a tracker of another name") == []
+    train(tmp_path / "run", "--report_to=tensorboard", "--max_train_steps=1")
+    assert "--report_to tensorboard: it wants pillow<5 (" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -99,7 +105,8 @@ def test_trackio_has_curves_and_pictures_of_one_run_over_resumes(tmp_path):
     with sqlite3.connect(tmp_path / "trackio" / "mine.db") as database:
         rows = database.execute("select run_name, step, metrics from metrics").fetchall()
         configs = database.execute("select * from configs").fetchall()
-    assert {name for name, *_ in rows} == {"run"} and {step for _, step, _ in rows} == {2, 4}
+    (title,) = {name for name, *_ in rows}
+    assert title.startswith("run ") and {step for _, step, _ in rows} == {2, 4}
     logged = str([values for *_, values in rows])
     assert "loss/train" in logged and "samples" in logged
     assert len(configs) == 1 and str(tmp_path / "run") in str(configs)

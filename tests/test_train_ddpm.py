@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from children import ROOT
 from conftest import equal_weights, events, interrupt, parse, scalars, slow, train
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
@@ -24,7 +26,7 @@ from safetensors.torch import load_file
 import train_ddpm
 from utils import UserError
 from utils.args import SAMPLERS
-from utils.training import checkpoints
+from utils.training import checkpoints, run
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -98,6 +100,21 @@ def test_grids_card_and_arguments(finished_run):
     assert record["images"] == 1797 and record["versions"]["torch"].startswith("2.")
 
 
+def test_the_last_lines_name_only_what_is_there(tmp_path, finished_run, photos, capsys):
+    def lines():
+        args = parse("--output_dir", tmp_path / "run", "--report_to=tensorboard")
+        run.print_finished(Accelerator(), args, 6)
+        return [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+
+    shutil.copytree(finished_run, tmp_path / "run")
+    assert lines() == ["samples", "pipeline", "curves", "train", "your"]
+    shutil.rmtree(tmp_path / "run" / "logs")
+    (tmp_path / "run" / "README.md").write_text("# A page without the lines that load the model: they have failed")
+    assert lines() == ["samples", "train", "your"]
+    train(tmp_path / "own", f"--train_data_dir={photos}", "--max_train_steps=1")
+    assert "your images" not in capsys.readouterr().out
+
+
 @pytest.fixture
 def photos(tmp_path):
     """A folder of twelve images with a private name."""
@@ -115,21 +132,34 @@ def test_the_card_names_no_private_folder(tmp_path, photos):
     record = json.loads((tmp_path / "run" / "training_args.json").read_text())
     assert "# DDPM trained on 12 own images" in card and "## People" in card
     assert "aunt" not in card and "aunt" not in str(record["public_arguments"])
-    train(tmp_path / "named", *flags, "--hub_dataset_name=me/birds")
-    assert "trained on me/birds" in (tmp_path / "named" / "README.md").read_text()
+    shutil.move(photos, tmp_path / "gone")  # what is a path cannot be seen any more
+    with pytest.raises(UserError):
+        train(tmp_path / "run", *flags, "--hub_dataset_name=Our cats")
+    shutil.move(tmp_path / "gone", photos)
+    train(tmp_path / "run", *flags, "--hub_dataset_name=Our cats")  # the page is written again
+    assert "trained on Our cats" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_folder_named_like_an_embedded_set_is_not_it(tmp_path, photos, monkeypatch):
+    photos.rename(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path / "run", "--train_data_dir=digits", "--max_train_steps=1")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "trained on 12 own images" in card and "## People" in card and "CC BY" not in card
 
 
 @pytest.mark.slow
 def test_the_command_on_the_card_reproduces_the_weights(tmp_path, photos):
-    flags = [f"--train_data_dir={photos}", "--max_train_steps=2", "--train_batch_size=4", "--unet=tiny"]
+    (tmp_path / "run.yaml").write_text("max_train_steps: 2\nrandom_flip: true\nuse_ema: false\nunet: tiny\n")
+    flags = [f"--train_data_dir={photos}", f"--config={tmp_path / 'run.yaml'}", "--train_batch_size=4"]
     flags += ["--num_samples=2", "--num_inference_steps=1", "--report_to=none"]
     command = [sys.executable, "train_ddpm.py", *flags, "--output_dir", str(tmp_path / "run")]
     subprocess.run(command, cwd=ROOT, check=True)
     lines = (tmp_path / "run" / "README.md").read_text().splitlines()
     (line,) = [line.strip() for line in lines if line.startswith("    accelerate launch")]
+    assert "--mixed_precision" in line and "aunt" not in line and "output_dir" not in line
     again = [part.replace("own images", str(photos)) for part in shlex.split(line)]
-    assert again[-2:] == ["--output_dir", "run"] and "--mixed_precision" in again and "aunt" not in line
-    again[-1] = str(tmp_path / "again")
+    again += ["--output_dir", str(tmp_path / "again")]
     subprocess.run([str(Path(sys.executable).parent / again[0]), *again[1:]], cwd=ROOT, check=True)
     assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "again" / WEIGHTS)
 

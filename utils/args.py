@@ -259,7 +259,7 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--output_dir", metavar="DIR", help="everything that the run makes")
     group.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of weights, order, crops, noise and samples")
     group.add_argument("--report_to", default="tensorboard", help="tracker: tensorboard, wandb, trackio, another of accelerate's, all or none")
-    group.add_argument("--tracker_project_name", metavar="NAME", help="the trackers' project (default: the script's name)")
+    group.add_argument("--tracker_project_name", metavar="NAME", help="project in W&B and trackio (default: the script's name)")
     group.add_argument("--logging_dir", default="logs", help="TensorBoard folder, inside --output_dir")
     group.add_argument("--logging_steps", type=integer(1), default=10, help="optimizer steps between points of a curve")
     group.add_argument("--checkpointing_steps", type=integer(1), default=500, help="optimizer steps between checkpoints")

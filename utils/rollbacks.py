@@ -43,7 +43,7 @@ def read(output_dir: str | Path) -> list[dict]:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{file} is damaged ({type(error).__name__}: {error}); expected a list of entries with global_batch. The "
-            "newest checkpoint holds the same list: delete the file, and the same command goes on from there"
+            "newest checkpoint holds all but the last of them: delete the file, and the same command goes on from there"
         ) from error
 
 

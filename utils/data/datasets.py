@@ -124,7 +124,7 @@ class TrainData:
         self._inspect(dataset, size, image_mode)
         self.sample_size = self.size[0] if self.size[0] == self.size[1] else self.size
         self.image_shape = (self.channels, *self.size)
-        self.license = data_license(dataset, name)
+        self.license = data_license(dataset, "" if args.train_data_dir else name)
         self.settings["image_shape"] = list(self.image_shape)
         self._images = PreparedImages(
             dataset, name, self.mode, self.size, refuse_colour=self._refuse_colour, image_range=self.image_range,

@@ -155,12 +155,30 @@ def estimate_seconds(model, sampler, accelerator, count, shape, num_inference_st
 
 
 def sampler_for_walks(own: SchedulerMixin) -> str | None:
-    """A sampler whose images follow from the noise that they start from; None if ``own`` is one.
+    """A sampler whose images follow from the noise that they start from; None to stay with ``own``.
 
-    One that adds noise at every step forgets where it came from: images on the way would have nothing in common.
+    One that adds noise at every step forgets where it came from: images on the way would have nothing in common. So
+    does the one of few-step models between its calls, and they have no other: with one call it does not.
     """
     adds_noise = isinstance(own, DDPMScheduler) or str(own.config.get("algorithm_type")).startswith("sde")
     return "dpmsolver++" if adds_noise else None
+
+
+def noise_between(scheduler, first: torch.Tensor, second: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
+    """``slerp`` of what samples of this scheduler start from, be it normal, or uniform in [-1, 1] as linear mixing's.
+
+    Args:
+        first, second: (1, C, H, W).
+        fractions: (B,).
+
+    Returns:
+        (B, C, H, W), of the same distribution.
+    """
+    ends = [end.expand(len(fractions), -1, -1, -1) for end in (first, second)]
+    if getattr(scheduler, "noise_distribution", "normal") == "normal":
+        return slerp(*ends, fractions)
+    normal = slerp(*(torch.erfinv(end.clamp(-1 + 1e-6, 1 - 1e-6)) * 2**0.5 for end in ends), fractions)
+    return torch.erf(normal / 2**0.5)
 
 
 def slerp(first: torch.Tensor, second: torch.Tensor, fraction: float | torch.Tensor) -> torch.Tensor:

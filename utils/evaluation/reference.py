@@ -1,6 +1,7 @@
 """The real images that samples are compared with: what a model was trained on, and what it has not seen."""
 
 import logging
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -44,8 +45,8 @@ class Reference:
         self._sources = {args.reference_split: self._open(args.reference_split, "--reference_split")}
         self.held_out_split = args.held_out_split or "test"
         try:
-            if not args.held_out_split and "test" in args.reference_split:
-                raise NoSuchSplit
+            if not args.held_out_split and "test" in re.split(r"\[[^]]*\]|\+", args.reference_split):
+                raise NoSuchSplit("it is the reference")
             self._sources[self.held_out_split] = self._open(self.held_out_split, "--held_out_split")
         except NoSuchSplit:
             if args.held_out_split:
@@ -59,25 +60,27 @@ class Reference:
         self.held_out = self.resized(self._shape, self.held_out_split) if self.held_out_split else None
 
     def _open(self, split: str, flag: str, **options):
-        dataset = load_source(self._source(split, flag, **options), self.accelerator)[0]
-        return dataset.select(self._parts[split]) if split in self._parts else dataset
+        whole, indices = self._parts.get(split, (split, None))
+        dataset = load_source(self._source(whole, flag, **options), self.accelerator)[0]
+        return dataset if indices is None else dataset.select(indices)
 
     def _hold_out(self, split: str) -> str | None:
         """Take a tenth of the reference away. Returns its name; None if there are too few images."""
         name, length = f"a tenth of {split}", len(self._sources[split])
+        start = f"{self.args.reference} has no other split test"
         if length < 100:
             logger.warning(
-                f"{self.args.reference} has no split test, and {length} images are too few to hold some out: there is "
-                "no floor and no measure of copying. --held_out_split names images that were not trained on"
+                f"{start}, and {length} images are too few to hold some out: there is no floor and no measure of "
+                "copying. --held_out_split names images that were not trained on"
             )
             return None
         order, count = randomness.shuffled_indices(0, np.arange(length), length), length // 10
-        self._parts = {split: np.sort(order[count:]), name: np.sort(order[:count])}
         whole = self._sources[split]
-        self._sources = {part: whole.select(indices) for part, indices in self._parts.items()}
+        self._parts = {split: (split, np.sort(order[count:])), name: (split, np.sort(order[:count]))}
+        self._sources = {part: whole.select(indices) for part, (_, indices) in self._parts.items()}
         logger.warning(
-            f"{self.args.reference} has no split test: {count} of its {length} images are held out. A model that was "
-            "trained on all has seen them: its copies are not found. --held_out_split names images that it has not seen"
+            f"{start}: {count} of its {length} images are held out. A model that was trained on all has seen them: its "
+            "copies are not found. --held_out_split names images that it has not seen"
         )
         return name
 

@@ -47,7 +47,7 @@ def plot_sweep(rows: list[dict]) -> Figure:
         points = sorted(points, key=lambda row: row["steps"])
         distances, errors = ([_distance(row, suffix) for row in points] for suffix in ("", "_error"))
         axes.errorbar([row["steps"] for row in points], distances, errors, marker="o", capsize=3, label=name)
-    if "steps" not in rows[0]:
+    if rows[0]["model"].startswith("floor"):
         floor = _distance(rows[0])
         axes.axhline(floor, color="grey", linestyle="--", label=f"held-out images: {floor:.2g}")
     steps = sorted({row["steps"] for row in rows if "steps" in row})
@@ -71,7 +71,7 @@ def plot_guidance(rows: list[dict]) -> Figure:
         for name, points in lines.items():
             points = sorted(points, key=lambda row: row["guidance_scale"])
             axes.plot([p["guidance_scale"] for p in points], [p[metric] for p in points], marker="o", label=name)
-        if "steps" not in rows[0]:
+        if rows[0]["model"].startswith("floor"):
             axes.axhline(rows[0][metric], color="grey", linestyle="--", label="held-out images")
         axes.set(title=metric, xlabel="guidance scale")
     panels[0].legend()

@@ -52,7 +52,8 @@ class Hub:
             asked for; with ``push_required`` also if the Hub cannot be reached.
     """
 
-    kind, sent, options = "model", "hub", {}  # of repository; the folder with what is sent; how it is created
+    # Of repository; the folder with what is sent; the flag that names it; how it is created
+    kind, sent, flag, options = "model", "hub", "--hub_model_id", {}
 
     def __init__(self, accelerator, args):
         self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir).resolve()
@@ -79,12 +80,10 @@ class Hub:
             self._create()
         except Exception as error:  # httpx2's errors, the client's and ConnectionError share no class
             if _is_refusal(error):
-                raise UserError(f"cannot push: {_explain(error, self.repo_id)}") from error
+                raise UserError(f"cannot push: {self._explain(error)}") from error
             if self.args.push_required:
-                raise UserError(f"cannot push: the Hub cannot be reached: {_explain(error, self.repo_id)}") from error
-            logger.warning(
-                f"The Hub cannot be reached now: {_explain(error, self.repo_id)}. The push is tried again at the end"
-            )
+                raise UserError(f"cannot push: the Hub cannot be reached: {self._explain(error)}") from error
+            logger.warning(f"The Hub cannot be reached now: {self._explain(error)}. The push is tried again at the end")
 
     def _create(self) -> None:
         """Find out the repository's full name, create it if need be, and see that it can be written to."""
@@ -97,7 +96,7 @@ class Hub:
         if private and not api.repo_info(self.repo_id, repo_type=self.kind).private:
             raise UserError(
                 f"--hub_private_repo: the {self.kind} {self.repo_id} exists and is public. Make it private in its "
-                "settings on the Hub, or choose another --hub_model_id"
+                f"settings on the Hub, or choose another {self.flag}"
             )
         if self.args.hub_revision:
             api.create_branch(self.repo_id, repo_type=self.kind, branch=self.args.hub_revision, exist_ok=True)
@@ -143,11 +142,14 @@ class Hub:
             print(f"\nPushed to {constants.ENDPOINT}/{'spaces/' * (self.kind == 'space')}{self.repo_id}", flush=True)
             return
         print(
-            f"\nNot pushed: {_explain(self.failure, self.repo_id)}.\nThe model is complete in {self.args.output_dir}. "
+            f"\nNot pushed: {self._explain(self.failure)}.\nThe model is complete in {self.args.output_dir}. "
             f"This sends what is missing:\n  {self._command()}",
             flush=True,
         )
         sys.exit(PUSH_FAILED)
+
+    def _explain(self, error: Exception) -> str:
+        return _explain(error, self.repo_id, self.flag)
 
     def _command(self) -> str:
         script = os.path.relpath(Path(__file__).parents[2] / "push.py")
@@ -155,7 +157,9 @@ class Hub:
         parts += ["--hub_model_id", self.repo_id] if self.repo_id else []
         parts += ["--hub_private_repo"] if self.args.hub_private_repo else []
         parts += ["--hub_revision", self.args.hub_revision] if self.args.hub_revision else []
-        return shlex.join([*parts, *(["--hub_logs"] if self.args.hub_logs else [])])
+        parts += ["--hub_logs"] if self.args.hub_logs else []
+        space = vars(self.args).get("space")
+        return shlex.join([*parts, *(["--space"] if space == "" else ["--space", space] if space else [])])
 
     def _snapshot(self, source: Path) -> None:
         """Copy what may be published, of a saved pipeline and of the run's folder, to ``hub/``.
@@ -177,7 +181,7 @@ class Hub:
             files += [(path, path.relative_to(self.folder)) for path in self.folder.glob(pattern)]
         for path in logs.glob("**/events.out.*") if self.args.hub_logs else ():
             parts = path.name.split(".")  # events.out.tfevents.TIME.HOST.PID.NUMBER, without the name of this machine
-            files.append((path, "logs" / path.relative_to(logs).with_name(".".join(parts[:4] + parts[-2:]))))
+            files.append((path, Path("logs", ".".join(parts[:4] + parts[-2:]))))
         for path, place in files:
             if path.is_symlink() or path.parent.is_symlink():
                 logger.warning(f"{path} is, or is below, a link: not pushed")
@@ -212,7 +216,7 @@ class Hub:
                 logger.info(f"Sent to the Hub: {message}")
             except Exception as error:  # as in ``_check``; training must not stop for it
                 self.failure = error
-                logger.warning(f"{message} is not pushed: {_explain(error, self.repo_id)}")
+                logger.warning(f"{message} is not pushed: {self._explain(error)}")
 
         self.thread = threading.Thread(target=send, daemon=True, name=UPLOAD)
         self.thread.start()
@@ -286,7 +290,7 @@ def _may_pass(error: Exception) -> bool:
     return broken and not isinstance(error, OfflineModeIsEnabled)
 
 
-def _explain(error: Exception, repo_id: str | None) -> str:
+def _explain(error: Exception, repo_id: str | None, flag: str = "--hub_model_id") -> str:
     """One line: what failed, and what to do about it."""
     status = _status(error)
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
@@ -294,8 +298,8 @@ def _explain(error: Exception, repo_id: str | None) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to push"
     advice = {
-        403: f"the token may not write to {repo_id}: it needs the role write; or choose another --hub_model_id",
-        404: f"{repo_id} is not there, or this token may not see it; check --hub_model_id and --hub_revision",
+        403: f"the token may not write to {repo_id}: it needs the role write; or choose another {flag}",
+        404: f"{repo_id} is not there, or this token may not see it; check {flag} and --hub_revision",
         413: "a file is too large for the Hub",
     }.get(status, "")
     reason = " ".join(str(error).split())[:300] or "no reason given"

@@ -11,7 +11,6 @@ import platform
 import re
 import shlex
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,8 +18,9 @@ import accelerate
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..args import defaults_of
 from ..hardware import device_name
-from ..training.output_dir import DATA, OWN_IMAGES, how_to_load, is_hub_id, public, public_data, without_path
+from ..training.output_dir import OWN_IMAGES, how_to_load, is_hub_id, public
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +49,14 @@ deceiving anyone, or for recognising or judging people; what it draws says nothi
 NOBODY = {"digits", "mnist", "ylecun/mnist"}  # images that show no people
 SUBJECTS = {"digits": "scikit-learn's digits", "mnist": "MNIST", "faces": "scikit-image's faces"}
 PAPERS = {  # by a setting and its value, ... for any: what it comes from
-    ("_class_name", "DDPMPipeline"): ("Denoising diffusion probabilistic models", "2006.11239"),
-    ("_class_name", "ConsistencyModelPipeline"): ("Denoising diffusion probabilistic models", "2006.11239"),
+    ("ddpm", True): ("Denoising diffusion probabilistic models", "2006.11239"),
     ("prediction_type", "v_prediction"): ("Progressive distillation: v-prediction", "2202.00512"),
     ("prediction_type", "flow_prediction"): ("Flow matching for generative modeling", "2210.02747"),
     ("beta_schedule", "squaredcos_cap_v2"): ("Improved DDPM: the cosine schedule", "2102.09672"),
     ("time_density", "logit_normal"): ("Scaling rectified flow transformers: the density of times", "2403.03206"),
     ("rescale_betas_zero_snr", True): ("Common diffusion noise schedules and sample steps are flawed", "2305.08891"),
     ("snr_gamma", ...): ("Efficient diffusion training via min-SNR weighting", "2303.09556"),
-    ("label_dropout", ...): ("Classifier-free diffusion guidance", "2207.12598"),
+    ("classes", True): ("Classifier-free diffusion guidance", "2207.12598"),
     ("model_guidance", ...): ("Diffusion models without classifier-free guidance", "2502.12154"),
     ("method", "lora"): ("LoRA", "2106.09685"),
     ("sampler", "LCMScheduler"): ("Latent consistency models", "2310.04378"),
@@ -85,11 +84,14 @@ def write_card(folder: Path, title: str, args, **summary) -> None:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     final = folder.resolve() == output_dir.resolve()  # otherwise a checkpoint, which has no pictures
-    people = summary["data"] not in NOBODY or is_hub_id(summary.get("base"))
-    summary = public({**summary, "data": args.hub_dataset_name or summary["data"]})
+    record = output_dir / "training_args.json"
+    record = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    name = record.get("public_data", OWN_IMAGES)
+    people = name not in NOBODY or _shows_people(summary.get("base"))
+    if name == OWN_IMAGES:
+        name = f"{summary.get('images') or 'a stream of'} {OWN_IMAGES}"
+    summary = {**public(summary), "data": args.hub_dataset_name or name}
     subject = SUBJECTS.get(summary["data"], summary["data"])
-    if subject == OWN_IMAGES:
-        summary["data"] = subject = f"{summary.get('images') or 'a stream of'} {OWN_IMAGES}"
     data = ModelCardData(
         license=args.hub_license,
         library_name="diffusers",
@@ -100,17 +102,17 @@ def write_card(folder: Path, title: str, args, **summary) -> None:
     )
     if final and args.push_to_hub and args.hub_license == "unknown":
         logger.warning(f"{UNLICENSED} (the training images: {summary.get('data_license', 'not stated')})")
-    record = output_dir / "training_args.json"
-    ran = json.loads(record.read_text(encoding="utf-8")).get("ran", {}) if record.is_file() else {}
     flags = {key: value for key, value in vars(args).items() if value is not None}
     found = {key: value for key, value in summary.items() if value is not None and key != "fingerprint"}
-    settings = found | ran | {key: flags[key] for key in TRAINING_FLAGS if key in flags}
+    settings = found | record.get("ran", {}) | {key: flags[key] for key in TRAINING_FLAGS if key in flags}
     code = [
         f"`{path.relative_to(folder)}`" for part in ("", "scheduler", "unet") for path in (folder / part).glob("*.py")
     ]
     trust = f"`trust_remote_code=True` runs the code that comes with the model: {', '.join(code)}. Read it first.\n\n"
     has_curves = final and {"all", "tensorboard"} & set(args.report_to.split(","))
-    used = flags | found | {"_class_name": index["_class_name"], "sampler": index["scheduler"][1]}
+    ours = index["_class_name"] in ("DDPMPipeline", "ConsistencyModelPipeline")  # not linear mixing
+    used = flags | found | {"ddpm": ours and not scheduler.get("use_flow_sigmas"), "classes": bool(classes)}
+    used["sampler"] = index["scheduler"][1]
     papers = {
         paper for (key, value), paper in PAPERS.items() if (used.get(key) if value is ... else used.get(key) == value)
     }
@@ -134,7 +136,7 @@ def write_card(folder: Path, title: str, args, **summary) -> None:
 
 {"![curves](curves.png)" if has_curves else ""}
 
-{_reproduce()}
+{_reproduce(record, args)}
 
 {_table(settings)}
 {_section("Papers", links)}{USE}{PEOPLE if people else ""}"""
@@ -150,6 +152,12 @@ def _tags(index: dict, scheduler: dict, classes) -> list[str]:
     elif index["_class_name"] == "DDPMPipeline":
         tags.append("ddpm")
     return tags
+
+
+def _shows_people(base: str | None) -> bool:
+    """Whether the model that training started from may have been trained on images of people."""
+    card = Path(base or "") / "README.md"
+    return bool(base) and not (card.is_file() and "## People" not in card.read_text(encoding="utf-8"))
 
 
 def _section(title: str, text: str) -> str:
@@ -231,37 +239,31 @@ def _snippet(folder: Path, args, run_it: bool, classes=None) -> str:
     return f"```python\n{code}\n```\n\n"
 
 
-def _reproduce() -> str:
-    """The command, the state of the scripts, versions and machine that a run takes to come out the same."""
+def _reproduce(record: dict, args) -> str:
+    """The command, the state of the scripts, versions and machine that a run takes to come out the same.
+
+    The command has every flag that differs from its default, wherever it was given.
+    """
     state = accelerate.state.AcceleratorState()
-    launcher = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
+    command = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if state.num_processes > 1:
-        launcher += ["--multi_gpu", "--num_processes", str(state.num_processes)]
-        launcher += ["--num_machines", str(machines)] * (machines > 1)
-    launcher += ["--mixed_precision", state.mixed_precision]
-    command = shlex.join([*launcher, *_public(sys.argv)]).replace("\n", " ")
+        command += ["--multi_gpu", "--num_processes", str(state.num_processes)]
+        command += ["--num_machines", str(machines)] * (machines > 1)
+    command += ["--mixed_precision", state.mixed_precision, f"{record.get('script', 'SCRIPT')}.py"]
+    for flag, value in record.get("public_arguments", {}).items():
+        if value in (None, defaults_of(args).get(flag)) or flag.startswith(("hub_", "push_", "mixed_precision")):
+            continue
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            command += [f"--{flag}={value}"] if str(value).startswith("-") else [f"--{flag}", str(value)]
+    text = shlex.join(command).replace("\n", " ")
     if state.num_processes > 1 and state.device.type == "cpu":
-        command = f"ACCELERATE_USE_CPU=true {command}"
-    if "ipykernel" in sys.modules:
-        command = "(in a notebook)"
+        text = f"ACCELERATE_USE_CPU=true {text}"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     where = f"{state.num_processes} x {device_name(state.device)}, Python {platform.python_version()}"
-    return f"    {command}\n\n{_commit()}{', '.join(versions)}; {where}"
-
-
-def _public(arguments: list[str]) -> list[str]:
-    """A command line without paths of this machine, and without the names of private folders."""
-    shown, before = [], ""
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if before.lstrip("-") in DATA:
-            argument = public_data(argument)
-        elif flag.lstrip("-") in DATA and equals:
-            argument = f"{flag}={public_data(value)}"
-        shown.append(without_path(argument))
-        before = argument
-    return shown
+    return f"    {text}\n\n{_commit()}{', '.join(versions)}; {where}"
 
 
 @functools.cache

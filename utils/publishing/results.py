@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 
 from ..training.checkpoints import file_hash
-from ..training.output_dir import public_data
+from ..training.output_dir import OWN_IMAGES
 from .model_card import UNLICENSED
 
 logger = logging.getLogger(__name__)
@@ -31,10 +31,11 @@ def add_results(folder: Path, results: dict) -> None:
         names = ", ".join(f"{row['model']} ({row.get('weights', 'no weights')})" for row in results["results"])
         raise ValueError(f"none of its rows is of the weights in {folder} ({weights}): {names}. Run evaluate.py again")
     card = ModelCard.load(folder / "README.md")
-    reference = public_data(results["reference"])
+    reference = results.get("public_reference", OWN_IMAGES)  # as evaluate.py saw it
     card.data.model_name = folder.resolve().name
     names = [name for name in rows[0] if name.startswith(MEASURED) and "error" not in name]
-    head = ["sampler", "steps", "N", *names]
+    settings = [name for name in ("sampler", "algorithm", "steps", "guidance_scale", "N") if name in rows[0]]
+    head = [*settings, *names]
     cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in map(row.get, head)] for row in rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))
     text = f"## Evaluation\n\n`evaluate.py` against {reference}, {results['reference_split']}:\n\n{table}\n\n"
@@ -47,7 +48,7 @@ def add_results(folder: Path, results: dict) -> None:
             dataset_name=reference,
             dataset_split=results["reference_split"],
             metric_type=metric,
-            metric_name=f"{metric}, N={row['N']}, {row['sampler']}, {row['steps']} steps",
+            metric_name=", ".join([metric, *(f"{name} {row[name]}" for name in settings)]),
             metric_value=round(value, 4),
         )
         for row in rows

@@ -5,32 +5,46 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-from huggingface_hub import ModelCard, RepoCard, SpaceCardData
+from huggingface_hub import HfApi, ModelCard, RepoCard, SpaceCardData
 
+from .. import UserError
 from .hub import Hub
 
 ROOT = Path(__file__).parents[2]
 CODE = ("demo.py", "utils/**/*.py")
+NEEDED = ("demo.py", "utils/evaluation", "requirements.txt", "requirements-demo.txt")
 
 
 class Space(Hub):
-    """The demo's place on the Hub, private if the model is to be; see ``Hub``.
+    """The demo's place on the Hub, private if the model is; see ``Hub``.
 
     Args:
         accelerator: says which process talks.
-        args: as for ``Hub``, with ``space``, the Space's id or name; "" for that of the model.
-        model_id: USER/NAME of the model, which is there.
+        model: of the model, which has been pushed; its ``args`` with ``space``, the Space's id or name, "" for the
+            model's.
+
+    Raises:
+        UserError: the demo, or what it imports, is not there; the model is on a branch; as ``Hub``.
     """
 
-    kind, sent, options = "space", "space", {"space_sdk": "gradio"}
+    kind, sent, flag, options = "space", "space", "--space", {"space_sdk": "gradio"}
 
-    def __init__(self, accelerator, args, model_id: str):
-        self.model_id = model_id
-        changed = dict(hub_model_id=args.space or model_id, hub_revision=None)  # a Space shows its main branch
-        super().__init__(accelerator, SimpleNamespace(**{**vars(args), **changed}))
+    def __init__(self, accelerator, model: Hub):
+        missing = [name for name in NEEDED if not (ROOT / name).exists()]
+        if missing:
+            raise UserError(f"--space: {', '.join(missing)} is not here; a Space consists of demo.py and all of utils/")
+        if model.args.hub_revision:
+            raise UserError("--space: a Space draws with what is on main; leave --hub_revision out")
+        self.model = model
+        settings = {**vars(model.args), "hub_model_id": model.args.space or model.repo_id}
+        super().__init__(accelerator, SimpleNamespace(**settings))
+
+    def _create(self) -> None:
+        self.args.hub_private_repo = self.args.hub_private_repo or HfApi().repo_info(self.model.repo_id).private
+        super()._create()
 
     def _command(self) -> str:
-        return f"{super()._command()} --space {self.repo_id}"
+        return self.model._command()
 
     def _snapshot(self, source: Path) -> None:
         """Write README.md, app.py, requirements.txt and copies of the code to ``space/``."""
@@ -40,21 +54,21 @@ class Space(Hub):
             place = staging / path.relative_to(ROOT)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
-        app = f"from demo import main, parse_args\n\nmain(parse_args([{self.model_id!r}]))\n"
+        app = f"from demo import main, parse_args\n\nmain(parse_args([{self.model.repo_id!r}]))\n"
         (staging / "app.py").write_text(app, encoding="utf-8")
         files = [(ROOT / f"requirements{which}.txt").read_text(encoding="utf-8") for which in ("", "-demo")]
         lines = [line for line in "\n".join(files).splitlines() if re.match(r"[\w-]+==", line)]
         (staging / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         card = SpaceCardData(
-            title=self.model_id.split("/")[1],
+            title=self.model.repo_id.split("/")[1],
             sdk="gradio",
             sdk_version=re.search(r"^gradio==([\d.]+)", files[1], re.M)[1],
             python_version="3.11",
             app_file="app.py",
-            models=[self.model_id],
+            models=[self.model.repo_id],
             license=ModelCard.load(source / "README.md").data.license,
         )
-        text = f"---\n{card.to_yaml()}\n---\n\n# {self.model_id}\n\nDraws with this model.\n"
+        text = f"---\n{card.to_yaml()}\n---\n\n# {self.model.repo_id}\n\nDraws with this model.\n"
         RepoCard(text).save(staging / "README.md")
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)

@@ -172,8 +172,8 @@ def draw_curves(folder: Path, logs: Path) -> None:
     for run in runs:
         events = EventAccumulator(str(run), size_guidance={"images": 1}).Reload()
         for tag in events.Tags()["scalars"]:
-            if tag.startswith("loss/"):
-                points = events.Scalars(tag)
+            points = events.Scalars(tag) if tag.startswith("loss/") else []
+            if points:  # none may be left of a run that was begun again
                 steps, values = [point.step for point in points], [point.value for point in points]
                 axes.plot(steps, values, label=f"{tag.removeprefix('loss/')}: {values[-1]:.3g} at the end")
     if axes.lines:

@@ -34,9 +34,9 @@ OWN_IMAGES = "own images"
 LOCK = ".lock"
 # What may be in an output folder before its first run: a lock, and the log of that very command (`... | tee DIR/log`)
 OUR_FILES = re.compile(r"\.lock|\.tmp-.*|log|nohup\.out|.*\.(log|out|err)")
-DRAWING = {  # a finished run with others draws and saves again
+DRAWING = {  # a finished run with others draws, and writes its page, again
     "num_samples", "sampler", "num_inference_steps", "guidance_color", "guidance_prompt", "guidance_scale",
-    "guidance_mode", "clip_model_name_or_path", "teacher_steps",
+    "guidance_mode", "clip_model_name_or_path", "teacher_steps", "hub_dataset_name", "hub_license",
 }  # fmt: skip
 _locks = {}  # files that this process has locked, by folder
 # Flags that may change when a run is resumed: they say where, how fast and how often, not what is computed. The batch
@@ -46,7 +46,7 @@ FREE_ON_RESUME = {
     "bad_images", "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config", "data",
     "dataloader_num_workers", "dataset_name", "evaluate_steps", "features", "features_model_name_or_path",
     "fingerprint", "grad_norm_deviations", "gradient_accumulation_steps", "gradient_checkpointing", "hang_timeout",
-    "hub_dataset_name", "hub_license", "hub_logs", "hub_model_id", "hub_private_repo", "hub_revision",
+    "hub_logs", "hub_model_id", "hub_private_repo", "hub_revision",
     "hub_strategy", "hub_timeout", "image_cache_dir", "image_range", "keep_best", "logging_dir", "logging_steps",
     "max_bad_images", "max_rollbacks", "max_train_steps", "mixed_precision", "num_evaluation_samples",
     "num_train_epochs", "num_validation_images", "output_dir", "prior_dataset_name", "prior_dataset_split",
@@ -193,6 +193,8 @@ def check_finished(args, data_settings: dict) -> None:
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     names = [name for name in ("data", "images", "fingerprint", "scaled_from") if name in found]
     old, new = ({name: values[name] for name in names} for values in (found, data_settings))
+    given = found.get("arguments", {})
+    old["data"] = given.get("train_data_dir") or given.get("dataset_name") or found.get("data")
     check_settings(f"--output_dir {args.output_dir}", old, new, {})
 
 
@@ -262,7 +264,9 @@ def write_arguments(accelerator, args, script: str, **summary) -> None:
     content = {
         "script": script,
         "arguments": vars(args),
-        "public_arguments": public(vars(args)),  # now, while it can be seen what is a path
+        # Now, while it can be seen what is a path
+        "public_arguments": public(vars(args)),
+        "public_data": OWN_IMAGES if args.train_data_dir else public_data(summary.get("data")),
         **public(summary),
         "ran": _what_ran(accelerator),
         "num_processes": accelerator.num_processes,
@@ -321,16 +325,17 @@ def without_path(value):
 
 
 def public(values: dict) -> dict:
-    """Flags and results that may be published: nothing about this machine, and no name of a private folder."""
-    return {
-        name: public_data(value) if name in DATA else without_path(value)
-        for name, value in values.items()
-        if name not in PRIVATE
-    }
+    """Flags and results that may be published: paths are cut down to their last part, and own images are not named."""
+    shown = {name: without_path(value) for name, value in values.items() if name not in PRIVATE}
+    shown |= {name: public_data(values[name]) for name in DATA & {*shown}}
+    return shown | {"train_data_dir": OWN_IMAGES} if shown.get("train_data_dir") else shown
 
 
 def public_data(name):
-    """Training images by their name, if it is one on the Hub or of the embedded ones."""
+    """Training images by their name, if it is one on the Hub or of the embedded ones, and ``OWN_IMAGES`` otherwise.
+
+    What is a path is seen only where it is there: call this where the images have been loaded.
+    """
     local = name and name not in ("digits", "faces", "mnist") and not is_hub_id(name)
     return OWN_IMAGES if local and (Path(name).exists() or not re.fullmatch(r"[\w.-]+", name)) else name
 

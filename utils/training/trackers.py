@@ -39,16 +39,13 @@ def check_trackers(report_to: str) -> list[str]:
             raise UserError(f"--report_to {name}: unknown tracker; expected none, {', '.join(known)}")
         if name not in available:
             raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or choose none")
-        problems = _unmet(name)
-        if problems:
-            logger.warning(f"--report_to {name}: its package wants {', '.join(problems)}. If it fails, install those")
     return names
 
 
 def _unmet(package: str) -> list[str]:
     """What an installed package says that it needs, where something else is installed."""
-    problems = []
-    for wanted in map(Requirement, importlib.metadata.requires(package) or ()):
+    problems, found = [], next(iter(importlib.metadata.distributions(name=package)), None)  # perhaps tensorboardX
+    for wanted in map(Requirement, (found.requires if found else None) or ()):
         if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
             continue
         found = next(iter(importlib.metadata.distributions(name=wanted.name)), None)
@@ -75,8 +72,13 @@ def start_trackers(accelerator, args, name: str, first_step: int, summary: dict)
     if not accelerator.is_main_process:
         return
     folder, logs = Path(args.output_dir).resolve(), Path(args.output_dir) / args.logging_dir
-    tensorboard = TensorBoardTracker(folder.name, logs, purge_step=first_step + 1)
+    before = sorted({path.parent.name for path in logs.glob("*/events.out.*")})
+    title = before[0] if first_step and len(before) == 1 else folder.name  # of a folder that was renamed
+    tensorboard = TensorBoardTracker(title, logs, purge_step=first_step + 1)
     names = [str(tracker) for tracker in accelerator.log_with]
+    for tracker in names:
+        if problems := _unmet(tracker):
+            logger.warning(f"--report_to {tracker}: it wants {', '.join(problems)}. If it fails, install those")
     accelerator.log_with = [tensorboard if name == "tensorboard" else name for name in names]
     flags = public(vars(args))
     config = {**flags, **public(summary), "output_dir": str(folder)}
@@ -113,15 +115,14 @@ def _describe(writer, values: dict) -> None:
 
 
 def _options(args, names: list[str], first_step: int) -> dict[str, dict]:
-    """What shows a resumed run as one: W&B knows it by an id, trackio by its name."""
-    file = Path(args.output_dir) / args.logging_dir / "wandb_id"
-    folder, options = Path(args.output_dir).resolve(), {}
-    if "trackio" in names:
-        options["trackio"] = dict(name=folder.name, resume="allow" if first_step else "never")
-    if "wandb" in names:
-        if not (first_step and file.is_file()):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-        run_id = file.read_text(encoding="utf-8")
-        options["wandb"] = dict(id=run_id, resume="allow", dir=args.output_dir, name=folder.name)
-    return options
+    """What shows a resumed run as one: W&B knows it by an id, trackio by a name of its own."""
+    if not {"wandb", "trackio"} & {*names}:
+        return {}
+    folder, file = Path(args.output_dir).resolve(), Path(args.output_dir) / args.logging_dir / "wandb_id"
+    if not (first_step and file.is_file()):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    run_id = file.read_text(encoding="utf-8")
+    wandb = dict(id=run_id, resume="allow", dir=args.output_dir, name=folder.name)
+    trackio = dict(name=f"{folder.name} {run_id}", resume="allow")
+    return {name: options for name, options in (("wandb", wandb), ("trackio", trackio)) if name in names}
