@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from children import ROOT
@@ -95,7 +96,7 @@ def test_a_model_with_classes_is_asked_for_them(tmp_path, serve, page):
 
 def test_the_space_draws_with_its_own_files_and_the_model_of_the_hub(tmp_path, finished_run, serve, page):
     space = Space.__new__(Space)  # without the network
-    space.folder, space.model_id = tmp_path, "me/digits"
+    space.folder, space.model = tmp_path, SimpleNamespace(repo_id="me/digits")
     space._snapshot(finished_run)
     hub = FakeHub()
     hub.create("me/digits")
