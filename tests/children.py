@@ -132,7 +132,9 @@ LAUNCHER = """
 import os, runpy, signal, subprocess, sys, threading
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-class Fork(subprocess.Popen):  # of this process, which has imported torch, instead of a new Python
+Popen = subprocess.Popen
+
+class Fork(Popen):  # of this process, which has imported torch, instead of a new Python
     def __init__(self, command, env, start_new_session=False):
         self.args, self.returncode, self._child_created, self._waitpid_lock = command, None, True, threading.Lock()
         self.stdin = self.stdout = self.stderr = None
@@ -145,6 +147,7 @@ class Fork(subprocess.Popen):  # of this process, which has imported torch, inst
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ.clear()
             os.environ.update(env)
+            subprocess.Popen = Popen
             sys.argv, code = [part for part in command[1:] if part != "-u"], 1
             sys.path.insert(0, os.path.dirname(sys.argv[0]))
             try:
