@@ -20,7 +20,6 @@ def parse_args(argv=None):
 
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
-    import json
     import os
     import queue
     from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +46,7 @@ def main(args):
     from utils.evaluation.reference import show_nearest
     from utils.pictures import make_grid, to_uint8
     from utils.training import run
+    from utils.training.output_dir import read_arguments
 
     try:
         import gradio as gr
@@ -64,9 +64,8 @@ def main(args):
         samplers += [name for name in suited if name != "heun"]  # which shows nothing on the way
 
     # Training images, where the run's folder says which they are, and they are there
-    training_images, record = None, Path(args.model) / "training_args.json"
-    if record.is_file():
-        record = json.loads(record.read_text(encoding="utf-8"))
+    training_images, record = None, read_arguments(args.model)
+    if record:
         flags = SimpleNamespace(**record["arguments"])
         if not flags.train_data_dir and not flags.dataset_name:
             flags.dataset_name = record["data"]  # what was found where none was named; images of a program have no name
@@ -77,7 +76,7 @@ def main(args):
             scaled = scaled_from(args.model)[1]
             images = PreparedImages(dataset, name, {1: "L", 3: "RGB"}[shape[0]], shape[1:], image_range=scaled)
             training_images = images.examples(1000)
-        except UserError as error:
+        except (UserError, KeyError, AttributeError) as error:  # or the record is of a run that did not say
             print(f"Without the nearest training images: {error}")
 
     # What the page does

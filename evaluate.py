@@ -63,7 +63,6 @@ def parse_args(argv=None):
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
     import itertools
-    import json
     from functools import partial
 
     import torch
@@ -86,7 +85,7 @@ def main(args):
     from utils.pictures import from_uint8
     from utils.training import run
     from utils.training.checkpoints import file_hash
-    from utils.training.output_dir import public_data
+    from utils.training.output_dir import public_data, read_arguments
 
     if args.write_best:
         for model in args.models:
@@ -131,8 +130,7 @@ def main(args):
             measure(model, load_folder(model, accelerator, real.image_range))
             continue
         unet, own = load_pipeline(model)
-        record = Path(model) / "training_args.json"
-        flags = json.loads(record.read_text(encoding="utf-8"))["arguments"] if record.is_file() else {}
+        flags = read_arguments(model).get("arguments", {})
         trained_on, ema = flags.get("dataset_split"), flags.get("use_ema")
         if trained_on not in (None, args.reference_split):
             say(

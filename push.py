@@ -33,6 +33,7 @@ def main(args):
     from utils.publishing.results import add_results, licensed
     from utils.publishing.space import Space
     from utils.training import run
+    from utils.training.output_dir import read_arguments
 
     folder = Path(args.output_dir)
     if not (folder / "model_index.json").is_file():
@@ -40,10 +41,9 @@ def main(args):
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint; give the run's folder, {folder.parent}")
     settings = {**vars(args), "hub_private_repo": False, "hub_logs": False, "logging_dir": "logs"}
-    if (folder / "training_args.json").is_file():
-        recorded = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["arguments"]
-        names = ("hub_model_id", "hub_private_repo", "hub_revision", "hub_logs", "logging_dir")
-        settings |= {name: recorded[name] for name in names if name in recorded}
+    recorded = read_arguments(folder).get("arguments", {})
+    names = ("hub_model_id", "hub_private_repo", "hub_revision", "hub_logs", "logging_dir")
+    settings |= {name: recorded[name] for name in names if name in recorded}
     settings |= {name: value for name, value in vars(args).items() if value is not None}
     settings |= dict(push_to_hub=True, hub_strategy="end", push_required=False)
     if args.evaluation:

@@ -4,13 +4,12 @@ DEMO_MODEL=outputs/digits .venv/bin/python -m pytest -m slow tests/test_demo.py 
 """
 
 import os
-import socket
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from children import ROOT
+from children import ROOT, free_port
 from conftest import train
 from fake_hub import FakeHub
 
@@ -29,10 +28,7 @@ def serve():
     servers = []
 
     def start(*command, folder=ROOT, **environment):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        values = {**os.environ, "GRADIO_SERVER_PORT": port, **environment}
+        values = {**os.environ, "GRADIO_SERVER_PORT": str(free_port()), **environment}
         command = [sys.executable, *map(str, command)]
         server = subprocess.Popen(command, cwd=folder, env=values, stdout=subprocess.PIPE, text=True)
         servers.append(server)

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from children import ROOT
+from children import ROOT, free_port
 from conftest import events, interrupt, parse, train
 
 from utils.training.trackers import _options, _unmet
@@ -56,9 +55,7 @@ def test_what_a_tracker_needs_is_compared_with_what_is_installed(tmp_path, monke
 @pytest.mark.slow
 def test_tensorboard_in_a_browser(tmp_path, finished_run, browser):
     """What opens first is the loss; the pictures, the overlaid curves and the table of metrics are there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}/"
     command = [sys.executable, "-m", "tensorboard.main", f"--logdir={finished_run}", "--host=127.0.0.1"]
     with subprocess.Popen([*command, f"--port={port}"], stderr=subprocess.DEVNULL) as server:

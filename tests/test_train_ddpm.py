@@ -111,6 +111,10 @@ def test_the_last_lines_name_only_what_is_there(tmp_path, finished_run, photos, 
     shutil.rmtree(tmp_path / "run" / "logs")
     (tmp_path / "run" / "README.md").write_text("# A page without the lines that load the model: they have failed")
     assert lines() == ["samples", "train", "your"]
+    record = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    del record["public_data"]  # of a run before there was this
+    (tmp_path / "run" / "training_args.json").write_text(json.dumps(record))
+    assert lines() == ["samples", "train"]
     train(tmp_path / "own", f"--train_data_dir={photos}", "--max_train_steps=1")
     assert "your images" not in capsys.readouterr().out
 

@@ -52,11 +52,16 @@ def save_samples(picture: Image.Image, path: Path, accelerator, args, step: int)
     Args:
         args: ``num_inference_steps``, ``seed`` and, where the script has them, ``sampler`` and ``guidance_scale``.
     """
+    save_picture(picture, path, accelerator, step, "samples", f"step {step}, {how_drawn(args)}")
+
+
+def how_drawn(args) -> str:
+    """Sampler, calls, seed and guidance of a run's samples, as far as its flags have them."""
     flags = vars(args)
-    parts = [f"step {step}", flags.get("sampler"), f"{args.num_inference_steps} calls", f"seed {args.seed}"]
-    if "label_dropout" in flags:
+    parts = [flags.get("sampler"), f"{args.num_inference_steps} calls", f"seed {args.seed}"]
+    if "label_dropout" in flags:  # elsewhere guidance steers other samples than these
         parts.append(f"guidance {args.guidance_scale:g}")
-    save_picture(picture, path, accelerator, step, "samples", ", ".join(part for part in parts if part))
+    return ", ".join(part for part in parts if part)
 
 
 def save_picture(picture: Image.Image, path: Path, accelerator, step: int, name: str, caption: str = "") -> None:

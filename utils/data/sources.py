@@ -73,6 +73,11 @@ class ImageSource:
         )  # fmt: skip
         return replace(source, flags={**source.flags, "name": "--train_data_dir"}) if source.is_folder else source
 
+    @property
+    def split_names(self) -> set[str]:
+        """The splits that ``split`` takes parts of: train and test of train[:80%]+test."""
+        return {part.split("[")[0] for part in self.split.split("+")}
+
     def said(self, attribute: str) -> str:
         """The flag and its value, for messages: ``--dataset_split test``."""
         return f"{self.flags[attribute]} {getattr(self, attribute)}"

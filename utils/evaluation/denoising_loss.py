@@ -159,7 +159,7 @@ def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) 
         UserError: says which.
     """
     pair = (trained_on, held_out)
-    names = [{part.split("[")[0] for part in source.split.split("+")} for source in pair]
+    names = [source.split_names for source in pair]
     shared = names[0] & names[1]
     if not shared:
         return

@@ -16,6 +16,7 @@ from ..data.images import choose_range, locate
 from ..data.pixels import GREY_MODES, decode_image, deep_values, prepare_image, to_eight_bits
 from ..data.sources import ImageSource, load_source
 from ..pictures import from_uint8, make_grid
+from ..training.output_dir import read_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,7 @@ def load_image(path: str, shape: tuple[int, int, int], model: str) -> torch.Tens
 
 def scaled_from(model: str) -> tuple[bool, tuple[float, float] | None]:
     """Whether it is known how a model's training images were scaled, and the values that became black and white."""
-    record = Path(model) / "training_args.json"
-    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    found = read_arguments(model)
     return "scaled_from" in found, found.get("scaled_from") and tuple(found["scaled_from"])
 
 

@@ -1,7 +1,6 @@
 """The real images that samples are compared with: what a model was trained on, and what it has not seen."""
 
 import logging
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -43,21 +42,24 @@ class Reference:
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self._prepared, self._baselines, self._parts = args, accelerator, {}, {}, {}
         self._sources = {args.reference_split: self._open(args.reference_split, "--reference_split")}
-        self.held_out_split = args.held_out_split or "test"
-        try:
-            if not args.held_out_split and "test" in re.split(r"\[[^]]*\]|\+", args.reference_split):
-                raise NoSuchSplit("it is the reference")
-            self._sources[self.held_out_split] = self._open(self.held_out_split, "--held_out_split")
-        except NoSuchSplit:
-            if args.held_out_split:
-                raise
-            self.held_out_split = self._hold_out(args.reference_split)
+        self.held_out_split = self._find_held_out()
         shown = look_at(self._sources[args.reference_split], args.reference)
         self.image_range = choose_range(args.image_range, deep_values(shown))
         first = next(look_at(self._sources[self.held_out_split or args.reference_split], args.reference))
         mode = "L" if first.mode in GREY_MODES else "RGB"
         self._shape = (len(mode), first.height, first.width)
         self.held_out = self.resized(self._shape, self.held_out_split) if self.held_out_split else None
+
+    def _find_held_out(self) -> str | None:
+        split = self.args.held_out_split or "test"
+        if self.args.held_out_split or split not in self._source(self.args.reference_split, "").split_names:
+            try:
+                self._sources[split] = self._open(split, "--held_out_split")
+                return split
+            except NoSuchSplit:
+                if self.args.held_out_split:
+                    raise
+        return self._hold_out(self.args.reference_split)
 
     def _open(self, split: str, flag: str, **options):
         whole, indices = self._parts.get(split, (split, None))

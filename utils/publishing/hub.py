@@ -27,6 +27,7 @@ from huggingface_hub.utils import disable_progress_bars
 from .. import UserError
 from ..exits import UPLOAD
 from ..signals import STOP_SIGNALS
+from ..training.output_dir import ARGUMENTS, read_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -162,14 +163,20 @@ class Hub:
         return shlex.join([*parts, *(["--space"] if space == "" else ["--space", space] if space else [])])
 
     def _snapshot(self, source: Path) -> None:
-        """Copy what may be published, of a saved pipeline and of the run's folder, to ``hub/``.
+        """Renew the folder with what is sent, of a saved pipeline; it is complete, or as it was."""
+        target, staging = self.folder / self.sent, self.folder / f"{self.sent}-staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        self._fill(staging, source)
+        shutil.rmtree(target, ignore_errors=True)
+        staging.rename(target)
+
+    def _fill(self, staging: Path, source: Path) -> None:
+        """Copy what may be published, of a saved pipeline and of the run's folder.
 
         Raises:
             ValueError: a part of the pipeline is a link, or it has no weights.
         """
-        target, staging = self.folder / "hub", self.folder / "hub-staging"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
         logs = self.folder / self.args.logging_dir
         files = [(path, path.relative_to(source)) for pattern in ALLOWED for path in sorted(source.glob(pattern))]
         for path, _ in files:
@@ -189,16 +196,13 @@ class Hub:
             (staging / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, staging / place)
         self._write_arguments(staging)
-        shutil.rmtree(target, ignore_errors=True)
-        staging.rename(target)
 
     def _write_arguments(self, folder: Path) -> None:
         """``training_args.json`` without paths of this machine."""
-        file = self.folder / "training_args.json"
-        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        record = read_arguments(self.folder)
         if "public_arguments" in record:
             record["arguments"] = record.pop("public_arguments")
-            (folder / "training_args.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (folder / ARGUMENTS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def _upload(self, message: str) -> None:
         """Start the upload of ``hub/`` in a thread; what goes wrong in it is kept in ``failure``."""
@@ -223,7 +227,7 @@ class Hub:
 
     def _finish_card(self) -> None:
         """The card's snippet loads the model from the Hub."""
-        card = self.folder / "hub" / "README.md"
+        card = self.folder / self.sent / "README.md"
         if card.is_file():
             text = re.sub(
                 r"(from_pretrained\(|custom_pipeline=)'[^']*'", rf"\1'{self.repo_id}'", card.read_text(encoding="utf-8")

@@ -20,7 +20,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..args import defaults_of
 from ..hardware import device_name
-from ..training.output_dir import OWN_IMAGES, how_to_load, is_hub_id, public
+from ..pictures import how_drawn
+from ..training.output_dir import OWN_IMAGES, how_to_load, is_hub_id, public, read_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,7 @@ def write_card(folder: Path, title: str, args, **summary) -> None:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     final = folder.resolve() == output_dir.resolve()  # otherwise a checkpoint, which has no pictures
-    record = output_dir / "training_args.json"
-    record = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    record = read_arguments(output_dir)
     name = record.get("public_data", OWN_IMAGES)
     people = name not in NOBODY or _shows_people(summary.get("base"))
     if name == OWN_IMAGES:
@@ -125,7 +125,7 @@ def write_card(folder: Path, title: str, args, **summary) -> None:
 
 {"![samples](samples.png)" if final else "From before the end of training."}
 
-{_drawn(index["scheduler"][1], args, classes) if final else ""}Draws {_shape(summary)}images like those of \
+{_drawn(index["scheduler"][1], args) if final else ""}Draws {_shape(summary)}images like those of \
 {_escape(subject)}, with a {index["unet"][1]}.{_said_of(classes)}
 
 ## Use
@@ -177,13 +177,11 @@ def _shape(summary: dict) -> str:
     return f"{height} x {width} {'grey ' if channels == 1 else ''}"
 
 
-def _drawn(sampler: str, args, classes) -> str:
+def _drawn(sampler: str, args) -> str:
     """How the picture above was made."""
     if sampler == "LCMScheduler":
         return f"The teacher's samples and this model's from the same noise, seed {args.seed}, not selected. "
-    guidance = f", guidance {args.guidance_scale:g}" if classes and "guidance_scale" in vars(args) else ""
-    how = f"{vars(args).get('sampler', sampler)}, {args.num_inference_steps} steps, seed {args.seed}{guidance}"
-    return f"{args.num_samples} samples, not selected: {how}. "
+    return f"{args.num_samples} samples, not selected: {how_drawn(args)}. "
 
 
 def _metrics(output_dir: Path) -> str:

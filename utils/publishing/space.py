@@ -46,10 +46,8 @@ class Space(Hub):
     def _command(self) -> str:
         return self.model._command()
 
-    def _snapshot(self, source: Path) -> None:
-        """Write README.md, app.py, requirements.txt and copies of the code to ``space/``."""
-        target, staging = self.folder / self.sent, self.folder / "space-staging"
-        shutil.rmtree(staging, ignore_errors=True)
+    def _fill(self, staging: Path, source: Path) -> None:
+        """Write README.md, app.py, requirements.txt and copies of the code."""
         for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
             place = staging / path.relative_to(ROOT)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -70,8 +68,6 @@ class Space(Hub):
         )
         text = f"---\n{card.to_yaml()}\n---\n\n# {self.model.repo_id}\n\nDraws with this model.\n"
         RepoCard(text).save(staging / "README.md")
-        shutil.rmtree(target, ignore_errors=True)
-        staging.rename(target)
 
     def _finish_card(self) -> None:
         """It has no snippet."""

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 ARGUMENTS = "training_args.json"
 # Flags that say where things are on this machine, or concern it alone
 PRIVATE = {"output_dir", "logging_dir", "image_cache_dir", "config", "resume_from_checkpoint", "report_to"}
-DATA = {"train_data_dir", "dataset_name", "prior_dataset_name", "data"}  # flags and results that may name own images
+DATA = {"dataset_name", "prior_dataset_name", "data"}  # flags and results that may name own images
 OWN_IMAGES = "own images"
 LOCK = ".lock"
 # What may be in an output folder before its first run: a lock, and the log of that very command (`... | tee DIR/log`)
@@ -46,12 +46,12 @@ FREE_ON_RESUME = {
     "bad_images", "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config", "data",
     "dataloader_num_workers", "dataset_name", "evaluate_steps", "features", "features_model_name_or_path",
     "fingerprint", "grad_norm_deviations", "gradient_accumulation_steps", "gradient_checkpointing", "hang_timeout",
-    "hub_logs", "hub_model_id", "hub_private_repo", "hub_revision",
-    "hub_strategy", "hub_timeout", "image_cache_dir", "image_range", "keep_best", "logging_dir", "logging_steps",
-    "max_bad_images", "max_rollbacks", "max_train_steps", "mixed_precision", "num_evaluation_samples",
-    "num_train_epochs", "num_validation_images", "output_dir", "prior_dataset_name", "prior_dataset_split",
-    "push_required", "push_to_hub", "report_to", "resume_from_checkpoint", "sample_batch_size", "sample_steps",
-    "tracker_project_name", "train_batch_size", "train_data_dir", "validation_split", "validation_steps", *DRAWING,
+    "hub_logs", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_timeout", "image_cache_dir",
+    "image_range", "keep_best", "logging_dir", "logging_steps", "max_bad_images", "max_rollbacks", "max_train_steps",
+    "mixed_precision", "num_evaluation_samples", "num_train_epochs", "num_validation_images", "output_dir",
+    "prior_dataset_name", "prior_dataset_split", "push_required", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "sample_batch_size", "sample_steps", "tracker_project_name", "train_batch_size",
+    "train_data_dir", "validation_split", "validation_steps", *DRAWING,
 }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def _inspect_output_dir(folder: Path, args, script: str) -> int | None:
     _lock(folder)
     if not (folder / ARGUMENTS).is_file():
         return None
-    found = json.loads((folder / ARGUMENTS).read_text(encoding="utf-8"))
+    found = read_arguments(folder)
     if found.get("script", script) != script:
         raise UserError(
             f"--output_dir {folder} holds a run of another script, {found['script']}. Choose another --output_dir"
@@ -183,14 +183,19 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
         )
 
 
+def read_arguments(folder: str | Path) -> dict:
+    """What ``write_arguments`` has written of the run in this folder; nothing where there is none."""
+    path = Path(folder) / ARGUMENTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def check_finished(args, data_settings: dict) -> None:
     """Refuse to call a run finished that was made with other images.
 
     Raises:
         UserError: see ``check_settings``.
     """
-    path = Path(args.output_dir) / ARGUMENTS
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_arguments(args.output_dir)
     names = [name for name in ("data", "images", "fingerprint", "scaled_from") if name in found]
     old, new = ({name: values[name] for name in names} for values in (found, data_settings))
     given = found.get("arguments", {})
@@ -280,8 +285,8 @@ def write_arguments(accelerator, args, script: str, **summary) -> None:
 def write_finished(accelerator, args, global_step: int) -> None:
     """Note in ``training_args.json`` that the run is complete."""
     if accelerator.is_main_process:
-        path = Path(args.output_dir) / ARGUMENTS
-        write_record(path, {**json.loads(path.read_text(encoding="utf-8")), "finished_at_step": global_step})
+        record = {**read_arguments(args.output_dir), "finished_at_step": global_step}
+        write_record(Path(args.output_dir) / ARGUMENTS, record)
 
 
 def _what_ran(accelerator) -> dict[str, str]:

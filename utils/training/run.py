@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import math
 import os
@@ -26,7 +25,7 @@ from ..exits import LAUNCHER, close_bars
 from ..hardware import device_name, has_bf16, set_up_process, use_all_cores
 from ..watchdog import close_trackers
 from .curves import draw_curves
-from .output_dir import ARGUMENTS, check_finished, how_to_load, release_output_dir, write_arguments, write_finished
+from .output_dir import check_finished, how_to_load, read_arguments, release_output_dir, write_arguments, write_finished
 from .trackers import check_trackers, start_trackers
 
 logger = logging.getLogger(__name__)
@@ -218,8 +217,8 @@ def print_finished(accelerator, args, global_step: int, data_settings: dict | No
     if any((folder / args.logging_dir).glob("**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {args.output_dir}"
     lines["train on"] = "the same command with a larger --max_train_steps"
-    record = json.loads((folder / ARGUMENTS).read_text(encoding="utf-8"))
-    if record["public_data"] in ("mnist", "ylecun/mnist", "digits", "faces") and "ipykernel" not in sys.modules:
+    data = read_arguments(folder).get("public_data")  # a run of before does not say
+    if data in ("mnist", "ylecun/mnist", "digits", "faces") and "ipykernel" not in sys.modules:
         config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
         options = f" --quiet --config_file {config}" if os.path.isfile(config) else ""
         images = "--train_data_dir DIR --output_dir outputs/mine"

@@ -22,7 +22,6 @@ LAYOUT = {  # TensorBoard's custom scalars: curves that belong together, in one 
         "held out, by noise level": ["Multiline", ["^loss_by_timestep_validation/"]],
     }
 }
-
 ALWAYS = ("learning_rate", "train_batch_size", "seed")  # among TensorBoard's hyperparameters, defaults or not
 
 
@@ -81,17 +80,20 @@ def start_trackers(accelerator, args, name: str, first_step: int, summary: dict)
             logger.warning(f"--report_to {tracker}: it wants {', '.join(problems)}. If it fails, install those")
     accelerator.log_with = [tensorboard if name == "tensorboard" else name for name in names]
     flags = public(vars(args))
-    config = {**flags, **public(summary), "output_dir": str(folder)}
     try:
         options = _options(args, names, first_step)
         accelerator.init_trackers(args.tracker_project_name or name, init_kwargs=options)
         for tracker in accelerator.trackers:
-            if tracker is tensorboard:
+            if tracker is tensorboard:  # in the run itself: accelerate's own way adds a run for each start, and torch's
+                from torch.utils.tensorboard.summary import hparams  # record of the experiment hides other runs' flags
+
                 defaults = {**defaults_of(args), **dict.fromkeys(ALWAYS)}
                 shown = {flag: value for flag, value in flags.items() if value != defaults.get(flag)}
-                _describe(tensorboard.writer, _plain({**shown, "parameters": summary.get("parameters")}))
+                _, session, _ = hparams(_plain({**shown, "parameters": summary.get("parameters")}), {})
+                tracker.writer.file_writer.add_summary(session)
+                tracker.writer.add_custom_scalars(LAYOUT)
             else:
-                tracker.store_init_configuration(_plain(config))
+                tracker.store_init_configuration(_plain({**flags, **public(summary), "output_dir": str(folder)}))
                 if not hasattr(tracker, "log_images") and tracker.name != "trackio":
                     logger.warning(f"--report_to {tracker.name} shows no pictures; they are in {args.output_dir}")
     except Exception as error:  # each tracker has its own: no login, no network, no folder
@@ -100,18 +102,6 @@ def start_trackers(accelerator, args, name: str, first_step: int, summary: dict)
 
 def _plain(values: dict) -> dict:
     return {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in values.items() if v is not None}
-
-
-def _describe(writer, values: dict) -> None:
-    """TensorBoard's layout and hyperparameters, in the run itself: ``add_hparams`` would add a run for each start.
-
-    Without torch's record of the experiment the table has a column for whatever a run under the same folder has.
-    """
-    from torch.utils.tensorboard.summary import hparams
-
-    _, session, _ = hparams(values, {})
-    writer.file_writer.add_summary(session)
-    writer.add_custom_scalars(LAYOUT)
 
 
 def _options(args, names: list[str], first_step: int) -> dict[str, dict]:
@@ -124,5 +114,4 @@ def _options(args, names: list[str], first_step: int) -> dict[str, dict]:
         file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     run_id = file.read_text(encoding="utf-8")
     wandb = dict(id=run_id, resume="allow", dir=args.output_dir, name=folder.name)
-    trackio = dict(name=f"{folder.name} {run_id}", resume="allow")
-    return {name: options for name, options in (("wandb", wandb), ("trackio", trackio)) if name in names}
+    return {"wandb": wandb, "trackio": dict(name=f"{folder.name} {run_id}", resume="allow")}
