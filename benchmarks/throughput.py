@@ -4,14 +4,17 @@
 
 The plain step is that of the usual example script: float32 (and, in a second column, bf16 autocast), images decoded and
 resized one by one in the DataLoader's process, AdamW not fused, an EMA parameter by parameter, ``.item()`` every step.
-Ours is what train_ddpm.py does, with its caches and its utils. Blocks of steps alternate between the variants, so that
-a noisy machine disturbs all alike; medians are over blocks.
+Ours is what train_ddpm.py does, with its caches and its utils; flags behind -- are its flags. Blocks of steps alternate
+between the variants, so that a noisy machine disturbs all alike; medians are over blocks. Beside them stand the UNet's
+convolutions alone, one after the other in the same shapes, forward and backward: what no script makes faster.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -27,7 +30,8 @@ import train_ddpm
 from utils.data import load_train_data
 from utils.data.sources import ImageSource, load_source
 from utils.hardware import device_name, set_up_process
-from utils.randomness import sample_noise, uniform
+from utils.randomness import logit_normal, sample_noise, uniform
+from utils.training import make_optimizer
 from utils.training.ema import EMA
 
 
@@ -41,7 +45,7 @@ class Ours:
             unet.to(memory_format=torch.channels_last)
         if args.compile:
             unet.compile()
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
+        optimizer = make_optimizer(args, unet)
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.ema = EMA(unet, 0.999, 1.0, 0.75)
         self.batches = self.data.batches(0, 10**6)
@@ -52,7 +56,7 @@ class Ours:
         images, numbers = batch["images"], batch["sample_ids"]
         noise = sample_noise(0, "noise", numbers, images.shape[1:], images.device)
         size = self.data.global_batch_size
-        fractions = (numbers % size + uniform(0, "timesteps", numbers)) / size
+        fractions = logit_normal((numbers % size + uniform(0, "timesteps", numbers)) / size)
         timesteps = torch.from_numpy(fractions * 1000).long().to(images.device)
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         target = self.scheduler.get_velocity(images, noise, timesteps)
@@ -77,13 +81,13 @@ class Plain:
         import datasets
 
         dataset, _ = load_source(ImageSource.from_args(args), accelerator)
-
         dataset = dataset.cast_column("image", datasets.Image())
+        mode = {1: "L", 3: "RGB"}[unet.config.in_channels]
 
         def transform(examples):
             size = (args.resolution, args.resolution)
-            images = [np.asarray(image.convert("L").resize(size), np.float32) for image in examples["image"]]
-            return {"input": [torch.from_numpy(image)[None] / 127.5 - 1 for image in images]}
+            images = [np.asarray(image.convert(mode).resize(size), np.float32) for image in examples["image"]]
+            return {"input": [torch.from_numpy(np.atleast_3d(i)).permute(2, 0, 1) / 127.5 - 1 for i in images]}
 
         dataset.set_transform(transform)
         loader = torch.utils.data.DataLoader(dataset, batch_size=args.train_batch_size, shuffle=True, drop_last=True)
@@ -105,19 +109,50 @@ class Plain:
         return loss.item()
 
 
-def convolution_ratio(options) -> float:
-    """How many times as fast a convolution is in bf16 as in float32: more than this, no step of them can gain."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        convolution = torch.nn.Conv2d(64, 64, 3, padding=1).to(dtype)
-        size = (options.train_batch_size, 64, options.resolution, options.resolution)
-        images, times = torch.randn(size, dtype=dtype, requires_grad=True), []
-        for _ in range(2 * options.blocks):
-            start = time.perf_counter()
-            convolution(images).sum().backward()
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = statistics.median(times)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+def convolutions_alone(unet, images: torch.Tensor, timesteps: torch.Tensor, precision: torch.dtype, blocks: int):
+    """Seconds of all convolutions of the UNet, forward and backward, and their floating-point operations."""
+    calls, seconds, operations = [], 0.0, 0
+
+    def record(module, inputs, output):
+        key = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+        calls.append((key, inputs[0].shape, output.shape))
+
+    handles = [m.register_forward_hook(record) for m in unet.modules() if isinstance(m, torch.nn.Conv2d)]
+    with torch.no_grad():
+        unet(images, timesteps)
+    for handle in handles:
+        handle.remove()
+    layout = torch.channels_last if images.device.type == "cuda" else torch.contiguous_format
+    for (key, shape, out), count in Counter(calls).items():
+        convolution = torch.nn.Conv2d(*key).to(images.device, precision, memory_format=layout)
+        inputs = torch.randn(shape, device=images.device, dtype=precision).to(memory_format=layout).requires_grad_()
+        gradient = torch.randn(out, device=images.device, dtype=precision).to(memory_format=layout)
+        times = []
+        for _ in range(blocks + 2):
+            start = now(images.device)
+            convolution(inputs).backward(gradient)
+            times.append(now(images.device) - start)
+        seconds += count * statistics.median(times[2:])
+        operations += count * 6 * out.numel() * key[0] * math.prod(key[2])  # a product and a sum, three times
+    return seconds, operations
+
+
+def now(device: torch.device) -> float:
+    """Seconds, with the device's work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def profile(variant, device: torch.device, steps: int = 3) -> None:
+    """The ten operations that take the most time."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + (device.type == "cuda")]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        for _ in range(steps):
+            variant.step()
+        now(device)
+    by = f"self_{device.type}_time_total" if device.type == "cpu" else "self_device_time_total"
+    print(profiler.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=60))
 
 
 def main():
@@ -128,18 +163,21 @@ def main():
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--blocks", type=int, default=7, help="N of each median")
     parser.add_argument("--steps", type=int, default=3, help="steps in a block")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="also which operations ours spends its time on")
+    parser.add_argument("flags", nargs="*", help="behind --: flags for train_ddpm.py, such as --compile")
     options = parser.parse_args()
-    flags = [f"--{name}={getattr(options, name)}" for name in ("dataset_name", "resolution", "train_batch_size")]
-    args = train_ddpm.parse_args([*flags, *(["--compile"] if options.compile else [])])
+    names = ("dataset_name", "unet", "resolution", "train_batch_size")
+    args = train_ddpm.parse_args([*(f"--{name}={getattr(options, name)}" for name in names), *options.flags])
 
     set_up_process()  # as every script does
     accelerator = Accelerator(mixed_precision="bf16")
+    device = accelerator.device
     noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 
     def unet():
         torch.manual_seed(0)
-        shape = dict(sample_size=options.resolution, in_channels=1, out_channels=1)
+        channels = 3 if args.image_mode == "RGB" else 1
+        shape = dict(sample_size=options.resolution, in_channels=channels, out_channels=channels)
         return UNet2DModel(**shape, **train_ddpm.UNETS[options.unet])
 
     variants = {
@@ -150,24 +188,28 @@ def main():
     seconds = {name: [] for name in variants}
     for block in range(options.blocks + 1):
         for name, variant in variants.items():
-            start = time.perf_counter()
+            start = now(device)
             for _ in range(options.steps):
                 variant.step()
-            if accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
             if block:  # the first is warm-up
-                seconds[name].append((time.perf_counter() - start) / options.steps)
-    if accelerator.device.type == "cpu":
-        ratio = convolution_ratio(options)
-        print(f"a 3x3 convolution of 64 channels, forward and backward: bf16 is {ratio:.1f} times as fast as float32")
+                seconds[name].append((now(device) - start) / options.steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ours = medians["train_ddpm.py, bf16"]
-    print(f"{device_name(accelerator.device)}, --unet {options.unet}, {options.resolution} pixels, N={options.blocks}")
+    size = f"{options.resolution} pixels, batch {options.train_batch_size}"
+    print(f"{device_name(device)}, --unet {options.unet}, {size}, N={options.blocks} {' '.join(options.flags)}")
     for name, median in medians.items():
         rate = options.train_batch_size / median
-        print(f"{name:22}{median * 1e3:8.0f} ms/step{rate:8.0f} images/s   ours is {median / ours:.2f} times as fast")
-    if accelerator.device.type == "cuda":
+        print(f"{name:22}{median * 1e3:8.1f} ms/step{rate:8.0f} images/s   ours is {median / ours:.2f} times as fast")
+    images = next(variants["train_ddpm.py, bf16"].batches)["images"]
+    timesteps = torch.zeros(len(images), dtype=torch.long, device=device)
+    for name, precision in (("plain, float32", torch.float32), ("train_ddpm.py, bf16", torch.bfloat16)):
+        alone, operations = convolutions_alone(unet().to(device), images, timesteps, precision, options.blocks)
+        rate, share = operations / alone / 1e12, alone / medians[name]
+        print(f"{name:22}{alone * 1e3:8.1f} ms for its convolutions alone, {share:.0%} of a step, {rate:.2f} TFLOP/s")
+    if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB, all variants together")
+    if options.profile:
+        profile(variants["train_ddpm.py, bf16"], device)
 
 
 if __name__ == "__main__":

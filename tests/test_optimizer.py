@@ -11,7 +11,7 @@ import finetune_faces
 import train_ddpm
 from utils import UserError
 from utils.diffusion.basic_unet import BasicUNet
-from utils.training.optimizer import Muon, make_optimizer, orthogonal
+from utils.training.optimizer import Muon, as_matrix, make_optimizer, orthogonal_factors
 
 FLAGS = dict(learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.99, adam_weight_decay=0.01, adam_epsilon=1e-8)
 
@@ -33,6 +33,11 @@ def newton_schulz(matrix):
     return x
 
 
+def orthogonal(matrix):
+    (factor,) = orthogonal_factors([matrix])
+    return factor @ matrix if matrix.shape[0] <= matrix.shape[1] else matrix @ factor
+
+
 @pytest.mark.parametrize("shape", [(32, 288), (64, 64), (16, 17)])
 @pytest.mark.parametrize("rank", [3, 1000])
 def test_a_step_is_orthogonal(shape, rank):
@@ -48,6 +53,24 @@ def test_a_step_is_orthogonal(shape, rank):
     )  # a random square is near singular
     assert torch.allclose(orthogonal(1e-6 * matrix), result, atol=1e-2)  # whatever the gradient's size
     assert orthogonal(torch.zeros(shape)).abs().max() == 0
+
+
+def test_matrices_are_worked_on_together_and_come_out_as_alone():
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape) for shape in ((32, 288), (16, 144), (64, 32), (32, 32), (16, 17))]
+    for matrix, factor in zip(matrices, orthogonal_factors(matrices), strict=True):
+        assert torch.allclose(factor, orthogonal_factors([matrix])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(32, 16, 3, 3), (16, 32, 1, 1), (16, 16)])
+def test_a_matrix_is_a_view_in_every_memory_format(shape):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        if layout == torch.channels_last and len(shape) < 4:
+            continue
+        weight = torch.randn(shape).to(memory_format=layout)
+        matrix = as_matrix(weight)
+        assert matrix.shape == (shape[0], weight[0].numel()) and matrix.data_ptr() == weight.data_ptr()
+        assert torch.equal(matrix.sort(1).values, weight.flatten(1).sort(1).values)
 
 
 def test_hidden_matrices_get_muon_and_all_other_weights_adamw():

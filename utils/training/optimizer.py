@@ -1,6 +1,7 @@
 """The optimizer: AdamW, with moments of 32 or 8 bits, or Muon for matrices and AdamW for all other weights."""
 
 import importlib.util
+from collections import defaultdict
 
 import torch
 from accelerate import PartialState
@@ -58,40 +59,54 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         group = self.param_groups[1]
-        for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            state = self.state[weight]
-            if not state:  # with the step, which AdamW expects in every state
-                state |= dict(step=torch.zeros(()), momentum=torch.zeros_like(weight))
-            momentum = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-            update = weight.grad.lerp_(momentum, group["momentum"]).flatten(1)  # Nesterov's
-            scale = 0.2 * max(update.shape) ** 0.5
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(orthogonal(update).view_as(weight), alpha=-group["lr"] * scale)
-            weight.grad = None  # AdamW passes it over
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        for weight in weights:
+            if not self.state[weight]:  # with the step, which AdamW expects in every state
+                self.state[weight] |= dict(step=torch.zeros(()), momentum=torch.zeros_like(weight))
+        if weights:
+            updates, momenta = [w.grad for w in weights], [self.state[w]["momentum"] for w in weights]
+            torch._foreach_lerp_(momenta, updates, 1 - group["momentum"])
+            torch._foreach_lerp_(updates, momenta, group["momentum"])  # Nesterov's
+            updates = [as_matrix(update) for update in updates]
+            for weight, update, factor in zip(weights, updates, orthogonal_factors(updates), strict=True):
+                step, decay = 0.2 * group["lr"] * max(update.shape) ** 0.5, 1 - group["lr"] * group["weight_decay"]
+                left, right = (factor, update) if len(factor) == len(update) else (update, factor)
+                as_matrix(weight).addmm_(left, right, beta=decay, alpha=-step)
+                weight.grad = None  # AdamW passes it over
         return super().step(closure)
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """About the nearest matrix with orthonormal rows or columns, float32: singular values between 0.7 and 1.2, but for
-    those that were below a thousandth of the largest.
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """(out channels) x (all others), without a copy in any memory format: the columns are in the order of memory."""
+    return weight.permute(0, *sorted(range(1, weight.ndim), key=weight.stride, reverse=True)).flatten(1)
 
-    Five Newton-Schulz steps with Jordan's coefficients, done on the smaller of the products with its transpose: the
-    polynomial is found first, and applied to the matrix once.
+
+def orthogonal_factors(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What makes each float32 matrix M about the nearest one with orthonormal rows or columns: F, where F M, or M F if
+    M is higher than wide, has singular values between 0.7 and 1.2, but for those below a thousandth of the largest.
+
+    Five Newton-Schulz steps with Jordan's coefficients, done on the smaller of the products with the transpose: F is a
+    polynomial of it. Matrices of one smaller side go through them together: on a GPU, a launch costs more than they do.
     """
-    wide = matrix.float() if matrix.shape[0] <= matrix.shape[1] else matrix.float().T
-    wide = wide / (wide.norm() + 1e-7)
+    factors, by_size = [None] * len(matrices), defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        by_size[min(matrix.shape)].append(index)
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False  # its rounding makes small singular values grow
     try:
-        gram, total = wide @ wide.T, None
-        for _ in range(5):
-            square = gram @ gram
-            step = 3.4445 * torch.eye(len(gram), device=gram.device) - 4.7750 * gram + 2.0315 * square
-            total = step if total is None else step @ total
-            gram = step @ gram @ step
-        result = total @ wide
+        for size, indices in by_size.items():
+            wide = [m if m.shape[0] == size else m.T for m in (matrices[index] for index in indices)]
+            gram = torch.stack([matrix @ matrix.T for matrix in wide])
+            norms = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].sqrt() + 1e-7
+            gram, total = gram / norms**2, 1 / norms
+            identity = 3.4445 * torch.eye(size, device=gram.device)
+            for number in range(5):
+                step = torch.baddbmm(identity - 4.7750 * gram, gram, gram, alpha=2.0315)
+                total = step * total if number == 0 else step @ total
+                if number < 4:
+                    gram = step @ gram @ step
+            for index, factor in zip(indices, total, strict=True):
+                factors[index] = factor
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    return result if matrix.shape[0] <= matrix.shape[1] else result.T
+    return factors
