@@ -7,7 +7,7 @@ import numpy as np
 
 from .metrics import distance_name, frechet_distance, kernel_distance
 
-BLOCK = 2**25  # distances at once
+BLOCK = 2**23  # distances at once
 
 
 def bootstrap(metric, first: np.ndarray, second: np.ndarray, repeats: int = 20, seed: int = 0) -> float:

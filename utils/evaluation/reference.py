@@ -127,9 +127,10 @@ class Reference:
         return images, labels[drawn][: len(images)], names
 
     def noise(self, count: int) -> np.ndarray:
-        """Uniform noise in the shape of the images."""
-        noise = randomness.sample_noise(self.args.seed, "ceiling", np.arange(count), self._shape, "cpu", "uniform")
-        return to_uint8(noise)
+        """Uniform noise in the shape of the images, made in parts: what it is made from is 20 times as large."""
+        parts = np.array_split(np.arange(count), -(-count // 100))
+        noise = (randomness.sample_noise(self.args.seed, "ceiling", p, self._shape, "cpu", "uniform") for p in parts)
+        return np.concatenate([to_uint8(part) for part in noise])
 
     def copies(self, images: np.ndarray) -> tuple[float | None, tuple[np.ndarray, np.ndarray]]:
         """How many of the images are nearer to a training image than real ones are.
