@@ -181,8 +181,14 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
         accelerator.scaler = None  # saved in another precision: the scaler of fp16 starts anew
     try:
         accelerator.load_state(str(path / "training_state"))  # weights_only: nothing in it is run
-    except Exception as error:  # the manifest fits, so somebody has made it for these files
-        raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    except Exception as error:  # the manifest fits, so somebody has made it for these files, or changed the script
+        lines = [line.strip(" \t.") for line in str(error).splitlines()]  # torch's has one for each weight
+        advice = ""
+        if isinstance(error, RuntimeError) and len(lines) > 1:
+            advice = ". It is of another network: put that back into the script, or choose another --output_dir"
+        raise CheckpointError(
+            f"{path} cannot be loaded: {type(error).__name__}: {' '.join(lines[:2])}{advice}"
+        ) from error
     accelerator.scaler = scaler
     for wrapped in accelerator._schedulers:  # the rate that this run's schedule has now, should its length have changed
         schedule = wrapped.scheduler
