@@ -51,7 +51,7 @@ def main(args):
     from diffusers.optimization import get_scheduler
 
     from utils.data import load_train_data
-    from utils.diffusion import check_fit, sample_images
+    from utils.diffusion import check_fit, sample_images, zero_init
     from utils.diffusion.illustrations import show_denoising, show_walk
     from utils.diffusion.linear_mix import LinearMixPipeline, LinearMixScheduler
     from utils.evaluation import Validation
@@ -78,7 +78,7 @@ def main(args):
 
     # Model
     shape = dict(sample_size=train_data.sample_size, in_channels=train_data.channels, out_channels=train_data.channels)
-    unet = UNet2DModel(**shape, dropout=args.dropout, **UNET)
+    unet = zero_init(UNet2DModel(**shape, dropout=args.dropout, **UNET))
     if not args.timestep_conditioning:  # the embedding of the timestep is held at zero
         torch.nn.init.zeros_(unet.time_embedding.linear_2.weight)
         torch.nn.init.zeros_(unet.time_embedding.linear_2.bias)

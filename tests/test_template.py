@@ -140,7 +140,7 @@ def test_every_script_is_whole_without_a_wing(script, wing):
 DATA = (
     "    train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)  # or own_images=...\n"
 )
-UNET = '        unet = UNet2DModel(**shape, dropout=args.dropout or 0.0, **UNETS[args.unet or "small"])\n'
+UNET = '        unet = zero_init(UNet2DModel(**shape, dropout=args.dropout or 0.0, **UNETS[args.unet or "small"]))\n'
 LABELS = [
     ("model(noisy_images, timesteps).sample", 'model(noisy_images, timesteps, class_labels=batch["labels"]).sample'),
     (

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 import train_ddpm
 from utils import UserError
 from utils.args import SAMPLERS
+from utils.diffusion import zero_init
 from utils.training import checkpoints, run
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -524,6 +525,30 @@ def test_colour_images_with_a_grey_pretrained_model_are_converted(tmp_path, fini
     train(tmp_path / "out" / "run", *flags, f"--pretrained_model_name_or_path={finished_run}")
     unet = UNet2DModel.from_pretrained(tmp_path / "out" / "run" / "unet")
     assert (unet.config.in_channels, unet.config.sample_size) == (1, 8)
+
+
+def test_a_checkpoint_of_another_network_is_refused_in_one_line(tmp_path, monkeypatch):
+    train(tmp_path / "run")
+    interrupt(tmp_path / "run", "checkpoint-3")
+    wider = dict(train_ddpm.UNETS["tiny"], block_out_channels=(16, 32, 64))
+    monkeypatch.setitem(train_ddpm.UNETS, "tiny", wider)  # as an edited script has it
+    with pytest.raises(UserError, match="It is of another network: put that back into the script") as refused:
+        train(tmp_path / "run")
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+def test_a_new_unet_predicts_zero_and_its_blocks_pass_on_what_they_are_given():
+    torch.manual_seed(0)
+    config = dict(train_ddpm.UNETS["base"], block_out_channels=(32, 64, 64), attention_head_dim=32)
+    unet, same = zero_init(UNet2DModel(sample_size=16, in_channels=1, out_channels=1, **config)), []
+
+    def compare(block, inputs, output):
+        same.append(torch.equal(output, inputs[0]))
+
+    for block in (unet.down_blocks[0].resnets[0], unet.mid_block.resnets[0], *unet.mid_block.attentions):
+        block.register_forward_hook(compare)
+    assert not unet(torch.randn(2, 1, 16, 16), 500).sample.any() and same == [True] * 3
 
 
 def test_presets_have_the_sizes_that_their_comments_name():

@@ -176,7 +176,8 @@ def test_the_loss_falls_and_is_that_of_the_velocity(tmp_path, monkeypatch, predi
         return mse_loss(output, target, **options)
 
     monkeypatch.setattr(F, "mse_loss", spy)
-    run(tmp_path / "run", f"--prediction_type={prediction_type}", "--max_train_steps=40", "--mixed_precision=bf16")
+    flags = ["--max_train_steps=40", "--mixed_precision=bf16", "--learning_rate=4e-3"]
+    run(tmp_path / "run", f"--prediction_type={prediction_type}", *flags)
     assert all(output.dtype == target.dtype == torch.float32 for output, target, _ in seen)
     losses = [loss for *_, loss in seen]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])

@@ -4,8 +4,8 @@ What every script may need is re-exported here; ``schedulers``, ``basic_unet``, 
 ``guidance`` and ``pipelines`` are imported by those that need them.
 """
 
-from .pretrained import check_fit, load_pretrained, unet_from_config
+from .pretrained import check_fit, load_pretrained, unet_from_config, zero_init
 from .sampling import sample_images
 from .schedulers import noise_flags
 
-__all__ = ["check_fit", "load_pretrained", "noise_flags", "sample_images", "unet_from_config"]
+__all__ = ["check_fit", "load_pretrained", "noise_flags", "sample_images", "unet_from_config", "zero_init"]

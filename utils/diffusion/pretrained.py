@@ -156,6 +156,18 @@ def unet_from_config(name_or_path: str, **overrides) -> UNet2DModel:
         raise UserError(
             f"--model_config_name_or_path {name_or_path}: its UNet wants class labels; expected an unconditional one"
         )
+    return zero_init(unet)
+
+
+def zero_init(unet: UNet2DModel) -> UNet2DModel:
+    """Zero the last layer of each residual and attention block and of the UNet, as Ho et al. 2020, unlike diffusers.
+
+    At first each block passes on what it is given, and the UNet predicts zero.
+    """
+    for name, layer in unet.named_modules():
+        if name.endswith(("conv2", "to_out.0", "conv_out")):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
     return unet
 
 
