@@ -12,7 +12,7 @@ train: .venv/installed  ## install, then train on the embedded digits: pictures 
 
 mnist: .venv/installed  ## train on MNIST from the Hub, five minutes on 2 CPU cores
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
-	  --dataset_name mnist --max_train_steps 1200 --output_dir outputs/mnist
+	  --dataset_name mnist --max_train_steps 1500 --output_dir outputs/mnist
 
 faces: .venv/installed  ## a base from the embedded digits, adapted to the embedded faces, with pictures of both
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
