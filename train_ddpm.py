@@ -14,7 +14,7 @@ from utils.args import SAMPLERS, Parser, add_common_arguments, add_evaluation_ar
 
 # fmt: off
 UNETS = {  # --unet: keyword arguments of UNet2DModel
-    "tiny": dict(  # 0.3 M parameters: for tests and first looks
+    "tiny": dict(  # 0.26 M parameters: for tests and first looks
         block_out_channels=(16, 32, 32), layers_per_block=1, add_attention=False, norm_num_groups=8,
         down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
     ),

@@ -495,7 +495,7 @@ def test_own_config_starts_from_random_weights(tmp_path, finished_run):
     flags = ["--learning_rate=0", "--max_train_steps=1"]
     train(tmp_path / "run", *flags, f"--model_config_name_or_path={finished_run}/unet")
     config = UNet2DModel.load_config(tmp_path / "run" / "unet")
-    assert config["block_out_channels"] == [32, 64, 64]
+    assert config["block_out_channels"] == [16, 32, 32]
     assert not equal_weights(tmp_path / "run" / WEIGHTS, finished_run / WEIGHTS)
 
 

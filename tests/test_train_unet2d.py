@@ -23,7 +23,7 @@ def test_size_and_parts():
 
 def test_timestep_conditioning_can_be_switched_off_for_good(tmp_path):
     images, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([0.0, 900.0])
-    flags = ["--max_train_steps=3", "--checkpointing_steps=100"]
+    flags = ["--max_train_steps=3", "--checkpointing_steps=100", "--learning_rate=0.03"]
     train(tmp_path / "with", *flags, script=train_unet2d)
     train(tmp_path / "without", *flags, "--timestep_conditioning", "false", script=train_unet2d)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def test_timestep_conditioning_can_be_switched_off_for_good(tmp_path):
 
 
 def test_dropout_is_there_in_training_only(tmp_path):
-    train(tmp_path / "run", "--max_train_steps=1", "--dropout=0.5", script=train_unet2d)
+    train(tmp_path / "run", "--max_train_steps=3", "--learning_rate=0.03", "--dropout=0.5", script=train_unet2d)
     unet, images = unet_of(tmp_path / "run"), torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(unet(images, 5).sample, unet(images, 5).sample)
