@@ -162,7 +162,7 @@ def profile(variant, device: torch.device, steps: int = 3) -> None:
         for _ in range(steps):
             variant.step()
         now(device)
-    by = f"self_{device.type}_time_total" if device.type == "cpu" else "self_device_time_total"
+    by = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
     print(profiler.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=60))
 
 
