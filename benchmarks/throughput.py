@@ -6,21 +6,14 @@ The plain step is that of the usual example script: float32 (and, in a second co
 resized one by one in the DataLoader's process, AdamW not fused, an EMA parameter by parameter, ``.item()`` every step.
 Ours is what train_ddpm.py does, with its caches and its utils; flags behind -- are its flags. Blocks of steps alternate
 between the variants, so that a noisy machine disturbs all alike; medians are over blocks. Beside them stand the UNet's
-convolutions alone, one after the other in the same shapes, forward and backward: what no script makes faster.
-
-    python benchmarks/throughput.py --beside train_unconditional.py
-
-compares whole commands instead: diffusers' examples/unconditional_image_generation/train_unconditional.py, as it comes
-(it needs torchvision), and train_ddpm.py, in turn, with the same net, folder of colour images, batch and epochs. What
-is before the first step and after the last cancels out: the time is the difference between long and short runs.
+convolutions alone, one after the other in the same shapes, forward and backward: what no script makes faster. Whole
+commands of another script, such as diffusers' own, are timed by benchmarks/beside.py.
 """
 
 import argparse
 import math
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,7 +26,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from PIL import Image
 
 import train_ddpm
 from utils.data import load_train_data
@@ -42,8 +34,6 @@ from utils.hardware import device_name, set_up_process
 from utils.randomness import logit_normal, sample_noise, uniform
 from utils.training import make_optimizer
 from utils.training.ema import EMA
-
-ROOT = Path(__file__).parent.parent
 
 
 class Ours:
@@ -166,52 +156,6 @@ def profile(variant, device: torch.device, steps: int = 3) -> None:
     print(profiler.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=60))
 
 
-def beside(options) -> None:
-    """Images/s of whole commands in turn, in float32 and in bf16."""
-    scripts = {
-        options.beside: [
-            "--ddpm_num_inference_steps=1", "--eval_batch_size=1", "--save_images_epochs=1000", "--use_ema",
-            "--save_model_epochs=1000", "--checkpointing_steps=1000000", "--num_epochs",
-        ],
-        ROOT / "train_ddpm.py": [
-            "--num_inference_steps=1", "--num_samples=1", "--sample_steps=1000000", *options.flags,
-            "--checkpointing_steps=1000000", "--image_mode=RGB", "--num_train_epochs",
-        ],
-    }  # fmt: skip
-    seconds = {(script, precision): [] for precision in ("no", "bf16") for script in scripts}
-    with tempfile.TemporaryDirectory() as folder:
-        data, net = Path(folder, "data"), Path(folder, "net")
-        data.mkdir()
-        for number in range(count := 10 * options.train_batch_size):
-            pixels = np.random.default_rng(number).integers(256, size=(options.resolution, options.resolution, 3))
-            Image.fromarray(pixels.astype(np.uint8)).save(data / f"{number}.png")
-        size = dict(sample_size=options.resolution, in_channels=3, out_channels=3)
-        UNet2DModel(**size, **train_ddpm.UNETS[options.unet]).save_config(net)
-        common = [f"--train_data_dir={data}", f"--model_config_name_or_path={net}"]
-        common += [f"--resolution={options.resolution}", f"--train_batch_size={options.train_batch_size}"]
-        for _ in range(options.rounds):
-            for script, precision in seconds:
-                times = []
-                for epochs in (1, 1 + options.epochs):
-                    out = tempfile.mkdtemp(dir=folder)
-                    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file"]
-                    command += [ROOT / "accelerate_config.yaml", script, *common, f"--mixed_precision={precision}"]
-                    command += [f"--output_dir={out}", *scripts[script][:-1], f"{scripts[script][-1]}={epochs}"]
-                    start = time.perf_counter()
-                    done = subprocess.run(command, capture_output=True, text=True)
-                    times.append(time.perf_counter() - start)
-                    if done.returncode:
-                        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
-                seconds[script, precision].append((times[1] - times[0]) / (options.epochs * count))
-    print(f"--unet {options.unet}, {options.resolution} pixels, batch {options.train_batch_size}, N={options.rounds}")
-    theirs, ours = scripts
-    for precision in ("no", "bf16"):
-        first, second = (seconds[script, precision] for script in scripts)
-        ratio = statistics.median(a / b for a, b in zip(first, second, strict=True))
-        rates = (f"{Path(s).name} {1 / statistics.median(seconds[s, precision]):.0f} images/s" for s in (theirs, ours))
-        print(f"{precision:5} {', '.join(rates)}, the second is {ratio:.2f} times as fast")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", default="digits")
@@ -221,13 +165,8 @@ def main():
     parser.add_argument("--blocks", type=int, default=7, help="N of each median")
     parser.add_argument("--steps", type=int, default=3, help="steps in a block")
     parser.add_argument("--profile", action="store_true", help="also which operations ours spends its time on")
-    parser.add_argument("--beside", metavar="SCRIPT", help="another script, with the flags of train_unconditional.py")
-    parser.add_argument("--rounds", type=int, default=3, help="with --beside: N of each median")
-    parser.add_argument("--epochs", type=int, default=4, help="with --beside: of 10 steps, that are timed")
     parser.add_argument("flags", nargs="*", help="behind --: flags for train_ddpm.py, such as --compile")
     options = parser.parse_args()
-    if options.beside:
-        return beside(options)
     names = ("dataset_name", "unet", "resolution", "train_batch_size")
     args = train_ddpm.parse_args([*(f"--{name}={getattr(options, name)}" for name in names), *options.flags])
 

@@ -1,0 +1,89 @@
+"""Images/s of another training script and of train_ddpm.py, as whole commands in turn.
+
+    python benchmarks/beside.py train_unconditional.py
+
+The script is diffusers' examples/unconditional_image_generation/train_unconditional.py as it comes, which needs
+torchvision, or another that takes its flags. Both have the same net, folder of colour images and batches. What comes
+before the first step and after the last cancels out: the time is the difference between a long and a short run.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from diffusers import UNet2DModel
+from PIL import Image
+from speedrun import ROOT, run
+
+sys.path.insert(0, str(ROOT))
+
+from train_ddpm import UNETS
+
+BATCHES = 10  # an epoch
+THEIRS = (  # no pictures and no checkpoints before the end
+    "--ddpm_num_inference_steps=1", "--eval_batch_size=1", "--save_images_epochs=1000000", "--use_ema",
+    "--save_model_epochs=1000000", "--checkpointing_steps=1000000", "--num_epochs={epochs}",
+)  # fmt: skip
+OURS = (
+    "--num_inference_steps=1", "--num_samples=1", "--sample_steps=1000000", "--checkpointing_steps=1000000",
+    "--image_mode=RGB", "--num_train_epochs={epochs}",
+)  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("script", type=Path, help="with the flags of train_unconditional.py")
+    parser.add_argument("--unet", choices=UNETS, default="small")
+    parser.add_argument("--resolution", type=int, default=28)
+    parser.add_argument("--train_batch_size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3, help="N of each median")
+    parser.add_argument("--epochs", type=int, default=4, help=f"of {BATCHES} steps, that are timed")
+    options = parser.parse_args()
+    sides = ((options.script.absolute(), THEIRS), (ROOT / "train_ddpm.py", OURS))
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = write_inputs(Path(folder), options)
+        for precision in ("no", "bf16"):
+            rates = []
+            for _ in range(options.rounds):
+                rates.append([])
+                for script, never in sides:
+                    flags = [*inputs, f"--mixed_precision={precision}", *never]
+                    short, long = (seconds(script, flags, epochs) for epochs in (1, 1 + options.epochs))
+                    rates[-1].append(options.epochs * BATCHES * options.train_batch_size / (long - short))
+            theirs, ours = np.median(rates, axis=0)
+            ratio = statistics.median(ours / theirs for theirs, ours in rates)
+            print(f"{precision:5}{options.script.name} {theirs:.0f}, train_ddpm.py {ours:.0f} images/s: x {ratio:.2f}")
+    print(f"--unet {options.unet}, {options.resolution} pixels, batch {options.train_batch_size}, N={options.rounds}")
+
+
+def write_inputs(folder: Path, options) -> list[str]:
+    """Colour images and the config of a UNet, and the flags that name them in both scripts."""
+    (folder / "images").mkdir()
+    side = options.resolution
+    for number in range(BATCHES * options.train_batch_size):
+        pixels = np.random.default_rng(number).integers(256, size=(side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+    UNet2DModel(side, in_channels=3, out_channels=3, **UNETS[options.unet]).save_config(folder / "net")
+    return [
+        f"--train_data_dir={folder / 'images'}", f"--model_config_name_or_path={folder / 'net'}",
+        f"--resolution={side}", f"--train_batch_size={options.train_batch_size}",
+    ]  # fmt: skip
+
+
+def seconds(script: Path, flags: list[str], epochs: int) -> float:
+    """Of the whole command."""
+    with tempfile.TemporaryDirectory() as output_dir:
+        start = time.perf_counter()
+        run(
+            "-m", "accelerate.commands.launch", "--quiet", "--config_file", ROOT / "accelerate_config.yaml",
+            script, f"--output_dir={output_dir}", *(flag.format(epochs=epochs) for flag in flags),
+        )  # fmt: skip
+        return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
