@@ -1,4 +1,4 @@
-"""Make a trained diffusion model draw in one to four calls instead of twenty-five: consistency distillation.
+"""Make a trained diffusion model draw in one to four calls instead of twenty-five: it learns where its teacher's way ends.
 
     accelerate launch --quiet --config_file accelerate_config.yaml distill_few_steps.py --pretrained_model_name_or_path outputs/digits --dataset_name digits --resolution 16
 
@@ -25,7 +25,7 @@ def parse_args(argv=None):
     parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first and for samples of another batch size, meant for GPUs")
 
     group = parser.add_argument_group("distillation (noise schedule and target are the teacher's)")
-    group.add_argument("--solver_steps", type=integer(2, 1000), default=8, help="UNet calls of the teacher on each way, by DPM-Solver++")
+    group.add_argument("--solver_steps", type=integer(2, 1000), default=8, help="UNet calls of the teacher on each way, by DPM-Solver++; a divisor of its noise levels")
     group.add_argument("--points_per_way", type=integer(1), default=4, help="images of a batch that are points of one way; fewer are less alike, and cost more calls of the teacher")
     group.add_argument("--noisy_points", type=real(0.1, 10), default=2.0, help="which points: place u of a way, from noise to image, is u to this power; 1 is even, more is nearer to noise")
     group.add_argument("--huber_c", type=real(0), default=0.03, help="pseudo-Huber loss sqrt(d^2 + c^2) - c: below about c errors count squared; d: rms over the pixels")

@@ -4,7 +4,7 @@
 
 draws the digits that it is asked for after a few minutes on 2 CPU cores. The output folder loads with diffusers alone:
 
-    ConsistencyModelPipeline.from_pretrained("outputs/conditional")(batch_size=2, class_labels=[7, 3])
+    ConsistencyModelPipeline.from_pretrained("outputs/conditional")(batch_size=2, class_labels=[7, 3], num_inference_steps=25)
 
 and, for guidance and classes by name, with the pipeline.py in it: see utils/diffusion/class_conditional.py.
 
@@ -57,6 +57,8 @@ def parse_args(argv=None):
     group.add_argument("--snr_gamma", type=real(1e-6), help="min-SNR loss weighting (arXiv:2303.09556); the paper uses 5")
     group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
     group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="where in [0, T) training looks: evenly, or more at the middle (arXiv:2403.03206)")
+    group.add_argument("--logit_mean", type=real(-10, 10), default=0.4, help="of logit_normal: more noise if above 0")
+    group.add_argument("--logit_std", type=real(0.01, 10), default=1.0, help="of logit_normal: less at the ends if smaller")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="how samples are drawn")
     group.add_argument("--label_dropout", type=real(0, 1), default=0.1, help="share of samples whose class is not said")
     group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), about that of a scale of 1 / (1 - W); 0: none, a third quicker")
@@ -203,7 +205,7 @@ def main(args):
         if args.timestep_sampling == "stratified":
             fractions = (sample_ids % global_batch_size + fractions) / global_batch_size
         if args.time_density == "logit_normal":
-            fractions = logit_normal(fractions)
+            fractions = logit_normal(fractions, args.logit_mean, args.logit_std)
         timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 

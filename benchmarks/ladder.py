@@ -1,6 +1,6 @@
 """What each stage of the ladder buys: trains all of them on MNIST and compares their samples in one table.
 
-    python benchmarks/ladder.py --dataset_name mnist --output_dir outputs/ladder
+    python benchmarks/ladder.py --dataset_name mnist
 
 First every stage with the same number of images; then every stage for the time that stage 3 took, by the median of its
 images/s. Interrupted, the same command goes on. About 70 minutes on 2 cores, a quarter of it for the comparison.
@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--dataset_name", default="mnist", help="as in the training scripts")
     parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of 64 images")
     parser.add_argument("--num_samples", type=int, default=2000, help="of each model")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/ladder"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/stages"))
     options = parser.parse_args()
     folders = [train(options, name, round(options.steps * SHARES.get(name, 1))) for name in STAGES]
     speeds = [median_speed(folder) for folder in folders]

@@ -246,6 +246,8 @@ def test_readme_is_short_and_names_every_script_wing_and_folder():
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_readme_and_docs_link_and_name_only_what_is_there(path):
     text = path.read_text()
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        ast.parse(code)
     for link, section in re.findall(r"\]\(([^)#:]+)(?:#([\w-]+))?\)", text):
         target = path.parent / link
         assert target.exists(), link

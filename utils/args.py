@@ -209,7 +209,7 @@ def add_evaluation_arguments(parser: Parser) -> None:
 
 def _add_data_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="Hub id, local folder or parquet/arrow file, or: mnist, digits and faces (8x8 and 25x25, embedded). With neither this nor --train_data_dir: MNIST, or the embedded digits where it is not available")
+    group.add_argument("--dataset_name", help="Hub id, local folder or table (parquet, arrow, csv, json, tar), or: mnist, digits and faces (8x8 and 25x25, embedded). With neither this nor --train_data_dir: MNIST, or the embedded digits where it is not available")
     group.add_argument("--dataset_config_name", help="configuration of the data set, where it has several")
     group.add_argument("--dataset_split", default="train", help="split to train on; slices such as train[:1%%] work")
     group.add_argument("--train_data_dir", metavar="DIR", help="folder of image files, instead of --dataset_name")
@@ -238,7 +238,7 @@ def _add_training_arguments(parser: Parser) -> None:
     group.add_argument("--num_train_epochs", type=integer(1), default=40, help="passes over the data")
     group.add_argument("--max_train_steps", type=integer(1), help="optimizer steps; overrides --num_train_epochs")
     group.add_argument("--learning_rate", type=real(0), default=1e-3, help="peak rate")
-    group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="muon for matrices learns faster from random weights; adamw8bit keeps a quarter of the state, with bitsandbytes on a GPU or torchao (default: muon; adamw where pretrained weights are adapted)")
+    group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="muon for matrices learns faster from random weights; adamw8bit keeps a quarter of the state, with bitsandbytes on a GPU or torchao (default: muon; adamw where pretrained weights are trained on, but not where they are distilled)")
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="shape of the rate over the run; constant has no warm-up")
     group.add_argument("--lr_warmup_steps", type=integer(0), default=50, help="optimizer steps from 0 to the peak rate")
     group.add_argument("--adam_beta1", type=real(0, 0.999999), default=0.9, help="decay of the first moment")
@@ -267,7 +267,7 @@ def _add_run_arguments(parser: Parser) -> None:
     group.add_argument("--max_rollbacks", metavar="N", type=integer(0), default=0, help="where loss or gradient are not finite, go back to the newest checkpoint and leave out the images of that step, at most N times in a run; then stop")
     group.add_argument("--grad_norm_deviations", metavar="K", type=real(1), help="also where a gradient's norm is more than K standard deviations above the mean of the last 100 steps")
     group.add_argument("--hang_timeout", metavar="SECONDS", type=real(0), default=300.0, help="end a run of which nothing has moved for so long since its first step, with the stacks of its threads; 0: never")
-    group.add_argument("--resume_from_checkpoint", metavar="latest|DIR", help="one checkpoint; latest, which is what happens anyway: the newest in --output_dir, or a new run where there is none")
+    group.add_argument("--resume_from_checkpoint", metavar="latest|DIR", help="the checkpoint to go on from (default: latest, the newest in --output_dir, or a new run where there is none)")
 
     group = parser.add_argument_group("samples")
     group.add_argument("--sample_steps", type=integer(1), default=500, help="optimizer steps between sample grids")

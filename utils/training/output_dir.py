@@ -56,7 +56,7 @@ FREE_ON_RESUME = {
 
 
 # What a run did that did not know a flag, where that is not the default of now
-BEFORE = {"model_guidance": 0.0, "optimizer": "adamw", "time_density": "uniform"}
+BEFORE = {"model_guidance": 0.0, "optimizer": "adamw", "time_density": "uniform", "logit_mean": 0.0}
 
 
 def claim_output_dir(accelerator, args, script: str) -> tuple[Path, int | None]:

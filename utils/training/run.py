@@ -213,10 +213,10 @@ def print_finished(accelerator, args, global_step: int, data_settings: dict | No
     lines = {"samples": ", ".join([str(folder / "samples.png"), *pictures])}
     card = folder / "README.md"
     if not card.is_file() or "from_pretrained" in card.read_text(encoding="utf-8"):  # the card has what has been run
-        lines["pipeline"] = how_to_load(folder, args.output_dir)
+        lines["pipeline"] = f"{how_to_load(folder, args.output_dir)}(num_inference_steps={args.num_inference_steps})"
     if any((folder / args.logging_dir).glob("**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {args.output_dir}"
-    lines["train on"] = "the same command with a larger --max_train_steps"
+    lines["train longer"] = "the same command with a larger --max_train_steps"
     data = read_arguments(folder).get("public_data")  # a run of before does not say
     if data in ("mnist", "ylecun/mnist", "digits", "faces") and "ipykernel" not in sys.modules:
         config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
