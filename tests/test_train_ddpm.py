@@ -430,8 +430,8 @@ def test_each_flag_of_the_objective_changes_the_result(tmp_path):
     for flag in (
         "--beta_schedule=sigmoid", "--num_train_timesteps=100", "--timestep_sampling=uniform", "--time_density=uniform",
         "--logit_mean=0", "--logit_std=0.5", "--optimizer=adamw", "--rescale_betas_zero_snr", "--snr_gamma=1",
-        "--seed=1", "--dropout=0.2", "--max_grad_norm=0.01", "--adam_beta1=0.5", "--adam_beta2=0.9", "--adam_weight_decay=1",
-        "--adam_epsilon=1", "--lr_scheduler=cosine", "--lr_warmup_steps=0",
+        "--seed=1", "--dropout=0.2", "--max_grad_norm=0.01", "--adam_beta1=0.5", "--adam_beta2=0.9",
+        "--adam_weight_decay=1", "--adam_epsilon=1", "--lr_scheduler=cosine", "--lr_warmup_steps=0",
         "--no-use_ema", "--ema_max_decay=0.1", "--ema_inv_gamma=9", "--ema_power=0.1",
     ):  # fmt: skip
         folder = tmp_path / flag.strip("-").split("=")[0]
