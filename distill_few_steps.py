@@ -119,7 +119,6 @@ def main(args):
     # Noise scheduler
     noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    prediction_type = noise_scheduler.config.prediction_type
     check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
     if args.teacher_steps > num_train_timesteps:
         raise UserError(
@@ -149,7 +148,7 @@ def main(args):
 
     # Trackers
     summary = dict(
-        prediction_type=prediction_type, base=args.pretrained_model_name_or_path, **train_data.settings,
+        prediction_type=sampler.config.prediction_type, base=args.pretrained_model_name_or_path, **train_data.settings,
         data_license=train_data.license, parameters=unet.num_parameters(), max_train_steps=max_train_steps,
     )  # fmt: skip
     run.start(accelerator, args, "distill_few_steps", global_step, **summary)

@@ -120,6 +120,10 @@ def main(args):
         rows.append(row)
         grids[name] = images[:8]
 
+    # Models are called by the last part of their names, where that tells them apart
+    lasts = [Path(model).resolve().name for model in args.models]
+    called = {model: model if lasts.count(last) > 1 else last for model, last in zip(args.models, lasts, strict=True)}
+
     # Real images that the models have not seen, in the place of samples: nothing can be expected to be better
     if real.held_out_split:
         measure("floor: held-out images", real.held_out[: args.num_samples])
@@ -154,10 +158,13 @@ def main(args):
             splits = {"--reference_split": args.reference_split, "--held_out_split": real.held_out_split}
             for flag, split in ((flag, split) for flag, split in splits.items() if split):
                 images = from_uint8(real.resized(shape, split)[: args.num_validation_images])
-                labels = torch.from_numpy(real.labelled(shape, flag, split)[1]) if asked else None
-                labels = labels.where(labels >= 0, len(asked.names)) if asked else None
+                labels = None
+                if asked:  # by name, for the classes of strings are those that occur in the split
+                    _, found, names = real.labelled(shape, flag, split)
+                    codes = [asked.names.index(n) if n in asked.names else len(asked.names) for n in names]
+                    labels = torch.tensor([*codes, len(asked.names)])[found]  # -1, no class, is the last
                 loss = DenoisingLoss(images, training_scheduler(own), args.seed, labels=labels)
-                losses.append(dict(model=Path(model).name, images=split, **loss.measure(unet, accelerator)))
+                losses.append(dict(model=called[model], images=split, **loss.measure(unet, accelerator)))
         if asked:
             options["model_inputs"] = labels_in_turn(asked.labels, accelerator.device)
         tried = []  # samplers' names, and their rows
@@ -167,7 +174,7 @@ def main(args):
             sampler = choose_sampler(own, name, steps)
             drawn_by = unet if scale is None else GuidedModel(unet, scale)
             title = " ".join(
-                [Path(model).name, *([name, str(steps)] if name else []), *([f"guidance {scale:g}"] if asked else [])]
+                [called[model], *([name, str(steps)] if name else []), *([f"guidance {scale:g}"] if asked else [])]
             )
             facts = dict(sampler=type(sampler).__name__, steps=steps, ema=ema, weights=weights)
             if asked:

@@ -1,4 +1,4 @@
-"""Draw images with any model of these scripts, or any unconditional diffusers pipeline.
+"""Draw images with any model of these scripts, or another pipeline of a UNet2DModel, with classes or without.
 
     python sample.py outputs/digits --num_samples 1000
 
@@ -77,7 +77,7 @@ def main(args):
         unet.to(memory_format=torch.channels_last)  # on a CPU it costs
     if args.compile:
         unet.compile()
-    unet = accelerator.prepare_model(unet, evaluation_mode=True)
+    unet = plain = accelerator.prepare_model(unet, evaluation_mode=True)
     shape = image_shape(unet.config)
 
     # What images start from, and what they are steered to
@@ -109,7 +109,7 @@ def main(args):
     )  # fmt: skip
 
     # Draw what is not there yet, every process its share
-    images_folder = ImageFolder(accelerator, args, calls)
+    images_folder = ImageFolder(accelerator, args, calls, plain, sampler)
     stop_signal = StopSignal(accelerator, "stopping; images that are complete stay")
     missing = images_folder.missing()
     mine = missing[accelerator.process_index :: accelerator.num_processes]

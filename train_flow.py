@@ -63,6 +63,8 @@ def parse_args(argv=None):
     check_common(parser, args)
     if args.dropout is not None and (args.model_config_name_or_path or args.pretrained_model_name_or_path):
         parser.error("--dropout goes with --unet; a config or a pretrained model brings its own")
+    if args.sampler == "heun" and args.num_inference_steps % 2 == 0:
+        parser.error(f"--sampler heun takes an odd --num_inference_steps, not {args.num_inference_steps}: two calls a step, one for the last")
     return args
 # fmt: on
 
@@ -189,10 +191,10 @@ def main(args):
 
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps).sample.float()
-            if prediction_type == "sample":  # the velocity that goes with it
-                levels = (timesteps / num_train_timesteps).clamp(min=0.05).view(-1, 1, 1, 1)
-                model_output = (noisy_images - model_output) / levels
             target = noise - clean_images
+            if prediction_type == "sample":  # the velocities that go with both images, but for the last bit of noise
+                levels = (timesteps / num_train_timesteps).clamp(min=0.05).view(-1, 1, 1, 1)
+                model_output, target = ((noisy_images - images) / levels for images in (model_output, clean_images))
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
             loss = losses.mean()
             accelerator.backward(loss)

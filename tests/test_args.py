@@ -151,12 +151,23 @@ def test_config_file_sets_defaults_and_the_command_line_wins(tmp_path, capsys):
         assert message in refused(capsys, f"--config={config}")
 
 
+def test_an_even_number_of_calls_is_refused_before_training(capsys):
+    line = refused(capsys, "--sampler=heun", "--num_inference_steps=20", script=train_flow)
+    assert "--sampler heun takes an odd --num_inference_steps, not 20" in line
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     [("", True), ("--use_ema", True), ("--no-use_ema", False), ("--use_ema false", False), ("--use_ema=true", True)],
 )
 def test_switches(flags, expected):
     assert train_ddpm.parse_args(flags.split()).use_ema is expected
+
+
+def test_a_home_folder_is_found_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = train_ddpm.parse_args(["--output_dir=~/run", "--train_data_dir=~/images"])
+    assert (args.output_dir, args.train_data_dir) == (f"{tmp_path}/run", f"{tmp_path}/images")
 
 
 def test_arguments_are_read_only():

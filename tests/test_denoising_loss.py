@@ -12,6 +12,7 @@ import train_ddpm
 import train_flow
 import train_unet2d
 from utils import UserError
+from utils.diffusion.flow import FlowScheduler
 from utils.diffusion.linear_mix import LinearMixScheduler
 from utils.evaluation.denoising_loss import DenoisingLoss
 from utils.evaluation.reference import show_nearest
@@ -77,6 +78,16 @@ def test_linear_mixing_is_asked_with_uniform_noise(accelerator, setup):
     measured = DenoisingLoss(images, scheduler, seed=0).measure(model, accelerator)
     assert measured["loss"] == pytest.approx(0.01, rel=1e-3)
     assert all(noisy.abs().max() <= 1 for noisy, _ in model.asked)  # a mixture of two things in [-1, 1]
+
+
+def test_straight_paths_have_a_loss_where_hardly_any_noise_is(accelerator):
+    images, scheduler = torch.rand(64, 1, 4, 4) * 2 - 1, FlowScheduler()
+    model = Knows(images, scheduler)
+    model.answer = lambda noisy, timesteps: torch.zeros_like(noisy)
+    measured = DenoisingLoss(images, scheduler, seed=0).measure(model, accelerator)  # with a timestep below 1
+    assert all(1 < value < 1.7 for value in measured.values())  # of noise - image: variances of 1 and a third
+    asked = torch.cat([timesteps for _, timesteps in model.asked])
+    assert asked.min() >= 1 and (asked != asked.round()).any()
 
 
 @pytest.mark.parametrize("script", [train_basic, train_unet2d, train_ddpm, train_conditional, train_flow])

@@ -254,7 +254,13 @@ def test_the_tools_draw_it_with_two_calls_and_with_no_other_sampler(tmp_path, fi
 def test_a_sweep_compares_it_with_its_teacher(tmp_path, capsys, finished, teachers):
     student = tmp_path / "student"
     shutil.copytree(finished, student)
-    flags = ["--reference=digits", "--held_out_split=train", "--num_samples=20", f"--output_dir={tmp_path / 'e'}"]
+    flags = [
+        "--reference=digits",
+        "--reference_split=train[:200]",
+        "--held_out_split=train[200:]",
+        "--num_samples=20",
+        f"--output_dir={tmp_path / 'e'}",
+    ]
     sweep = [str(student), str(teachers["v_prediction"]), *flags, "--sweep", "lcm:1,2", "ddim:3"]
     assert exit_code(evaluate.main, evaluate.parse_args(sweep)) == 0
     rows = json.loads((tmp_path / "e" / "results.json").read_text())["results"]

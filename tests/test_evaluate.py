@@ -1,5 +1,6 @@
 """evaluate.py: floors, ceilings, copies, and clear errors."""
 
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import evaluate
 from utils import UserError
 from utils.evaluation.class_statistics import digit_statistics
 from utils.evaluation.features import DIGITS_WEIGHTS, load_extractor
-from utils.evaluation.sweep import best_setting
+from utils.evaluation.sweep import best_setting, plot_sweep
 
 REAL = ["--reference=digits", "--reference_split=train[:900]", "--held_out_split=train[900:]"]
 
@@ -148,6 +149,22 @@ def test_a_sweep_has_a_row_for_each_setting(tmp_path, finished_run):
     assert rows[f"{name} unipc 2"]["sampler"] == "UniPCMultistepScheduler" and "fd_pixels" in rows[f"{name} unipc 2"]
 
 
+def test_models_of_one_name_are_told_apart(tmp_path, finished_run):
+    first, second = (shutil.copytree(finished_run, tmp_path / run / "best") for run in ("one", "two"))
+    rows, _ = run(tmp_path / "out", first, second, finished_run, "--num_inference_steps=1")
+    assert list(rows)[1:-1] == [str(first), str(second), finished_run.name]
+
+
+def test_a_line_of_the_sweep_is_one_sampler_at_one_scale():
+    rows = [dict(model="floor: held-out images", N=10, fd_digits=1.0)]
+    for name, steps, scale in itertools.product(["ddim", "ddpm"], [10, 20], [1, 2]):
+        rows.append(
+            dict(model=f"a 10 {name} {steps} guidance {scale}", steps=steps, fd_digits=2.0, fd_digits_error=0.1)
+        )
+    lines = plot_sweep(rows).axes[0].get_legend_handles_labels()[1]
+    assert lines[1:] == [f"a 10 {name} guidance {scale}" for name in ("ddim", "ddpm") for scale in (1, 2)]
+
+
 def test_the_best_of_a_sweep_goes_into_the_pipeline(tmp_path, finished_run, capsys):
     model = tmp_path / "model"
     shutil.copytree(finished_run, model)
@@ -242,6 +259,17 @@ def test_wrong_input_is_refused_with_advice(tmp_path, capsys):
         Image.new("L", (k, k)).save(tmp_path / "mixed" / f"{k}.png")
     with pytest.raises(UserError, match="images of 2 sizes"):
         run(tmp_path / "out", tmp_path / "mixed")
+    few = shutil.copytree(tmp_path / "mixed", tmp_path / "few")
+    (few / "9.png").unlink()
+    with pytest.raises(UserError, match="few: 1 images; expected at least 6"):
+        run(tmp_path / "out", few)
+    splits = ["--reference_split=train[:1]", "--held_out_split=train[1:]"]
+    with pytest.raises(UserError, match=r"mixed, train\[:1\]: 1 images; expected at least 6"):
+        run(tmp_path / "out", few, f"--reference={tmp_path / 'mixed'}", *splits)
+    with pytest.raises(
+        UserError, match=r"--held_out_split train\[800:\] shares images with --reference_split train\[:900\]"
+    ):
+        run(tmp_path / "out", few, "--held_out_split=train[800:]")
     with pytest.raises(UserError, match="--held_out_split test: digits has the one split train"):
         run(tmp_path / "out", tmp_path / "mixed", "--held_out_split=test")
     with pytest.raises(SystemExit):

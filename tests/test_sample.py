@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import pytest
 from conftest import exit_code, train
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UNet2DModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sample
 import train_basic
+import train_ddpm
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -120,10 +123,25 @@ def test_interpolation_init_image_and_guidance(tmp_path, finished_run):
     assert images(tmp_path / "guided").mean() > images(tmp_path / "plain").mean() + 20
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "unipc"])
+def test_a_model_with_a_learned_variance_is_drawn_with_by_its_mean(tmp_path, sampler):
+    unet = UNet2DModel(8, in_channels=1, out_channels=2, **train_ddpm.UNETS["tiny"])
+    DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path / "model")
+    draw(tmp_path / "model", tmp_path / "out", f"--sampler={sampler}", "--num_inference_steps=2")
+    assert images(tmp_path / "out").shape[1:3] == (8, 8)
+
+
 def test_other_settings_and_foreign_folders_are_refused(tmp_path, finished_run):
     draw(finished_run, tmp_path / "run")
     with pytest.raises(UserError, match="holds images drawn otherwise: seed was 0, is 1"):
         draw(finished_run, tmp_path / "run", "--seed=1")
+    on = shutil.copytree(finished_run, tmp_path / "trained-on")
+    weights = load_file(on / "unet" / "diffusion_pytorch_model.safetensors")
+    weights["conv_out.bias"] += 1
+    draw(on, tmp_path / "on")
+    save_file(weights, on / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="holds images drawn otherwise: weights was"):
+        draw(on, tmp_path / "on")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("two years of work")
     with pytest.raises(UserError, match=r"is not empty, and not the output of sample\.py"):
@@ -133,6 +151,7 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path, finished_run):
 @pytest.mark.parametrize(
     "flags, message",
     [
+        ([""], "an empty name; expected a saved pipeline, or a Hub id"),
         (["./missing"], r"\./missing: there is no such folder; expected a saved pipeline, or a Hub id"),
         (["BASIC", "--sampler=ddim"], "was trained on linear mixing, which has its own"),
         (["DDPM", "--init_image=missing.png"], r"--init_image missing\.png: there is no such file"),

@@ -144,6 +144,10 @@ class Parser(argparse.ArgumentParser):
         values.config = config.config
         if vars(values).get("optimizer", "") is None:  # what ran is recorded and compared, not "the default"
             values.optimizer = "adamw" if vars(values).get("pretrained_model_name_or_path") else "muon"
+        for name, value in vars(values).items():  # no shell does it behind an =, nor in a file
+            given = value if isinstance(value, list) else [value]
+            given = [os.path.expanduser(part) if isinstance(part, str) else part for part in given]
+            setattr(values, name, given if isinstance(value, list) else given[0])
         return Arguments(values, {action.dest: self.get_default(action.dest) for action in self._actions})
 
     def _read_config(self, path: str | None) -> list[str]:

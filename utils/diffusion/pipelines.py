@@ -16,7 +16,14 @@ from . import flow, schedulers
 from .basic_unet import BasicUNet
 from .few_steps import is_few_step, suits
 from .linear_mix import LinearMixScheduler
-from .pretrained import check_embeddings, check_noise, check_noise_scheduler, refuse_missing, shorten
+from .pretrained import (
+    check_embeddings,
+    check_noise,
+    check_noise_scheduler,
+    leave_out_variance,
+    refuse_missing,
+    shorten,
+)
 from .sampling import sample_images
 
 
@@ -25,7 +32,7 @@ def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
 
     Args:
         name_or_path: a folder or Hub id: the output of these scripts, a ``DDPMPipeline``, or a ``UNet2DModel`` alone,
-            which then gets a ``DDPMScheduler``.
+            which then gets a ``DDPMScheduler``. A learned variance is left out.
 
     Raises:
         UserError: it cannot be loaded, or consists of other classes.
@@ -50,7 +57,9 @@ def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
         places = [folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")]
         unet = unet_class.from_pretrained(places[0])
         check_embeddings(unet.config, name_or_path)
-        return unet, scheduler_class.from_pretrained(places[1]) if scheduler_class else DDPMScheduler()
+        scheduler = scheduler_class.from_pretrained(places[1]) if scheduler_class else DDPMScheduler()
+        leave_out_variance(unet, scheduler, name_or_path)
+        return unet, scheduler
     except UserError:
         raise
     except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors

@@ -46,18 +46,29 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
     channels = unet.config.in_channels
     if channels not in (1, 3):
         raise UserError(f"{flag}: its unet takes {channels} channels; expected 1 or 3")
+    leave_out_variance(unet, pipeline.scheduler, flag)
+    return pipeline
+
+
+def leave_out_variance(unet: UNet2DModel, scheduler: SchedulerMixin, said: str) -> None:
+    """Cut the outputs of a model that predicts a variance, too (Nichol & Dhariwal 2021, arXiv:2102.09672) to its mean.
+
+    Args:
+        said: the flag or name that the user knows the model by.
+
+    Raises:
+        UserError: it has another number of outputs.
+    """
+    channels = unet.config.in_channels
     if unet.config.out_channels == 2 * channels:
-        logger.info(
-            f"{name_or_path} predicts a variance, too (arXiv:2102.09672): its mean is used, the variance is not"
-        )
+        logger.info(f"{said} predicts a variance, too (arXiv:2102.09672): its mean is used, the variance is not")
         last = unet.conv_out
         unet.conv_out = torch.nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding)
         unet.conv_out.load_state_dict({"weight": last.weight[:channels], "bias": last.bias[:channels]})
         unet.register_to_config(out_channels=channels)
-        pipeline.scheduler.register_to_config(variance_type="fixed_small")
+        scheduler.register_to_config(variance_type="fixed_small")
     elif unet.config.out_channels != channels:
-        raise UserError(f"{flag}: {channels} channels in, {unet.config.out_channels} out; expected as many, or twice")
-    return pipeline
+        raise UserError(f"{said}: {channels} channels in, {unet.config.out_channels} out; expected as many, or twice")
 
 
 def check_noise(scheduler: SchedulerMixin, said: str, flow: bool = False) -> None:
@@ -117,6 +128,8 @@ def image_shape(config) -> tuple[int, int, int]:
 
 def refuse_missing(flag: str, name_or_path: str) -> None:
     """A path that is not there would be looked for on the Hub, for a minute where there is no network."""
+    if not name_or_path:
+        raise UserError(f"{flag or 'the model'}: an empty name; expected a saved pipeline, or a Hub id")
     path = Path(name_or_path).expanduser()
     looks_local = name_or_path[0] in "./~" or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
     if looks_local and not path.exists():

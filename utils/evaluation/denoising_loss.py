@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler
 
 from .. import UserError, randomness
 from ..data.datasets import reading
@@ -56,7 +57,12 @@ class DenoisingLoss:
                     return {}
                 levels = batch % NOISE_LEVELS
                 fractions = (levels + randomness.uniform(self.seed, "validation timesteps", batch)) / NOISE_LEVELS
-                timesteps = torch.from_numpy(fractions * steps).long().to(accelerator.device)
+                timesteps = torch.from_numpy(fractions * steps)
+                if isinstance(self.noise_scheduler, DDPMScheduler):
+                    timesteps = timesteps.long()
+                else:  # real numbers; where there is next to no noise, float32 cannot tell what it was
+                    timesteps = timesteps.float().clamp(min=1)
+                timesteps = timesteps.to(accelerator.device)
                 clean_images = self.images[batch // NOISE_LEVELS].to(accelerator.device)
                 shape = tuple(clean_images.shape[1:])
                 noise = randomness.sample_noise(

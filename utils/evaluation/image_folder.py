@@ -1,5 +1,6 @@
 """Numbered images in a folder, drawn by all processes; an interrupted run goes on with what is missing."""
 
+import hashlib
 import json
 import logging
 import os
@@ -15,8 +16,12 @@ from ..data import folders
 from ..data.images import choose_range, locate
 from ..data.pixels import GREY_MODES, decode_image, deep_values, prepare_image, to_eight_bits
 from ..data.sources import ImageSource, load_source
+from ..diffusion.few_steps import weights_digest
 from ..pictures import from_uint8, make_grid
+from ..training.checkpoints import file_hash
 from ..training.output_dir import read_arguments
+from .comparison import check_count
+from .kept_samples import settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +38,22 @@ class ImageFolder:
         accelerator: call this on all processes.
         args: the flags of sample.py.
         num_inference_steps: model calls an image, given or not.
+        model, sampler: whose weights and settings the images depend on, too.
 
     Raises:
         UserError: the folder holds something else, or images drawn with other settings.
     """
 
-    def __init__(self, accelerator, args, num_inference_steps: int):
+    def __init__(self, accelerator, args, num_inference_steps: int, model, sampler):
         self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir)
-        self.num_inference_steps = num_inference_steps
+        sampled = json.dumps(settings_of(sampler), sort_keys=True, default=str).encode()
+        self.depends_on = {
+            "num_inference_steps": num_inference_steps,
+            "weights": weights_digest(model)[:12],
+            "scheduler": f"{type(sampler).__name__} {hashlib.sha256(sampled).hexdigest()[:12]}",
+        }
+        if args.init_image:
+            self.depends_on["init_image"] = f"{args.init_image} {file_hash(Path(args.init_image))[:12]}"
         problem = [None]
         if accelerator.is_main_process:
             try:
@@ -54,7 +67,7 @@ class ImageFolder:
 
     def _claim(self) -> None:
         settings = {flag: value for flag, value in vars(self.args).items() if flag not in FREE}
-        settings["num_inference_steps"] = self.num_inference_steps
+        settings |= self.depends_on
         if self.args.interpolate:
             settings["interpolate"] = [*self.args.interpolate, f"in {self.args.num_samples} images"]
         path = self.folder / SETTINGS
@@ -173,6 +186,7 @@ def load_folder(folder: str, accelerator, image_range: tuple[float, float] | Non
     ]
     if clipped:
         logger.warning(f"{folder}: clipped in {len(clipped)} of {len(images)} images; {clipped[0]}")
+    check_count(len(images), folder)
     return np.stack([np.atleast_3d(np.asarray(image)) for image in images]).transpose(0, 3, 1, 2)
 
 

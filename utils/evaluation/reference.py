@@ -12,7 +12,8 @@ from ..data.images import PreparedImages, choose_range, locate, spread_over
 from ..data.pixels import GREY_MODES, decode_image, deep_values
 from ..data.sources import ImageSource, NoSuchSplit, load_source
 from ..pictures import make_grid, to_uint8
-from .comparison import nearest_distances
+from .comparison import check_count, nearest_distances
+from .denoising_loss import check_disjoint
 from .features import load_extractor, shrink
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,15 @@ class Reference:
         held_out: uint8 (N, C, H, W), at the images' own size, or None.
 
     Raises:
-        UserError: a split is not there, or its images cannot be read.
+        UserError: a split is not there, has too few images, or shares some with the other; they cannot be read.
     """
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self._prepared, self._baselines, self._parts = args, accelerator, {}, {}, {}
         self._sources = {args.reference_split: self._open(args.reference_split, "--reference_split")}
         self.held_out_split = self._find_held_out()
+        for split, images in self._sources.items():
+            check_count(len(images), f"{args.reference}, {split}")
         shown = look_at(self._sources[args.reference_split], args.reference)
         self.image_range = choose_range(args.image_range, deep_values(shown))
         first = next(look_at(self._sources[self.held_out_split or args.reference_split], args.reference))
@@ -55,6 +58,8 @@ class Reference:
         if self.args.held_out_split or split not in self._source(self.args.reference_split, "").split_names:
             try:
                 self._sources[split] = self._open(split, "--held_out_split")
+                compared = self._source(self.args.reference_split, "--reference_split")
+                check_disjoint(compared, self._source(split, "--held_out_split"), self.accelerator)
                 return split
             except NoSuchSplit:
                 if self.args.held_out_split:

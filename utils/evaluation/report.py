@@ -85,7 +85,7 @@ def write_report(
     if sweep:
         plot_sweep(rows).savefig(folder / "sweep.png")
         files.append("sweep.png")
-    if sum("guidance_scale" in row for row in rows) > 1:
+    if len({row.get("guidance_scale") for row in rows} - {None}) > 1:
         plot_guidance(rows).savefig(folder / "guidance.png")
         files.append("guidance.png")
     print(f"\n{said}\n\n{table_of([_short(row) for row in rows])}\n{SHORT}")

@@ -42,7 +42,8 @@ def plot_sweep(rows: list[dict]) -> Figure:
     lines = {}
     for row in rows:
         if "steps" in row:
-            lines.setdefault(row["model"].rsplit(" ", 1)[0], []).append(row)
+            name = re.sub(rf" {row['steps']}(?= guidance |$)", "", row["model"])
+            lines.setdefault(name, []).append(row)
     for name, points in lines.items():
         points = sorted(points, key=lambda row: row["steps"])
         distances, errors = ([_distance(row, suffix) for row in points] for suffix in ("", "_error"))

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from .. import UserError, sync
@@ -181,10 +182,12 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
         accelerator.scaler = None  # saved in another precision: the scaler of fp16 starts anew
     try:
         accelerator.load_state(str(path / "training_state"))  # weights_only: nothing in it is run
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the manifest fits, so somebody has made it for these files, or changed the script
-        lines = [line.strip(" \t.") for line in str(error).splitlines()]  # torch's has one for each weight
+        lines = [line.strip(" \t.") for line in str(error).splitlines() or [""]]  # torch's has one for each weight
         advice = ""
-        if isinstance(error, RuntimeError) and len(lines) > 1:
+        if "loading state_dict" in lines[0]:
             advice = ". It is of another network: put that back into the script, or choose another --output_dir"
         raise CheckpointError(
             f"{path} cannot be loaded: {type(error).__name__}: {' '.join(lines[:2])}{advice}"

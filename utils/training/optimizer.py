@@ -83,7 +83,7 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
 
 def orthogonal_factors(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
     """What makes each float32 matrix M about the nearest one with orthonormal rows or columns: F, where F M, or M F if
-    M is higher than wide, has singular values between 0.7 and 1.2, but for those below a thousandth of the largest.
+    M is higher than wide, has singular values of about 0.7 to 1.2, but for those below 0.0015 of M's Frobenius norm.
 
     Five Newton-Schulz steps with Jordan's coefficients, done on the smaller of the products with the transpose: F is a
     polynomial of it. Matrices of one smaller side go through them together: on a GPU, a launch costs more than they do.
