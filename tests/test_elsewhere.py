@@ -68,7 +68,7 @@ def test_a_repository_with_its_files_in_the_root(tmp_path, hub_id, monkeypatch):
     assert draw(hub_id, tmp_path / "by-id") == 0
     drawn = [Image.open(tmp_path / name / "images" / "000000.png").tobytes() for name in ("by-path", "by-id")]
     assert drawn[0] == drawn[1]
-    flags = [hub_id, "--reference=digits", "--held_out_split=train", "--num_samples=10", "--num_inference_steps=2"]
+    flags = [hub_id, "--reference=digits", "--num_samples=10", "--num_inference_steps=2"]
     assert exit_code(evaluate.main, evaluate.parse_args([*flags, f"--output_dir={tmp_path / 'e'}"])) == 0
 
 
