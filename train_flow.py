@@ -51,7 +51,7 @@ def parse_args(argv=None):
     group.add_argument("--noise_candidates", metavar="K", type=integer(1, 1000), default=1, help="noises to choose the nearest from for each image: straighter paths (arXiv:2406.12303)")
     group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
     group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="where in [0, T) training looks: evenly, or more at the middle (arXiv:2403.03206)")
-    group.add_argument("--logit_mean", type=real(-10, 10), default=0.0, help="of logit_normal: more noise if above 0")
+    group.add_argument("--logit_mean", type=real(-10, 10), default=0.4, help="of logit_normal: more noise if above 0")
     group.add_argument("--logit_std", type=real(0.01, 10), default=1.0, help="of logit_normal: less at the ends if smaller")
     group.add_argument("--flow_shift", type=real(0.01, 100), help="more noise for larger images, in training and in sampling (arXiv:2403.03206; default: 1 up to 64 pixels, then in proportion to the side)")
     group.add_argument("--sampler", choices=SOLVERS, default="dpmsolver++", help="how samples are drawn")
