@@ -74,7 +74,7 @@ def main(args):
     from utils.diffusion.pretrained import image_shape
     from utils.evaluation.class_statistics import asked_classes, digit_statistics
     from utils.evaluation.comparison import compare
-    from utils.evaluation.denoising_loss import DenoisingLoss
+    from utils.evaluation.denoising_loss import DenoisingLoss, labels_by_name
     from utils.evaluation.features import load_extractor
     from utils.evaluation.image_folder import load_folder, scaled_from
     from utils.evaluation.kept_samples import settings_of
@@ -161,8 +161,8 @@ def main(args):
                 labels = None
                 if asked:  # by name, for the classes of strings are those that occur in the split
                     _, found, names = real.labelled(shape, flag, split)
-                    codes = [asked.names.index(n) if n in asked.names else len(asked.names) for n in names]
-                    labels = torch.tensor([*codes, len(asked.names)])[found]  # -1, no class, is the last
+                    labels = torch.from_numpy(labels_by_name(found, names, asked.names))
+                    labels = labels.where(labels >= 0, len(asked.names))
                 loss = DenoisingLoss(images, training_scheduler(own), args.seed, labels=labels)
                 losses.append(dict(model=called[model], images=split, **loss.measure(unet, accelerator)))
         if asked:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from diffusers import UNet2DModel
 from PIL import Image
-from speedrun import ROOT, run
+from speedrun import ROOT, accelerate
 
 sys.path.insert(0, str(ROOT))
 
@@ -78,10 +78,7 @@ def seconds(script: Path, flags: list[str], epochs: int) -> float:
     """Of the whole command."""
     with tempfile.TemporaryDirectory() as output_dir:
         start = time.perf_counter()
-        run(
-            "-m", "accelerate.commands.launch", "--quiet", "--config_file", ROOT / "accelerate_config.yaml",
-            script, f"--output_dir={output_dir}", *(flag.format(epochs=epochs) for flag in flags),
-        )  # fmt: skip
+        accelerate(script, f"--output_dir={output_dir}", *(flag.format(epochs=epochs) for flag in flags))
         return time.perf_counter() - start
 
 

@@ -87,10 +87,13 @@ def measured_pace(script: str, dataset_name: str, folder: Path, *flags: str) -> 
 
 def launch(script: str, dataset_name: str, folder: Path, *flags: str) -> None:
     never = ["--sample_steps=1000000", "--checkpointing_steps=1000000", "--num_samples=1", "--num_inference_steps=1"]
-    run(
-        "-m", "accelerate.commands.launch", "--quiet", "--config_file", ROOT / "accelerate_config.yaml",
-        ROOT / script, f"--dataset_name={dataset_name}", f"--output_dir={folder}", *never, *flags,
-    )  # fmt: skip
+    accelerate(ROOT / script, f"--dataset_name={dataset_name}", f"--output_dir={folder}", *never, *flags)
+
+
+def accelerate(script: Path, *flags) -> None:
+    """A training script, as the README launches it."""
+    config = ROOT / "accelerate_config.yaml"
+    run("-m", "accelerate.commands.launch", "--quiet", "--config_file", config, script, *flags)
 
 
 def run(script, *arguments) -> None:

@@ -57,7 +57,8 @@ class Ours:
         images, numbers = batch["images"], batch["sample_ids"]
         noise = sample_noise(0, "noise", numbers, images.shape[1:], images.device)
         size = self.data.global_batch_size
-        fractions = logit_normal((numbers % size + uniform(0, "timesteps", numbers)) / size, mean=0.4)
+        fractions = (numbers % size + uniform(0, "timesteps", numbers)) / size
+        fractions = logit_normal(fractions, self.args.logit_mean, self.args.logit_std)
         timesteps = torch.from_numpy(fractions * 1000).long().to(images.device)
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         target = self.scheduler.get_velocity(images, noise, timesteps)

@@ -69,6 +69,7 @@ def test_a_repository_with_its_files_in_the_root(tmp_path, hub_id, monkeypatch):
     drawn = [Image.open(tmp_path / name / "images" / "000000.png").tobytes() for name in ("by-path", "by-id")]
     assert drawn[0] == drawn[1]
     flags = [hub_id, "--reference=digits", "--num_samples=10", "--num_inference_steps=2"]
+    flags += ["--reference_split=train[:900]", "--held_out_split=train[900:]"]
     assert exit_code(evaluate.main, evaluate.parse_args([*flags, f"--output_dir={tmp_path / 'e'}"])) == 0
 
 

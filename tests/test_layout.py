@@ -236,8 +236,9 @@ def test_readme_is_short_and_names_every_script_wing_and_folder():
     assert len(text.encode()) <= 10_000
     files = text[text.index("## Files") : text.index("## Limits")]
     wings = [f"utils/{wing}/" for wing in set(WINGS) - {"ground"}]
-    for name in [*(path.name for path in SCRIPTS), *wings, "utils/", "benchmarks/", "configs/", "docs/", "tests/"]:
+    for name in [*(path.name for path in SCRIPTS), *wings, "utils/", "benchmarks/", "docs/", "tests/"]:
         assert f"`{name}`" in files, name
+    assert "configs/slurm.sbatch" in files
     for path in (ROOT / "docs").glob("*.md"):
         assert f"](docs/{path.name})" in text, path
 

@@ -23,9 +23,9 @@ FLAGS = ["--max_train_steps=1", "--resolution=8x16", "--random_flip", "--train_b
 
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory):
-    """Sixteen wide pictures of two classes."""
+    """Twenty wide pictures of two classes."""
     folder = tmp_path_factory.mktemp("wide")
-    for k in range(16):
+    for k in range(20):
         place = folder / "ab"[k % 2] / f"{k:02}.png"
         place.parent.mkdir(exist_ok=True)
         Image.fromarray(np.random.default_rng(k).integers(0, 255, (20, 36), dtype=np.uint8)).save(place)
@@ -84,10 +84,11 @@ def test_the_tools_know_them(tmp_path, wide, model):
     draw("started", f"--init_image={wide / 'a' / '00.png'}", "--strength=0.5", "--guidance_color=red")
     assert (tmp_path / "film" / "walk.gif").is_file()
     flags = [str(model), str(tmp_path / "film"), f"--reference={wide}", "--features=pixels"]
+    flags += ["--reference_split=train[:10]", "--held_out_split=train[10:]"]
     flags += ["--num_samples=10", "--num_inference_steps=2", f"--output_dir={tmp_path / 'evaluation'}"]
     assert exit_code(evaluate.main, evaluate.parse_args([*flags, "--validation_loss"])) == 0
     rows = json.loads((tmp_path / "evaluation" / "results.json").read_text())["results"]
-    assert [row["N"] for row in rows] == [10] * 3  # too few images for a floor
+    assert [row["N"] for row in rows] == [10] * 4
 
 
 def test_a_side_that_does_not_fit_is_refused_with_the_nearest_that_does(tmp_path, wide):

@@ -1,6 +1,6 @@
 """The denoising loss on fixed questions: on training images and on held-out ones, so that overfitting shows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import datasets
@@ -152,10 +152,13 @@ def load_images(args, accelerator, train_data, kind: str) -> tuple[torch.Tensor,
     )
     shown, labels = images.examples(args.num_validation_images, with_labels=True)
     if "label" in dataset.features:  # by name, for the classes of strings are those that occur in the split
-        known = train_data.label_names
-        codes = [known.index(name) if name in known else -1 for name in dataset.features["label"].names]
-        labels = np.array([*codes, -1])[labels]
+        labels = labels_by_name(labels, dataset.features["label"].names, train_data.label_names)
     return from_uint8(shown), labels
+
+
+def labels_by_name(labels: np.ndarray, names: Sequence[str], known: Sequence[str]) -> np.ndarray:
+    """Labels (N,) of one split, whose classes are called ``names``, as numbers of the classes ``known``; -1: none."""
+    return np.array([*(known.index(name) if name in known else -1 for name in names), -1])[labels]
 
 
 def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) -> None:

@@ -1,6 +1,5 @@
 """Numbered images in a folder, drawn by all processes; an interrupted run goes on with what is missing."""
 
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from ..pictures import from_uint8, make_grid
 from ..training.checkpoints import file_hash
 from ..training.output_dir import read_arguments
 from .comparison import check_count
-from .kept_samples import settings_of
+from .kept_samples import digest_of, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,18 +45,10 @@ class ImageFolder:
 
     def __init__(self, accelerator, args, num_inference_steps: int, model, sampler):
         self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir)
-        sampled = json.dumps(settings_of(sampler), sort_keys=True, default=str).encode()
-        self.depends_on = {
-            "num_inference_steps": num_inference_steps,
-            "weights": weights_digest(model)[:12],
-            "scheduler": f"{type(sampler).__name__} {hashlib.sha256(sampled).hexdigest()[:12]}",
-        }
-        if args.init_image:
-            self.depends_on["init_image"] = f"{args.init_image} {file_hash(Path(args.init_image))[:12]}"
         problem = [None]
         if accelerator.is_main_process:
             try:
-                self._claim()
+                self._claim(num_inference_steps, model, sampler)
             except UserError as error:
                 problem[0] = str(error)
             except (OSError, ValueError) as error:
@@ -65,9 +56,13 @@ class ImageFolder:
         if broadcast_object_list(problem)[0]:
             raise UserError(problem[0])
 
-    def _claim(self) -> None:
+    def _claim(self, num_inference_steps, model, sampler) -> None:
         settings = {flag: value for flag, value in vars(self.args).items() if flag not in FREE}
-        settings |= self.depends_on
+        settings["num_inference_steps"] = num_inference_steps
+        settings["weights"] = weights_digest(model)[:12]
+        settings["scheduler"] = f"{type(sampler).__name__} {digest_of(settings_of(sampler))[:12]}"
+        if self.args.init_image:
+            settings["init_image"] += f" {file_hash(Path(self.args.init_image))[:12]}"
         if self.args.interpolate:
             settings["interpolate"] = [*self.args.interpolate, f"in {self.args.num_samples} images"]
         path = self.folder / SETTINGS

@@ -33,7 +33,7 @@ def draw_kept(
     Returns:
         uint8 (count, C, H, W), filled on the main process only; and images per second of the drawing, now or earlier.
     """
-    place = folder / hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    place = folder / digest_of(facts)[:16]
     images, seconds = np.empty((count, *shape), np.uint8), 0.0
     at_once = batch_size * accelerator.num_processes
     size = at_once * -(-BLOCK // at_once)
@@ -60,6 +60,11 @@ def draw_kept(
             sync(staging)
             os.replace(staging, file)
     return images, count / max(seconds, 1e-9)
+
+
+def digest_of(facts) -> str:
+    """SHA-256 of what JSON makes of them: 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def settings_of(configured) -> list:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import UserError, randomness
+from .. import randomness
 from ..data.images import PreparedImages, choose_range, locate, spread_over
 from ..data.pixels import GREY_MODES, decode_image, deep_values
 from ..data.sources import ImageSource, NoSuchSplit, load_source
@@ -179,10 +179,8 @@ def look_at(dataset, name: str) -> Iterator[Image.Image]:
     """Some images of a data set, evenly spread over it, decoded one after the other.
 
     Raises:
-        UserError: there are none, or one cannot be read.
+        UserError: one cannot be read.
     """
-    if not len(dataset):
-        raise UserError(f"{name}: this split holds no image; expected at least one")
     spread = spread_over(len(dataset))
     for index, row in zip(spread, dataset.select(spread), strict=True):
         yield decode_image(*locate(row, name, index))
