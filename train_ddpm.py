@@ -40,7 +40,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("model")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--unet", choices=UNETS, help="architecture, see UNETS in this script (default: small)")
+    one.add_argument("--unet", choices=UNETS, help="architecture: tiny (for tests), small (8 to 32 pixels, the default), base (32 to 64), large (128 to 256); UNETS in this script")
     one.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet; random weights")
     one.add_argument("--pretrained_model_name_or_path", help="pipeline whose weights and noise schedule training starts from")
     group.add_argument("--dropout", type=real(0, 1), help="in the residual blocks of --unet (default: 0)")
