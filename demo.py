@@ -33,6 +33,7 @@ def main(args):
 
     from utils import UserError
     from utils.data.images import PreparedImages
+    from utils.data.pixels import MODES
     from utils.data.sources import ImageSource, load_source
     from utils.diffusion import pipelines
     from utils.diffusion.class_conditional import class_names
@@ -74,7 +75,7 @@ def main(args):
             if flags.streaming or len(dataset) != record["images"]:
                 raise UserError(f"{name} has not the {record['images']} images that this was trained on")
             scaled = scaled_from(args.model)[1]
-            images = PreparedImages(dataset, name, {1: "L", 3: "RGB"}[shape[0]], shape[1:], image_range=scaled)
+            images = PreparedImages(dataset, name, MODES[shape[0]], shape[1:], image_range=scaled)
             training_images = images.examples(1000)
         except (UserError, KeyError, AttributeError) as error:  # or the record is of a run that did not say
             print(f"Without the nearest training images: {error}")

@@ -50,11 +50,13 @@ def parse_args(argv=None):
     args = parser.parse(argv)
     if args.write_best and not args.sweep:
         parser.error("--write_best needs --sweep: the best of what?")
+    if args.sweep and (args.sampler or args.num_inference_steps):
+        parser.error("--sweep says which samplers and how many calls: leave out --sampler and --num_inference_steps")
     for entry in args.sweep or ():
         name, _, steps = entry.partition(":")
         if args.write_best and name in ("unipc", "heun"):
             parser.error(f"--write_best cannot write {name}: DDPMPipeline does not call it; leave it out of --sweep")
-        if name not in ALL_SAMPLERS or not all(step.isdigit() and 0 < int(step) <= 1000 for step in steps.split(",")):
+        if name not in ALL_SAMPLERS or not all(step.isdecimal() and 0 < int(step) <= 1000 for step in steps.split(",")):
             parser.error(f"--sweep {entry}: expected SAMPLER:STEPS,STEPS with one of {', '.join(ALL_SAMPLERS)} and steps from 1 to 1000")
     return args
 # fmt: on

@@ -38,6 +38,8 @@ def parse_args(argv=None):
         parser.set_defaults(num_samples=8)  # more are nearly equal
         args = parser.parse(argv)
     check_guidance(parser, args)
+    if args.strength != 0.5 and not args.init_image:
+        parser.error("--strength is of --init_image, which is not given")
     return args
 # fmt: on
 
@@ -95,6 +97,10 @@ def main(args):
         else:
             options["model_inputs"] = labels_in_turn(classes, accelerator.device)
         unet = GuidedModel(unet, 1.0 if guidance else args.guidance_scale)
+    elif args.guidance_scale != 1 and not guidance:
+        raise UserError(
+            "--guidance_scale: this model knows no classes; give --guidance_color or --guidance_prompt, too"
+        )
     if args.interpolate:
         options["noise"] = between
     if args.init_image and is_few_step(own):

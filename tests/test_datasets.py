@@ -136,6 +136,17 @@ def test_unnamed_source_falls_back_to_digits_with_one_warning(accelerator, caplo
     assert "ylecun/mnist is not available" in warnings[0] and "--dataset_name" in warnings[0]
 
 
+def test_a_split_that_an_unnamed_source_does_not_have_is_said_of_it(accelerator, caplog, monkeypatch):
+    def has_two(path, split=None, **options):
+        if split not in (None, "train", "test"):
+            raise ValueError(f"Unknown split \"{split}\". Should be one of ['train', 'test'].")
+
+    monkeypatch.setattr(datasets, "load_dataset", has_two)
+    with pytest.raises(UserError, match=r"--dataset_split tranin: ylecun/mnist: .*Should be one of"):
+        batches(accelerator, "--dataset_name=", "--dataset_split=tranin")
+    assert "not available" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -193,6 +193,9 @@ def test_a_pipeline_that_must_stay_is_not_written_to(tmp_path, finished_run, kin
         evaluate.parse_args(["x", "--reference=digits", "--write_best"])
     with pytest.raises(SystemExit):
         evaluate.parse_args(["x", "--reference=digits", "--write_best", "--sweep", "unipc:2"])
+    for flags in (["--sweep", "ddim:²"], ["--sweep", "ddim:2", "--sampler=ddpm"]):
+        with pytest.raises(SystemExit):
+            evaluate.parse_args(["x", "--reference=digits", *flags])
 
 
 def test_the_best_setting_is_the_cheapest_within_the_error():

@@ -151,6 +151,9 @@ def test_metadata_give_labels_and_take_no_picture_away(accelerator, tmp_path, ca
     assert (
         labelled["label"][:].count(-1) == 7 and labelled["label"][names_of(labelled, tmp_path).index("deep/1.png")] == 3
     )
+    if kind == "csv":  # a comma that is not quoted: more values than columns
+        (tmp_path / "metadata.csv").write_text("file_name,text\ndeep/1.png,a cat, sitting\n")
+        assert len(load(accelerator, tmp_path)) == 12
     write([{"text": "no name", "digit": 1}])
     assert len(load(accelerator, tmp_path)) == 12
     with pytest.raises(UserError, match=rf"metadata\.{kind} has digit, but no column file_name"):

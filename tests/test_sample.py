@@ -190,3 +190,15 @@ def test_an_interpolation_is_a_row_and_a_film(tmp_path, finished_run):
     steps, whole = np.abs(np.diff(drawn, axis=0)).mean(axis=(1, 2)), np.abs(drawn[0] - drawn[-1]).mean()
     assert max(steps) < whole / 2  # a way, though the pipeline's own sampler adds noise at every step
     assert sample.parse_args(["x", "--interpolate", "0", "3"]).num_samples == 8
+
+
+@pytest.mark.parametrize("flag", ["--strength=0.9", "--guidance_mode=net"])
+def test_a_flag_of_what_is_not_asked_for_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(["x", flag])
+    assert flag.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_scale_without_anything_to_be_guided_by_is_refused(tmp_path, finished_run):
+    with pytest.raises(UserError, match="--guidance_scale: this model knows no classes"):
+        draw(finished_run, tmp_path / "drawn", "--guidance_scale=3")

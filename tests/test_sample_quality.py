@@ -9,6 +9,7 @@ import torch
 from conftest import equal_weights, interrupt, scalars, train
 from diffusers import DDPMPipeline
 
+from utils import UserError
 from utils.evaluation.sample_quality import SampleQuality
 from utils.training.checkpoints import CheckpointError
 
@@ -93,3 +94,5 @@ def test_too_few_samples_are_said(quality, accelerator, caplog):
     quality.args.num_evaluation_samples = 20
     SampleQuality(quality.args, accelerator, SimpleNamespace(examples=lambda n: torch.zeros(n, 1, 4, 4)), 0)
     assert "20 images for 16 features" in caplog.text
+    with pytest.raises(UserError, match="--evaluate_steps: 1 images; expected at least 6"):
+        SampleQuality(quality.args, accelerator, SimpleNamespace(examples=lambda n: torch.zeros(1, 1, 4, 4)), 0)

@@ -46,13 +46,15 @@ def size_of(folder):
 @pytest.mark.parametrize(
     "script", [train_basic, train_unet2d, train_conditional, train_flow], ids=lambda script: script.__name__
 )
-def test_every_script_trains_on_them_and_its_pipeline_draws_them(tmp_path, wide, script):
+def test_every_script_trains_on_them_and_its_pipeline_draws_them(tmp_path, wide, script, capsys):
     conditional = script is train_conditional
     small = ["--unet=tiny", "--num_samples=2"] if script in (train_conditional, train_flow) else []
     assert train(tmp_path / "run", "--train_data_dir", wide, *FLAGS, *small, script=script) == 0
     assert size_of(tmp_path / "run") == [8, 16]
     custom = {"custom_pipeline": str(tmp_path / "run")} if conditional else {}
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run", trust_remote_code=True, **custom)
+    said = capsys.readouterr().out
+    assert ("([0], num_inference_steps=" if conditional else "(num_inference_steps=") in said
     drawn = pipeline(**({"class_labels": ["b"]} if conditional else {}), num_inference_steps=2).images[0]
     assert drawn.size == (16, 8)
     start = f"--pretrained_model_name_or_path={tmp_path / 'run'}"

@@ -165,15 +165,19 @@ class Parser(argparse.ArgumentParser):
         actions = {action.dest: action for action in self._actions}
         argv = []
         for name, value in entries.items():
-            if name not in actions or name in ("help", "config"):
+            if name not in actions or name in ("help", "config") or not actions[name].option_strings:
                 self.error(f"--config {path}: there is no flag --{name}; --help lists them")
+            if value is None:
+                self.error(f"--config {path}: {name} has no value; leave it out, or quote a value that begins with #")
             if isinstance(actions[name], _Switch):
                 if not isinstance(value, bool):
                     self.error(f"--config {path}: {name} is {value!r}; expected true or false")
                 argv.append(f"--{name}" if value else f"--no-{name}")
             elif value is False and "no" in (actions[name].choices or ()):
                 argv.append(f"--{name}=no")  # YAML reads a bare `no` as false
-            elif value is not None:
+            elif isinstance(value, list):
+                argv += [f"--{name}", *map(str, value)]
+            else:
                 argv.append(f"--{name}={value}")
         return argv
 

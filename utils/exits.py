@@ -31,7 +31,14 @@ def run_script(main: Callable, args) -> NoReturn:
     """Call ``main(args)`` and exit: with 0, its code, or 1 and one line for a mistake that the user can correct."""
     code, final = 0, True  # final: started again, it would end in the same way
     try:
-        while _goes_back(main, args):
+        while True:
+            try:
+                main(args)
+                break
+            except Again:
+                close_bars()
+                for thread in _uploads():
+                    thread.join()
             gc.collect()  # what the run had until then
     except SystemExit as request:
         code = request.code or 0
@@ -54,18 +61,6 @@ def run_script(main: Callable, args) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _goes_back(main: Callable, args) -> bool:
-    """Call ``main(args)``; whether it has to be called again."""
-    try:
-        main(args)
-    except Again:
-        close_bars()
-        for thread in _uploads():
-            thread.join()
-        return True
-    return False
 
 
 def _uploads() -> list[threading.Thread]:

@@ -24,4 +24,6 @@ def check_guidance(parser: Parser, args) -> None:
             parser.error(f"--guidance_color {args.guidance_color}: no such colour; expected a name such as teal, or #rrggbb")
     if args.guidance_color and args.guidance_prompt:
         parser.error("--guidance_color and --guidance_prompt exclude each other; give one")
+    if args.guidance_mode == "net" and not (args.guidance_color or args.guidance_prompt):
+        parser.error("--guidance_mode net is of --guidance_color and --guidance_prompt; give one")
 # fmt: on

@@ -31,7 +31,7 @@ from ..pictures import from_uint8
 from ..signals import STOP_SIGNALS
 from .feeds import Cache, Stream, read_ahead
 from .images import INSPECTED, PreparedImages, choose_range, find_file, locate, spread_over
-from .pixels import GREY_MODES, BadImage, covering, decode_image, deep_values, left_out
+from .pixels import GREY_MODES, MODES, BadImage, covering, decode_image, deep_values, left_out
 from .sources import ImageSource, data_license, load_source
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,6 @@ MAX_DEFAULT_RESOLUTION = 64  # pixels
 CACHE_LIMIT, FILE_LIMIT = 4 * 2**30, 32 * 2**30  # bytes of decoded images in memory and in a file, per machine
 DECODING = 1  # counts the ways in which the pixels of a file became those to train on
 QUICK = 1.0  # seconds of decoding that are not worth a file
-MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 
 
 def load_train_data(args, accelerator, made_for=None, own_images=None, conditional: bool = False) -> "TrainData":

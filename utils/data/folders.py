@@ -142,7 +142,7 @@ def _metadata_labels(files: list[str], metadata: list[str], column: str | None) 
                 raise UserError(f"{message}. Repair or remove the file") from error
             logger.warning(f"{message}. The images are used without it.")
             continue
-        has_column = any(column in row for row in rows)
+        has_column = column is not None and any(column in row for row in rows)
         if not any("file_name" in row for row in rows):
             if has_column:
                 raise UserError(f"{path} has {column}, but no column file_name that says of which image")

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from .. import UserError, randomness
 
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box", "nearest")}
+MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits a value
 GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
 MAX_ASPECT = 100  # longer side over shorter

@@ -123,7 +123,7 @@ def _default_source(source: ImageSource) -> str:
     hub_logger.setLevel(logging.CRITICAL)  # its retries take twenty seconds and as many lines
     logger.info(f"No data set named: trying {DEFAULT_DATASET} from the Hub's cache and the Hub.")
     try:
-        datasets.load_dataset(DEFAULT_DATASET, split=source.split)
+        datasets.load_dataset(DEFAULT_DATASET)  # its splits are looked up later, and said if they are wrong
         return DEFAULT_DATASET
     except Exception as error:  # no common class: httpx2, ConnectionError, OSError, ValueError ...
         reason = " ".join(str(error).split())

@@ -126,18 +126,20 @@ def class_numbers(labels: Sequence[int | str], config) -> list[int]:
     """The numbers of classes that are given by name or number.
 
     Args:
+        labels: names, or numbers from 0 on. Text is a number unless all names are numbers.
         config: of a UNet with classes, see ``ClassConditionalPipeline``.
 
     Raises:
         ValueError: there is no such class; the message has the names that exist.
     """
-    names = class_names(config)
-    count, numbers = len(names), []
+    names, numbers = class_names(config), []
+    known = {name: number for number, name in enumerate(names)}
+    if not all(map(str.isdecimal, names)):  # a class called "1" need not be the second one
+        known = {str(number): number for number in range(len(names))} | known
     for label in labels:
-        text = str(label).strip()
-        number = names.index(text) if text in names else int(text) if text.isdigit() else -1
-        if not 0 <= number < count:
+        number = known.get(label.strip(), -1) if isinstance(label, str) else int(label)
+        if not 0 <= number < len(names):
             shown = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
-            raise ValueError(f"there is no class {text!r}; expected a number from 0 to {count - 1}, or one of {shown}")
+            raise ValueError(f"there is no class {label!r}; expected 0 to {len(names) - 1}, or one of {shown}")
         numbers.append(number)
     return numbers

@@ -5,21 +5,9 @@ Every function takes features (N, D) and (M, D), float, as those in ``metrics`` 
 
 import numpy as np
 
-from .. import UserError
 from .metrics import distance_name, frechet_distance, kernel_distance
 
 BLOCK = 2**23  # distances at once
-FEWEST = 6  # images: density and coverage look at the fifth neighbour
-
-
-def check_count(count: int, said: str) -> None:
-    """Refuse fewer images than can be compared.
-
-    Raises:
-        UserError: names ``said``, where they come from.
-    """
-    if count < FEWEST:
-        raise UserError(f"{said}: {count} images; expected at least {FEWEST}, better some hundred")
 
 
 def bootstrap(metric, first: np.ndarray, second: np.ndarray, repeats: int = 20, seed: int = 0) -> float:

@@ -1,5 +1,6 @@
 """The denoising loss on fixed questions: on training images and on held-out ones, so that overfitting shows."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -169,8 +170,7 @@ def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) 
     """
     pair = (trained_on, held_out)
     names = [source.split_names for source in pair]
-    shared = names[0] & names[1]
-    if not shared:
+    if not names[0] & names[1]:
         return
     ranges = []
     for source, wholes in zip(pair, names, strict=True):
@@ -179,7 +179,11 @@ def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) 
             entire = replace(source, split=whole, label_column=None, max_samples=None)
             lengths[whole] = 1 if source.streaming else len(load_source(entire, accelerator)[0])
         parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
-        ranges.append([(part.splitname, part.from_, part.to) for part in parts])
+        left = source.max_samples or math.inf
+        ranges.append([])
+        for part in parts:
+            ranges[-1].append((part.splitname, part.from_, min(part.to, part.from_ + left)))
+            left -= part.to - part.from_
     pairs = [(first, second) for first in ranges[0] for second in ranges[1] if first[0] == second[0]]
     if any(max(first[1], second[1]) < min(first[2], second[2]) for first, second in pairs):
         raise UserError(

@@ -19,14 +19,14 @@ from ..diffusion.few_steps import weights_digest
 from ..pictures import from_uint8, make_grid
 from ..training.checkpoints import file_hash
 from ..training.output_dir import read_arguments
-from .comparison import check_count
 from .kept_samples import digest_of, settings_of
+from .metrics import check_count
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = "sampling_args.json"
-# Flags that may change between two runs into one folder: they do not change image k
 ALSO = ("walk.gif", "walk.png", "images.npz", "images.parquet")
+# Flags that may change between two runs into one folder: they do not change image k
 FREE = {"output_dir", "num_samples", "sample_batch_size", "format", "gif", "compile", "config"}
 
 

@@ -6,6 +6,20 @@ their extractor, such as ``fd_digits``.
 
 import numpy as np
 
+from .. import UserError
+
+FEWEST = 6  # images: density and coverage look at the fifth neighbour
+
+
+def check_count(count: int, said: str) -> None:
+    """Refuse fewer images than can be compared.
+
+    Raises:
+        UserError: names ``said``, where they come from.
+    """
+    if count < FEWEST:
+        raise UserError(f"{said}: {count} images; expected at least {FEWEST}, better some hundred")
+
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Distance between normal distributions with the sets' means and covariances.

@@ -9,12 +9,13 @@ from PIL import Image
 
 from .. import randomness
 from ..data.images import PreparedImages, choose_range, locate, spread_over
-from ..data.pixels import GREY_MODES, decode_image, deep_values
+from ..data.pixels import GREY_MODES, MODES, decode_image, deep_values
 from ..data.sources import ImageSource, NoSuchSplit, load_source
 from ..pictures import make_grid, to_uint8
-from .comparison import check_count, nearest_distances
+from .comparison import nearest_distances
 from .denoising_loss import check_disjoint
 from .features import load_extractor, shrink
+from .metrics import check_count
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Reference:
 
     def resized(self, shape: tuple[int, int, int], split: str | None = None) -> np.ndarray:
         """Images of a split (default: the reference), shuffled, of this (C, H, W); uint8 (N, C, H, W)."""
-        return self._load(split or self.args.reference_split, tuple(shape[1:]), {1: "L", 3: "RGB"}[shape[0]])
+        return self._load(split or self.args.reference_split, tuple(shape[1:]), MODES[shape[0]])
 
     def labelled(
         self, shape: tuple[int, int, int], flag: str = "--reference_split", split: str | None = None

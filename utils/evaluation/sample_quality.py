@@ -14,7 +14,7 @@ from .. import sync, write_record
 from ..pictures import to_uint8
 from ..training.checkpoints import on_all_processes
 from .features import load_extractor
-from .metrics import distance_name, frechet_distance, kernel_distance
+from .metrics import check_count, distance_name, frechet_distance, kernel_distance
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class SampleQuality:
         self.args, self.accelerator, self.values, self.announced = args, accelerator, None, False
         self.extract = load_extractor(args.features, args.features_model_name_or_path, accelerator.device)
         reference = to_uint8(train_data.examples(args.num_evaluation_samples))
+        check_count(len(reference), "--evaluate_steps")
         self.count, self.reference = len(reference), self.extract(reference)
         self._distance = f"{distance_name(args.features)}_N{self.count}"
         self._kid = f"kid_{args.features}_N{self.count}"

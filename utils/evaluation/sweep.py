@@ -100,8 +100,8 @@ def write_scheduler(folder: Path, scheduler: SchedulerMixin, num_inference_steps
     changes = {}
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    changes["model_index.json"] = json.dumps(index, indent=2) + "\n"
     changes["scheduler/scheduler_config.json"] = scheduler.to_json_string()
+    changes["model_index.json"] = json.dumps(index, indent=2) + "\n"
     if (folder / "README.md").is_file():
         card = re.sub(
             r"num_inference_steps=\d+",

@@ -306,18 +306,14 @@ def _what_ran(accelerator) -> dict[str, str]:
 
 def how_to_load(folder: Path, name: str | Path) -> str:
     """The expression that loads the pipeline saved in ``folder`` as ``name``: a path, or an id on the Hub."""
-    pipeline_class = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    unet = folder / "unet" / "config.json"
-    if (folder / "pipeline.py").is_file() and not isinstance(
-        json.loads(unet.read_text(encoding="utf-8")).get("sample_size"), int
-    ):
-        # ConsistencyModelPipeline draws squares only
-        return (
-            f"DiffusionPipeline.from_pretrained({str(name)!r}, custom_pipeline={str(name)!r}, trust_remote_code=True)"
-        )
-    if isinstance(pipeline_class, list):  # its code is in the folder
-        return f"DiffusionPipeline.from_pretrained({str(name)!r}, trust_remote_code=True)"
-    return f"{pipeline_class}.from_pretrained({str(name)!r})"
+    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    custom = ""
+    if (folder / "pipeline.py").is_file() and not isinstance(unet.get("sample_size"), int):
+        custom = f", custom_pipeline={str(name)!r}"  # ConsistencyModelPipeline draws squares only
+    if custom or isinstance(kind, list):  # its code is in the folder
+        return f"DiffusionPipeline.from_pretrained({str(name)!r}{custom}, trust_remote_code=True)"
+    return f"{kind}.from_pretrained({str(name)!r})"
 
 
 def without_path(value):

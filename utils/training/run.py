@@ -46,9 +46,7 @@ def make_accelerator(args) -> Accelerator:
         args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=trackers or None,
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
-        ),
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
         step_scheduler_with_optimizer=False,
     )
     if accelerator.device.type == "cuda":
@@ -90,10 +88,8 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     if accelerator.mixed_precision == "bf16" and not has_bf16(accelerator.device):
-        logger.warning(
-            f"{device_name(accelerator.device)} has no bf16 instructions: --mixed_precision no is probably faster, "
-            "and fp16 on a GPU"
-        )
+        faster = "--mixed_precision " + ("no" if accelerator.device.type == "cpu" else "fp16")
+        logger.warning(f"{device_name(accelerator.device)} has no bf16 instructions: {faster} is probably faster")
     return accelerator
 
 
@@ -116,13 +112,9 @@ if torch.distributed.is_available():
 
 def _check_versions() -> None:
     """One line about packages of other versions than requirements.txt pins; a further release of one counts as it."""
-    pinned = (
-        re.findall(r"^([\w-]+)==([\w.]+)", REQUIREMENTS.read_text(encoding="utf-8"), re.M)
-        if REQUIREMENTS.is_file()
-        else []
-    )
+    pinned = REQUIREMENTS.read_text(encoding="utf-8") if REQUIREMENTS.is_file() else ""
     others = []
-    for name, tested in pinned:
+    for name, tested in re.findall(r"^([\w-]+)==([\w.]+)", pinned, re.M):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every script needs each
             version = importlib.metadata.version(name)
             if version.split("+")[0].split(".")[:2] != tested.split(".")[:2]:
@@ -139,13 +131,8 @@ class _AboveTheBar(logging.Handler):
 
 
 def _set_up_logging(accelerator) -> None:
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.WARNING,
-        handlers=[_AboveTheBar()],
-        force=True,
-    )
+    lines = dict(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(**lines, level=logging.WARNING, handlers=[_AboveTheBar()], force=True)
     diffusers.utils.logging.disable_progress_bar()  # two small files need no bar
     logging.getLogger("huggingface_hub").propagate = False  # it has its own handler; once is enough
     logging.getLogger("utils").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -181,8 +168,7 @@ def total_train_steps(args, num_images: int | None, global_batch_size: int) -> i
 
 def finish(accelerator, args, global_step: int, max_train_steps: int, stop_signal) -> None:
     """Record that the run is complete, close the trackers and print the last lines; ``stop`` if a signal came."""
-    number = stop_signal.check(0)
-    if number:  # what was being drawn is missing
+    if number := stop_signal.check(0):  # what was being drawn is missing
         stop(accelerator, args, global_step, max_train_steps, number)
     write_finished(accelerator, args, global_step)
     accelerator.wait_for_everyone()
@@ -213,7 +199,9 @@ def print_finished(accelerator, args, global_step: int, data_settings: dict | No
     lines = {"samples": ", ".join([str(folder / "samples.png"), *pictures])}
     card = folder / "README.md"
     if not card.is_file() or "from_pretrained" in card.read_text(encoding="utf-8"):  # the card has what has been run
-        lines["pipeline"] = f"{how_to_load(folder, args.output_dir)}(num_inference_steps={args.num_inference_steps})"
+        load = how_to_load(folder, args.output_dir)
+        labels = "[0], " if "custom_pipeline" in load else ""  # which it must be told
+        lines["pipeline"] = f"{load}({labels}num_inference_steps={args.num_inference_steps})"
     if any((folder / args.logging_dir).glob("**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {args.output_dir}"
     lines["train longer"] = "the same command with a larger --max_train_steps"
