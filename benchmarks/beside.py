@@ -42,14 +42,15 @@ def main():
     parser.add_argument("--unet", choices=UNETS, default="small")
     parser.add_argument("--resolution", type=int, default=28)
     parser.add_argument("--train_batch_size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="N of each median")
-    parser.add_argument("--epochs", type=int, default=4, help=f"of {BATCHES} steps, that are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="N of each median, at least 2")
+    parser.add_argument("--precisions", nargs="+", choices=("no", "bf16"), default=("no", "bf16"))
+    parser.add_argument("--epochs", type=int, default=8, help=f"of {BATCHES} steps, that are timed")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     sides = ((options.script.absolute(), THEIRS), (ROOT / "train_ddpm.py", OURS))
     with tempfile.TemporaryDirectory() as folder:
         inputs = write_inputs(Path(folder), options)
-        for precision in ("no", "bf16"):
+        for precision in options.precisions:
             rates = []
             for _ in range(options.rounds):
                 rates.append([])
@@ -58,8 +59,9 @@ def main():
                     short, long = (seconds(script, flags, epochs) for epochs in (2, 2 + options.epochs))
                     rates[-1].append(options.epochs * BATCHES * options.train_batch_size / (long - short))
             theirs, ours = np.median(rates, axis=0)
-            ratio = statistics.median(ours / theirs for theirs, ours in rates)
-            print(f"{precision:5}{options.script.name} {theirs:.0f}, train_ddpm.py {ours:.0f} images/s: x {ratio:.2f}")
+            low, *_, high = ratios = sorted(ours / theirs for theirs, ours in rates)
+            ratio = f"x {statistics.median(ratios):.2f}, of single rounds {low:.2f} to {high:.2f}"
+            print(f"{precision:5}{options.script.name} {theirs:.0f}, train_ddpm.py {ours:.0f} images/s: {ratio}")
     print(f"--unet {options.unet}, {options.resolution} pixels, batch {options.train_batch_size}, N={options.rounds}")
 
 
