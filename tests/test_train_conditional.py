@@ -63,7 +63,7 @@ def test_one_folder_loads_with_diffusers_alone_and_with_its_own_file(finished):
     assert np.array_equal(stock, drawn(own, ["7", 3, 7]))
     assert not np.allclose(stock, drawn(own, ["7", 3, 7], guidance_scale=2.0), atol=1e-3)
     assert not np.allclose(stock[0], drawn(own, ["7", 3, 7], guidance_scale=0.0)[0], atol=1e-4)
-    with pytest.raises(ValueError, match="no class 'eleven'; expected 0 to 9, or one of 0, 1, 2"):
+    with pytest.raises(ValueError, match="no class 'eleven'; expected a number from 0 to 9, or one of 0, 1, 2"):
         own(["eleven"])
 
 
@@ -274,7 +274,7 @@ def test_class_numbers():
     config = {"num_class_embeds": 4, "_class_names": ["cat", "dog", "7"]}
     assert class_numbers(["dog", "0", 1, " 7"], config) == [1, 0, 1, 2]
     for wrong in ("3", "-1", "bird", ""):
-        with pytest.raises(ValueError, match="expected 0 to 2, or one of cat, dog, 7"):
+        with pytest.raises(ValueError, match="expected a number from 0 to 2, or one of cat, dog, 7"):
             class_numbers([wrong], config)
     config = {"num_class_embeds": 4, "_class_names": ["1", "2", "3"]}  # names of classes before their numbers
     assert class_numbers(["1", 1, 0, np.int64(2), "3"], config) == [0, 1, 0, 2, 2]

@@ -139,7 +139,7 @@ def class_numbers(labels: Sequence[int | str], config) -> list[int]:
     for label in labels:
         number = known.get(label.strip(), -1) if isinstance(label, str) else int(label)
         if not 0 <= number < len(names):
-            shown = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
-            raise ValueError(f"there is no class {label!r}; expected 0 to {len(names) - 1}, or one of {shown}")
+            shown = f"0 to {len(names) - 1}, or one of " + ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
+            raise ValueError(f"there is no class {label!r}; expected a number from {shown}")
         numbers.append(number)
     return numbers
