@@ -38,7 +38,7 @@ def parse_args(argv=None):
         parser.set_defaults(num_samples=8)  # more are nearly equal
         args = parser.parse(argv)
     check_guidance(parser, args)
-    if args.strength != 0.5 and not args.init_image:
+    if args.strength != parser.get_default("strength") and not args.init_image:
         parser.error("--strength is of --init_image, which is not given")
     return args
 # fmt: on

@@ -42,7 +42,7 @@ def main():
     parser.add_argument("--unet", choices=UNETS, default="small")
     parser.add_argument("--resolution", type=int, default=28)
     parser.add_argument("--train_batch_size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="N of each median, at least 2")
+    parser.add_argument("--rounds", type=int, default=3, help="N of each median")
     parser.add_argument("--precisions", nargs="+", choices=("no", "bf16"), default=("no", "bf16"))
     parser.add_argument("--epochs", type=int, default=8, help=f"of {BATCHES} steps, that are timed")
     options = parser.parse_args()
@@ -59,8 +59,8 @@ def main():
                     short, long = (seconds(script, flags, epochs) for epochs in (2, 2 + options.epochs))
                     rates[-1].append(options.epochs * BATCHES * options.train_batch_size / (long - short))
             theirs, ours = np.median(rates, axis=0)
-            low, *_, high = ratios = sorted(ours / theirs for theirs, ours in rates)
-            ratio = f"x {statistics.median(ratios):.2f}, of single rounds {low:.2f} to {high:.2f}"
+            ratios = sorted(ours / theirs for theirs, ours in rates)
+            ratio = f"x {statistics.median(ratios):.2f}, of single rounds {ratios[0]:.2f} to {ratios[-1]:.2f}"
             print(f"{precision:5}{options.script.name} {theirs:.0f}, train_ddpm.py {ours:.0f} images/s: {ratio}")
     print(f"--unet {options.unet}, {options.resolution} pixels, batch {options.train_batch_size}, N={options.rounds}")
 

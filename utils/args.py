@@ -8,6 +8,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -157,7 +158,7 @@ class Parser(argparse.ArgumentParser):
         import yaml
 
         try:
-            entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            entries = yaml.safe_load(text := Path(path).read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}")
         if not isinstance(entries, dict):
@@ -167,8 +168,8 @@ class Parser(argparse.ArgumentParser):
         for name, value in entries.items():
             if name not in actions or name in ("help", "config") or not actions[name].option_strings:
                 self.error(f"--config {path}: there is no flag --{name}; --help lists them")
-            if value is None:
-                self.error(f"--config {path}: {name} has no value; leave it out, or quote a value that begins with #")
+            if value is None and re.search(rf"^{name}: *#\S", text, re.M):
+                self.error(f"--config {path}: {name} has no value; put quotes around one that begins with #")
             if isinstance(actions[name], _Switch):
                 if not isinstance(value, bool):
                     self.error(f"--config {path}: {name} is {value!r}; expected true or false")
@@ -177,7 +178,7 @@ class Parser(argparse.ArgumentParser):
                 argv.append(f"--{name}=no")  # YAML reads a bare `no` as false
             elif isinstance(value, list):
                 argv += [f"--{name}", *map(str, value)]
-            else:
+            elif value is not None:
                 argv.append(f"--{name}={value}")
         return argv
 
