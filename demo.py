@@ -8,6 +8,7 @@ with a model. `push.py --space` makes a Space of it.
 """
 
 from utils.args import SAMPLERS, SOLVERS, Parser, integer
+from utils.exits import run_script
 
 
 def parse_args(argv=None):
@@ -33,8 +34,8 @@ def main(args):
 
     from utils import UserError
     from utils.data.images import PreparedImages
+    from utils.data.nearest import show_nearest
     from utils.data.pixels import MODES
-    from utils.data.sources import ImageSource, load_source
     from utils.diffusion import pipelines
     from utils.diffusion.class_conditional import class_names
     from utils.diffusion.classes import GuidedModel, labels_in_turn
@@ -44,10 +45,11 @@ def main(args):
     from utils.diffusion.pretrained import image_shape
     from utils.diffusion.sampling import sample_batch, starting_noise
     from utils.evaluation.image_folder import scaled_from
-    from utils.evaluation.reference import show_nearest
     from utils.pictures import make_grid, to_uint8
-    from utils.training import run
+    from utils.sources.named_images import NamedImages
+    from utils.sources.sources import ImageSource
     from utils.training.output_dir import read_arguments
+    from utils.training.process import start_process
 
     try:
         import gradio as gr
@@ -55,14 +57,14 @@ def main(args):
         raise UserError("demo.py needs Gradio: pip install -r requirements-demo.txt") from error
 
     # Model
-    accelerator = run.start_process(None)
+    accelerator = start_process(None)
     unet, own = pipelines.load_pipeline(args.model)
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
     shape, names = image_shape(unet.config), class_names(unet.config)
     samplers = [f"the model's own ({type(own).__name__})"]
     if not isinstance(own, LinearMixScheduler) and not is_few_step(own):
         suited = SOLVERS if pipelines.is_flow(own) else SAMPLERS
-        samplers += [name for name in suited if name != "heun"]  # which shows nothing on the way
+        samplers += suited
 
     # Training images, where the run's folder says which they are, and they are there
     training_images, record = None, read_arguments(args.model)
@@ -71,12 +73,11 @@ def main(args):
         if not flags.train_data_dir and not flags.dataset_name:
             flags.dataset_name = record["data"]  # what was found where none was named; images of a program have no name
         try:
-            dataset, name = load_source(ImageSource.from_args(flags), accelerator)
-            if flags.streaming or len(dataset) != record["images"]:
-                raise UserError(f"{name} has not the {record['images']} images that this was trained on")
+            images = NamedImages(ImageSource.from_args(flags), accelerator)
+            if images.length != record["images"]:
+                raise UserError(f"{images.name} has not the {record['images']} images that this was trained on")
             scaled = scaled_from(args.model)[1]
-            images = PreparedImages(dataset, name, MODES[shape[0]], shape[1:], image_range=scaled)
-            training_images = images.examples(1000)
+            training_images, _ = PreparedImages(images, MODES[shape[0]], shape[1:], image_range=scaled).examples(1000)
         except (UserError, KeyError, AttributeError) as error:  # or the record is of a run that did not say
             print(f"Without the nearest training images: {error}")
 
@@ -153,7 +154,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    from utils.exits import run_script
-
-    run_script(main, arguments)
+    run_script(main, parse_args)

@@ -9,7 +9,9 @@ table. Metrics carry the name of the features: fd_digits is a Frechet distance i
 
 from pathlib import Path
 
-from utils.args import ALL_SAMPLERS, Parser, add_features_arguments, image_range, integer, real
+from utils.args import ALL_SAMPLERS, Parser, image_range, integer, real
+from utils.evaluation import add_features_arguments
+from utils.exits import run_script
 
 
 def scales(text):
@@ -54,7 +56,7 @@ def parse_args(argv=None):
         parser.error("--sweep says which samplers and how many calls: leave out --sampler and --num_inference_steps")
     for entry in args.sweep or ():
         name, _, steps = entry.partition(":")
-        if args.write_best and name in ("unipc", "heun"):
+        if args.write_best and name == "unipc":
             parser.error(f"--write_best cannot write {name}: DDPMPipeline does not call it; leave it out of --sweep")
         if name not in ALL_SAMPLERS or not all(step.isdecimal() and 0 < int(step) <= 1000 for step in steps.split(",")):
             parser.error(f"--sweep {entry}: expected SAMPLER:STEPS,STEPS with one of {', '.join(ALL_SAMPLERS)} and steps from 1 to 1000")
@@ -69,14 +71,15 @@ def main(args):
 
     import torch
 
-    from utils import randomness
+    from utils import optional, randomness
+    from utils.data.own_images import translate_labels
     from utils.diffusion.classes import GuidedModel, labels_in_turn
     from utils.diffusion.few_steps import is_few_step, weights_digest
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, saved_scheduler, training_scheduler
     from utils.diffusion.pretrained import image_shape
     from utils.evaluation.class_statistics import asked_classes, digit_statistics
     from utils.evaluation.comparison import compare
-    from utils.evaluation.denoising_loss import DenoisingLoss, labels_by_name
+    from utils.evaluation.denoising_loss import DenoisingLoss
     from utils.evaluation.features import load_extractor
     from utils.evaluation.image_folder import load_folder, scaled_from
     from utils.evaluation.kept_samples import settings_of
@@ -85,15 +88,16 @@ def main(args):
     from utils.evaluation.sweep import best_setting, check_writable, write_scheduler
     from utils.hardware import peak_memory
     from utils.pictures import from_uint8
-    from utils.training import run
+    from utils.privacy import public_data
     from utils.training.checkpoints import file_hash
-    from utils.training.output_dir import public_data, read_arguments
+    from utils.training.output_dir import read_arguments
+    from utils.training.process import start_process
 
     if args.write_best:
         for model in args.models:
             check_writable(model)
-    accelerator = run.start_process(args.mixed_precision)
-    extract = load_extractor(args.features, args.features_model_name_or_path, accelerator.device)
+    accelerator = start_process(args.mixed_precision)
+    extract = load_extractor(args.features, accelerator.device)
     real = Reference(args, accelerator)
     rows, losses, grids, pairs, by_class = [], [], {}, {}, {}
     say = partial(print, flush=True) if accelerator.is_main_process else lambda text: None
@@ -110,11 +114,11 @@ def main(args):
             say(
                 f"warning: {name}: {count} images for {features.shape[1]} features; fewer than twice as many make fd and kid unreliable"
             )
-        row |= compare(features, extract(reference[:count]), args.features, args.seed)
-        if args.features == "digits":
+        row |= compare(features, extract(reference[:count]), extract.name, args.seed)
+        if extract.name == "digits":
             row |= digit_statistics(images, accelerator.device)
         if asked:
-            by_class[name] = asked.by_class(images, extract, args.features, accelerator.device)
+            by_class[name] = asked.by_class(images, extract, extract.name, accelerator.device)
             if "class_accuracy" in by_class[name]:
                 row["class_accuracy"] = by_class[name]["class_accuracy"]
         copies, pairs[name] = real.copies(images)
@@ -163,7 +167,7 @@ def main(args):
                 labels = None
                 if asked:  # by name, for the classes of strings are those that occur in the split
                     _, found, names = real.labelled(shape, flag, split)
-                    labels = torch.from_numpy(labels_by_name(found, names, asked.names))
+                    labels = torch.from_numpy(translate_labels(found, names, asked.names))
                     labels = labels.where(labels >= 0, len(asked.names))
                 loss = DenoisingLoss(images, training_scheduler(own), args.seed, labels=labels)
                 losses.append(dict(model=called[model], images=split, **loss.measure(unet, accelerator)))
@@ -197,6 +201,8 @@ def main(args):
             name, steps = best_setting(tried)
             sampler = saved_scheduler(name, own)
             write_scheduler(Path(model), sampler, steps)
+            if publishing := optional.find("publishing"):
+                publishing.renew_card(Path(model))
             say(f"{model} carries {type(sampler).__name__} now, at its best with {steps} steps")
         accelerator.free_memory()
 
@@ -260,7 +266,4 @@ def settings(args, model, own, say):
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    from utils.exits import run_script
-
-    run_script(main, arguments)
+    run_script(main, parse_args)

@@ -5,62 +5,67 @@
 Run `hf auth login` before, or set HF_TOKEN. Run again, it sends what is missing or has changed.
 """
 
-from utils.args import Parser, add_hub_arguments
+from utils.args import Parser, real
+from utils.exits import run_script
+from utils.publishing import add_hub_arguments
 
 
+# fmt: off
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("output_dir", metavar="folder", help="a run's folder, with model_index.json")
-    parser.add_argument(
-        "--evaluation", metavar="FILE", help="results.json of evaluate.py; its numbers go into the card"
-    )
-    parser.add_argument(
-        "--space", metavar="ID", nargs="?", const="", help="also a Space with demo.py; its id (default: the model's)"
-    )
-    add_hub_arguments(parser.add_argument_group("Hub (defaults: what the run was started with)"))
-    parser.set_defaults(hub_private_repo=None, hub_logs=None, hub_license=None)
+    parser.add_argument("--evaluation", metavar="FILE", help="results.json of evaluate.py; its numbers go into the card")
+    parser.add_argument("--space", metavar="ID", nargs="?", const="", help="also a Space with demo.py; its id (default: the model's)")
+    group = parser.add_argument_group("Hub (defaults of the first two: what the run was started with)")
+    add_hub_arguments(parser, group)
+    group.add_argument("--hub_revision", metavar="BRANCH", help="branch to push to (default: main)")
+    parser.switch(group, "--hub_logs", False, "push TensorBoard's files, too: the Hub shows them; they may hold pictures of training images")
+    group.add_argument("--hub_license", metavar="LICENSE", help="the model's licence, for its card: apache-2.0, cc-by-4.0, openrail, other ... (default: unknown)")
+    group.add_argument("--hub_dataset_name", metavar="NAME", help="name of the training images on the model's page (default: their name on the Hub; own images are not named)")
+    group.add_argument("--hub_timeout", type=real(4), default=1800.0, help="seconds of failing until a push is given up")
+    parser.set_defaults(hub_private_repo=None)
     return parser.parse(argv)
+# fmt: on
 
 
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
     import json
     from pathlib import Path
-    from types import SimpleNamespace
 
     from utils import UserError
-    from utils.publishing import Hub
-    from utils.publishing.results import add_results, licensed
+    from utils.publishing.hub import Hub
+    from utils.publishing.model_card import write_card
     from utils.publishing.space import Space
-    from utils.training import run
     from utils.training.output_dir import read_arguments
+    from utils.training.process import start_process
 
     folder = Path(args.output_dir)
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a folder with a pipeline; expected the output of a training script")
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint; give the run's folder, {folder.parent}")
-    settings = {**vars(args), "hub_private_repo": False, "hub_logs": False, "logging_dir": "logs"}
     recorded = read_arguments(folder).get("arguments", {})
-    names = ("hub_model_id", "hub_private_repo", "hub_revision", "hub_logs", "logging_dir")
-    settings |= {name: recorded[name] for name in names if name in recorded}
-    settings |= {name: value for name, value in vars(args).items() if value is not None}
-    settings |= dict(push_to_hub=True, hub_strategy="end", push_required=False)
+    private = args.hub_private_repo if args.hub_private_repo is not None else recorded.get("hub_private_repo", False)
+    card = dict(license=args.hub_license, dataset_name=args.hub_dataset_name)
     if args.evaluation:
         try:
-            add_results(folder, json.loads(Path(args.evaluation).read_text(encoding="utf-8")))
+            card["evaluation"] = json.loads(Path(args.evaluation).read_text(encoding="utf-8"))
+            write_card(folder, folder, **card)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--evaluation {args.evaluation}: {error}; expected results.json of evaluate.py") from error
-    accelerator = run.start_process(None)
-    licensed(folder, args.hub_license)
-    hub = Hub(accelerator, SimpleNamespace(**settings))
+    start_process(None)
+    hub = Hub(
+        folder, args.hub_model_id or recorded.get("hub_model_id"), private, args.hub_revision, args.hub_logs,
+        args.hub_timeout, **card,
+    )  # fmt: skip
+    hub.check()
     hub.push()
     if args.space is not None:
-        Space(accelerator, hub).push()
+        space = Space(hub, args.space)
+        space.check()
+        space.push()
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    from utils.exits import run_script
-
-    run_script(main, arguments)
+    run_script(main, parse_args)

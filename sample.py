@@ -7,7 +7,8 @@ Interrupted, the same command goes on where it stopped. No code that comes with 
 """
 
 from utils.args import ALL_SAMPLERS, Parser, integer, real
-from utils.guidance_args import add_guidance_arguments, check_guidance
+from utils.diffusion.guidance_args import add_guidance_arguments
+from utils.exits import run_script
 
 
 # fmt: off
@@ -32,12 +33,11 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("steering")
     group.add_argument("--class_labels", metavar="LABELS", help="classes to draw, by name or number, such as 7,7,3, repeated in turn; or all (default: all, of a model with classes). --guidance_scale says how firmly")
-    add_guidance_arguments(group)
+    add_guidance_arguments(parser, group)
     args = parser.parse(argv)
     if args.interpolate:
         parser.set_defaults(num_samples=8)  # more are nearly equal
         args = parser.parse(argv)
-    check_guidance(parser, args)
     if args.strength != parser.get_default("strength") and not args.init_image:
         parser.error("--strength is of --init_image, which is not given")
     return args
@@ -63,11 +63,11 @@ def main(args):
     from utils.diffusion.sampling import sample_batch, starting_noise
     from utils.evaluation.image_folder import ImageFolder, load_image, save_gif, save_walk
     from utils.pictures import make_grid, to_uint8
-    from utils.signals import StopSignal
-    from utils.training import run
+    from utils.signals import Interrupted, StopSignal
+    from utils.training.process import start_process
 
     # Model
-    accelerator = run.start_process(args.mixed_precision)
+    accelerator = start_process(args.mixed_precision)
     unet, own = load_pipeline(args.model)
     steered = args.guidance_color or args.guidance_prompt or args.init_image or (args.gif and not args.interpolate)
     calls = args.num_inference_steps or usual_calls(own)
@@ -127,14 +127,15 @@ def main(args):
     )
     for start in range(0, len(mine), args.sample_batch_size):
         sample_ids = mine[start : start + args.sample_batch_size]
-        images = draw(sample_ids=sample_ids, stop=stop_signal.requested)
-        if images is None:
+        try:
+            images = draw(sample_ids=sample_ids, stop=stop_signal.requested)
+        except Interrupted:
             break
         images_folder.save(sample_ids, to_uint8(images))
         progress.update(len(sample_ids) * accelerator.num_processes)
     progress.close()
     accelerator.wait_for_everyone()
-    stop = stop_signal.check(0)
+    stop = stop_signal.check()
     if stop:
         images_folder.print_stopped()
         sys.exit(128 + stop)
@@ -163,7 +164,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    from utils.exits import run_script
-
-    run_script(main, arguments)
+    run_script(main, parse_args)

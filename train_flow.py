@@ -6,185 +6,116 @@ draws digits after a few minutes on 2 CPU cores. The output folder is a DDPMPipe
 
     DDPMPipeline.from_pretrained("outputs/flow")
 
-An image and a noise are mixed, x_s = (1 - s) x_0 + s noise, as in train_basic.py; a UNet that is told s learns the way from
-one to the other, noise - x_0, on average over all pairs; samples start from noise and go against it.
+An image and a noise are mixed, x_s = (1 - s) x_0 + s noise, as in train_basic.py; a UNet that is told s learns the
+velocity from one to the other, noise - x_0, on average over all pairs; samples start from noise and go against it.
 """
 
-from utils.args import SOLVERS, Parser, add_common_arguments, add_evaluation_arguments, check_common, integer, real
+from utils.args import SOLVERS, Parser, add_common_arguments, real
+from utils.diffusion.unets import add_unet_arguments
+from utils.exits import run_script, training_script
+
+TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); or "uniform": independent
+LOGIT_STD = 1.0  # of --time_density logit_normal: fewer timesteps at the ends if smaller
+
 
 # fmt: off
-UNETS = {  # --unet: keyword arguments of UNet2DModel
-    "tiny": dict(  # 0.26 M parameters: for tests and first looks
-        block_out_channels=(16, 32, 32), layers_per_block=1, add_attention=False, norm_num_groups=8,
-        down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
-    ),
-    "small": dict(  # 1.2 M: 8 to 32 pixels, on a CPU: few channels where there are many pixels, and no attention
-        block_out_channels=(16, 32, 96), layers_per_block=1, add_attention=False, norm_num_groups=8,
-        down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
-    ),
-    "base": dict(  # 25.8 M: 32 to 64 pixels, on a GPU; attention at a quarter of the resolution
-        block_out_channels=(128, 256, 256), layers_per_block=2, attention_head_dim=64,  # diffusers' 8 is slow
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    ),
-    "large": dict(  # 113.7 M, as google/ddpm-celebahq-256: 128 to 256 pixels, on several GPUs
-        block_out_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2, attention_head_dim=64,
-        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
-    ),
-}
-
-
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
-    group = parser.add_argument_group("model")
-    one = group.add_mutually_exclusive_group()
-    one.add_argument("--unet", choices=UNETS, help="architecture: tiny (for tests), small (8 to 32 pixels, the default), base (32 to 64), large (128 to 256); UNETS in this script")
-    one.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet; random weights")
-    one.add_argument("--pretrained_model_name_or_path", help="pipeline whose weights and noise schedule training starts from")
-    group.add_argument("--dropout", type=real(0, 1), help="in the residual blocks of --unet (default: 0)")
-    parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
-    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first and for samples of another batch size, meant for GPUs")
-
-    group = parser.add_argument_group("flow (defaults: those shown, or the pretrained pipeline's)")
-    group.add_argument("--prediction_type", choices=("velocity", "sample"), help="predict noise - image, or the clean image with the loss on the velocity (arXiv:2511.13720; default: velocity)")
-    group.add_argument("--noise_candidates", metavar="K", type=integer(1, 1000), default=1, help="noises to choose the nearest from for each image: straighter paths (arXiv:2406.12303)")
-    group.add_argument("--timestep_sampling", choices=("uniform", "stratified"), default="stratified", help="independent, or one from each equal part of [0, T)")
-    group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="where in [0, T) training looks: evenly, or more at the middle (arXiv:2403.03206)")
-    group.add_argument("--logit_mean", type=real(-10, 10), default=0.4, help="of logit_normal: more noise if above 0")
-    group.add_argument("--logit_std", type=real(0.01, 10), default=1.0, help="of logit_normal: less at the ends if smaller")
+    add_unet_arguments(parser)
+    group = parser.group("flow (defaults: those shown, or the pretrained pipeline's)")
+    group.add_argument("--prediction_type", choices=("velocity", "sample"), help="target: noise - image, or the clean image with the loss on the velocity (arXiv:2511.13720; default: velocity)")
+    group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
+    group.add_argument("--logit_mean", type=real(-10, 10), default=0.4, help="mean of logit_normal: more noise if above 0")
     group.add_argument("--flow_shift", type=real(0.01, 100), help="more noise for larger images, in training and in sampling (arXiv:2403.03206; default: 1 up to 64 pixels, then in proportion to the side)")
-    group.add_argument("--sampler", choices=SOLVERS, default="dpmsolver++", help="how samples are drawn")
-
-    add_evaluation_arguments(parser)
+    group.add_argument("--sampler", choices=SOLVERS, default="dpmsolver++", help="scheduler that draws samples")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/flow", num_inference_steps=25)
-    args = parser.parse(argv)
-    check_common(parser, args)
-    if args.dropout is not None and (args.model_config_name_or_path or args.pretrained_model_name_or_path):
-        parser.error("--dropout goes with --unet; a config or a pretrained model brings its own")
-    if args.sampler == "heun" and args.num_inference_steps % 2 == 0:
-        parser.error(f"--sampler heun takes an odd --num_inference_steps, not {args.num_inference_steps}: two calls a step, one for the last")
-    return args
+    return parser.parse(argv)
 # fmt: on
 
 
+@training_script
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
     import torch
     import torch.nn.functional as F
-    from accelerate.utils import set_seed
-    from diffusers import DDPMPipeline, UNet2DModel
+    from diffusers import DDPMPipeline
     from diffusers.optimization import get_scheduler
 
-    from utils.data import load_train_data
-    from utils.diffusion import check_fit, load_pretrained, sample_images, unet_from_config, zero_init
-    from utils.diffusion.flow import FlowScheduler, flow_flags, make_sampler, nearest_noise, pipeline_scheduler, shifted
-    from utils.evaluation import SampleQuality, Validation
-    from utils.pictures import make_grid, save_samples
-    from utils.publishing import Hub, write_card
-    from utils.randomness import logit_normal, random_bits, uniform
-    from utils.signals import StopSignal
-    from utils.training import EMA, TrainingCurves, claim_output_dir, make_optimizer, resume, run, save
+    from utils.data.train_data import load_train_data
+    from utils.diffusion.flow import make_flow, make_sampler, shifted
+    from utils.diffusion.pretrained import check_fit, load_pretrained
+    from utils.diffusion.sampling import sample_images
+    from utils.diffusion.unets import make_unet, prepare_unet
+    from utils.pictures import make_grid
+    from utils.randomness import logit_normal, sample_noise, uniform
+    from utils.training.ema import EMA
+    from utils.training.loop import Run
+    from utils.training.optimizer import make_optimizer
 
-    # Accelerator
-    accelerator = run.make_accelerator(args)
-    output_dir, finished_at = claim_output_dir(accelerator, args, "train_flow")
-    hub = Hub(accelerator, args)
-    set_seed(args.seed)
+    run = Run(args, "train_flow", title="Flow-matching model", constants=globals())
+    accelerator = run.accelerator
 
     # Data
     start = args.pretrained_model_name_or_path
     pretrained = load_pretrained(start, flow=True) if start else None
     train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)  # or own_images=...
-    global_batch_size, image_shape = train_data.global_batch_size, train_data.image_shape  # all processes; (C, H, W)
-    max_train_steps = run.total_train_steps(args, train_data.length, global_batch_size)
-    if finished_at is not None and finished_at >= max_train_steps:
-        run.print_finished(accelerator, args, finished_at, train_data.settings)
-        hub.push()
+    if run.already_finished(train_data):
         return
 
     # Model
-    shape = dict(sample_size=train_data.sample_size, in_channels=train_data.channels, out_channels=train_data.channels)
     if pretrained:
         unet = pretrained.unet
         unet.register_to_config(sample_size=train_data.sample_size)
-    elif args.model_config_name_or_path:
-        unet = unet_from_config(args.model_config_name_or_path, **shape)
     else:
-        unet = zero_init(UNet2DModel(**shape, dropout=args.dropout or 0.0, **UNETS[args.unet or "small"]))
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if accelerator.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)  # on a CPU it costs
-    ema_model = EMA(unet, args.ema_max_decay, args.ema_inv_gamma, args.ema_power, enabled=args.use_ema)
+        unet = make_unet(args.unet, args.model_config_name_or_path, train_data.model_shape)
+    prepare_unet(unet, accelerator.device, args.gradient_checkpointing, args.compile)
+    ema_model = EMA(unet, args.ema_max_decay, inv_gamma=1.0, power=0.75, enabled=args.use_ema)
 
     # Noise scheduler
-    noise_scheduler = FlowScheduler(**flow_flags(args, train_data.size, pretrained))
-    num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    prediction_type = noise_scheduler.config.prediction_type
+    noise_scheduler = make_flow(args.prediction_type, args.flow_shift, train_data.size, pretrained)
+    num_train_timesteps, prediction_type = (noise_scheduler.config[k] for k in ("num_train_timesteps", "prediction_type"))
     check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
     sampler = make_sampler(args.sampler, noise_scheduler)
-    validation = Validation(args, accelerator, train_data, noise_scheduler) if args.validation_split else None
 
     # Optimizer and learning rate; the schedule counts optimizer steps
-    optimizer = make_optimizer(args, unet)  # or any of torch.optim
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    optimizer = make_optimizer(  # or any of torch.optim
+        args.optimizer, unet, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8
     )
-
-    # Prepare
-    if args.compile:
-        unet.compile()
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=run.max_train_steps
+    )
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
-    ema_model.to(accelerator.device)
 
-    # Resume
-    global_step = resume(accelerator, args, train_data.settings, ema_model)
-
-    # Trackers
-    summary = dict(
-        prediction_type=prediction_type, flow_shift=noise_scheduler.config.flow_shift, **train_data.settings,
-        data_license=train_data.license, parameters=unet.num_parameters(), max_train_steps=max_train_steps,
-    )  # fmt: skip
-    run.start(accelerator, args, "train_flow", global_step, **summary)
-    curves = TrainingCurves(accelerator, args, train_data, num_train_timesteps, global_step, max_train_steps)
-    quality = SampleQuality(args, accelerator, train_data, global_step) if args.evaluate_steps else None
-    stop_signal = StopSignal(accelerator, hang_timeout=args.hang_timeout)
-
+    # Samples
     def draw(count, num_inference_steps=args.num_inference_steps):
         return sample_images(
-            unet, sampler, accelerator, count, image_shape,
-            num_inference_steps, args.sample_batch_size, args.seed, stop_signal.requested,
+            unet, sampler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
+            args.seed, run.stop_requested,
         )  # fmt: skip
 
-    def sample(path):
-        with curves.pause(), ema_model.swapped_in(unet):
-            images = draw(args.num_samples)
-        if images is not None:  # not interrupted
-            save_samples(make_grid(images), path, accelerator, args, global_step)
+    def sample():
+        return {"samples": make_grid(draw(args.num_samples))}
 
     def save_pipeline(folder):
-        with ema_model.swapped_in(unet):
-            DDPMPipeline(unet, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
-        write_card(folder, "Flow-matching model", args, **summary)
-
-    draw(1, num_inference_steps=1)  # a model that cannot draw is found out now, not after hours
+        DDPMPipeline(unet, sampler).save_pretrained(folder)
 
     # Train
-    model.train()
-    for batch in train_data.batches(global_step, max_train_steps):
+    for batch in run.steps(
+        model, ema_model, noise_scheduler, draw, sample, save_pipeline,
+        caption=f"{args.sampler}, {args.num_inference_steps} calls, seed {args.seed}",
+        prediction_type=prediction_type, flow_shift=noise_scheduler.config.flow_shift,
+    ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
-        torch.manual_seed(random_bits(args.seed, "dropout", sample_ids).item(0))  # differs between processes
 
         # Noise and timesteps, in float32 whatever the UNet computes in
-        noise = nearest_noise(clean_images, args.seed, sample_ids, args.noise_candidates)
+        noise = sample_noise(args.seed, "noise", sample_ids, train_data.image_shape, accelerator.device)
         fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
-        if args.timestep_sampling == "stratified":
-            fractions = (sample_ids % global_batch_size + fractions) / global_batch_size
+        if TIMESTEP_SAMPLING == "stratified":
+            fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
         if args.time_density == "logit_normal":
-            fractions = logit_normal(fractions, args.logit_mean, args.logit_std)
+            fractions = logit_normal(fractions, args.logit_mean, LOGIT_STD)
         fractions = shifted(fractions, noise_scheduler.config.flow_shift)
         timesteps = torch.from_numpy(fractions * num_train_timesteps).float().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
@@ -198,50 +129,16 @@ def main(args):
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
             loss = losses.mean()
             accelerator.backward(loss)
+            grad_norm = None
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
             optimizer.step()
             optimizer.zero_grad()
-        curves.add(losses, timesteps, batch.get("labels"))
-        if not accelerator.sync_gradients:
-            continue
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        ema_model.step(unet.parameters())
-        global_step += 1
-
-        # Once in N steps
-        curves.step(global_step, grad_norm, learning_rate=learning_rate, ema_decay=ema_model.cur_decay_value or 0)
-        stop, is_last = stop_signal.check(global_step), global_step == max_train_steps
-        if stop or is_last or global_step % args.checkpointing_steps == 0:
-            curves.check(global_step)  # no checkpoint holds a number that is not finite
-            with curves.pause():
-                save(accelerator, args, train_data.settings, ema_model, global_step, save_pipeline)
-        if stop:
-            run.stop(accelerator, args, global_step, max_train_steps, stop)
-        if global_step % args.checkpointing_steps == 0 and not is_last:
-            hub.push_checkpoint(global_step)
-        if validation and (is_last or global_step % args.validation_steps == 0):
-            with curves.pause(), ema_model.swapped_in(unet):
-                validation.log(unet, global_step, stop_signal.requested)
-        if quality and (is_last or global_step % args.evaluate_steps == 0):
-            with curves.pause(), ema_model.swapped_in(unet):
-                quality.log(draw, global_step)
-                quality.keep(save_pipeline)
-        if global_step % args.sample_steps == 0 and not is_last:
-            sample(output_dir / "samples" / f"step-{global_step:06}.png")
-
-    # Save
-    if accelerator.is_main_process:
-        save_pipeline(output_dir)
-    sample(output_dir / "samples.png")
-    curves.close()
-    run.finish(accelerator, args, global_step, max_train_steps, stop_signal)
-    hub.push()
+        if run.end_of_step(losses, timesteps, grad_norm, batch.get("labels")):  # once per optimizer step
+            lr_scheduler.step()
+            ema_model.step(unet.parameters())
+    run.finish()
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    from utils.exits import run_script
-
-    run_script(main, arguments)
+    run_script(main, parse_args)

@@ -1,4 +1,4 @@
-"""Chores that the training scripts share: one file a chore, each usable on its own."""
+"""Chores that the training scripts share. The files here know nothing of the folders beside them."""
 
 import json
 import os
@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """The text with control characters escaped: a file's name may hold commands for the terminal."""
+    """Escape control characters: a file's name may hold commands for the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -26,7 +26,7 @@ def sync(path: Path) -> None:
 
 
 def write_record(path: Path, content) -> None:
-    """Write JSON that is there as a whole or as it was before, whatever happens meanwhile."""
+    """Write JSON so that the file is complete or as it was, whatever happens meanwhile."""
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sync(temporary)

@@ -13,12 +13,24 @@ import torch
 LAUNCHER_SETS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # by `accelerate launch`, by torchrun
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process: one of its variables is set, and the parent process is Python.
+
+    A variable alone does not say so: a user may have exported it, and a shell that ends must not end the run.
+    """
+    try:
+        parent_is_python = "python" in os.path.basename(os.readlink(f"/proc/{os.getppid()}/exe"))
+    except OSError:  # not Linux, or the parent belongs to another user
+        parent_is_python = True
+    return parent_is_python and bool(LAUNCHER_SETS & set(os.environ))
+
+
 def set_up_process() -> None:
     """On Linux: die with the launcher, which does not pass SIGTERM on; keep freed memory instead of returning it."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if LAUNCHER_SETS & set(os.environ):
+    if is_launched():
         libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     with contextlib.suppress(AttributeError):  # not glibc
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: activations are not mapped and unmapped, page by page, every step
@@ -37,7 +49,7 @@ def use_all_cores(device: torch.device) -> None:
 
 def _launcher_chose_one_thread() -> bool:
     """``accelerate launch`` and ``torchrun`` give their children OMP_NUM_THREADS=1 unless it is set."""
-    if os.environ.get("OMP_NUM_THREADS") != "1" or not LAUNCHER_SETS & set(os.environ):
+    if os.environ.get("OMP_NUM_THREADS") != "1" or not is_launched():
         return False
     try:
         launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes()  # as it was when the launcher started

@@ -1,7 +1,6 @@
-"""Images as arrays and as pictures: the two ranges they are kept in, grids, and where pictures go."""
+"""Images as arrays and as pictures: the two ranges they are kept in, grids, captions."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,51 +45,20 @@ def make_grid(images: np.ndarray, min_cell: int = 64, captions: Sequence[str] = 
     return picture
 
 
-def save_samples(picture: Image.Image, path: Path, accelerator, args, step: int) -> None:
-    """``save_picture`` for a grid of samples, with a line below it that says how they were drawn.
-
-    Args:
-        args: ``num_inference_steps``, ``seed`` and, where the script has them, ``sampler`` and ``guidance_scale``.
-    """
-    save_picture(picture, path, accelerator, step, "samples", f"step {step}, {how_drawn(args)}")
-
-
-def how_drawn(args) -> str:
-    """Sampler, calls, seed and guidance of a run's samples, as far as its flags have them."""
-    flags = vars(args)
-    parts = [flags.get("sampler"), f"{args.num_inference_steps} calls", f"seed {args.seed}"]
-    if "label_dropout" in flags:  # elsewhere guidance steers other samples than these
-        parts.append(f"guidance {args.guidance_scale:g}")
-    return ", ".join(part for part in parts if part)
+def with_caption(picture: Image.Image, caption: str) -> Image.Image:
+    """Return the picture with a line of text below it."""
+    font = ImageFont.load_default(size=16)
+    width = max(picture.width, int(font.getlength(caption)) + 8)
+    larger = Image.new(picture.mode, (width, picture.height + 24))
+    larger.paste(picture)
+    ImageDraw.Draw(larger).text((4, picture.height + 12), caption, fill="white", font=font, anchor="lm")
+    return larger
 
 
-def save_picture(picture: Image.Image, path: Path, accelerator, step: int, name: str, caption: str = "") -> None:
-    """Write a picture as PNG and to the trackers, on the main process.
+def label_log_axis(axes) -> None:
+    """Labels at 1, 2, 5, 10 ... as plain numbers; by default a short logarithmic axis has one label, or none."""
+    from matplotlib.ticker import LogLocator
 
-    Args:
-        path: of the PNG; its folder is made.
-        step: optimizer steps done, the trackers' x-axis.
-        name: in the trackers.
-        caption: a line below it.
-    """
-    if not accelerator.is_main_process:
-        return
-    if caption:
-        font = ImageFont.load_default(size=16)
-        width = max(picture.width, int(font.getlength(caption)) + 8)
-        larger = Image.new(picture.mode, (width, picture.height + 24))
-        larger.paste(picture)
-        ImageDraw.Draw(larger).text((4, picture.height + 12), caption, fill="white", font=font, anchor="lm")
-        picture = larger
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
-    pixels = np.atleast_3d(np.asarray(picture))
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
-        elif tracker.name == "trackio":  # accelerate's has no log_images
-            import trackio
-
-            tracker.log({name: trackio.Image(picture, caption=caption)}, step=step)
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({name: [picture]}, step=step)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()

@@ -1,4 +1,4 @@
-"""Images that are in Python already, to train on instead of a data set that flags name.
+"""Images to train on, as ``train_data.TrainData`` takes them: those that are in Python already, and what sources share.
 
     own_images = OwnImages(array)
     train_data = load_train_data(args, accelerator, own_images=own_images)
@@ -6,20 +6,84 @@
 An array, a torch ``Dataset`` or a function of an index. Order, crops, cache, checks and resuming are as for any source.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
 
-from .. import UserError
+from .. import UserError, randomness
 from .pixels import BadImage, channels_last
 
+INSPECTED = 64  # images that are looked at to find out what a data set is like
+MAX_CLASSES = 1000
 
-class OwnImages:
-    """Images that are in Python already, in the place of a ``datasets.Dataset``.
+
+class Images:
+    """Rows by index. A row has ``image``, a function that returns a Pillow image and its name for messages, and perhaps
+    ``label``, an int, or None where it is not known.
+
+    Attributes:
+        name: for messages.
+        length: number of images; None for a stream.
+        label_names: names of the classes; empty without labels.
+        license: of the images, as far as it is known.
+        fingerprint: of the images, complete after ``look``; None where there is none.
+        max_bad_images: unreadable images that may be skipped.
+        advice: what the user can do about an unreadable image.
+    """
+
+    name, length, label_names, license, fingerprint = "own images", 0, [], "not stated", None
+    max_bad_images, advice = 0, ""
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: int | slice) -> dict:
+        """Return a row, or for a slice lists of what rows have."""
+        raise NotImplementedError
+
+    def labels(self) -> list[int | None]:
+        """Return the class of each image."""
+        raise NotImplementedError
+
+    def look(self) -> Iterator[Image.Image | BadImage]:
+        """Yield some of the images, evenly spread, each decoded or as the error that names it."""
+        for index in spread_over(self.length):
+            try:
+                yield self[index]["image"]()[0]
+            except BadImage as error:
+                yield error
+
+    def examples(self, count: int, seed: int) -> Iterator[tuple[int, dict]]:
+        """Yield so many rows at random, or all if there are fewer, each with its index."""
+        for index in randomness.shuffled_indices(seed, np.arange(min(count, self.length)), self.length).tolist():
+            yield index, self[index]
+
+    def held_out(self, split: str, flag: str) -> "Images":
+        """Load another split of the same images, as the flag names it.
+
+        Raises:
+            UserError: there is no such split, it shares images with these, or these have no splits.
+        """
+        raise UserError(f"{flag} {split}: {self.name} are in Python and have no splits; leave the flag out")
+
+    def another(self, name: str, flag: str) -> "Images":
+        """Load other images, as the flag names them.
+
+        Raises:
+            UserError: as ``held_out``.
+        """
+        raise UserError(f"{flag} {name}: images by name need utils/sources/ and a data set to train on that has a name")
+
+    def cache_file(self, facts: tuple, folder: str | None, seconds: float):
+        """Name a file for these images, decoded: there is none for images that are in Python."""
+        return None
+
+
+class OwnImages(Images):
+    """Images that are in Python already.
 
     Args:
         images: an array or tensor (N, C, H, W), (N, H, W, C) or (N, H, W); a torch ``Dataset`` whose items are images,
@@ -28,8 +92,9 @@ class OwnImages:
             for from several threads or processes at once.
         length: number of images; needed with a function.
         labels: class of each image, from 0 up; adds a loss curve for each.
-        label_names: of the classes; by default their numbers.
+        label_names: names of the classes; by default their numbers.
         value_range: what black and white are in images of floats; uint8 images need none. Floats become 8 bits a value.
+        name: for messages and the model's page.
 
     Raises:
         UserError: no length, or labels that do not fit.
@@ -38,47 +103,42 @@ class OwnImages:
     def __init__(
         self, images: np.ndarray | torch.Tensor | torch.utils.data.Dataset | Callable, length: int | None = None,
         labels: Sequence[int] | None = None, label_names: Sequence[str] | None = None,
-        value_range: tuple[float, float] = (0.0, 1.0),
+        value_range: tuple[float, float] = (0.0, 1.0), name: str = "own images",
     ):  # fmt: skip
         if length is None and not hasattr(images, "__len__"):
             raise UserError("own images: a function from an index to an image needs length=, the number of images")
-        self.length = len(images) if length is None else length
+        self.length, self.name, self._labels = len(images) if length is None else length, name, None
         self.get = images.__getitem__ if hasattr(images, "__getitem__") else images
-        self.value_range, self.labels, self.features = value_range, None, {}
+        self.value_range = value_range
         if labels is not None:
-            self.labels = [int(label) for label in labels]
-            names = list(label_names or map(str, range(max(self.labels, default=0) + 1)))
-            if len(self.labels) != self.length or not set(self.labels) <= set(range(len(names))):
+            self._labels = [int(label) for label in labels]
+            self.label_names = list(label_names or map(str, range(max(self._labels, default=0) + 1)))
+            known = set(range(len(self.label_names)))
+            if len(self._labels) != self.length or not set(self._labels) <= known:
                 raise UserError(
-                    f"own images: {len(self.labels)} labels, {sorted(set(self.labels))[:10]} among them, for "
-                    f"{self.length} images; expected one label an image, from 0 to {len(names) - 1}"
+                    f"own images: {len(self._labels)} labels, {sorted(set(self._labels))[:10]} among them, for "
+                    f"{self.length} images; expected one label an image, from 0 to {len(self.label_names) - 1}"
                 )
-            self.features = {"label": datasets.ClassLabel(names=names)}
-
-    def __len__(self) -> int:
-        return self.length
 
     def __getitem__(self, key: int | slice) -> dict:
-        """A row with ``image``, a function that makes the image, and perhaps ``label``; of a slice, lists of them."""
         if isinstance(key, slice):
             rows = [self[index] for index in range(*key.indices(self.length))]
             return {name: [row[name] for row in rows] for name in rows[0]}
         row = {"image": partial(self._image, key)}
-        return row if self.labels is None else {**row, "label": self.labels[key]}
+        return row if self._labels is None else {**row, "label": self._labels[key]}
 
-    def select(self, indices: Sequence[int]) -> list[dict]:
-        """Rows, as those of a ``datasets.Dataset``."""
-        return [self[index] for index in indices]
+    def labels(self) -> list[int]:
+        return self._labels
 
-    def _image(self, index: int) -> Image.Image:
-        where = f"own image {index}"
+    def _image(self, index: int) -> tuple[Image.Image, str]:
+        where = f"{self.name.removesuffix('s')} {index}"
         try:
             image = self.get(index)
         except OSError as error:  # a file that cannot be read; what else goes wrong is not about one image
             raise BadImage(f"{where}: {type(error).__name__}: {error}") from error
         image = image["image"] if isinstance(image, dict) else image[0] if isinstance(image, tuple) else image
         if isinstance(image, Image.Image):
-            return image
+            return image, where
         array = channels_last(np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image), where)
         if array.dtype != np.uint8:
             low, high = self.value_range
@@ -87,7 +147,38 @@ class OwnImages:
             if not (array.min() >= low and array.max() <= high):  # also refuses NaN
                 raise BadImage(
                     f"{where} has values from {array.min():g} to {array.max():g}; expected {low:g} to {high:g}. "
-                    "Say value_range=(black, white)"
+                    "Give value_range=(black, white)"
                 )
             array = np.rint((array.astype(np.float64) - low) * (255 / (high - low))).astype(np.uint8)
-        return Image.fromarray(np.ascontiguousarray(array))
+        return Image.fromarray(np.ascontiguousarray(array)), where
+
+
+def embedded_digits() -> OwnImages:
+    """1,797 handwritten digits, 8x8, 17 levels of grey (Alpaydin & Kaynak 1998), from scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return OwnImages(np.rint(digits.images * (255 / 16)).astype(np.uint8), labels=digits.target, name="digits")
+
+
+def embedded_faces() -> OwnImages:
+    """100 grey faces, 25x25, cut from Labeled Faces in the Wild, from scikit-image."""
+    from skimage.data import lfw_subset
+
+    faces = np.rint(lfw_subset()[:100] * 255).astype(np.uint8)
+    return OwnImages(faces, labels=np.zeros(100, int), label_names=["face"], name="faces")
+
+
+def spread_over(length: int) -> list[int]:
+    """The indices of the images that are looked at, of so many."""
+    return sorted({int(index) for index in np.linspace(0, length - 1, INSPECTED)})
+
+
+def label_of(row: dict) -> int:
+    """Return the class of a row; -1 where it has none."""
+    return -1 if row.get("label") is None else row["label"]
+
+
+def translate_labels(labels: np.ndarray, names: Sequence[str], known: Sequence[str]) -> np.ndarray:
+    """Return labels (N,) of classes called ``names`` as numbers of the classes ``known``; -1: none of them."""
+    return np.array([*(known.index(name) if name in known else -1 for name in names), -1])[labels]

@@ -1,76 +1,23 @@
-"""One image, from bytes to a uint8 array of the training size.
+"""One image, from Pillow's to a uint8 array of the training size.
 
 Pillow's ``convert`` turns 16-bit images white and float images black without a word, drops alpha and with it uncovers
-what transparent pixels hide. Here ranges are scaled, alpha is laid over white and EXIF rotation is applied.
+what transparent pixels hide. Here ranges are scaled and alpha is laid over white.
 """
 
-import io
-import os
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .. import UserError, randomness
 
-FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box", "nearest")}
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits a value
 GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
-MAX_ASPECT = 100  # longer side over shorter
 
 
 class BadImage(UserError):
     """An image that cannot be used; the message names it."""
-
-
-def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
-    """Open, fully load and upright an image.
-
-    Args:
-        source: the file's bytes, or its path; an image that is open already is returned as it is.
-        name: what to call it in errors (a path, or a row of a data set).
-
-    Returns:
-        The first frame, in the mode of the file, rotated as its EXIF orientation says.
-
-    Raises:
-        BadImage: empty, truncated, not an image, over Pillow's limit of 89 megapixels, or a hundred times as long as
-            it is wide.
-    """
-    if isinstance(source, Image.Image):
-        return source
-    try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where Pillow only warns
-            raise Image.DecompressionBombError
-        if max(image.size) > MAX_ASPECT * min(image.size):
-            size = f"{image.width} x {image.height} pixels"
-            raise BadImage(f"{name}: {size}; expected sides that differ by a factor of {MAX_ASPECT} at most")
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except BadImage:
-        raise
-    except Image.DecompressionBombError as error:
-        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
-        raise BadImage(f"{name}: more than {limit}, which is taken for an attack; shrink the file") from error
-    except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ValueError ...
-        size = len(source) if isinstance(source, bytes) else os.path.getsize(source) if os.path.exists(source) else None
-        if size == 0:
-            reason = "the file is empty"
-        else:  # Pillow names the memory buffer, which helps nobody
-            reason = str(error).split(" <_io")[0].split(" '")[0] or type(error).__name__
-        raise BadImage(f"{name}: {reason}. Expected a complete image file that Pillow reads") from error
-
-
-def left_out(source: bytes | str | Image.Image) -> list[str]:
-    """What of a file is not in ``decode_image``'s picture: further pictures, and lower bits that Pillow drops."""
-    if isinstance(source, Image.Image):
-        return []
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        several = ["only the first of several pictures is used"] if getattr(image, "is_animated", False) else []
-        wide = image.mode not in DEEP_MODES and any(";16" in str(tile) for tile in image.tile)
-        return several + ["of 16 bits a colour, Pillow keeps the upper 8: scale the files to 8 bits"] * wide
 
 
 def to_eight_bits(
@@ -162,7 +109,7 @@ def covering(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, i
     return target_width, max(target_height, round(height * target_width / width))
 
 
-def prepare_image(image: Image.Image, size: tuple[int, int], interpolation: str, center_crop: bool) -> np.ndarray:
+def prepare_image(image: Image.Image, size: tuple[int, int], center_crop: bool) -> np.ndarray:
     """Resize so that the image covers ``size``; crop the middle, or leave what is longer for a random crop.
 
     Args:
@@ -181,7 +128,7 @@ def prepare_image(image: Image.Image, size: tuple[int, int], interpolation: str,
         image = image.crop((room[0], room[1], image.width - room[0], image.height - room[1]))
         covered = covering(image.size, size)
     if image.size != covered:
-        image = image.resize(covered, FILTERS[interpolation], reducing_gap=3.0)
+        image = image.resize(covered, Image.Resampling.BICUBIC, reducing_gap=3.0)
     if center_crop:
         left, top = (covered[0] - width) // 2, (covered[1] - height) // 2
         image = image.crop((left, top, left + width, top + height))
@@ -230,22 +177,3 @@ def channels_last(array: np.ndarray, where: str) -> np.ndarray:
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         raise BadImage(f"{where} has the shape {shape}; expected C of 1 or 3 and H and W above 0")
     return array
-
-
-def from_values(array: np.ndarray, where: str) -> Image.Image:
-    """A picture of the numbers in a table: whole ones, or floats in [0, 1] or [0, 255]; of masks, black and white.
-
-    Raises:
-        BadImage: it has another shape or, in colour, other values.
-    """
-    array = channels_last(array, where)
-    if array.dtype.kind not in "iufb":
-        raise BadImage(f"{where} consists of {array.dtype}; expected numbers")
-    array = array * np.uint8(255) if array.dtype.kind == "b" else array
-    whole, low, high = array.dtype.kind != "f", array.min(), array.max()
-    if array.ndim == 2 and array.dtype != np.uint8:  # scaled as files with more than 8 bits are
-        return Image.fromarray(array.astype(np.int32 if whole else np.float32))
-    if not (low >= 0 and high <= 255):  # also refuses NaN
-        raise BadImage(f"{where} has values from {low:g} to {high:g}; expected 0 to 255, or floats from 0 to 1")
-    scale = 1 if whole or high > 1 else 255
-    return Image.fromarray(np.rint(array * np.float64(scale)).astype(np.uint8))

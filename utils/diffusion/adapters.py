@@ -54,10 +54,10 @@ def _add_adapters(unet, rank: int, targets: list[str], seed: int) -> None:
     known = {target for target in targets if any(f".{name}".endswith(f".{target}") for name in layers)}
     names = ", ".join(_short_names(layers))
     if not known:
-        raise UserError(f"--lora_targets {','.join(targets)}: this UNet has no such layers; it has {names}")
+        raise UserError(f"LORA_TARGETS {','.join(targets)}: this UNet has no such layers; it has {names}")
     if known != set(targets) and unet.device.type != "meta":  # not when weights are only counted
         missing = ", ".join(sorted(set(targets) - known))
-        logger.info(f"--lora_targets: this UNet has no layers called {missing}; it has {names}")
+        logger.info(f"LORA_TARGETS: this UNet has no layers called {missing}; it has {names}")
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(known), init_lora_weights=True)
     unet.requires_grad_(False)
     with torch.random.fork_rng([]):
@@ -71,24 +71,30 @@ def _short_names(layers: set[str]) -> list[str]:
     return sorted({".".join(p[-2:]) if p[-1].isdigit() else p[-1] for p in parts})
 
 
-def log_trainable_counts(unet: UNet2DModel, args) -> None:
-    """Log, for each method, how many weights learn and how much memory the optimizer needs for them."""
+def log_trainable_counts(unet: UNet2DModel, chosen: str, lora_rank: int, lora_targets: list[str], optimizer: str) -> None:
+    """Log, for each method, how many weights learn and how much memory the optimizer needs for them.
+
+    Args:
+        chosen: the method that was asked for.
+        lora_rank, lora_targets: see ``choose_trainable``.
+        optimizer: its name, as ``--optimizer`` takes it.
+    """
     total = sum(parameter.numel() for parameter in unet.parameters())
     for method in ("full", "attention", "norm", "lora"):
         with torch.device("meta"):
             copy = UNet2DModel.from_config(unet.config)
         try:
-            choose_trainable(copy, method, args.lora_rank, args.lora_targets.replace(" ", "").split(","), 0)
+            choose_trainable(copy, method, lora_rank, lora_targets, 0)
         except UserError:
             continue  # not for this UNet; said if it is the one that was asked for
         sizes = [parameter.numel() for parameter in copy.parameters() if parameter.requires_grad]
         # Two moments of four bytes; in 8 bits where a weight has 4096 values or more, in blocks of 256
-        small = [args.optimizer == "adamw8bit" and size >= 4096 and size % 256 == 0 for size in sizes]
+        small = [optimizer == "adamw8bit" and size >= 4096 and size % 256 == 0 for size in sizes]
         memory = sum(size * (2 if eight_bit else 8) for size, eight_bit in zip(sizes, small, strict=True))
         logger.info(
-            f"{'->' if method == args.method else '  '} --method {method}: {sum(sizes):,} weights learn"
+            f"{'->' if method == chosen else '  '} --method {method}: {sum(sizes):,} weights learn"
             f"{' in addition to' if method == 'lora' else ', of'} {total:,}; "
-            f"the optimizer keeps {'at most ' * (args.optimizer == 'muon')}{memory / 2**20:.1f} MiB"
+            f"the optimizer keeps {'at most ' * (optimizer == 'muon')}{memory / 2**20:.1f} MiB"
         )
 
 

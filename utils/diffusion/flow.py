@@ -17,7 +17,6 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
 from .. import UserError
 from ..args import SOLVERS
-from ..randomness import sample_noise
 from .linear_mix import LinearMixScheduler
 from .schedulers import predicted_images
 
@@ -56,38 +55,6 @@ class FlowScheduler(LinearMixScheduler):
         return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=images)
 
 
-class HeunFlowScheduler(FlowScheduler):
-    """Heun's method: a step of Euler's, and again with the mean of the velocities at both ends; the last is Euler's.
-
-    n calls of the model make (n + 1) / 2 steps: it must be odd.
-    """
-
-    order = 2
-
-    def set_timesteps(self, num_inference_steps: int, device=None) -> None:
-        """Choose (n + 1) / 2 steps; ``timesteps`` has an entry for each call of the model."""
-        if num_inference_steps % 2 == 0:
-            raise ValueError(f"{num_inference_steps} calls; Heun's method takes an odd number, two a step but the last")
-        super().set_timesteps((num_inference_steps + 1) // 2, device)
-        self.timesteps = torch.cat([self.timesteps[:1], self.timesteps[1:].repeat_interleave(2)])
-        self._before = None  # level, sample and velocity where a step began
-
-    def step(self, model_output, timestep, sample) -> DDPMSchedulerOutput:
-        """To the step's end, or, after a second call there, back and again."""
-        images = predicted_images(self, model_output, sample, timestep)
-        here = timestep / self.config.num_train_timesteps
-        velocity = (sample - images) / here
-        if self._before is None:
-            there = self._levels[self._step + 1]
-            self._step += 1
-            prev_sample = sample + (there - here) * velocity
-            self._before = (here, sample, velocity) if there > 0 else None
-        else:
-            begin, first, slope = self._before
-            prev_sample, self._before = first + (here - begin) * (slope + velocity) / 2, None
-        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=images)
-
-
 def make_sampler(name: str, flow: SchedulerMixin) -> SchedulerMixin:
     """The scheduler that draws samples from a model trained on straight paths.
 
@@ -100,18 +67,11 @@ def make_sampler(name: str, flow: SchedulerMixin) -> SchedulerMixin:
     """
     kept = ("num_train_timesteps", "prediction_type", "flow_shift")
     path = {key: flow.config[key] for key in kept}
-    if name == "heun":
-        return HeunFlowScheduler(**path)
     if name not in SOLVERS:
         raise UserError(f"--sampler {name}: the model was trained on straight paths; expected {', '.join(SOLVERS)}")
     return DPMSolverMultistepScheduler(
         **path, use_flow_sigmas=True, final_sigmas_type="zero", solver_order=1 if name == "euler" else 2
     )
-
-
-def pipeline_scheduler(name: str, flow: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler to save in a ``DDPMPipeline``: the sampler, or the second order where it cannot call it (Heun)."""
-    return make_sampler("dpmsolver++" if name == "heun" else name, flow)
 
 
 def shifted(levels: np.ndarray | float, shift: float):
@@ -122,40 +82,19 @@ def shifted(levels: np.ndarray | float, shift: float):
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-def flow_flags(args, size: tuple[int, int], pretrained=None) -> dict:
-    """The flags of train_flow.py about the path, as parameters of a ``FlowScheduler``.
+def make_flow(
+    prediction_type: str | None, flow_shift: float | None, size: tuple[int, int], pretrained=None
+) -> FlowScheduler:  # fmt: skip
+    """Make the path that train_flow.py's flags ask for.
 
     Args:
-        size: (H, W) of the images. By default the shift is 1 up to 64 pixels, then in proportion to the side.
-        pretrained: a pipeline whose values count where the flags are not given.
+        prediction_type: ``velocity`` or ``sample``; None for that of ``pretrained``, or the velocity.
+        flow_shift: None for that of ``pretrained``, or 1 up to 64 pixels, then in proportion to the side.
+        size: (H, W) of the images.
+        pretrained: a pipeline.
     """
     known = {"prediction_type": "flow_prediction", "flow_shift": max(1.0, math.sqrt(size[0] * size[1]) / 64)}
     if pretrained:
         known = {name: pretrained.scheduler.config[name] for name in known}
-    said = {"velocity": "flow_prediction", "sample": "sample", None: known["prediction_type"]}
-    return {"prediction_type": said[args.prediction_type], "flow_shift": args.flow_shift or known["flow_shift"]}
-
-
-def nearest_noise(images: torch.Tensor, seed: int, sample_ids: np.ndarray, candidates: int) -> torch.Tensor:
-    """Of several normal noises for each sample the one nearest to its image: paths that cross less.
-
-    The nearest-neighbour form of arXiv:2406.12303: unlike an assignment in a batch, it depends on the sample only.
-
-    Args:
-        images: (B, C, H, W), clean.
-        sample_ids: (B,).
-        candidates: noises to choose from, 1 or more.
-
-    Returns:
-        float32 (B, C, H, W).
-    """
-    nearest, least = None, None
-    for k in range(candidates):
-        noise = sample_noise(seed, f"noise {k}" if k else "noise", sample_ids, tuple(images.shape[1:]), images.device)
-        distance = (noise - images).square().flatten(1).sum(1)
-        if nearest is None:
-            nearest, least = noise, distance
-        else:
-            nearest = torch.where((distance < least).view(-1, 1, 1, 1), noise, nearest)
-            least = torch.minimum(distance, least)
-    return nearest
+    given = {"velocity": "flow_prediction", "sample": "sample", None: known["prediction_type"]}
+    return FlowScheduler(prediction_type=given[prediction_type], flow_shift=flow_shift or known["flow_shift"])

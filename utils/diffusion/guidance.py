@@ -65,7 +65,7 @@ class Guidance:
 
 
 def make_guidance(args, device: torch.device) -> Guidance | None:
-    """The guidance that the flags ask for, or None."""
+    """Make the guidance that the flags of ``guidance_args`` ask for, or None."""
     if args.guidance_color:
         function = color_loss(args.guidance_color)
     elif args.guidance_prompt:

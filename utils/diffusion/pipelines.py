@@ -93,16 +93,11 @@ def choose_sampler(
         if is_few_step(own):
             trained = "to draw in a few calls; expected lcm"
         raise UserError(f"--sampler {name}: the model was trained {trained}")
-    if name and path:
-        if name == "heun" and steered:
-            raise UserError(
-                "--sampler heun does not go with guidance, --init_image or --gif; take euler or dpmsolver++"
-            )
-    elif name:
+    if name and not path:
         check_noise(own, f"--sampler {name}")
         if name not in (*SAMPLERS, "lcm"):
             raise UserError(f"--sampler {name} is for models of train_flow.py; expected {', '.join(SAMPLERS)}")
-    else:
+    elif not name:
         try:
             inspect.signature(own.step).bind("model_output", "timestep", "sample")
             called = hasattr(own, "init_noise_sigma") and hasattr(own, "scale_model_input")
@@ -139,7 +134,7 @@ def saved_scheduler(name: str, own: SchedulerMixin) -> SchedulerMixin:
     """What to save in the pipeline of a model that carries ``own`` so that it draws with this sampler."""
     if is_few_step(own):
         return own
-    return (flow if is_flow(own) else schedulers).pipeline_scheduler(name, own)
+    return flow.make_sampler(name, own) if is_flow(own) else schedulers.pipeline_scheduler(name, own)
 
 
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:

@@ -10,7 +10,8 @@ from diffusers import SchedulerMixin
 
 from .. import randomness
 from ..pictures import to_uint8
-from ..watchdog import progress
+from ..progress import progress
+from ..signals import Interrupted
 from .schedulers import predicted_images
 
 
@@ -26,7 +27,7 @@ def sample_images(
     stop: Callable[[], bool] = lambda: False,
     first: int = 0,
     **options,
-) -> np.ndarray | None:
+) -> np.ndarray:
     """Draw images with every process taking its share. Call it on all processes.
 
     Image k depends on the seed and k, not on the batch it is drawn in (up to float rounding). The model is put in eval
@@ -35,12 +36,12 @@ def sample_images(
     Args:
         count: number of images.
         batch_size: images at once on this process.
-        stop: asked before every model call of a single process; True gives up.
+        stop: asked before every model call of a single process, see ``sample_batch``.
         first: the number of the first image.
         model, sampler, shape, num_inference_steps, seed, options: see ``sample_batch``.
 
     Returns:
-        uint8 (count, C, H, W) on every process; None if stopped.
+        uint8 (count, C, H, W) on every process.
     """
     share = -(-count // accelerator.num_processes)
     mine, images = first + accelerator.process_index * share + np.arange(share), []
@@ -49,8 +50,6 @@ def sample_images(
         batch = sample_batch(
             model, sampler, sample_ids, shape, num_inference_steps, seed, accelerator.device, **options
         )
-        if batch is None:
-            return None
         images.append(torch.from_numpy(to_uint8(batch)))  # at once: floats of 50,000 images would fill the memory
     images = torch.cat(images)
     if accelerator.num_processes > 1:
@@ -74,7 +73,7 @@ def sample_batch(
     strength: float = 1.0,
     watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     model_inputs: Callable[[np.ndarray], dict] | None = None,
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """Draw the images with these ids.
 
     As in ``DDPMPipeline``, but in float32 outside the model, and each image from its own generator.
@@ -85,7 +84,7 @@ def sample_batch(
         sampler: a diffusers scheduler.
         shape: (C, H, W) of one image.
         num_inference_steps: model calls per image.
-        stop: asked before every model call; True gives up.
+        stop: asked before every model call.
         guidance: steers every step, see ``guidance.Guidance``.
         noise: what image k starts from, instead of the noise of seed and k; float32 (B, C, H, W) for ids (B,). For
             example an interpolation, see ``pipelines.slerp``.
@@ -96,7 +95,10 @@ def sample_batch(
         model_inputs: what else the model needs for images of these ids (B,), by name: class labels, a condition.
 
     Returns:
-        float32 (B, C, H, W), images in [-1, 1] or about it; None if stopped.
+        float32 (B, C, H, W), images in [-1, 1] or about it.
+
+    Raises:
+        Interrupted: ``stop`` returned True.
     """
     sample = noise(sample_ids).to(device) if noise else starting_noise(sampler, seed, sample_ids, shape, device)
     sampler.set_timesteps(num_inference_steps, device=device)
@@ -121,9 +123,9 @@ def sample_batch(
         options["use_clipped_model_output"] = True
     with evaluating(model):
         for timestep in sampler.timesteps[first_step:]:
-            progress()
+            progress("sampling")
             if stop():
-                return None
+                raise Interrupted
             if guidance:
                 model_output = guidance.predict(predict, sampler, sample, timestep)
             else:

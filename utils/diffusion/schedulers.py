@@ -1,8 +1,11 @@
-"""Noise schedules: what the flags make of one, which samplers go with it, and loss weights by signal-to-noise ratio."""
+"""Noise schedules: their samplers, and loss weights by signal-to-noise ratio."""
+
+import itertools
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
+NOISE_LEVELS = 4  # equal ranges of timesteps, each with its own loss curve
 SAMPLER_CLASSES = {
     "ddpm": DDPMScheduler,  # ancestral sampling, Ho et al. 2020, Algorithm 2; wants hundreds of steps
     "ddim": DDIMScheduler,  # deterministic, Song et al. 2021, arXiv:2010.02502
@@ -12,13 +15,24 @@ SAMPLER_CLASSES = {
 }
 
 
-def noise_flags(args) -> dict:
-    """The flags about noise that were given, as parameters of a ``DDPMScheduler``."""
-    names = ("num_train_timesteps", "beta_schedule", "prediction_type", "rescale_betas_zero_snr")
-    given = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
-    if "beta_schedule" in given or "num_train_timesteps" in given:
+def noise_levels(num_train_timesteps: int) -> list[str]:
+    """Name the ranges by first and last timestep, such as 0-249."""
+    edges = [-(-k * num_train_timesteps // NOISE_LEVELS) for k in range(NOISE_LEVELS + 1)]
+    return [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
+
+
+def make_noise_scheduler(pretrained, default: dict, **given) -> DDPMScheduler:
+    """Make the scheduler of training.
+
+    Args:
+        pretrained: a pipeline that training starts from, or None.
+        default: parameters without one.
+        given: parameters that flags ask for; None where they do not.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if "beta_schedule" in given:
         given["trained_betas"] = None  # a pretrained pipeline may bring explicit ones
-    return given
+    return DDPMScheduler.from_config(pretrained.scheduler.config if pretrained else default, **given)
 
 
 def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:

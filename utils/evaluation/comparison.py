@@ -55,21 +55,6 @@ def _inside(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray
     return np.concatenate(balls), counts
 
 
-def nearest_distances(
-    points: np.ndarray, others: np.ndarray, skip_first: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Euclidean distance of each point to the nearest of the others (N,), and its index (N,).
-
-    Args:
-        skip_first: the points are among the others; each passes itself over.
-    """
-    from sklearn.neighbors import NearestNeighbors
-
-    neighbours = NearestNeighbors(n_neighbors=1 + skip_first, algorithm="brute").fit(others)
-    distances, indices = neighbours.kneighbors(points)
-    return distances[:, -1], indices[:, -1]
-
-
 def compare(generated: np.ndarray, real: np.ndarray, name: str, seed: int) -> dict[str, float]:
     """All of these metrics, called after the features' name.
 

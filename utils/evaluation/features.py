@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from .. import UserError
+from ..data.nearest import shrink
+from ..progress import progress
 from ..training.checkpoints import file_hash
-from ..watchdog import progress
 
 DIGITS_WEIGHTS = Path(__file__).parent / "digits_net.safetensors"
 DEFAULT_MODELS = {"dinov2": "facebook/dinov2-base", "clip": "openai/clip-vit-base-patch32"}
@@ -60,23 +61,23 @@ class Extractor:
         """float32 (N, D) for uint8 images (N, C, H, W)."""
         found = []
         for start in range(0, len(images), self.batch_size):
-            progress()
+            progress("evaluation")
             batch = torch.from_numpy(images[start : start + self.batch_size])
             found.append(self.function(batch).float().cpu().numpy())
         return np.concatenate(found)
 
 
-def load_extractor(name: str, model_name_or_path: str | None = None, device: str | torch.device = "cpu") -> Extractor:
-    """The extractor of that name.
+def load_extractor(features: str, device: str | torch.device = "cpu") -> Extractor:
+    """Load an extractor.
 
     Args:
-        name: ``digits``; ``pixels``, averaged down to 16x16 at most; ``dinov2`` or ``clip``, through transformers;
-            ``inception``, through torch-fidelity.
-        model_name_or_path: weights of ``dinov2`` or ``clip``: a Hub id or a folder.
+        features: ``digits``; ``pixels``, averaged down to 16x16 at most; ``dinov2`` or ``clip``, through transformers,
+            perhaps with ``=`` and a Hub id or a folder of weights; ``inception``, through torch-fidelity.
 
     Raises:
         UserError: weights or package are missing.
     """
+    name, _, model_name_or_path = features.partition("=")
     if name == "digits":
         return Extractor(
             name, file_hash(DIGITS_WEIGHTS)[:12], lambda images: digits_net(device)(as_digits(images, device))[0]
@@ -103,12 +104,6 @@ def as_digits(images: torch.Tensor, device) -> torch.Tensor:
     if images.shape[-2:] == (28, 28):
         return images
     return F.pad(F.interpolate(images, (18, 18), mode="bicubic", antialias=True).clamp(0, 1), (5, 5, 5, 5))
-
-
-def shrink(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Float images (N, C, H, W), averaged down to at most ``side`` pixels each way; smaller ones as they are."""
-    size = [min(pixels, side) for pixels in images.shape[-2:]]
-    return images if size == [*images.shape[-2:]] else F.interpolate(images, size, mode="area")
 
 
 def _transformer(name: str, model_name_or_path: str, device) -> Extractor:

@@ -11,12 +11,14 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from .. import UserError
-from ..data import folders
-from ..data.images import choose_range, locate
-from ..data.pixels import GREY_MODES, decode_image, deep_values, prepare_image, to_eight_bits
-from ..data.sources import ImageSource, load_source
+from ..data.images import choose_range
+from ..data.pixels import GREY_MODES, deep_values, prepare_image, to_eight_bits
 from ..diffusion.few_steps import weights_digest
 from ..pictures import from_uint8, make_grid
+from ..sources import folders
+from ..sources.decoding import decode_image
+from ..sources.named_images import NamedImages
+from ..sources.sources import ImageSource
 from ..training.checkpoints import file_hash
 from ..training.output_dir import read_arguments
 from .kept_samples import digest_of, settings_of
@@ -146,7 +148,7 @@ def load_image(path: str, shape: tuple[int, int, int], model: str) -> torch.Tens
     known, image_range = scaled_from(model)
     image_range = image_range if known else choose_range("auto", deep_values([image]), say=False)
     image = to_eight_bits(image, "L" if shape[0] == 1 else "RGB", path, image_range, logger.warning)
-    return from_uint8(prepare_image(image, shape[1:], "bicubic", True))[None]
+    return from_uint8(prepare_image(image, shape[1:], True))[None]
 
 
 def scaled_from(model: str) -> tuple[bool, tuple[float, float] | None]:
@@ -168,16 +170,15 @@ def load_folder(folder: str, accelerator, image_range: tuple[float, float] | Non
         folder = str(Path(folder) / "images")
     splits = "+".join(folders.load_folder(Path(folder))) or "train"
     source = ImageSource(folder, splits, is_folder=True, flags={"name": "folder", "split": "split"})
-    dataset = load_source(source, accelerator)[0].take(limit)
-    located = [locate(row, folder, index) for index, row in enumerate(dataset)]
-    decoded = [decode_image(*place) for place in located]
-    sizes = sorted({image.size for image in decoded})
+    found = NamedImages(source, accelerator)
+    decoded = [found[index]["image"]() for index in range(min(limit, len(found)))]
+    sizes = sorted({image.size for image, _ in decoded})
     if len(sizes) > 1:
         raise UserError(f"{folder}: images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[1]}; expected one size")
-    mode, clipped = "L" if all(image.mode in GREY_MODES for image in decoded) else "RGB", []
+    mode, clipped = "L" if all(image.mode in GREY_MODES for image, _ in decoded) else "RGB", []
     images = [
         to_eight_bits(image, mode, where, image_range, clipped.append)
-        for image, (_, where) in zip(decoded, located, strict=True)
+        for image, where in decoded
     ]
     if clipped:
         logger.warning(f"{folder}: clipped in {len(clipped)} of {len(images)} images; {clipped[0]}")

@@ -1,20 +1,17 @@
 """The real images that samples are compared with: what a model was trained on, and what it has not seen."""
 
 import logging
-from collections.abc import Iterator
 
 import numpy as np
-import torch
-from PIL import Image
 
 from .. import randomness
-from ..data.images import PreparedImages, choose_range, locate, spread_over
-from ..data.pixels import GREY_MODES, MODES, decode_image, deep_values
-from ..data.sources import ImageSource, NoSuchSplit, load_source
-from ..pictures import make_grid, to_uint8
-from .comparison import nearest_distances
-from .denoising_loss import check_disjoint
-from .features import load_extractor, shrink
+from ..data.images import PreparedImages, choose_range
+from ..data.nearest import nearest_distances
+from ..data.pixels import GREY_MODES, MODES, BadImage, deep_values
+from ..pictures import to_uint8
+from ..sources.named_images import NamedImages
+from ..sources.sources import ImageSource, NoSuchSplit, check_disjoint
+from .features import load_extractor
 from .metrics import check_count
 
 logger = logging.getLogger(__name__)
@@ -47,9 +44,9 @@ class Reference:
         self.held_out_split = self._find_held_out()
         for split, images in self._sources.items():
             check_count(len(images), f"{args.reference}, {split}")
-        shown = look_at(self._sources[args.reference_split], args.reference)
+        shown = _look(self._sources[args.reference_split])
         self.image_range = choose_range(args.image_range, deep_values(shown))
-        first = next(look_at(self._sources[self.held_out_split or args.reference_split], args.reference))
+        first = next(_look(self._sources[self.held_out_split or args.reference_split]))
         mode = "L" if first.mode in GREY_MODES else "RGB"
         self._shape = (len(mode), first.height, first.width)
         self.held_out = self.resized(self._shape, self.held_out_split) if self.held_out_split else None
@@ -67,10 +64,10 @@ class Reference:
                     raise
         return self._hold_out(self.args.reference_split)
 
-    def _open(self, split: str, flag: str, **options):
+    def _open(self, split: str, flag: str, **options) -> NamedImages:
         whole, indices = self._parts.get(split, (split, None))
-        dataset = load_source(self._source(whole, flag, **options), self.accelerator)[0]
-        return dataset if indices is None else dataset.select(indices)
+        images = NamedImages(self._source(whole, flag, **options), self.accelerator)
+        return images if indices is None else images.select(indices, split)
 
     def _hold_out(self, split: str) -> str | None:
         """Take a tenth of the reference away. Returns its name; None if there are too few images."""
@@ -85,7 +82,7 @@ class Reference:
         order, count = randomness.shuffled_indices(0, np.arange(length), length), length // 10
         whole = self._sources[split]
         self._parts = {split: (split, np.sort(order[count:])), name: (split, np.sort(order[:count]))}
-        self._sources = {part: whole.select(indices) for part, (_, indices) in self._parts.items()}
+        self._sources = {part: whole.select(indices, part) for part, (_, indices) in self._parts.items()}
         logger.warning(
             f"{start}: {count} of its {length} images are held out. A model that was trained on all has seen them: its "
             "copies are not found. --held_out_split names images that it has not seen"
@@ -98,15 +95,14 @@ class Reference:
 
     def _load(self, split: str, size: tuple[int, int], mode: str) -> np.ndarray:
         if (split, size, mode) not in self._prepared:
-            dataset = self._sources[split]
-            images = PreparedImages(
-                dataset, self.args.reference, mode, size, center_crop=True, seed=self.args.seed,
-                image_range=self.image_range,
-            )  # fmt: skip
+            images = self._sources[split]
+            prepared = PreparedImages(
+                images, mode, size, center_crop=True, seed=self.args.seed, image_range=self.image_range
+            )
             limit = MEMORY // (size[0] * size[1] * len(mode))
-            if limit < len(dataset):
-                logger.warning(f"{self.args.reference}, {split}: of {len(dataset)} images, {limit} at random are used")
-            self._prepared[split, size, mode] = images.examples(limit)
+            if limit < len(images):
+                logger.warning(f"{self.args.reference}, {split}: of {len(images)} images, {limit} at random are used")
+            self._prepared[split, size, mode], _ = prepared.examples(limit)
         return self._prepared[split, size, mode]
 
     def resized(self, shape: tuple[int, int, int], split: str | None = None) -> np.ndarray:
@@ -125,12 +121,11 @@ class Reference:
             UserError: it has no class labels.
         """
         split = split or self.args.reference_split
-        dataset = self._open(split, flag, label_column=self.args.label_column, find_labels=True)
-        names = dataset.features["label"].names
-        drawn = randomness.shuffled_indices(self.args.seed, np.arange(len(dataset)), len(dataset))
+        labelled = self._open(split, flag, label_column=self.args.label_column, find_labels=True)
+        drawn = randomness.shuffled_indices(self.args.seed, np.arange(len(labelled)), len(labelled))
         images = self.resized(shape, split)
-        labels = np.array([-1 if label is None else label for label in dataset["label"][:]])
-        return images, labels[drawn][: len(images)], names
+        labels = np.array([-1 if label is None else label for label in labelled.labels()])
+        return images, labels[drawn][: len(images)], labelled.label_names
 
     def noise(self, count: int) -> np.ndarray:
         """Uniform noise in the shape of the images, made in parts: what it is made from is 20 times as large."""
@@ -176,27 +171,9 @@ class Reference:
         return self._baselines[images.shape[1:]]
 
 
-def look_at(dataset, name: str) -> Iterator[Image.Image]:
-    """Some images of a data set, evenly spread over it, decoded one after the other.
-
-    Raises:
-        UserError: one cannot be read.
-    """
-    spread = spread_over(len(dataset))
-    for index, row in zip(spread, dataset.select(spread), strict=True):
-        yield decode_image(*locate(row, name, index))
-
-
-def show_nearest(samples: np.ndarray, training_images: np.ndarray) -> Image.Image:
-    """A picture of samples and, below each, its nearest training image by the pixels, averaged down to 32x32 at most.
-
-    Each training image is compared as it is and mirrored, for that is how ``--random_flip`` has shown it.
-
-    Args:
-        samples, training_images: uint8 (N, C, H, W) and (M, C, H, W).
-    """
-    both = np.concatenate([training_images, training_images[..., ::-1]])
-    first, second = (shrink(torch.from_numpy(images).float(), 32).flatten(1).numpy() for images in (samples, both))
-    _, indices = nearest_distances(first, second)
-    captions = ["samples", f"nearest of {len(training_images)}"]
-    return make_grid(np.concatenate([samples, both[indices]]), captions=captions)
+def _look(images: NamedImages):
+    """Some of the images, evenly spread, decoded one after the other; a bad one is an error."""
+    for image in images.look():
+        if isinstance(image, BadImage):
+            raise image
+        yield image

@@ -1,15 +1,15 @@
 """Samplers and numbers of steps compared: which is best, a plot of them all, and the best written into a pipeline."""
 
 import json
-import os
 import re
 from pathlib import Path
 
 from diffusers import SchedulerMixin
 from matplotlib.figure import Figure
 
-from .. import UserError
-from ..training.curves import label_log_axis
+from .. import UserError, write_record
+from ..pictures import label_log_axis
+from ..training.output_dir import ARGUMENTS, read_arguments
 
 
 def best_setting(tried: list[tuple]) -> tuple:
@@ -96,22 +96,10 @@ def check_writable(name: str) -> None:
 
 
 def write_scheduler(folder: Path, scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Put another scheduler into a saved DDPMPipeline, and into the lines of its README.md that load it."""
-    changes = {}
+    """Put another scheduler into a saved DDPMPipeline, and the number of steps into its run's record."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    changes["scheduler/scheduler_config.json"] = scheduler.to_json_string()
-    changes["model_index.json"] = json.dumps(index, indent=2) + "\n"
-    if (folder / "README.md").is_file():
-        card = re.sub(
-            r"num_inference_steps=\d+",
-            f"num_inference_steps={num_inference_steps}",
-            (folder / "README.md").read_text(encoding="utf-8"),
-        )
-        changes["README.md"] = re.sub(
-            r"saved scheduler is `\w+`", f"saved scheduler is `{type(scheduler).__name__}`", card
-        )
-    for name, text in changes.items():  # each of them complete or as it was
-        staging = folder / f"{name}.tmp"
-        staging.write_text(text, encoding="utf-8")
-        os.replace(staging, folder / name)
+    write_record(folder / "scheduler" / "scheduler_config.json", json.loads(scheduler.to_json_string()))
+    write_record(folder / "model_index.json", index)
+    if record := read_arguments(folder):
+        write_record(folder / ARGUMENTS, {**record, "num_inference_steps": num_inference_steps})

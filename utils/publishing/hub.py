@@ -2,7 +2,7 @@
 
 What is pushed is copied to ``hub/`` in the output folder first, by a list of what may be published: never optimizer
 states, checkpoints, links, or pictures that hold training images. That folder is what the Hub shows, and nothing else
-writes to it. Checkpoints are uploaded in a thread beside training; only the main process talks to the network.
+writes to it.
 """
 
 import json
@@ -19,15 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars
 
 from .. import UserError
 from ..exits import UPLOAD
+from ..progress import progress
 from ..signals import STOP_SIGNALS
 from ..training.output_dir import ARGUMENTS, read_arguments
+from .model_card import write_card
 
 logger = logging.getLogger(__name__)
 
@@ -41,40 +42,37 @@ PICTURES = ("samples.png", "curves.png", "walk.png", "before_after.png", "guided
 
 
 class Hub:
-    """A model's place on the Hub. Every method does nothing without ``--push_to_hub``; call them on all processes.
+    """A model's place on the Hub. Only one process uses it.
 
     Args:
-        accelerator: says which process talks.
-        args: ``push_to_hub``, ``hub_model_id``, ``hub_private_repo``, ``hub_revision``, ``hub_strategy``, ``hub_logs``,
-            ``hub_timeout``, ``push_required``, ``output_dir``, ``logging_dir``.
-
-    Raises:
-        UserError: on every process: not logged in, no right to write there, a public repository where a private one is
-            asked for; with ``push_required`` also if the Hub cannot be reached.
+        folder: of the run.
+        repo_id: USER/NAME, or NAME; by default the folder's name in the user's account.
+        private: create a private repository, and refuse a public one.
+        revision: branch to push to.
+        logs: push TensorBoard's files, too.
+        timeout: seconds of failing, until a push is given up.
+        card: further arguments of ``model_card.write_card``.
     """
 
     # Of repository; the folder with what is sent; the flag that names it; how it is created
     kind, sent, flag, options = "model", "hub", "--hub_model_id", {}
 
-    def __init__(self, accelerator, args):
-        self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir).resolve()
-        self.repo_id, self.thread, self.failure = args.hub_model_id, None, None
-        self.active = args.push_to_hub and accelerator.is_main_process
-        problem = [None]
-        if self.active:
-            factory = lambda: _with_timeout(min(REQUEST_TIMEOUT, args.hub_timeout / 4))  # noqa: E731
-            huggingface_hub.set_client_factory(factory)
-            constants.HF_HUB_DISABLE_XET = True  # another client, of its own, on whose requests there is no time limit
-            disable_progress_bars()
-            try:
-                self._check()
-            except UserError as error:
-                problem[0] = str(error)
-        if args.push_to_hub and broadcast_object_list(problem)[0]:
-            raise UserError(problem[0])
+    def __init__(
+        self, folder: Path, repo_id: str | None = None, private: bool = False, revision: str | None = None,
+        logs: bool = False, timeout: float = 1800.0, **card,
+    ):  # fmt: skip
+        self.folder, self.repo_id, self.private, self.revision = Path(folder), repo_id, private, revision
+        self.logs, self.timeout, self.card, self.failure = logs, timeout, card, None
+        huggingface_hub.set_client_factory(lambda: _with_timeout(min(REQUEST_TIMEOUT, timeout / 4)))
+        constants.HF_HUB_DISABLE_XET = True  # another client, of its own, on whose requests there is no time limit
+        disable_progress_bars()
 
-    def _check(self) -> None:
-        """Login, repository and the right to write, before anything is trained."""
+    def check(self) -> None:
+        """Check login, repository and the right to write.
+
+        Raises:
+            UserError: not logged in, no right to write there, a public repository where a private one is asked for.
+        """
         if constants.ENDPOINT != constants._HF_DEFAULT_ENDPOINT:
             logger.warning(f"HF_ENDPOINT is set: the model and your token go to {constants.ENDPOINT}")
         try:
@@ -82,111 +80,103 @@ class Hub:
         except Exception as error:  # httpx2's errors, the client's and ConnectionError share no class
             if _is_refusal(error):
                 raise UserError(f"cannot push: {self._explain(error)}") from error
-            if self.args.push_required:
-                raise UserError(f"cannot push: the Hub cannot be reached: {self._explain(error)}") from error
             logger.warning(f"The Hub cannot be reached now: {self._explain(error)}. The push is tried again at the end")
 
     def _create(self) -> None:
         """Find out the repository's full name, create it if need be, and see that it can be written to."""
-        api, private = HfApi(), self.args.hub_private_repo
+        api = HfApi()
         if not self.repo_id or "/" not in self.repo_id:
-            name = self.repo_id or re.sub(r"[^\w.-]+", "-", self.folder.name).strip("-.") or "model"
+            name = self.repo_id or re.sub(r"[^\w.-]+", "-", self.folder.resolve().name).strip("-.") or "model"
             self.repo_id = f"{api.whoami()['name']}/{name}"
-        api.create_repo(self.repo_id, repo_type=self.kind, private=private or None, exist_ok=True, **self.options)
+        api.create_repo(self.repo_id, repo_type=self.kind, private=self.private or None, exist_ok=True, **self.options)
         api.auth_check(self.repo_id, repo_type=self.kind, write=True)
-        if private and not api.repo_info(self.repo_id, repo_type=self.kind).private:
+        if self.private and not api.repo_info(self.repo_id, repo_type=self.kind).private:
             raise UserError(
                 f"--hub_private_repo: the {self.kind} {self.repo_id} exists and is public. Make it private in its "
                 f"settings on the Hub, or choose another {self.flag}"
             )
-        if self.args.hub_revision:
-            api.create_branch(self.repo_id, repo_type=self.kind, branch=self.args.hub_revision, exist_ok=True)
-
-    def push_checkpoint(self, step: int) -> None:
-        """With ``--hub_strategy every_checkpoint``, upload ``checkpoint-<step>`` beside training.
-
-        While an upload runs, a further one is left out; the end is always pushed.
-        """
-        if not self.active or self.args.hub_strategy != "every_checkpoint":
-            return
-        if self.thread and self.thread.is_alive():
-            logger.info(f"An upload is still under way: checkpoint-{step} is not pushed")
-            return
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.flush()
-        try:
-            self._snapshot(self.folder / f"checkpoint-{step}")
-        except Exception as error:  # a full disk, a file that cannot be copied: no reason to stop training
-            logger.warning(f"checkpoint-{step} is not pushed: {type(error).__name__}: {error}")
-            return
-        self._upload(f"checkpoint-{step}")
+        if self.revision:
+            api.create_branch(self.repo_id, repo_type=self.kind, branch=self.revision, exist_ok=True)
 
     def push(self) -> None:
         """Upload the finished model, and say what became of it; exit with ``PUSH_FAILED`` if it was not pushed."""
-        if not self.active:
-            return
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number, handler in handlers.items():
+            if handler is not signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler)
+        thread = threading.Thread(target=self._send, daemon=True, name=UPLOAD)  # which a signal does not wait for
         try:
-            if self.thread:  # the upload of a checkpoint; it ends, for no request waits for ever
-                self.thread.join()
-            self._snapshot(self.folder)
-            self._upload("end of training")
-            self.thread.join()
+            thread.start()
+            while thread.is_alive():
+                progress("upload")
+                thread.join(1.0)
         except KeyboardInterrupt:
             self.failure = InterruptedError("stopped by a signal")
-        except Exception as error:  # the disk, the network, or files that may not be published
-            self.failure = error
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         if self.failure is None:
             print(f"\nPushed to {constants.ENDPOINT}/{'spaces/' * (self.kind == 'space')}{self.repo_id}", flush=True)
             return
         print(
-            f"\nNot pushed: {self._explain(self.failure)}.\nThe model is complete in {self.args.output_dir}. "
+            f"\nNot pushed: {self._explain(self.failure)}.\nThe model is complete in {self.folder}. "
             f"This sends what is missing:\n  {self._command()}",
             flush=True,
         )
         sys.exit(PUSH_FAILED)
 
+    def _send(self) -> None:
+        """Upload in this thread; what goes wrong is kept in ``failure``."""
+        try:
+            _persist(self._create, self.timeout)
+            self._snapshot()
+            upload = lambda: HfApi().upload_folder(  # noqa: E731
+                repo_id=self.repo_id, repo_type=self.kind, folder_path=self.folder / self.sent,
+                revision=self.revision, commit_message=f"Upload {self.kind}",
+            )  # fmt: skip
+            _persist(upload, self.timeout)
+        except Exception as error:  # the disk, the network, or files that may not be published
+            self.failure = error
+
     def _explain(self, error: Exception) -> str:
         return _explain(error, self.repo_id, self.flag)
 
-    def _command(self) -> str:
+    def _command(self, *more: str) -> str:
         script = os.path.relpath(Path(__file__).parents[2] / "push.py")
-        parts = ["python", script, self.args.output_dir]
+        parts = ["python", script, str(self.folder)]
         parts += ["--hub_model_id", self.repo_id] if self.repo_id else []
-        parts += ["--hub_private_repo"] if self.args.hub_private_repo else []
-        parts += ["--hub_revision", self.args.hub_revision] if self.args.hub_revision else []
-        parts += ["--hub_logs"] if self.args.hub_logs else []
-        space = vars(self.args).get("space")
-        return shlex.join([*parts, *(["--space"] if space == "" else ["--space", space] if space else [])])
+        parts += ["--hub_private_repo"] if self.private else []
+        parts += ["--hub_revision", self.revision] if self.revision else []
+        parts += ["--hub_logs"] if self.logs else []
+        for flag, value in (("hub_license", self.card.get("license")), ("hub_dataset_name", self.card.get("dataset_name"))):
+            parts += [f"--{flag}", value] if value else []
+        return shlex.join([*parts, *more])
 
-    def _snapshot(self, source: Path) -> None:
-        """Renew the folder with what is sent, of a saved pipeline; it is complete, or as it was."""
+    def _snapshot(self) -> None:
+        """Renew the folder with what is sent; it is complete, or as it was."""
         target, staging = self.folder / self.sent, self.folder / f"{self.sent}-staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        self._fill(staging, source)
+        self._fill(staging)
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
 
-    def _fill(self, staging: Path, source: Path) -> None:
-        """Copy what may be published, of a saved pipeline and of the run's folder.
+    def _fill(self, staging: Path) -> None:
+        """Copy what may be published.
 
         Raises:
             ValueError: a part of the pipeline is a link, or it has no weights.
         """
-        logs = self.folder / self.args.logging_dir
-        files = [(path, path.relative_to(source)) for pattern in ALLOWED for path in sorted(source.glob(pattern))]
-        for path, _ in files:
+        logs = self.folder / "logs"
+        files = [path for pattern in ALLOWED for path in sorted(self.folder.glob(pattern))]
+        for path in files:
             if path.is_symlink() or path.parent.is_symlink():
                 raise ValueError(f"{path} is, or is below, a link, and only files are pushed: put a copy in its place")
-        if not any(place.suffix == ".safetensors" for _, place in files):
-            raise ValueError(f"{source}/unet has no weights (.safetensors)")
-        for pattern in PICTURES:
-            files += [(path, path.relative_to(self.folder)) for path in self.folder.glob(pattern)]
-        for path in logs.glob("**/events.out.*") if self.args.hub_logs else ():
+        if not any(path.suffix == ".safetensors" for path in files):
+            raise ValueError(f"{self.folder}/unet has no weights (.safetensors)")
+        files += [path for pattern in PICTURES for path in self.folder.glob(pattern)]
+        files = [(path, path.relative_to(self.folder)) for path in files]
+        for path in logs.glob("**/events.out.*") if self.logs else ():
             parts = path.name.split(".")  # events.out.tfevents.TIME.HOST.PID.NUMBER, without the name of this machine
             files.append((path, Path("logs", ".".join(parts[:4] + parts[-2:]))))
         for path, place in files:
@@ -196,6 +186,7 @@ class Hub:
             (staging / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, staging / place)
         self._write_arguments(staging)
+        write_card(staging, self.folder, final=True, name=self.repo_id, **self.card)
 
     def _write_arguments(self, folder: Path) -> None:
         """``training_args.json`` without paths of this machine."""
@@ -203,36 +194,6 @@ class Hub:
         if "public_arguments" in record:
             record["arguments"] = record.pop("public_arguments")
             (folder / ARGUMENTS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-    def _upload(self, message: str) -> None:
-        """Start the upload of ``hub/`` in a thread; what goes wrong in it is kept in ``failure``."""
-
-        def send():
-            try:
-                _persist(self._create, self.args.hub_timeout)
-                self._finish_card()
-                upload = lambda: HfApi().upload_folder(  # noqa: E731
-                    repo_id=self.repo_id, repo_type=self.kind, folder_path=self.folder / self.sent,
-                    revision=self.args.hub_revision or None, commit_message=f"Upload {self.kind}, {message}",
-                )  # fmt: skip
-                _persist(upload, self.args.hub_timeout)
-                self.failure = None
-                logger.info(f"Sent to the Hub: {message}")
-            except Exception as error:  # as in ``_check``; training must not stop for it
-                self.failure = error
-                logger.warning(f"{message} is not pushed: {self._explain(error)}")
-
-        self.thread = threading.Thread(target=send, daemon=True, name=UPLOAD)
-        self.thread.start()
-
-    def _finish_card(self) -> None:
-        """The card's snippet loads the model from the Hub."""
-        card = self.folder / self.sent / "README.md"
-        if card.is_file():
-            text = re.sub(
-                r"(from_pretrained\(|custom_pipeline=)'[^']*'", rf"\1'{self.repo_id}'", card.read_text(encoding="utf-8")
-            )
-            card.write_text(text, encoding="utf-8")
 
 
 def _with_timeout(seconds: float):

@@ -8,27 +8,29 @@ import json
 import logging
 import os
 import platform
-import re
 import shlex
 import subprocess
-import tempfile
 from pathlib import Path
 
-import accelerate
+import diffusers
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from .. import write_record
 from ..args import defaults_of
+from ..diffusion.class_conditional import class_names
 from ..hardware import device_name
-from ..pictures import how_drawn
-from ..training.output_dir import OWN_IMAGES, how_to_load, is_hub_id, public, read_arguments
+from ..privacy import OWN_IMAGES, is_hub_id, public
+from ..training.last_lines import how_to_load
+from ..training.output_dir import ARGUMENTS, read_arguments
+from .results import describe_results
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "numpy", "pillow")
 TRAINING_FLAGS = (
-    "learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "dropout", "label_dropout", "use_ema",
-    "random_flip", "seed", "solver_steps", "points_per_way", "noisy_points", "huber_c", "teacher_guidance_scale",
+    "learning_rate", "lr_scheduler", "lr_warmup_steps", "label_dropout", "use_ema", "random_flip", "seed",
+    "solver_steps", "teacher_guidance_scale",
 )  # fmt: skip
 USE = """
 ## Intended use and limits
@@ -37,7 +39,7 @@ For studying and illustrating diffusion models, and to start others from. It dra
 their gaps and biases; what it draws is evidence of nothing. Small data sets are memorised: compare samples with the
 training images before showing them. The licence of the training images applies, too.
 """
-UNLICENSED = "The page says `license: unknown`: --hub_license says under which one others may use the model"
+UNLICENSED = "The page says `license: unknown`: `push.py --hub_license` says under which one others may use the model"
 PEOPLE = """
 ## People
 
@@ -67,49 +69,81 @@ PAPERS = {  # by a setting and its value, ... for any: what it comes from
 }
 
 
-def write_card(folder: Path, title: str, args, **summary) -> None:
+def add_to_record(folder: Path, args, title: str, caption: str, state) -> None:
+    """Add to ``training_args.json`` what a page needs that only the run knows.
+
+    Args:
+        folder: of the run.
+        args: all flags, for the command that reproduces it.
+        title: what kind of model it is, a few words.
+        caption: how its samples are drawn.
+        state: accelerate's, of the processes.
+    """
+    record = read_arguments(folder)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    where = f"{state.num_processes} x {device_name(state.device)}, Python {platform.python_version()}"
+    command = _command(record["public_arguments"], defaults_of(args), record["script"], state)
+    text = f"    {command}\n\n{_commit()}{versions}; {where}"
+    write_record(folder / ARGUMENTS, {**record, "card": {"title": title, "caption": caption, "reproduce": text}})
+
+
+def write_card(
+    folder: Path, run_folder: Path, final: bool | None = None, name: str | None = None, license: str | None = None,
+    dataset_name: str | None = None, evaluation: dict | None = None,
+) -> None:  # fmt: skip
     """Write ``README.md``: valid metadata, the samples, how to load the model, and what reproduces it.
 
-    In the run's own folder the snippet has been run, with one step, before it is written. Training images of this
-    machine are named by their number, unless ``--hub_dataset_name`` names them.
+    Of a finished model the snippet is there only if the pipeline loads and draws. Training images of this machine are
+    named by their number.
 
     Args:
         folder: a saved pipeline.
-        title: what kind of model it is, a few words.
-        args: the run's flags.
-        summary: what the run found out; ``data`` is the Hub id, path or short name of the training images, ``images``
-            their number, ``data_license`` their licence, ``base`` the id or path of the pipeline that it started from,
-            ``classes`` the names of what a conditional model can be asked for.
+        run_folder: of the run that saved it, with its record; without ``add_to_record`` nothing is written.
+        final: it is the finished model, with its pictures; by default where the folders are the same.
+        name: by which it is loaded; by default that of the run's folder.
+        license: of the model; by default ``unknown``, and a warning where the card has a name.
+        dataset_name: what the training images are called.
+        evaluation: ``results.json`` of evaluate.py.
+
+    Raises:
+        ValueError: see ``describe_results``.
     """
-    classes, output_dir = summary.pop("classes", None), Path(args.output_dir)
+    record = read_arguments(run_folder)
+    if "card" not in record:
+        return
+    final = folder.resolve() == run_folder.resolve() if final is None else final
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    final = folder.resolve() == output_dir.resolve()  # otherwise a checkpoint, which has no pictures
-    record = read_arguments(output_dir)
-    name = record.get("public_data", OWN_IMAGES)
-    people = name not in NOBODY or _shows_people(summary.get("base"))
-    if name == OWN_IMAGES:
-        name = f"{summary.get('images') or 'a stream of'} {OWN_IMAGES}"
-    summary = {**public(summary), "data": args.hub_dataset_name or name}
-    subject = SUBJECTS.get(summary["data"], summary["data"])
-    data = ModelCardData(
-        license=args.hub_license,
+    classes = class_names(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
+    flags, base = record["public_arguments"], record.get("base")
+    data = record.get("public_data", OWN_IMAGES)
+    people = data not in NOBODY or _shows_people(base)
+    if data == OWN_IMAGES:
+        data = f"{record.get('images') or 'a stream of'} {OWN_IMAGES}"
+    data = dataset_name or data
+    subject = SUBJECTS.get(data, data)
+    section, results = describe_results(folder, evaluation) if evaluation else ("", None)
+    metadata = ModelCardData(
+        license=license or "unknown",
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=_tags(index, scheduler, classes),
-        datasets=[summary["data"]] if is_hub_id(summary["data"]) else None,
-        base_model=summary.get("base") if is_hub_id(summary.get("base")) else None,
+        datasets=[data] if is_hub_id(data) else None,
+        base_model=base if is_hub_id(base) else None,
+        model_name=run_folder.resolve().name if results else None,
+        eval_results=results,
     )
-    if final and args.push_to_hub and args.hub_license == "unknown":
-        logger.warning(f"{UNLICENSED} (the training images: {summary.get('data_license', 'not stated')})")
-    flags = {key: value for key, value in vars(args).items() if value is not None}
-    found = {key: value for key, value in summary.items() if value is not None and key != "fingerprint"}
-    settings = found | record.get("ran", {}) | {key: flags[key] for key in TRAINING_FLAGS if key in flags}
+    if name and not license:
+        logger.warning(f"{UNLICENSED} (the training images: {record.get('data_license', 'not stated')})")
+    known = {"script", "arguments", "public_arguments", "public_data", "constants", "card", "ran", "versions"}
+    known |= {"num_processes", "mixed_precision", "device", "finished_at_step", "fingerprint", "classes"}
+    found = {key: value for key, value in record.items() if key not in known and value is not None}
+    settings = public(found) | {"data": data} | record.get("ran", {})
+    settings |= {key: flags[key] for key in TRAINING_FLAGS if flags.get(key) is not None}
     code = [
         f"`{path.relative_to(folder)}`" for part in ("", "scheduler", "unet") for path in (folder / part).glob("*.py")
     ]
     trust = f"`trust_remote_code=True` runs the code that comes with the model: {', '.join(code)}. Read it first.\n\n"
-    has_curves = final and {"all", "tensorboard"} & set(args.report_to.split(","))
     ours = index["_class_name"] in ("DDPMPipeline", "ConsistencyModelPipeline")  # not linear mixing
     used = flags | found | {"ddpm": ours and not scheduler.get("use_flow_sigmas"), "classes": bool(classes)}
     used["sampler"] = index["scheduler"][1]
@@ -117,26 +151,28 @@ def write_card(folder: Path, title: str, args, **summary) -> None:
         paper for (key, value), paper in PAPERS.items() if (used.get(key) if value is ... else used.get(key) == value)
     }
     links = "\n".join(f"* [{name}](https://arxiv.org/abs/{number})" for name, number in sorted(papers))
+    steps = record.get("num_inference_steps", flags["num_inference_steps"])
+    snippet = _snippet(folder, name or run_folder.resolve().name, steps, classes, flags.get("guidance_scale"), final)
     text = f"""---
-{data.to_yaml()}
+{metadata.to_yaml()}
 ---
 
-# {_escape(title)} trained on {_escape(subject)}
+# {_escape(record["card"]["title"])} trained on {_escape(subject)}
 
 {"![samples](samples.png)" if final else "From before the end of training."}
 
-{_drawn(index["scheduler"][1], args) if final else ""}Draws {_shape(summary)}images like those of \
+{_drawn(index["scheduler"][1], record) if final else ""}Draws {_shape(record)}images like those of \
 {_escape(subject)}, with a {index["unet"][1]}.{_said_of(classes)}
 
 ## Use
 
-{_snippet(folder, args, final, classes)}{trust if code else ""}The saved scheduler is `{index["scheduler"][1]}`.
-{_section("Metrics", _metrics(output_dir) if final else "")}
+{snippet}{trust if code else ""}The saved scheduler is `{index["scheduler"][1]}`.
+{_section("Metrics", _metrics(run_folder) if final else "")}{_section("Evaluation", section)}
 ## Training
 
-{"![curves](curves.png)" if has_curves else ""}
+{"![curves](curves.png)" if final and any(run_folder.glob("logs/**/events.out.*")) else ""}
 
-{_reproduce(record, args)}
+{record["card"]["reproduce"]}
 
 {_table(settings)}
 {_section("Papers", links)}{USE}{PEOPLE if people else ""}"""
@@ -170,18 +206,19 @@ def _table(values: dict) -> str:
     )
 
 
-def _shape(summary: dict) -> str:
-    if "image_shape" not in summary:
+def _shape(record: dict) -> str:
+    if "image_shape" not in record:
         return ""
-    channels, height, width = summary["image_shape"]
+    channels, height, width = record["image_shape"]
     return f"{height} x {width} {'grey ' if channels == 1 else ''}"
 
 
-def _drawn(sampler: str, args) -> str:
-    """How the picture above was made."""
+def _drawn(sampler: str, record: dict) -> str:
+    """Say how the picture above was made."""
+    flags, caption = record["public_arguments"], record["card"]["caption"]
     if sampler == "LCMScheduler":
-        return f"The teacher's samples and this model's from the same noise, seed {args.seed}, not selected. "
-    return f"{args.num_samples} samples, not selected: {how_drawn(args)}. "
+        return f"The teacher's samples and this model's from the same noise, {caption}, not selected. "
+    return f"{flags['num_samples']} samples, not selected: {caption}. "
 
 
 def _metrics(output_dir: Path) -> str:
@@ -203,32 +240,27 @@ def _said_of(classes) -> str:
     return f" It can be asked for {len(classes)} classes, by number from 0 or by name: {shown}."
 
 
-def _snippet(folder: Path, args, run_it: bool, classes=None) -> str:
-    """How to load and draw, as Markdown; nothing if that failed here."""
-    name = Path(args.output_dir).resolve().name
+def _snippet(
+    folder: Path, name: str, steps: int, classes: list[str], guidance_scale: float | None, final: bool
+) -> str:  # fmt: skip
+    """Show how to load and draw, as Markdown; of a finished model nothing if that fails here."""
     load = how_to_load(folder, name)
-    code = f"from diffusers import {load.split('.')[0]}\n\npipeline = {load}\n"
+    custom = load.startswith("DiffusionPipeline") and "custom_pipeline" in load
     asked = f", class_labels={[k % len(classes) for k in range(4)]}" if classes else ""
-    how = repr(list(classes[:4])) if classes and load.startswith("DiffusionPipeline") else f"batch_size=4{asked}"
-    code += f"images = pipeline({how}, num_inference_steps={args.num_inference_steps}).images\n"
+    how = repr(list(classes[:4])) if custom else f"batch_size=4{asked}"
+    code = f"from diffusers import {load.split('.')[0]}\n\npipeline = {load}\n"
+    code += f"images = pipeline({how}, num_inference_steps={steps}).images\n"
     code += 'images[0].save("sample.png")'
-    if classes and "guidance_scale" in vars(args):  # a model that was distilled has learnt its teacher's
-        alone = code + "\n\n# With guidance, two calls of the model a step, and classes by name\n"
-        where = f"{name!r}, custom_pipeline={name!r}"
-        code = "from diffusers import DiffusionPipeline\n\n"
-        code += f"pipeline = DiffusionPipeline.from_pretrained({where}, trust_remote_code=True)\n"
-        scale = 1.5 if args.guidance_scale == 1 else args.guidance_scale
-        code += f"images = pipeline([{classes[0]!r}, {classes[-1]!r}], guidance_scale={scale}).images"
-        if not load.startswith("DiffusionPipeline"):
-            code = alone + code
-    if run_it:
-        once = code.replace(repr(name), repr(str(folder.resolve())))
-        once = re.sub(r"num_inference_steps=\d+", "num_inference_steps=1", once)
-        once = re.sub(r"(guidance_scale=[\d.]+)\)", r"\1, num_inference_steps=1)", once)
+    guided = bool(classes) and guidance_scale is not None  # a model that was distilled has learnt its teacher's
+    if guided:
+        scale = 1.5 if guidance_scale == 1 else guidance_scale
+        more = "from diffusers import DiffusionPipeline\n\n"
+        more += f"pipeline = DiffusionPipeline.from_pretrained({name!r}, custom_pipeline={name!r}, trust_remote_code=True)\n"
+        more += f"images = pipeline([{classes[0]!r}, {classes[-1]!r}], guidance_scale={scale}).images"
+        code = more if custom else f"{code}\n\n# With guidance, two calls of the model a step, and classes by name\n{more}"
+    if final:
         try:
-            with tempfile.TemporaryDirectory() as place, contextlib.chdir(place), torch.random.fork_rng(devices=[]):
-                with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
-                    exec(once, {})
+            _try(folder, load.split(".")[0], custom, guided, classes)
         except Exception as error:  # the model is saved: a card without the snippet is better than none
             logger.warning(
                 f"{folder}: the saved pipeline could not be loaded and called: {type(error).__name__}: {error}"
@@ -237,31 +269,39 @@ def _snippet(folder: Path, args, run_it: bool, classes=None) -> str:
     return f"```python\n{code}\n```\n\n"
 
 
-def _reproduce(record: dict, args) -> str:
-    """The command, the state of the scripts, versions and machine that a run takes to come out the same.
+def _try(folder: Path, kind: str, custom: bool, guided: bool, classes: list[str]) -> None:
+    """Load the pipeline as the snippet does, and draw with one step; the libraries raise what does not work."""
+    place, options = str(folder.resolve()), {"num_inference_steps": 1}
+    trusted = {"trust_remote_code": True} if kind == "DiffusionPipeline" else {}
+    with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        if not custom:
+            pipeline = getattr(diffusers, kind).from_pretrained(place, **trusted)
+            pipeline(batch_size=1, **({"class_labels": [0]} if classes else {}), **options)
+        if custom or guided:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(place, custom_pipeline=place, trust_remote_code=True)
+            pipeline([classes[0]], **({"guidance_scale": 1.5} if guided else {}), **options)
 
-    The command has every flag that differs from its default, wherever it was given.
+
+def _command(arguments: dict, defaults: dict, script: str, state) -> str:
+    """Return the command that a run takes to come out the same.
+
+    It has every flag that differs from its default, wherever it was given.
     """
-    state = accelerate.state.AcceleratorState()
     command = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if state.num_processes > 1:
         command += ["--multi_gpu", "--num_processes", str(state.num_processes)]
         command += ["--num_machines", str(machines)] * (machines > 1)
-    command += ["--mixed_precision", state.mixed_precision, f"{record.get('script', 'SCRIPT')}.py"]
-    for flag, value in record.get("public_arguments", {}).items():
-        if value in (None, defaults_of(args).get(flag)) or flag.startswith(("hub_", "push_", "mixed_precision")):
+    command += ["--mixed_precision", state.mixed_precision, f"{script}.py"]
+    for flag, value in arguments.items():
+        if value in (None, defaults.get(flag)) or flag.startswith(("hub_", "push_", "mixed_precision")):
             continue
         if isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             command += [f"--{flag}={value}"] if str(value).startswith("-") else [f"--{flag}", str(value)]
     text = shlex.join(command).replace("\n", " ")
-    if state.num_processes > 1 and state.device.type == "cpu":
-        text = f"ACCELERATE_USE_CPU=true {text}"
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    where = f"{state.num_processes} x {device_name(state.device)}, Python {platform.python_version()}"
-    return f"    {text}\n\n{_commit()}{', '.join(versions)}; {where}"
+    return f"ACCELERATE_USE_CPU=true {text}" if state.num_processes > 1 and state.device.type == "cpu" else text
 
 
 @functools.cache

@@ -1,25 +1,20 @@
-"""What is known of a model only after its card was written: what evaluate.py has found, the licence."""
+"""The results of evaluate.py, for a model's page."""
 
-import logging
-import re
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult
 
+from ..privacy import OWN_IMAGES
 from ..training.checkpoints import file_hash
-from ..training.output_dir import OWN_IMAGES
-from .model_card import UNLICENSED
-
-logger = logging.getLogger(__name__)
 
 MEASURED = ("fd_", "fid_", "kid_", "precision", "recall", "coverage", "class_accuracy")  # columns of evaluate.py
 
 
-def add_results(folder: Path, results: dict) -> None:
-    """Put what evaluate.py has found into the card, and into its metadata.
+def describe_results(folder: Path, results: dict) -> tuple[str, list[EvalResult]]:
+    """Return the section of the page, and the entries of its metadata.
 
     Args:
-        folder: a saved pipeline with a README.md.
+        folder: a saved pipeline.
         results: of a ``results.json``; rows of these weights count.
 
     Raises:
@@ -29,19 +24,14 @@ def add_results(folder: Path, results: dict) -> None:
     rows = [row for row in results["results"] if row.get("weights") == weights]
     if not rows:
         names = ", ".join(f"{row['model']} ({row.get('weights', 'no weights')})" for row in results["results"])
-        raise ValueError(f"none of its rows is of the weights in {folder} ({weights}): {names}. Run evaluate.py again")
-    card = ModelCard.load(folder / "README.md")
+        raise ValueError(f"none of its rows is about the weights in {folder} ({weights}): {names}. Run evaluate.py again")
     reference = results.get("public_reference", OWN_IMAGES)  # as evaluate.py saw it
-    card.data.model_name = folder.resolve().name
     names = [name for name in rows[0] if name.startswith(MEASURED) and "error" not in name]
     settings = [name for name in ("sampler", "algorithm", "steps", "guidance_scale", "N") if name in rows[0]]
     head = [*settings, *names]
     cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in map(row.get, head)] for row in rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))
-    text = f"## Evaluation\n\n`evaluate.py` against {reference}, {results['reference_split']}:\n\n{table}\n\n"
-    before, title, after = re.sub(r"## Evaluation\n.*?(?=## )", "", card.text, flags=re.S).partition("## Training\n")
-    card.text = before + text + title + after
-    card.data.eval_results = [
+    entries = [
         EvalResult(
             task_type="unconditional-image-generation",
             dataset_type=reference,
@@ -55,20 +45,4 @@ def add_results(folder: Path, results: dict) -> None:
         for metric, value in row.items()
         if metric in names
     ]
-    card.save(folder / "README.md")
-
-
-def licensed(folder: Path, license: str | None) -> None:
-    """Put the licence into the card's metadata; None leaves what is there, and says so if that is `unknown`.
-
-    Args:
-        folder: a saved pipeline; without a README.md nothing happens.
-    """
-    if not (folder / "README.md").is_file():
-        return
-    card = ModelCard.load(folder / "README.md")
-    if license:
-        card.data.license = license
-        card.save(folder / "README.md")
-    elif card.data.license == "unknown":
-        logger.warning(UNLICENSED)
+    return f"`evaluate.py` against {reference}, {results['reference_split']}:\n\n{table}", entries

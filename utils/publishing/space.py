@@ -3,7 +3,6 @@
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 from huggingface_hub import HfApi, ModelCard, RepoCard, SpaceCardData
 
@@ -19,34 +18,32 @@ class Space(Hub):
     """The demo's place on the Hub, private if the model is; see ``Hub``.
 
     Args:
-        accelerator: says which process talks.
-        model: of the model, which has been pushed; its ``args`` with ``space``, the Space's id or name, "" for the
-            model's.
+        model: the model's place; it has been pushed.
+        repo_id: of the Space; "" for the model's.
 
     Raises:
-        UserError: the demo, or what it imports, is not there; the model is on a branch; as ``Hub``.
+        UserError: the demo, or what it imports, is not there; the model is on a branch.
     """
 
     kind, sent, flag, options = "space", "space", "--space", {"space_sdk": "gradio"}
 
-    def __init__(self, accelerator, model: Hub):
+    def __init__(self, model: Hub, repo_id: str):
         missing = [name for name in NEEDED if not (ROOT / name).exists()]
         if missing:
             raise UserError(f"--space: {', '.join(missing)} is not here; a Space consists of demo.py and all of utils/")
-        if model.args.hub_revision:
+        if model.revision:
             raise UserError("--space: a Space draws with what is on main; leave --hub_revision out")
-        self.model = model
-        settings = {**vars(model.args), "hub_model_id": model.args.space or model.repo_id}
-        super().__init__(accelerator, SimpleNamespace(**settings))
+        self.model, self.named = model, repo_id
+        super().__init__(model.folder, repo_id or model.repo_id, model.private, timeout=model.timeout)
 
     def _create(self) -> None:
-        self.args.hub_private_repo = self.args.hub_private_repo or HfApi().repo_info(self.model.repo_id).private
+        self.private = self.private or HfApi().repo_info(self.model.repo_id).private
         super()._create()
 
     def _command(self) -> str:
-        return self.model._command()
+        return self.model._command("--space", *([self.named] if self.named else []))
 
-    def _fill(self, staging: Path, source: Path) -> None:
+    def _fill(self, staging: Path) -> None:
         """Write README.md, app.py, requirements.txt and copies of the code."""
         for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
             place = staging / path.relative_to(ROOT)
@@ -64,10 +61,7 @@ class Space(Hub):
             python_version="3.11",
             app_file="app.py",
             models=[self.model.repo_id],
-            license=ModelCard.load(source / "README.md").data.license,
+            license=ModelCard.load(self.folder / self.model.sent / "README.md").data.license,
         )
         text = f"---\n{card.to_yaml()}\n---\n\n# {self.model.repo_id}\n\nDraws with this model.\n"
         RepoCard(text).save(staging / "README.md")
-
-    def _finish_card(self) -> None:
-        """It has no snippet."""

@@ -10,20 +10,18 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import shutil
-import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import load_file
 
 from .. import UserError, sync
-from ..watchdog import progress
+from ..progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +81,14 @@ def save_checkpoint(
     return final
 
 
-def find_checkpoint(accelerator, output_dir: Path, request: str | None) -> Path | None:
+def find_checkpoint(
+    accelerator, output_dir: Path, request: str | None, prefer_newest: bool = False
+) -> Path | None:
     """The checkpoint to resume from, the same on every process.
 
     Args:
         request: a path; or ``latest`` or None, which mean the newest complete one if there is any.
+        prefer_newest: take the newest complete one if it is newer than the path: the run has saved it since it began.
 
     Returns:
         None if there is no complete checkpoint and no path was given.
@@ -98,7 +99,7 @@ def find_checkpoint(accelerator, output_dir: Path, request: str | None) -> Path 
     answer = [None, None]
     if accelerator.is_main_process:
         try:
-            answer[0] = _find(output_dir, request)
+            answer[0] = _find(output_dir, request, prefer_newest)
         except CheckpointError as error:
             answer[1] = str(error)
     path, problem = broadcast_object_list(answer)
@@ -107,8 +108,12 @@ def find_checkpoint(accelerator, output_dir: Path, request: str | None) -> Path 
     return path
 
 
-def _find(output_dir: Path, request: str | None) -> Path | None:
+def _find(output_dir: Path, request: str | None, prefer_newest: bool) -> Path | None:
     if request not in (None, "latest"):
+        steps = re.fullmatch(r"checkpoint-(\d+)", Path(request).name)
+        newest = _find(output_dir, None, False) if prefer_newest else None
+        if newest and (not steps or int(newest.name.split("-")[1]) > int(steps[1])):
+            return newest
         verify_checkpoint(Path(request))
         return Path(request)
     for path in reversed(list_checkpoints(output_dir)):
@@ -226,28 +231,12 @@ def set_aside_newer(output_dir: Path, path: Path) -> None:
             logger.warning(f"{newer} is newer than {path.name}, which this run goes back to: renamed to {target.name}")
 
 
-def check_shared(accelerator, folder: Path) -> None:
-    """Refuse a folder of which each machine has its own: each would save a part of every checkpoint.
-
-    Raises:
-        UserError: on every process.
-    """
-    token = folder / broadcast_object_list([f".tmp-seen-by-all-{uuid.uuid4().hex}"])[0]
-    if accelerator.is_main_process:
-        token.touch()
-    accelerator.wait_for_everyone()
-    deadline = time.monotonic() + 2
-    while not (seen := token.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)  # a network's file system may be late
-    found = gather_object([(seen, f"process {accelerator.process_index} on {platform.node()}")])
-    if accelerator.is_main_process:
-        token.unlink()
-    blind = [name for seen, name in found if not seen]
-    if blind:
-        raise UserError(
-            f"--output_dir {folder} must be on a file system that all machines share: what {found[0][1]} writes there, "
-            f"{', '.join(blind)} does not see. Choose a shared folder"
-        )
+def averaged_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read the averaged weights of a checkpoint: its pipeline holds them, and its low-rank adapter if there is one."""
+    averaged = {}
+    for file in [*path.glob("unet/*.safetensors"), *path.glob("adapter/*.safetensors")]:
+        averaged |= load_file(file)
+    return averaged
 
 
 def on_all_processes(accelerator, problem: str, action: Callable[[], None], advice: str) -> None:
@@ -256,7 +245,7 @@ def on_all_processes(accelerator, problem: str, action: Callable[[], None], advi
     Raises:
         CheckpointError: the problem, the first process's failure and the advice.
     """
-    progress()
+    progress("saving")
     try:
         action()
         failure = None
@@ -267,7 +256,7 @@ def on_all_processes(accelerator, problem: str, action: Callable[[], None], advi
     if failures:
         raise CheckpointError(
             f"{problem}: {failures[0]}. {advice}. Earlier checkpoints are intact: when this is fixed, the same "
-            "command goes on from the newest"
+            "command resumes from the newest"
         )
 
 
@@ -285,7 +274,7 @@ def _check_finite(accelerator) -> None:
     for model in accelerator._models:
         for name, weight in model.named_parameters():
             if not weight.isfinite().all():
-                raise ValueError(f"{name} holds numbers that are not finite; start anew with a lower --learning_rate")
+                raise ValueError(f"{name} holds numbers that are not finite; start afresh with a lower --learning_rate")
 
 
 def _write_manifest(folder: Path) -> None:
@@ -313,7 +302,7 @@ def file_hash(*files: Path) -> str:
         with open(file, "rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
-                progress()
+                progress("saving")
     return digest.hexdigest()
 
 

@@ -23,8 +23,10 @@ class EMA(EMAModel):
         enabled: False makes every method a no-op: what is sampled and saved is the model as it is.
     """
 
-    def __init__(self, model: torch.nn.Module, max_decay: float, inv_gamma: float, power: float, enabled: bool = True):
-        self.enabled = enabled
+    def __init__(
+        self, model: torch.nn.Module, max_decay: float, inv_gamma: float = 1.0, power: float = 0.75, enabled: bool = True
+    ):  # fmt: skip
+        self.enabled, self.inside = enabled, False
         learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.names = list(learning)
         super().__init__(
@@ -38,16 +40,21 @@ class EMA(EMAModel):
 
     @contextmanager
     def swapped_in(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        """Inside, ``model`` has the averaged weights; after it, whatever happened, its own, bit for bit."""
-        if not self.enabled:
+        """Inside, ``model`` has the averaged weights; after it, whatever happened, its own, bit for bit.
+
+        Inside another such block it does nothing: the weights are averaged already.
+        """
+        if not self.enabled or self.inside:
             yield model
             return
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         own = [parameter.detach().clone() for parameter in parameters]
         self.copy_to(parameters)
+        self.inside = True
         try:
             yield model
         finally:
+            self.inside = False
             with torch.no_grad():
                 for parameter, value in zip(parameters, own, strict=True):
                     parameter.copy_(value)

@@ -9,22 +9,22 @@ from accelerate import PartialState
 from .. import UserError
 
 
-def make_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """What ``--optimizer`` and the flags of its numbers ask for, over the weights of ``model`` that learn.
+def make_optimizer(name: str, model: torch.nn.Module, **options) -> torch.optim.Optimizer:
+    """Make an optimizer over the weights of ``model`` that learn.
+
+    Args:
+        name: ``adamw``, ``adamw8bit`` or ``muon``.
+        options: ``lr``, ``betas``, ``weight_decay`` and ``eps``, as for ``torch.optim.AdamW``.
 
     Raises:
         UserError: 8-bit moments (arXiv:2110.02861) need bitsandbytes on a GPU, or torchao, and neither is installed.
     """
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    options = dict(
-        lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )  # fmt: skip
-    if args.optimizer == "adamw":
+    weights = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
+    if name == "adamw":
         return torch.optim.AdamW(weights.values(), fused=True, **options)
-    if args.optimizer == "muon":
-        matrices = [weight for name, weight in weights.items() if is_hidden_matrix(name, weight)]
-        others = [weight for name, weight in weights.items() if not is_hidden_matrix(name, weight)]
+    if name == "muon":
+        matrices = [weight for key, weight in weights.items() if is_hidden_matrix(key, weight)]
+        others = [weight for key, weight in weights.items() if not is_hidden_matrix(key, weight)]
         return Muon(matrices, others, fused=True, **options)
     for package in ["bitsandbytes"] * (PartialState().device.type == "cuda") + ["torchao"]:
         if importlib.util.find_spec(package):

@@ -4,8 +4,6 @@ Order, crops and flips are functions of (seed, sample id), see ``randomness``: t
 any number of workers, after a resume, and for any split of a global batch into processes and micro-steps.
 """
 
-import hashlib
-import itertools
 import logging
 import os
 import platform
@@ -13,190 +11,134 @@ import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
-import datasets
 import numpy as np
 import PIL
 import psutil
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
 
-from .. import UserError, randomness, rollbacks
+from .. import UserError, optional, randomness
 from ..args import size_of
 from ..pictures import from_uint8
 from ..signals import STOP_SIGNALS
-from .feeds import Cache, Stream, read_ahead
-from .images import INSPECTED, PreparedImages, choose_range, find_file, locate, spread_over
-from .pixels import GREY_MODES, MODES, BadImage, covering, decode_image, deep_values, left_out
-from .sources import ImageSource, data_license, load_source
+from .cache import Cache
+from .images import PreparedImages, choose_range
+from .own_images import MAX_CLASSES, Images, embedded_digits, translate_labels
+from .pixels import GREY_MODES, MODES, BadImage, covering, deep_values
 
 logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_RESOLUTION = 64  # pixels
 CACHE_LIMIT, FILE_LIMIT = 4 * 2**30, 32 * 2**30  # bytes of decoded images in memory and in a file, per machine
-DECODING = 1  # counts the ways in which the pixels of a file became those to train on
-QUICK = 1.0  # seconds of decoding that are not worth a file
+DECODING = 2  # counts the ways in which the pixels of a file became those to train on
 
 
-def load_train_data(args, accelerator, made_for=None, own_images=None, conditional: bool = False) -> "TrainData":
-    """Everything between the flags and the batches.
+def load_train_data(args, accelerator, made_for=None, own_images: Images | None = None, conditional: bool = False):
+    """Prepare the training images that the flags name; without ``utils/sources/`` the embedded digits.
 
     Args:
-        args: the flags of ``args.add_common_arguments``.
+        args: the flags.
         accelerator: says which process this is, and where batches go.
         made_for: config of a pretrained model, whose ``sample_size`` and ``in_channels`` (1 or 3) count where
             ``--resolution`` is not given and ``--image_mode`` is auto.
-        own_images: take these instead of what the flags name, see ``own_images.OwnImages``.
+        own_images: take these instead, see ``own_images.OwnImages``.
         conditional: the images need class labels; without ``--label_column`` the only such column is taken.
 
+    Returns:
+        A ``TrainData``.
+
     Raises:
-        UserError: see ``load_source``; also an empty data set, or one with fewer images than a global batch.
+        UserError: see ``sources``; also an empty data set, one with fewer images than a global batch, or labels that no
+            conditional model can learn from.
     """
-    if own_images is not None:
-        if args.streaming or args.validation_split or args.label_column or args.max_train_samples:
-            raise UserError(
-                "own images are neither streamed nor split: leave out --streaming, --validation_split, --label_column "
-                "and --max_train_samples, and give the script the images and labels that it should have"
-            )
-        dataset, name = own_images, "own images"
-    else:
-        source = replace(ImageSource.from_args(args), find_labels=conditional)
-        dataset, name = load_source(source, accelerator)
+    sources = optional.find("sources")
+    if own_images is None:
+        own_images = sources.load(args, accelerator, conditional) if sources else embedded_digits()
+    elif sources:
+        sources.refuse_for_own_images(args)
+    if args.max_bad_images:
+        own_images.max_bad_images = args.max_bad_images
     size, image_mode = (size_of(made_for.sample_size), MODES[made_for.in_channels]) if made_for else (None, None)
-    train_data = TrainData(dataset, name, args, accelerator, size, image_mode)
+    train_data = TrainData(own_images, args, accelerator, size, image_mode)
     if accelerator.num_processes > 1:
         found = gather_object([(f"process {accelerator.process_index} on {platform.node()}", train_data.settings)])
         for process, settings in found[1:]:
             if settings != found[0][1]:
                 raise UserError(f"{process} has other images than {found[0][0]}: {settings} instead of {found[0][1]}")
+    if conditional:
+        _check_classes(own_images)
     return train_data
-
-
-def reading(args) -> dict:
-    """How the flags want images to be read, as ``PreparedImages`` takes it."""
-    return dict(
-        interpolation=args.interpolation, center_crop=args.center_crop, random_flip=args.random_flip, seed=args.seed,
-        max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,
-        advice="--bad_images skip goes on without it", shuffle_buffer_size=args.shuffle_buffer_size,
-    )  # fmt: skip
 
 
 class TrainData:
     """Batches of training images, by optimizer step: what a script needs from its data, and all that it needs.
 
-    Sample ids number the samples of the whole run, 0, 1, 2 ..., over all processes: optimizer step s takes the ids from
-    s x global batch on, or later ones where ``rollbacks`` has left some out. Order, crops, flips, noise and timesteps
-    follow from them, see ``randomness``.
+    Sample ids number the samples of the whole run, 0, 1, 2 ..., over all processes: global batch n has the ids from
+    n x its size on. Order, crops, flips, noise and timesteps follow from them, see ``randomness``.
 
     Attributes:
+        images: where the images come from.
         name: of the source.
         length: number of images; None for a stream.
         size: (H, W) of the images, pixels.
         sample_size: the same for a model's config, one number for squares.
         image_range: values that become black and white, see ``pixels.to_eight_bits``.
         channels: 1 or 3.
-        label_names: names of the classes, if ``--label_column`` is given.
+        label_names: names of the classes, where the images have labels.
         image_shape: (C, H, W).
+        model_shape: the same for a UNet's config.
         global_batch_size: images per optimizer step, over all processes and micro-steps.
         settings: what a resumed run must not find changed.
         license: of the images, as far as it is known.
     """
 
-    def __init__(self, dataset, name: str, args, accelerator, size=None, image_mode=None):
-        self.name, self.args, self.accelerator = name, args, accelerator
+    def __init__(self, images: Images, args, accelerator, size=None, image_mode=None):
+        self.images, self.args, self.accelerator = images, args, accelerator
+        self.name, self.length, self.label_names = images.name, images.length, images.label_names
         self.global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        label = dataset.features.get("label")
-        self.label_names = label.names if label else []
-        self.length = None if args.streaming else len(dataset)
         if self.length is not None and self.length < self.global_batch_size:
             factor = self.global_batch_size // args.train_batch_size  # micro-steps x processes
             fitting = f"try --train_batch_size {self.length // factor}, or" if self.length >= factor else "please"
             raise UserError(
-                f"{name} has {self.length} images, fewer than one global batch of {self.global_batch_size} "
+                f"{self.name} has {self.length} images, fewer than one global batch of {self.global_batch_size} "
                 f"({args.train_batch_size} x {factor} micro-steps and processes); {fitting} add images"
             )
-        self.settings = dict(data=name, images=self.length, global_batch_size=self.global_batch_size)
-        self._inspect(dataset, size, image_mode)
+        self.settings = dict(data=self.name, images=self.length, global_batch_size=self.global_batch_size)
+        self._inspect(size, image_mode)
         self.sample_size = self.size[0] if self.size[0] == self.size[1] else self.size
         self.image_shape = (self.channels, *self.size)
-        self.license = data_license(dataset, "" if args.train_data_dir else name)
+        self.model_shape = dict(sample_size=self.sample_size, in_channels=self.channels, out_channels=self.channels)
+        self.license = images.license
         self.settings["image_shape"] = list(self.image_shape)
-        self._images = PreparedImages(
-            dataset, name, self.mode, self.size, refuse_colour=self._refuse_colour, image_range=self.image_range,
-            **reading(args),
+        self._prepared = PreparedImages(
+            images, self.mode, self.size, args.center_crop, args.random_flip, args.seed, self._refuse_colour,
+            self.image_range,
         )  # fmt: skip
 
-    def _inspect(self, dataset, size: tuple[int, int] | None, image_mode: str | None) -> None:
-        """Find mode, size, range and fingerprint from some of the images; the same ones on every process."""
-        if self.length is None:
-            rows = enumerate(dataset.take(INSPECTED))
-        else:
-            spread = spread_over(self.length)
-            rows = zip(spread, dataset.select(spread), strict=True)
-        sizes, modes, deep, unused = [], set(), [], {}  # not the images: they may be large
-        digest, stamp = self._digests_of_names(dataset)
-        seconds = []
-        for index, row in rows:
-            start = time.perf_counter()
-            try:
-                source, where = locate(row, self.name, index)
-                image = decode_image(source, where)
+    def _inspect(self, size: tuple[int, int] | None, image_mode: str | None) -> None:
+        """Find mode, size and range from some of the images; the same ones on every process."""
+        sizes, modes, deep, seconds = [], set(), [], []  # not the images: they may be large
+        start = time.perf_counter()
+        for image in self.images.look():
+            if isinstance(image, BadImage):
+                if not self.images.max_bad_images:
+                    raise BadImage(f"{image}. {self.images.advice}" if self.images.advice else str(image))
+            else:
                 seconds.append(time.perf_counter() - start)
                 sizes.append(image.size)
                 modes.add(image.mode)
                 deep += deep_values([image])
-                for loss in left_out(source):
-                    unused.setdefault(loss, []).append(where)
-                if digest and isinstance(source, Image.Image):
-                    digest.update(source.tobytes())
-                elif digest:
-                    digest.update(source if isinstance(source, bytes) else Path(source).read_bytes())
-            except BadImage as error:
-                if self.args.bad_images == "error":
-                    raise BadImage(f"{error}. {reading(self.args)['advice']}") from None
+            start = time.perf_counter()
         if not sizes:
             raise UserError(f"{self.name}: no readable image found; expected a data set of images")
-        for loss, places in unused.items():
-            logger.warning(f"{len(places)} of {len(sizes)} images looked at, such as {places[0]}: {loss}")
         self._decoding_seconds = float(np.median(seconds)) * (self.length or 0)
-        self.settings["fingerprint"] = digest and digest.hexdigest()[:16]
+        self.settings["fingerprint"] = self.images.fingerprint
         self._choose_mode(modes, image_mode)
         self._choose_size(sizes, size)
         self.image_range = choose_range(self.args.image_range, deep)
         self.settings["scaled_from"] = list(self.image_range) if self.image_range and deep else None
-        if stamp:  # all that decoded images depend on
-            how = (self.mode, self._refuse_colour, self.size, self.args.interpolation, self.args.center_crop)
-            stamp.update(digest.digest() + repr((how, self.image_range, PIL.__version__, DECODING)).encode())
-        self._stamp = stamp and f"{Path(self.name).name}-{stamp.hexdigest()[:16]}"
-
-    def _digests_of_names(self, dataset):
-        """Two hashes: of names and sizes of files, to be updated with the content of some; and of all that is known.
-
-        By the second, decoded images are found again on this machine. None where there are no such.
-        """
-        if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-            return None, None
-        digest = hashlib.sha256(str(self.length).encode())
-        if self.length is None:
-            return digest, None
-        stamp = hashlib.sha256(dataset._fingerprint.encode())
-        first = dataset[0]["image"]
-        if isinstance(first, str) or (isinstance(first, dict) and not first.get("bytes")):
-            records = [row if isinstance(row, str) else (row or {}).get("path") for row in dataset["image"][:]]
-            files = [find_file(record or "", self.name) for record in records]
-            folders = [os.path.dirname(os.path.abspath(file)) for file in files]
-            unpacked = any("::" in file or file.startswith(str(datasets.config.HF_DATASETS_CACHE)) for file in files)
-            root = None if unpacked else os.path.commonpath(folders)
-            for file in files:
-                name = os.path.relpath(file, root) if root else os.path.basename(file)
-                status = os.stat(file) if os.path.isfile(file) else None
-                digest.update(f"{name} {status and status.st_size}\n".encode())
-                stamp.update(f"{file} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
-        return digest, stamp
 
     def _choose_mode(self, modes: set[str], image_mode: str | None) -> None:
         grey = modes <= set(GREY_MODES)
@@ -237,37 +179,38 @@ class TrainData:
     @cached_property
     def _cache(self) -> Cache | None:
         """The images, decoded once: in a file where that takes seconds, otherwise in memory; None: as they come."""
-        if self.args.streaming or self.args.cache_images == "never":
+        wish = self.args.cache_images
+        if self.length is None or wish == "never":
             return None
-        needed, always = self.length * self.bytes_per_image, self.args.cache_images == "always"
-        if self._stamp and (self.args.image_cache_dir or self._decoding_seconds > QUICK):
-            parent = Path(self.args.image_cache_dir or datasets.config.HF_DATASETS_CACHE / "prepared-images")
+        needed, always = self.length * self.bytes_per_image, wish == "always"
+        how = (self.mode, self._refuse_colour, self.size, self.args.center_crop, self.image_range)
+        folder = None if wish in ("auto", "always") else wish
+        file = self.images.cache_file((how, PIL.__version__, DECODING), folder, self._decoding_seconds)
+        if file:
             try:
-                parent.mkdir(parents=True, exist_ok=True)
-                file = parent / self._stamp
-                if always or file.is_dir() or needed < min(FILE_LIMIT, shutil.disk_usage(parent).free / 2):
-                    return Cache(self._images, self.accelerator, file)
-                logger.info(f"{needed / 2**30:.1f} GiB of decoded images are too many for {parent}; see --cache_images")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                free = shutil.disk_usage(file.parent).free
+                if always or folder or file.is_dir() or needed < min(FILE_LIMIT, free / 2):
+                    return Cache(self._prepared, self.accelerator, file)
+                logger.info(f"{needed / 2**30:.1f} GiB of decoded images are too many for {file.parent}; see --cache_images")
             except OSError as error:
                 logger.warning(
-                    f"{parent} cannot keep the decoded images ({error}): they are decoded in each run and process. "
-                    "--image_cache_dir names another folder"
+                    f"{file.parent} cannot keep the decoded images ({error}): they are decoded in each run and process. "
+                    "--cache_images DIR names another folder"
                 )
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps its own copy
         if not always and needed > min(CACHE_LIMIT, psutil.virtual_memory().available / 2):
             logger.info(f"{needed / 2**30:.1f} GiB of images are too many to keep in memory; decoding as they come.")
             return None
-        return Cache(self._images, self.accelerator)
+        return Cache(self._prepared, self.accelerator)
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[dict]:
-        """This process's micro-batches of the optimizer steps ``first_step`` up to but not including ``last_step``.
+    def batches(self, numbers: Iterable[int]) -> Iterator[dict]:
+        """Yield this process's micro-batches of these global batches, which are numbered from 0 and ascend.
 
         Yields:
             ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_ids`` int64 (B,) NumPy array;
-            ``labels`` int64 (B,) on the device, if ``--label_column`` is given.
+            ``labels`` int64 (B,) on the device, where the images have labels, -1 where one has none.
         """
-        numbers = rollbacks.global_batches(rollbacks.read_together(self.accelerator, self.args.output_dir))
-        numbers = itertools.islice(numbers, first_step, last_step)
         source = self._stream if self.length is None else self._from_cache if self._cache else self._from_loader
         for sample_ids, images, labels in source(self._sample_ids(numbers)):
             images = from_uint8(images.to(self.accelerator.device, non_blocking=True))
@@ -276,10 +219,18 @@ class TrainData:
                 batch["labels"] = labels.to(self.accelerator.device, non_blocking=True)
             yield batch
 
-    def examples(self, count: int, with_labels: bool = False) -> torch.Tensor | tuple[torch.Tensor, np.ndarray]:
-        """Training images to show and to compare with, float32 in [-1, 1], on the CPU; see ``PreparedImages``."""
-        images, labels = self._images.examples(count, with_labels=True)
-        return (from_uint8(images), labels) if with_labels else from_uint8(images)
+    def examples(self, count: int) -> tuple[torch.Tensor, np.ndarray]:
+        """Training images to show and to compare with: float32 (N, C, H, W) in [-1, 1] on the CPU; labels (N,) or -1."""
+        images, labels = self._prepared.examples(count)
+        return from_uint8(images), labels
+
+    def examples_of(self, images: Images, count: int) -> tuple[torch.Tensor, np.ndarray]:
+        """Examples of other images, prepared as the training images are, with their labels as numbers of the same classes."""
+        prepared = PreparedImages(images, self.mode, self.size, seed=self.args.seed, image_range=self.image_range)
+        found, labels = prepared.examples(count)
+        if images.label_names:  # by name, for the classes of strings are those that occur in the split
+            labels = translate_labels(labels, images.label_names, self.label_names)
+        return from_uint8(found), labels
 
     def _sample_ids(self, numbers: Iterable[int]) -> Iterator[np.ndarray]:
         """Sample ids of each micro-batch of these global batches: number x size + place in it."""
@@ -303,7 +254,7 @@ class TrainData:
 
         workers = self.args.dataloader_num_workers
         loader = torch.utils.data.DataLoader(
-            self._images,
+            self._prepared,
             batch_sampler=keys(),
             num_workers=workers,
             worker_init_fn=leave_signals_to_the_main_process,
@@ -315,7 +266,9 @@ class TrainData:
         yield from self._checked(loader)
 
     def _stream(self, batches):
-        yield from self._checked(map(collate, read_ahead(Stream(self._images, batches, self.args, self.accelerator))))
+        yield from self._checked(
+            map(collate, self.images.stream(self._prepared, batches, self.global_batch_size, self.args.dataloader_num_workers))
+        )
 
     def _checked(self, loader):
         """Turn what went wrong in a worker into this process's error, and count the skipped images."""
@@ -330,8 +283,29 @@ class TrainData:
             for index, message in batch["bad"]:
                 if index not in skipped:
                     skipped.add(index)
-                    self._images.check(len(skipped), message)
+                    self._prepared.check(len(skipped), message)
             yield batch["sample_ids"].numpy(), batch["images"], batch["labels"]
+
+
+def _check_classes(images: Images) -> None:
+    """Refuse labels that no conditional model can learn from.
+
+    Raises:
+        UserError: no labels, too many classes, or some without an image.
+    """
+    name, names = images.name, images.label_names
+    if not names:
+        raise UserError(f"{name}: no class labels; give OwnImages labels=, one for each image")
+    if len(names) > MAX_CLASSES:
+        raise UserError(f"{name} has {len(names)} classes; expected at most {MAX_CLASSES}")
+    if images.length is not None:
+        labels = np.array(images.labels())
+        empty = [label for code, label in enumerate(names) if not (labels == code).any()]
+        if empty:
+            raise UserError(
+                f"{name} has no image of {len(empty)} of its {len(names)} classes: {', '.join(empty[:10])}. Take more "
+                "images (--dataset_split, --max_train_samples), or another --label_column"
+            )
 
 
 def leave_signals_to_the_main_process(worker_id: int) -> None:

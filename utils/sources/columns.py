@@ -5,8 +5,7 @@ import math
 import datasets
 
 from .. import UserError
-
-MAX_CLASSES = 1000
+from ..data.own_images import MAX_CLASSES
 
 
 def select_columns(dataset, source):

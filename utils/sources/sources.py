@@ -6,6 +6,7 @@ Images are not decoded here, so that whoever decodes them can name the one that 
 import errno
 import glob
 import logging
+import math
 import platform
 import re
 from collections.abc import Mapping
@@ -15,11 +16,10 @@ from pathlib import Path
 
 import datasets
 import datasets.data_files
-import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image
 
 from .. import UserError
+from ..data.own_images import OwnImages, embedded_digits, embedded_faces
 from .columns import select_columns
 from .folders import has_tables, load_folder
 
@@ -108,6 +108,37 @@ def load_source(source: ImageSource, accelerator) -> tuple[datasets.Dataset | da
     for problem in problems:  # of another process: this one's images are of no use without it
         raise UserError(problem)
     return select_columns(dataset, source), source.name
+
+
+def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) -> None:
+    """Refuse a held-out split that shares images with the training split of the same data set.
+
+    Raises:
+        UserError: says which.
+    """
+    pair = (trained_on, held_out)
+    names = [source.split_names for source in pair]
+    if not names[0] & names[1]:
+        return
+    ranges = []
+    for source, wholes in zip(pair, names, strict=True):
+        lengths = {}
+        for whole in wholes:
+            entire = replace(source, split=whole, label_column=None, max_samples=None)
+            lengths[whole] = 1 if source.streaming else len(load_source(entire, accelerator)[0])
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
+        left = source.max_samples or math.inf
+        ranges.append([])
+        for part in parts:
+            ranges[-1].append((part.splitname, part.from_, min(part.to, part.from_ + left)))
+            left -= part.to - part.from_
+    pairs = [(first, second) for first in ranges[0] for second in ranges[1] if first[0] == second[0]]
+    if any(max(first[1], second[1]) < min(first[2], second[2]) for first, second in pairs):
+        raise UserError(
+            f"{held_out.said('split')} shares images with {trained_on.said('split')}, so it would not be held out. "
+            f"Take parts that do not overlap, such as {trained_on.flags['split']} 'train[:90%]' and "
+            f"{held_out.flags['split']} 'train[90%:]'"
+        )
 
 
 def data_license(dataset, name: str) -> str:
@@ -210,21 +241,14 @@ def _choose(parts: Mapping[str, datasets.Dataset], source: ImageSource):
 
 
 def _embedded_digits() -> datasets.Dataset:
-    """1,797 handwritten digits, 8x8, 17 levels of grey (Alpaydin & Kaynak 1998), from scikit-learn."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return _from_arrays(np.rint(digits.images * (255 / 16)), digits.target, [str(k) for k in range(10)])
+    return _from_own(embedded_digits())
 
 
 def _embedded_faces() -> datasets.Dataset:
-    """100 grey faces, 25x25, cut from Labeled Faces in the Wild, from scikit-image."""
-    from skimage.data import lfw_subset
-
-    return _from_arrays(np.rint(lfw_subset()[:100] * 255), np.zeros(100, int), ["face"])
+    return _from_own(embedded_faces())
 
 
-def _from_arrays(images: np.ndarray, labels: np.ndarray, names: list[str]) -> datasets.Dataset:
-    columns = {"image": [Image.fromarray(image.astype(np.uint8)) for image in images], "label": labels.tolist()}
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+def _from_own(images: OwnImages) -> datasets.Dataset:
+    columns = {"image": [images[k]["image"]()[0] for k in range(len(images))], "label": images.labels()}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=images.label_names)}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

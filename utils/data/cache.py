@@ -1,29 +1,23 @@
-"""Two ways to training images without a DataLoader: decoded once, or from a stream that fits on no disk."""
+"""Training images that are decoded once, into memory or into a file."""
 
-import itertools
 import logging
 import math
 import os
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 
 from .. import UserError
-from .images import PreparedImages, label_of
+from .images import PreparedImages
+from .own_images import label_of
 from .pixels import BadImage, augment, flips
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +59,12 @@ class Cache:
 
     def _decode(self, images: PreparedImages, show: bool, write) -> dict[str, np.ndarray]:
         """Pass each image's pixels to ``write`` and say where they are; a bad one is the next good one again."""
-        starts, shapes, labels, bad, position, total = [], [], [], [], 0, len(images.dataset)
+        starts, shapes, labels, bad, position, total = [], [], [], [], 0, images.images.length
         progress = tqdm(total=total, desc="Decoding images", unit="image", delay=2, disable=not show)
         with ThreadPoolExecutor() as pool, progress:
             for first in range(0, total, 1024):
-                rows = images.dataset[first : first + 1024]
-                jobs = [({"image": record}, first + k) for k, record in enumerate(rows["image"])]
+                rows = images.images[first : first + 1024]
+                jobs = [{"image": image} for image in rows["image"]]
                 for k, image in enumerate(pool.map(images.attempt, jobs)):
                     starts.append(position)
                     labels.append(label_of({"label": rows["label"][k]} if "label" in rows else {}))
@@ -86,7 +80,7 @@ class Cache:
         table = dict(starts=np.array(starts), shapes=np.array(shapes), labels=np.array(labels))
         good = table["shapes"][:, 0] > 0
         if not good.any():
-            raise UserError(f"{images.name} has no readable image")
+            raise UserError(f"{images.images.name} has no readable image")
         following = np.append(np.flatnonzero(good), np.flatnonzero(good)[0])
         instead = following[np.searchsorted(following[:-1], np.arange(total))]  # as PreparedImages does
         table = {name: values[instead] for name, values in table.items()}
@@ -94,14 +88,13 @@ class Cache:
 
     def _write(self, images: PreparedImages, folder: Path) -> dict[str, np.ndarray]:
         staging = folder.with_name(f".tmp-{folder.name}")
-        with open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8") as lock:
-            if fcntl is None:
-                raise OSError("without locks (Windows), several processes might write it")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info(f"Another process is decoding the images into {folder}; waiting for it.")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.info(f"Another process is decoding the images into {folder}; waiting for it.")
+            lock.acquire()
+        try:
             if table := self._read_table(images, folder):  # written since this process looked
                 return table
             for leftover in (staging, folder):
@@ -118,6 +111,8 @@ class Cache:
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
+        finally:
+            lock.release()
         logger.info(f"The decoded images are kept in {folder}, {table['size'] / 2**20:.0f} MiB, for the next run.")
         return table
 
@@ -130,9 +125,9 @@ class Cache:
                 return None
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return None
-        bad = [images.attempt((images.dataset[int(index)], int(index))) for index in table["bad"]]
+        bad = [images.attempt(images.images[int(index)]) for index in table["bad"]]
         if not all(isinstance(image, BadImage) for image in bad):
-            return None  # some were mended
+            return None  # some have been repaired
         logger.info(f"Using the decoded images in {folder}, {table['size'] / 2**20:.0f} MiB.")
         for count, image in enumerate(bad, 1):
             images.check(count, image)
@@ -156,69 +151,3 @@ class Cache:
     def _image(self, index: int) -> np.ndarray:
         shape = (self.channels, *self.shapes[index])
         return self.pixels[self.starts[index] :][: math.prod(shape)].reshape(shape)
-
-
-class Stream:
-    """Micro-batches from a stream: this process's shards, shuffled in a buffer, decoded by threads.
-
-    A resumed run reads past the images that it has already used, without decoding them. Threads, not DataLoader
-    workers: ``datasets`` deals shards to workers, so that the order would depend on their number.
-    """
-
-    def __init__(self, images, batches, args, accelerator):
-        self.images, self.args = images, args
-        first = next(batches, None)
-        self.batches = itertools.chain([] if first is None else [first], batches)
-        self.shard = split_dataset_by_node(images.dataset, accelerator.process_index, accelerator.num_processes)
-        self.per_step = args.train_batch_size * args.gradient_accumulation_steps
-        self.global_batch_size = self.per_step * accelerator.num_processes
-        self.number = 0 if first is None else int(first[0]) // self.global_batch_size  # of the global batch
-        self.used = self.number * self.per_step
-
-    def _rows(self) -> Iterator[tuple[dict, int]]:
-        shard = self.shard.shuffle(seed=self.args.seed, buffer_size=self.args.shuffle_buffer_size)
-        count, epoch = 0, 0
-        while True:
-            shard.set_epoch(epoch)
-            before = count
-            for row in shard:
-                if count >= self.used:
-                    yield row, count
-                count += 1
-            if count == before:
-                raise UserError(f"{self.images.name}: the stream holds no images for this process")
-            epoch += 1
-
-    def __iter__(self) -> Iterator[list[dict]]:
-        rows, bad, bad_count = self._rows(), [], 0
-        with ThreadPoolExecutor(max(1, self.args.dataloader_num_workers)) as pool:
-            for sample_ids in self.batches:
-                before, self.number = self.number, int(sample_ids[0]) // self.global_batch_size
-                for _ in range(max(0, self.number - before - 1) * self.per_step):  # left out, see ``rollbacks``
-                    next(rows)
-                items = []
-                while len(items) < len(sample_ids):
-                    wanted = [next(rows) for _ in range(len(sample_ids) - len(items))]
-                    for (row, index), image in zip(wanted, pool.map(self.images.attempt, wanted), strict=True):
-                        if isinstance(image, BadImage):
-                            bad.append((index, str(image)))
-                            bad_count += 1
-                            if self.images.too_many(bad_count):
-                                yield [{"image": np.zeros(0), "label": 0, "sample_id": 0, "bad": bad}]
-                                return
-                            continue
-                        sample_id = int(sample_ids[len(items)])
-                        image = augment(image, sample_id, self.images.size, self.images.seed, self.images.random_flip)
-                        items.append({"image": image, "label": label_of(row), "sample_id": sample_id, "bad": bad})
-                        bad = []
-                yield items
-
-
-def read_ahead(iterable: Iterable) -> Iterator:
-    """The same items, each prepared in a thread while the one before is used."""
-    iterator, end = iter(iterable), object()
-    with ThreadPoolExecutor(1) as pool:
-        item = pool.submit(next, iterator, end)
-        while (ready := item.result()) is not end:
-            item = pool.submit(next, iterator, end)
-            yield ready

@@ -1,17 +1,17 @@
-"""The trackers of a run: what they need, what they are told at the start, and one run in them over all resumes."""
+"""The trackers of a run: their start, their pictures, and one run in them over all resumes."""
 
-import importlib.metadata
 import logging
 import uuid
 from pathlib import Path
 
+import numpy as np
 from accelerate.tracking import TensorBoardTracker, get_available_trackers
 from accelerate.utils import LoggerType
-from packaging.requirements import Requirement
+from PIL import Image
 
 from .. import UserError
 from ..args import defaults_of
-from .output_dir import public
+from ..privacy import public
 
 logger = logging.getLogger(__name__)
 
@@ -41,77 +41,80 @@ def check_trackers(report_to: str) -> list[str]:
     return names
 
 
-def _unmet(package: str) -> list[str]:
-    """What an installed package says that it needs, where something else is installed."""
-    problems, found = [], next(iter(importlib.metadata.distributions(name=package)), None)  # perhaps tensorboardX
-    for wanted in map(Requirement, (found.requires if found else None) or ()):
-        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        found = next(iter(importlib.metadata.distributions(name=wanted.name)), None)
-        if found is None or not wanted.specifier.contains(found.version, prereleases=True):
-            version = found.version if found else "none"
-            problems.append(f"{wanted.name}{wanted.specifier} ({version} is installed)")
-    return problems
-
-
-def start_trackers(accelerator, args, name: str, first_step: int, summary: dict) -> None:
+def start_trackers(run, names: list[str], logs: Path) -> None:
     """Open the trackers on the main process.
 
     A run is called after its folder. TensorBoard keeps one run over resumes, and hides what it has from later steps;
     its table of hyperparameters has the flags that differ from their defaults, and a few others.
 
     Args:
-        name: the project without ``--tracker_project_name``.
-        first_step: optimizer steps done.
-        summary: what was found out, to be recorded beside the flags.
+        names: of trackers, see ``check_trackers``.
+        logs: folder of TensorBoard's files.
 
     Raises:
         UserError: one of them cannot start.
     """
-    if not accelerator.is_main_process:
+    accelerator, args = run.accelerator, run.args
+    if not accelerator.is_main_process or not names:
         return
-    folder, logs = Path(args.output_dir).resolve(), Path(args.output_dir) / args.logging_dir
+    folder = run.output_dir.resolve()
     before = sorted({path.parent.name for path in logs.glob("*/events.out.*")})
-    title = before[0] if first_step and len(before) == 1 else folder.name  # of a folder that was renamed
-    tensorboard = TensorBoardTracker(title, logs, purge_step=first_step + 1)
-    names = [str(tracker) for tracker in accelerator.log_with]
-    for tracker in names:
-        if problems := _unmet(tracker):
-            logger.warning(f"--report_to {tracker}: it wants {', '.join(problems)}. If it fails, install those")
-    accelerator.log_with = [tensorboard if name == "tensorboard" else name for name in names]
+    title = before[0] if run.global_step and len(before) == 1 else folder.name  # of a folder that was renamed
     flags = public(vars(args))
     try:
-        options = _options(args, names, first_step)
-        accelerator.init_trackers(args.tracker_project_name or name, init_kwargs=options)
+        tensorboard = TensorBoardTracker(title, logs, purge_step=run.global_step + 1) if "tensorboard" in names else None
+        accelerator.log_with = [tensorboard if name == "tensorboard" else name for name in names]
+        accelerator.init_trackers(run.name, init_kwargs=_options(folder, logs, names, run.global_step))
         for tracker in accelerator.trackers:
             if tracker is tensorboard:  # in the run itself: accelerate's own way adds a run for each start, and torch's
                 from torch.utils.tensorboard.summary import hparams  # record of the experiment hides other runs' flags
 
                 defaults = {**defaults_of(args), **dict.fromkeys(ALWAYS)}
                 shown = {flag: value for flag, value in flags.items() if value != defaults.get(flag)}
-                _, session, _ = hparams(_plain({**shown, "parameters": summary.get("parameters")}), {})
+                _, session, _ = hparams(_plain({**shown, "parameters": run.facts.get("parameters")}), {})
                 tracker.writer.file_writer.add_summary(session)
                 tracker.writer.add_custom_scalars(LAYOUT)
             else:
-                tracker.store_init_configuration(_plain({**flags, **public(summary), "output_dir": str(folder)}))
+                tracker.store_init_configuration(_plain({**flags, **public(run.facts), "output_dir": str(folder)}))
                 if not hasattr(tracker, "log_images") and tracker.name != "trackio":
                     logger.warning(f"--report_to {tracker.name} shows no pictures; they are in {args.output_dir}")
     except Exception as error:  # each tracker has its own: no login, no network, no folder
         raise UserError(f"--report_to {args.report_to} cannot start: {type(error).__name__}: {error}") from error
 
 
+def show_picture(trackers, name: str, picture: Image.Image, step: int, caption: str) -> None:
+    """Send a picture to the trackers that show pictures.
+
+    Args:
+        trackers: of the accelerator.
+        name: of the picture there.
+        step: optimizer steps done, the trackers' x-axis.
+        caption: for those that show one.
+    """
+    pixels = np.atleast_3d(np.asarray(picture))
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "trackio":  # accelerate's has no log_images
+            import trackio
+
+            tracker.log({name: trackio.Image(picture, caption=caption)}, step=step)
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: [picture]}, step=step)
+
+
 def _plain(values: dict) -> dict:
     return {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in values.items() if v is not None}
 
 
-def _options(args, names: list[str], first_step: int) -> dict[str, dict]:
-    """What shows a resumed run as one: W&B knows it by an id, trackio by a name of its own."""
+def _options(folder: Path, logs: Path, names: list[str], first_step: int) -> dict[str, dict]:
+    """Return what shows a resumed run as one: W&B knows it by an id, trackio by a name of its own."""
     if not {"wandb", "trackio"} & {*names}:
         return {}
-    folder, file = Path(args.output_dir).resolve(), Path(args.output_dir) / args.logging_dir / "wandb_id"
+    file = logs / "wandb_id"
     if not (first_step and file.is_file()):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     run_id = file.read_text(encoding="utf-8")
-    wandb = dict(id=run_id, resume="allow", dir=args.output_dir, name=folder.name)
+    wandb = dict(id=run_id, resume="allow", dir=str(folder), name=folder.name)
     return {"wandb": wandb, "trackio": dict(name=f"{folder.name} {run_id}", resume="allow")}

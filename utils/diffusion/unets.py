@@ -1,0 +1,74 @@
+"""The sizes of UNet2DModel that ``--unet`` knows, and the UNet that the flags ask for."""
+
+from ..args import Parser
+
+# fmt: off
+UNETS = {  # keyword arguments of UNet2DModel
+    "tiny": dict(  # 0.26 M parameters: for tests and first looks
+        block_out_channels=(16, 32, 32), layers_per_block=1, add_attention=False, norm_num_groups=8,
+        down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
+    ),
+    "small": dict(  # 1.2 M: 8 to 32 pixels, on a CPU: few channels where there are many pixels, and no attention
+        block_out_channels=(16, 32, 96), layers_per_block=1, add_attention=False, norm_num_groups=8,
+        down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
+    ),
+    "base": dict(  # 25.8 M: 32 to 64 pixels, on a GPU; attention at a quarter of the resolution
+        block_out_channels=(128, 256, 256), layers_per_block=2, attention_head_dim=64,  # diffusers' 8 is slow
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    ),
+    "large": dict(  # 113.7 M, as google/ddpm-celebahq-256: 128 to 256 pixels, on several GPUs
+        block_out_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2, attention_head_dim=64,
+        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+    ),
+}
+
+
+def add_unet_arguments(parser: Parser) -> None:
+    """Add the flags that choose a UNet: by size, by its config, or with weights."""
+    group = parser.group("model")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--unet", choices=UNETS, help="architecture: tiny (for tests), small (8 to 32 pixels, the default), base (32 to 64), large (128 to 256); UNETS in utils/diffusion/unets.py")
+    one.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet; random weights")
+    one.add_argument("--pretrained_model_name_or_path", help="pipeline whose weights and noise schedule training starts from")
+    add_speed_arguments(parser)
+
+
+def add_speed_arguments(parser: Parser) -> None:
+    """Add the flags about memory and speed of any UNet."""
+    group = parser.group("model")
+    parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
+    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first and for samples of another batch size, meant for GPUs")
+# fmt: on
+
+
+def make_unet(name: str | None, config: str | None, shape: dict, dropout: float = 0.0):
+    """Make a ``UNet2DModel`` with random weights.
+
+    Args:
+        name: of one of ``UNETS``; None for ``small``.
+        config: a JSON file, a folder or a Hub id instead, see ``pretrained.unet_from_config``.
+        shape: ``sample_size``, ``in_channels``, ``out_channels`` and perhaps ``num_class_embeds``.
+        dropout: in the residual blocks of one of ``UNETS``.
+    """
+    from diffusers import UNet2DModel
+
+    from .pretrained import unet_from_config, zero_init
+
+    if config:
+        return unet_from_config(config, **shape)
+    return zero_init(UNet2DModel(**shape, dropout=dropout, **UNETS[name or "small"]))
+
+
+def prepare_unet(unet, device, gradient_checkpointing: bool, compile: bool):
+    """Set up a UNet for training on a device, before an average or an optimizer is made of its weights."""
+    import torch
+
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)  # on a CPU it costs time
+    if compile:
+        unet.compile()
+    return unet

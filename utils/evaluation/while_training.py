@@ -1,0 +1,157 @@
+"""How good a model is while it trains: its loss on held-out images, its samples, and the best model so far."""
+
+import json
+import logging
+import os
+import shutil
+import time
+
+import numpy as np
+import torch
+
+from .. import sync, write_record
+from ..pictures import to_uint8
+from ..training.checkpoints import on_all_processes
+from .denoising_loss import DenoisingLoss
+from .features import load_extractor
+from .metrics import check_count, distance_name, frechet_distance, kernel_distance
+
+logger = logging.getLogger(__name__)
+
+RECORD = "evaluation.json"
+NUM_VALIDATION_IMAGES = 64  # of each set
+
+
+class Evaluation:
+    """Takes part in a training run, see ``training.loop.Run``."""
+
+    def started(self, run) -> None:
+        flags = vars(run.args)
+        if flags.get("validation_split") or flags.get("prior_dataset_name"):
+            validation = Validation(run, flags["validation_split"], flags["prior_dataset_name"])
+            run.repeat("validation", flags["validation_steps"], validation.measure, at_start="base" in run.facts)
+        if flags["evaluate_steps"]:
+            quality = SampleQuality(run, flags["features"], flags["num_evaluation_samples"], flags["evaluate_steps"])
+            run.repeat("evaluation", flags["evaluate_steps"], quality.measure)
+
+
+class Validation:
+    """Curves of the denoising loss: on training images, held-out ones and, of an adapted model, those of its base.
+
+    Args:
+        run: that trains.
+        split: held out; None for none.
+        prior: other images, ``NAME`` or ``NAME:SPLIT``; None for none.
+
+    Raises:
+        UserError: a split cannot be loaded, or shares images with the training set.
+    """
+
+    def __init__(self, run, split: str | None, prior: str | None):
+        self.run, data = run, run.train_data
+        images = {"train": data.examples(NUM_VALIDATION_IMAGES)}
+        if split:
+            held_out = data.images.held_out(split, "--validation_split")
+            images["held_out"] = data.examples_of(held_out, NUM_VALIDATION_IMAGES)
+        if prior:
+            others = data.images.another(prior, "--prior_dataset_name")
+            images["prior"] = data.examples_of(others, NUM_VALIDATION_IMAGES)
+        conditional, self.losses = getattr(run.unet, "class_embedding", None) is not None, {}
+        for name, (shown, labels) in images.items():
+            labels = torch.from_numpy(labels)
+            labels = labels.where(labels >= 0, len(data.label_names)) if conditional else None
+            self.losses[name] = DenoisingLoss(shown, run.noise_scheduler, run.args.seed, labels=labels)
+
+    def measure(self) -> None:
+        """Measure, and write to the trackers. Call it on all processes."""
+        curves = {}
+        for name, denoising_loss in self.losses.items():
+            for part, value in denoising_loss.measure(self.run.unet, self.run.accelerator, self.run.stop_requested).items():
+                level = f"loss_by_timestep_validation/{name}_{part}"
+                curves[f"loss/validation_{name}" if part == "loss" else level] = value
+        self.run.log(curves)
+
+
+class SampleQuality:
+    """Fréchet distance and KID between samples and as many training images; the best model is kept in ``best/``.
+
+    Both are biased or noisy for small N, which is why the curves carry it: ``metrics/fd_digits_N1000``.
+
+    Args:
+        run: that trains. A best model of a later step belongs to a run that this one does not continue.
+        features: see ``features.load_extractor``.
+        count: samples, at most as many as there are training images.
+        every: optimizer steps between evaluations, for a message.
+
+    Attributes:
+        count: N.
+    """
+
+    def __init__(self, run, features: str, count: int, every: int):
+        self.run, self.every, self.announced = run, every, False
+        self.extract = load_extractor(features, run.accelerator.device)
+        reference = to_uint8(run.train_data.examples(count)[0])
+        check_count(len(reference), "--evaluate_steps")
+        self.count, self.reference = len(reference), self.extract(reference)
+        self._distance = f"{distance_name(self.extract.name)}_N{self.count}"
+        self._kid = f"kid_{self.extract.name}_N{self.count}"
+        self.folder = run.output_dir / "best"
+        self.previous = self.folder.with_name("best-previous")
+        if run.accelerator.is_main_process and self.previous.exists() and not self.folder.exists():
+            os.rename(self.previous, self.folder)  # killed between the two renames of ``_keep``
+        self.best = np.inf
+        if (self.folder / RECORD).is_file():
+            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+            if record["step"] <= run.global_step:
+                self.best = record.get(self._distance, np.inf)
+        dimensions = self.reference.shape[1]
+        if self.count < 2 * dimensions:
+            logger.warning(
+                f"{self.count} images for {dimensions} features: fewer than twice as many make fd and kid unreliable. "
+                "Raise --num_evaluation_samples, or choose other --features"
+            )
+
+    def measure(self) -> None:
+        """Draw samples, compare them with the training images, write curves and keep the best. Call it on all processes.
+
+        Raises:
+            Interrupted: nothing is written then.
+            CheckpointError: ``best/`` cannot be written; an earlier one is untouched.
+        """
+        start, run, values = time.perf_counter(), self.run, None
+        images = run.draw(self.count)
+        if run.accelerator.is_main_process:
+            features = self.extract(images)
+            kid, _ = kernel_distance(features, self.reference, seed=run.args.seed)
+            values = {self._distance: frechet_distance(features, self.reference), self._kid: kid}
+            run.log({f"metrics/{name}": value for name, value in values.items()})
+            values["step"] = run.global_step
+            write_record(self.folder.parent / RECORD, values)  # for the model's page
+            if not self.announced:
+                self.announced = True
+                logger.info(
+                    f"Drawing and comparing {self.count} samples took {time.perf_counter() - start:.0f} s, and will "
+                    f"every {self.every} steps. --evaluate_steps and --num_evaluation_samples change that"
+                )
+        on_all_processes(
+            run.accelerator, f"{self.folder} cannot be saved", lambda: self._keep(values), "The earlier one is intact"
+        )
+
+    def _keep(self, values: dict | None) -> None:
+        """Publish ``best/`` if these samples are the best so far."""
+        if not values or values[self._distance] >= self.best:
+            return
+        staging = self.folder.with_name(".tmp-best")
+        for leftover in (staging, self.previous):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging.mkdir()
+        self.run.save(staging)
+        (staging / RECORD).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for path in [*staging.rglob("*"), staging]:
+            sync(path)
+        if self.folder.exists():
+            os.rename(self.folder, self.previous)
+        os.rename(staging, self.folder)
+        shutil.rmtree(self.previous, ignore_errors=True)
+        self.best = values[self._distance]
+        logger.info(f"{self._distance} {self.best:.3g} is the lowest so far: kept in {self.folder}")

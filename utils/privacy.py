@@ -1,0 +1,39 @@
+"""What of a run's settings may be shown to others: no paths of this machine, no names of a user's own images."""
+
+import re
+from pathlib import Path
+
+# Flags that name places on this machine, or concern it alone
+PRIVATE = {"output_dir", "cache_images", "config", "resume_from_checkpoint", "report_to"}
+DATA = {"dataset_name", "prior_dataset_name", "data"}  # flags and results that may name own images
+OWN_IMAGES = "own images"
+
+
+def without_path(value):
+    """Return a flag's value, or ``--flag=value``; a path of this machine is cut down to its last part."""
+    flag, equals, text = value.partition("=") if str(value).startswith("--") else ("", "", value)
+    if not isinstance(text, str) or not text or is_hub_id(text):
+        return value
+    is_path = text.startswith(("/", "./", "../", "~")) or (("/" in text or "\\" in text) and Path(text).exists())
+    return flag + equals + (Path(text).name if is_path else text)
+
+
+def public(values: dict) -> dict:
+    """Return the flags and results that may be published: paths are cut to their last part, own images are not named."""
+    shown = {name: without_path(value) for name, value in values.items() if name not in PRIVATE}
+    shown |= {name: public_data(values[name]) for name in DATA & {*shown}}
+    return shown | {"train_data_dir": OWN_IMAGES} if shown.get("train_data_dir") else shown
+
+
+def public_data(name):
+    """Return the training images' name if it is one on the Hub or of the embedded ones, and ``OWN_IMAGES`` otherwise.
+
+    A path is recognised only where it exists: call this where the images have been loaded.
+    """
+    local = name and name not in ("digits", "faces", "mnist") and not is_hub_id(name)
+    return OWN_IMAGES if local and (Path(name).exists() or not re.fullmatch(r"[\w.-]+", name)) else name
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it looks like user/name, and no such path is here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists()

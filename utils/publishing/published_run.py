@@ -1,0 +1,44 @@
+"""A run's model for others to see: its page, and its place on the Hub."""
+
+import accelerate
+from accelerate.utils import broadcast_object_list
+
+from .. import UserError
+from .hub import Hub
+from .model_card import add_to_record, write_card
+
+
+class PublishedRun:
+    """Takes part in a training run, see ``training.loop.Run``."""
+
+    hub = None
+
+    def claimed(self, run) -> None:
+        """Check login, repository and the right to write, before anything is trained.
+
+        Raises:
+            UserError: on every process, see ``Hub.check``.
+        """
+        if not run.args.push_to_hub:
+            return
+        problem = [None]
+        if run.accelerator.is_main_process:
+            self.hub = Hub(run.output_dir, run.args.hub_model_id, run.args.hub_private_repo)
+            try:
+                self.hub.check()
+            except UserError as error:
+                problem[0] = str(error)
+        if broadcast_object_list(problem)[0]:
+            raise UserError(problem[0])
+
+    def started(self, run) -> None:
+        if run.accelerator.is_main_process:
+            state = accelerate.state.AcceleratorState()
+            add_to_record(run.output_dir, run.args, run.title, run.caption, state)
+
+    def saved(self, run, folder) -> None:
+        write_card(folder, run.output_dir)
+
+    def released(self, run) -> None:
+        if self.hub:
+            self.hub.push()

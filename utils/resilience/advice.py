@@ -1,0 +1,50 @@
+"""What a user can do about an error of the machine: memory that ended, a process that is gone."""
+
+import os
+import re
+
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed")
+
+
+def lost(error: Exception) -> str | None:
+    """Say that a collective operation failed because another process is gone; None for other errors."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError):
+        return None
+    if not any(words in str(error) for words in GONE):
+        return None
+    reason = re.sub(r"\[\S*/[\w.]+:\d+\] *", "", _first_line(error))  # without the place in torch's sources
+    address = re.search(r"\[([\d.]+|[\da-f:]+)\]:\d+", reason)
+    where = f", at {address[1]}," if address else ""
+    return (
+        f"another process of this run{where} has ended or cannot be reached; its own message is above, or in "
+        f"its machine's log. The same command resumes from the newest checkpoint ({reason})"
+    )
+
+
+def memory(error: Exception, flags: dict) -> str | None:
+    """Say which flags to change where memory ended, with values that keep the images per optimizer step; else None."""
+    import torch
+
+    # torch's error on a CPU is a RuntimeError like any other
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+        return None
+    advice = []
+    batch, sampled = flags.get("train_batch_size", 1), flags.get("sample_batch_size", 1)
+    if batch > 1:
+        smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
+        micro_steps = flags["gradient_accumulation_steps"] * batch // smaller
+        advice.append(
+            f"--train_batch_size {smaller} --gradient_accumulation_steps {micro_steps} (the same images in each "
+            "optimizer step, the same learning rate: the same result)"
+        )
+    if flags.get("gradient_checkpointing") is False:
+        advice.append("--gradient_checkpointing")
+    if sampled > 1:
+        advice.append(f"if it happened while samples were drawn, --sample_batch_size {sampled // 2}")
+    advice.append("a smaller --resolution" if "resolution" in flags else "a smaller model")
+    first_line = _first_line(error) if str(error) else "No memory is left."
+    return f"{first_line} Add to the same command {'; or '.join(advice)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,63 @@
+"""Images by name: the Hub, folders, tables, archives, metadata, streams. Without this folder, images come from Python."""
+
+from ..args import Parser, integer
+
+
+# fmt: off
+def add_arguments(parser: Parser) -> None:
+    """Add the flags that name the training images."""
+    group = parser.group("data")
+    group.add_argument("--dataset_name", help="Hub id, local folder or table (parquet, arrow, csv, json, tar), or: mnist, digits and faces (8x8 and 25x25, embedded). With neither this nor --train_data_dir: MNIST, or the embedded digits where it is not available")
+    group.add_argument("--dataset_config_name", help="configuration of the data set, where it has several")
+    group.add_argument("--dataset_split", default="train", help="split to train on; slices such as train[:1%%] work")
+    group.add_argument("--train_data_dir", metavar="DIR", help="folder of image files, instead of --dataset_name")
+    group.add_argument("--image_column", help="column with the images (default: the only one of type Image)")
+    group.add_argument("--label_column", help="column with class labels; adds a loss curve for each class")
+    group.add_argument("--max_train_samples", metavar="N", type=integer(1), help="only the first N images")
+    parser.switch(group, "--streaming", False, "read the data set as it goes, for sets that fit on no disk")
+    parser.checks.append(_check)
+
+
+def _check(parser: Parser, args) -> None:
+    if args.dataset_name and args.train_data_dir:
+        parser.error("--dataset_name and --train_data_dir are both given; choose one source of images")
+    if args.streaming and args.max_train_steps is None:
+        parser.error("--streaming needs --max_train_steps: a stream has no known length to count epochs in")
+    if args.streaming and args.cache_images == "always":
+        parser.error("--streaming and --cache_images always exclude each other: a stream is not kept")
+    if args.streaming and not (args.dataset_name or args.train_data_dir):
+        parser.error("--streaming needs --dataset_name or --train_data_dir")
+# fmt: on
+
+
+def load(args, accelerator, conditional: bool):
+    """Load the training images that the flags name, see ``named_images.NamedImages``.
+
+    Args:
+        conditional: the images need class labels; without ``--label_column`` the only such column is taken.
+
+    Raises:
+        UserError: see ``sources.load_source``.
+    """
+    from dataclasses import replace
+
+    from .named_images import NamedImages
+    from .sources import ImageSource
+
+    source = replace(ImageSource.from_args(args), find_labels=conditional)
+    return NamedImages(source, accelerator, args.max_bad_images)
+
+
+def refuse_for_own_images(args) -> None:
+    """Refuse flags that concern named images, where the script's images are in Python.
+
+    Raises:
+        UserError: says which.
+    """
+    from .. import UserError
+
+    if args.streaming or args.label_column or args.max_train_samples:
+        raise UserError(
+            "own images are neither streamed nor cut: leave out --streaming, --label_column and --max_train_samples, "
+            "and give the script the images and labels that it should have"
+        )

@@ -1,0 +1,115 @@
+"""From the row of a data set to a Pillow image: bytes, paths, places in archives, arrays."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from datasets.utils.file_utils import xopen
+from PIL import Image, ImageOps
+
+from ..data.pixels import DEEP_MODES, BadImage, channels_last
+
+MAX_ASPECT = 100  # longer side over shorter
+
+
+def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
+    """Open, fully load and upright an image.
+
+    Args:
+        source: the file's bytes, or its path; an image that is open already is returned as it is.
+        name: what to call it in errors (a path, or a row of a data set).
+
+    Returns:
+        The first frame, in the mode of the file, rotated as its EXIF orientation says.
+
+    Raises:
+        BadImage: empty, truncated, not an image, over Pillow's limit of 89 megapixels, or a hundred times as long as
+            it is wide.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where Pillow only warns
+            raise Image.DecompressionBombError
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            size = f"{image.width} x {image.height} pixels"
+            raise BadImage(f"{name}: {size}; expected sides that differ by a factor of {MAX_ASPECT} at most")
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
+        raise BadImage(f"{name}: more than {limit}, which is taken for an attack; shrink the file") from error
+    except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ValueError ...
+        size = len(source) if isinstance(source, bytes) else os.path.getsize(source) if os.path.exists(source) else None
+        if size == 0:
+            reason = "the file is empty"
+        else:  # Pillow names the memory buffer, which helps nobody
+            reason = str(error).split(" <_io")[0].split(" '")[0] or type(error).__name__
+        raise BadImage(f"{name}: {reason}. Expected a complete image file that Pillow reads") from error
+
+
+def left_out(source: bytes | str | Image.Image) -> list[str]:
+    """What of a file is not in ``decode_image``'s picture: further pictures, and lower bits that Pillow drops."""
+    if isinstance(source, Image.Image):
+        return []
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        several = ["only the first of several pictures is used"] if getattr(image, "is_animated", False) else []
+        wide = image.mode not in DEEP_MODES and any(";16" in str(tile) for tile in image.tile)
+        return several + ["of 16 bits a colour, Pillow keeps the upper 8: scale the files to 8 bits"] * wide
+
+
+def locate(row: dict, source: str, index: int) -> tuple[bytes | str | Image.Image, str]:
+    """Bytes or path of a row's image, or the image itself, and its name for messages.
+
+    Args:
+        row: its ``image`` is {bytes, path}, bytes, a path (also relative to the table that is ``source``), or an array.
+    """
+    record, where = row["image"], f"image {index} of {source}"
+    if isinstance(record, (list, np.ndarray)):
+        try:
+            return from_values(np.asarray(record), where), where
+        except ValueError as error:  # rows of different lengths
+            raise BadImage(f"{where}: {error}. Expected an array (H, W), (H, W, 3) or (3, H, W)") from error
+    if not isinstance(record, dict):
+        record = {"bytes": None, "path": record} if isinstance(record, str) else {"bytes": record or b"", "path": None}
+    file, content = record.get("path"), record.get("bytes")
+    if file:
+        where = f"{file} ({where})"
+    if content is not None or file is None:
+        return content or b"", where
+    if "://" in file:  # streamed from the Hub, or inside an archive
+        try:
+            with xopen(file, "rb") as stream:
+                return stream.read(), where
+        except Exception as error:  # whatever the file system behind it raises
+            raise BadImage(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
+    return find_file(file, source), where
+
+
+def find_file(file: str, source: str) -> str:
+    """A path in the table ``source``, which may be relative to it, or to the folder that we are in."""
+    beside = Path(source).expanduser().parent / file
+    return str(beside) if beside.exists() else file
+
+
+def from_values(array: np.ndarray, where: str) -> Image.Image:
+    """A picture of the numbers in a table: whole ones, or floats in [0, 1] or [0, 255]; of masks, black and white.
+
+    Raises:
+        BadImage: it has another shape or, in colour, other values.
+    """
+    array = channels_last(array, where)
+    if array.dtype.kind not in "iufb":
+        raise BadImage(f"{where} consists of {array.dtype}; expected numbers")
+    array = array * np.uint8(255) if array.dtype.kind == "b" else array
+    whole, low, high = array.dtype.kind != "f", array.min(), array.max()
+    if array.ndim == 2 and array.dtype != np.uint8:  # scaled as files with more than 8 bits are
+        return Image.fromarray(array.astype(np.int32 if whole else np.float32))
+    if not (low >= 0 and high <= 255):  # also refuses NaN
+        raise BadImage(f"{where} has values from {low:g} to {high:g}; expected 0 to 255, or floats from 0 to 1")
+    scale = 1 if whole or high > 1 else 255
+    return Image.fromarray(np.rint(array * np.float64(scale)).astype(np.uint8))

@@ -1,0 +1,188 @@
+"""Images that flags name, as training takes them: decoded by row, with a fingerprint."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import datasets
+from PIL import Image
+
+from ..data.own_images import INSPECTED, Images, spread_over
+from ..data.pixels import BadImage
+from .decoding import decode_image, find_file, left_out, locate
+from .sources import ImageSource, check_disjoint, data_license, load_source
+from .streams import SHUFFLE_BUFFER_SIZE, Stream, read_ahead
+
+logger = logging.getLogger(__name__)
+
+QUICK = 1.0  # seconds of decoding that are not worth a file
+
+
+class NamedImages(Images):
+    """The images of a data set.
+
+    Args:
+        source: which images are meant.
+        accelerator: says which process this is.
+        max_bad_images: unreadable images that may be skipped.
+
+    Attributes:
+        dataset: a ``datasets.Dataset`` or ``IterableDataset`` with the columns ``image``, not decoded, and perhaps
+            ``label``.
+
+    Raises:
+        UserError: see ``sources.load_source``.
+    """
+
+    advice = "--max_bad_images 100 skips up to 100 such images"
+
+    def __init__(self, source: ImageSource, accelerator, max_bad_images: int = 0):
+        self.source, self.accelerator, self.max_bad_images = source, accelerator, max_bad_images
+        self.dataset, self.name = load_source(source, accelerator)
+        label = self.dataset.features.get("label")
+        self.label_names = label.names if label else []
+        self.length = None if source.streaming else len(self.dataset)
+        self.license = data_license(self.dataset, "" if source.is_folder else self.name)
+        self._stamp = None
+
+    def select(self, indices, name: str) -> "NamedImages":
+        """The same with these rows only, called ``name``."""
+        images = object.__new__(NamedImages)
+        images.__dict__ |= {**self.__dict__, "dataset": self.dataset.select(indices), "length": len(indices)}
+        images.source = replace(self.source, split=name)
+        return images
+
+    def __getstate__(self):  # a worker needs no accelerator
+        return {**self.__dict__, "accelerator": None}
+
+    def located(self, row: dict, index: int) -> dict:
+        """The row with a function that decodes its image, and with its name."""
+        return {**row, "image": partial(self._decoded, row["image"], index)}
+
+    def _decoded(self, record, index: int) -> tuple[Image.Image, str]:
+        source, where = locate({"image": record}, self.name, index)
+        return decode_image(source, where), where
+
+    def __getitem__(self, key: int | slice) -> dict:
+        rows = self.dataset[key]
+        if not isinstance(key, slice):
+            return self.located(rows, key)
+        numbers = range(*key.indices(self.length))
+        images = [partial(self._decoded, record, k) for k, record in zip(numbers, rows["image"], strict=True)]
+        return {**rows, "image": images}
+
+    def labels(self) -> list[int | None]:
+        return self.dataset["label"][:]
+
+    def look(self) -> Iterator[Image.Image | BadImage]:
+        """Yield some of the images, and take their fingerprint; warn about what of their files is not used."""
+        if self.length is None:
+            rows = enumerate(self.dataset.take(INSPECTED))
+        else:
+            spread = spread_over(self.length)
+            rows = zip(spread, self.dataset.select(spread), strict=True)
+        digest, stamp = self._digests_of_names()
+        unused, count = {}, 0
+        for index, row in rows:
+            try:
+                source, where = locate(row, self.name, index)
+                image = decode_image(source, where)
+            except BadImage as error:
+                yield error
+                continue
+            count += 1
+            for loss in left_out(source):
+                unused.setdefault(loss, []).append(where)
+            if isinstance(source, Image.Image):
+                digest.update(source.tobytes())
+            else:
+                digest.update(source if isinstance(source, bytes) else Path(source).read_bytes())
+            yield image
+        for loss, places in unused.items():
+            logger.warning(f"{len(places)} of {count} images looked at, such as {places[0]}: {loss}")
+        self.fingerprint = digest.hexdigest()[:16]
+        if stamp:
+            stamp.update(digest.digest())
+        self._stamp = stamp
+
+    def _digests_of_names(self):
+        """Two hashes: of names and sizes of files, to be updated with the content of some; and of all that is known.
+
+        By the second, decoded images are found again on this machine; a stream has none.
+        """
+        digest = hashlib.sha256(str(self.length).encode())
+        if self.length is None:
+            return digest, None
+        stamp = hashlib.sha256(self.dataset._fingerprint.encode())
+        first = self.dataset[0]["image"]
+        if isinstance(first, str) or (isinstance(first, dict) and not first.get("bytes")):
+            records = [row if isinstance(row, str) else (row or {}).get("path") for row in self.dataset["image"][:]]
+            files = [find_file(record or "", self.name) for record in records]
+            folders = [os.path.dirname(os.path.abspath(file)) for file in files]
+            unpacked = any("::" in file or file.startswith(str(datasets.config.HF_DATASETS_CACHE)) for file in files)
+            root = None if unpacked else os.path.commonpath(folders)
+            for file in files:
+                name = os.path.relpath(file, root) if root else os.path.basename(file)
+                status = os.stat(file) if os.path.isfile(file) else None
+                digest.update(f"{name} {status and status.st_size}\n".encode())
+                stamp.update(f"{file} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
+        return digest, stamp
+
+    def cache_file(self, facts: tuple, folder: str | None, seconds: float) -> Path | None:
+        """Name a file for the decoded images; None where none is worth it.
+
+        Args:
+            facts: what the decoded images depend on besides these images.
+            folder: for the file; without one, decoding must take some time.
+            seconds: that decoding takes.
+        """
+        if not self._stamp or (folder is None and seconds < QUICK):
+            return None
+        stamp = self._stamp.copy()
+        stamp.update(repr(facts).encode())
+        parent = Path(folder or datasets.config.HF_DATASETS_CACHE / "prepared-images")
+        return parent / f"{Path(self.name).name}-{stamp.hexdigest()[:16]}"
+
+    def examples(self, count: int, seed: int) -> Iterator[tuple[int, dict]]:
+        if self.length is not None:
+            yield from super().examples(count, seed)
+            return
+        shuffled = self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_SIZE)  # it may be sorted
+        for index, row in enumerate(shuffled.take(count)):
+            yield index, self.located(row, index)
+
+    def stream(self, prepared, batches, global_batch_size: int, threads: int) -> Iterator[list[dict]]:
+        """Yield the items of each micro-batch, see ``streams.Stream``."""
+        processes = self.accelerator.num_processes
+        per_step = global_batch_size // processes
+        return read_ahead(Stream(prepared, batches, per_step, self.accelerator.process_index, processes, threads))
+
+    def held_out(self, split: str, flag: str) -> "NamedImages":
+        """Load another split of the same data set.
+
+        Args:
+            flag: that names it.
+
+        Raises:
+            UserError: as ``sources.load_source``; the splits share images.
+        """
+        find = bool(self.label_names) and self.source.label_column is None
+        flags = {**self.source.flags, "split": flag}
+        source = replace(self.source, split=split, max_samples=None, find_labels=find, flags=flags)
+        check_disjoint(self.source, source, self.accelerator)
+        return NamedImages(source, self.accelerator, self.max_bad_images)
+
+    def another(self, name: str, flag: str) -> "NamedImages":
+        """Load another data set.
+
+        Args:
+            name: ``NAME`` or ``NAME:SPLIT``.
+            flag: that names it.
+        """
+        name, _, split = name.partition(":") if not Path(name).exists() else (name, "", "")
+        source = ImageSource(name, split or "train", flags={"name": flag, "split": flag})
+        return NamedImages(source, self.accelerator, self.max_bad_images)

@@ -1,0 +1,90 @@
+"""Training images from a stream, for sets that fit on no disk."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from datasets.distributed import split_dataset_by_node
+
+from .. import UserError
+from ..data.images import PreparedImages
+from ..data.own_images import label_of
+from ..data.pixels import BadImage, augment
+
+SHUFFLE_BUFFER_SIZE = 10_000  # images
+
+
+class Stream:
+    """Micro-batches from a stream: this process's shards, shuffled in a buffer, decoded by threads.
+
+    A resumed run reads past the images that it has already used, without decoding them. Threads, not DataLoader
+    workers: ``datasets`` deals shards to workers, so that the order would depend on their number.
+
+    Args:
+        prepared: the images, from ``NamedImages``.
+        batches: sample ids (B,) of each micro-batch.
+        images_per_step: images of this process in an optimizer step.
+        process_index, num_processes: of this process, and of all.
+        threads: that decode.
+    """
+
+    def __init__(
+        self, prepared: PreparedImages, batches: Iterator[np.ndarray], images_per_step: int, process_index: int,
+        num_processes: int, threads: int,
+    ):  # fmt: skip
+        self.prepared, self.images_per_step, self.threads = prepared, images_per_step, max(1, threads)
+        first = next(batches, None)
+        self.batches = itertools.chain([] if first is None else [first], batches)
+        self.shard = split_dataset_by_node(prepared.images.dataset, process_index, num_processes)
+        self.global_batch_size = images_per_step * num_processes
+        self.number = 0 if first is None else int(first[0]) // self.global_batch_size  # of the global batch
+        self.used = self.number * images_per_step
+
+    def _rows(self) -> Iterator[tuple[int, dict]]:
+        shard = self.shard.shuffle(seed=self.prepared.seed, buffer_size=SHUFFLE_BUFFER_SIZE)
+        count, epoch = 0, 0
+        while True:
+            shard.set_epoch(epoch)
+            before = count
+            for row in shard:
+                if count >= self.used:
+                    yield count, self.prepared.images.located(row, count)
+                count += 1
+            if count == before:
+                raise UserError(f"{self.prepared.images.name}: the stream holds no images for this process")
+            epoch += 1
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        rows, bad, bad_count, prepared = self._rows(), [], 0, self.prepared
+        with ThreadPoolExecutor(self.threads) as pool:
+            for sample_ids in self.batches:
+                before, self.number = self.number, int(sample_ids[0]) // self.global_batch_size
+                for _ in range(max(0, self.number - before - 1) * self.images_per_step):  # global batches left out
+                    next(rows)
+                items = []
+                while len(items) < len(sample_ids):
+                    indices, wanted = zip(*[next(rows) for _ in range(len(sample_ids) - len(items))], strict=True)
+                    for index, row, image in zip(indices, wanted, pool.map(prepared.attempt, wanted), strict=True):
+                        if isinstance(image, BadImage):
+                            bad.append((index, str(image)))
+                            bad_count += 1
+                            if bad_count > prepared.images.max_bad_images:
+                                yield [{"image": np.zeros(0), "label": 0, "sample_id": 0, "bad": bad}]
+                                return
+                            continue
+                        sample_id = int(sample_ids[len(items)])
+                        image = augment(image, sample_id, prepared.size, prepared.seed, prepared.random_flip)
+                        items.append({"image": image, "label": label_of(row), "sample_id": sample_id, "bad": bad})
+                        bad = []
+                yield items
+
+
+def read_ahead(iterable: Iterable) -> Iterator:
+    """The same items, each prepared in a thread while the one before is used."""
+    iterator, end = iter(iterable), object()
+    with ThreadPoolExecutor(1) as pool:
+        item = pool.submit(next, iterator, end)
+        while (ready := item.result()) is not end:
+            item = pool.submit(next, iterator, end)
+            yield ready

@@ -1,0 +1,48 @@
+"""The last lines of a run: where everything is, and what to do next."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+def how_to_load(folder: Path, name: str | Path) -> str:
+    """Return the expression that loads the pipeline saved in ``folder`` as ``name``: a path, or an id on the Hub."""
+    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    custom = ""
+    if (folder / "pipeline.py").is_file() and not isinstance(unet.get("sample_size"), int):
+        custom = f", custom_pipeline={str(name)!r}"  # ConsistencyModelPipeline draws squares only
+    if custom or isinstance(kind, list):  # its code is in the folder
+        return f"DiffusionPipeline.from_pretrained({str(name)!r}{custom}, trust_remote_code=True)"
+    return f"{kind}.from_pretrained({str(name)!r})"
+
+
+def last_lines(folder: Path, num_inference_steps: int, continued: str | None) -> list[str]:
+    """Describe a finished run's folder, a line for each thing.
+
+    Args:
+        num_inference_steps: sampling steps of its samples.
+        continued: flags with which the same script trains on the user's own images; None to leave that out.
+    """
+    pictures = sorted(path.name for path in folder.glob("*.png") if path.name != "samples.png")
+    lines = {"samples": ", ".join([str(folder / "samples.png"), *pictures])}
+    load = how_to_load(folder, folder)
+    labels = "[0], " if "custom_pipeline" in load else ""  # it must be told which
+    lines["pipeline"] = f"{load}({labels}num_inference_steps={num_inference_steps})"
+    if any(folder.glob("logs/**/events.out.*")):
+        lines["curves"] = f"{_command('tensorboard')} --logdir {folder}"
+    lines["train longer"] = "the same command with a larger --max_train_steps"
+    if continued and "ipykernel" not in sys.modules:
+        script = os.path.relpath(sys.argv[0])
+        config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
+        options = f" --quiet --config_file {config}" if os.path.isfile(config) else ""
+        lines["your images"] = f"{_command('accelerate')} launch{options} {script} {continued}"
+    return [f"  {name:12} {text}" for name, text in lines.items()]
+
+
+def _command(name: str) -> str:
+    """Return how to call a program of this environment: by name, or by path where it is not activated."""
+    beside = Path(sys.executable).parent / name
+    return name if shutil.which(name) or not beside.exists() else os.path.relpath(beside)

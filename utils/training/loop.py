@@ -1,0 +1,433 @@
+"""A training run: everything about it that is not the method.
+
+A script makes a ``Run``, prepares model, optimizer and the rest, and iterates over ``run.steps(...)``. The run owns the
+accelerator, the output folder, resuming, checkpoints, stopping and the end. It never touches noise, target, loss or
+gradient. At the end of an optimizer step it does, in this order: log, checkpoint, stop, what is due (validation,
+evaluation, samples). What was done is recorded, so that what is due at a step is done although the run stopped there.
+
+Optional folders take part through an object with any of these methods, each called with the run on all processes:
+``claimed`` (the output folder is this run's), ``load_state`` and ``state`` (JSON in a checkpoint), ``started`` (before the
+first step), ``measured`` (a micro-step's losses), ``stepped`` (an optimizer step), ``checked`` and ``diverged`` (each
+loss, when it is looked at), ``logged`` (a point of the curves), ``pictured``, ``paused``, ``saved`` (a pipeline's folder),
+``finished`` (complete), ``released`` (the last lines are printed), ``closed`` (however it ended). ``global_batches`` may
+choose which batches the steps take.
+"""
+
+import contextlib
+import itertools
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from accelerate.utils import set_seed
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .. import UserError, exits, optional, randomness
+from ..args import defaults_of
+from ..hardware import device_name
+from ..pictures import with_caption
+from ..progress import progress
+from ..signals import Interrupted, StopSignal
+from . import checkpoints, output_dir
+from .ema import EMA
+from .last_lines import last_lines
+from .losses import RecentLosses
+from .process import start_process
+from .repeats import Repeats
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One training run in its output folder.
+
+    Args:
+        args: the script's flags.
+        name: of the script; its runs resume in its own folders only.
+        title: of the model, for its page.
+        constants: ``globals()`` of the script: its constants are compared when a run resumes, as flags are.
+
+    Attributes:
+        accelerator: prepares models; knows the device.
+        output_dir: the run's folder.
+        max_train_steps: optimizer steps of the whole run.
+        global_step: optimizer steps done.
+
+    Raises:
+        UserError: see ``process.start_process`` and ``output_dir.claim_output_dir``.
+    """
+
+    def __init__(self, args, name: str, title: str, constants: dict):
+        self.args, self.name, self.title = args, name, title
+        values = {key: output_dir.plain(value) for key, value in constants.items() if key.isupper()}
+        self.constants = {key: value for key, value in values.items() if value is not None or constants[key] is None}
+        self.global_step, self._saved_at, self._step_is_open = 0, None, False
+        self.parts, self.output_dir, self.stop_signal, self.bar = [], None, None, None
+        exits.register(self)
+        # The schedule counts optimizer steps. By default accelerate steps it once per process
+        self.accelerator = start_process(
+            args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            step_scheduler_with_optimizer=False,
+        )
+        if self.accelerator.device.type == "cuda":
+            # With the newer fp32_precision, torch 2.13 raises an error where something asks by these names
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.parts = [take_part(self) for take_part in optional.collect("take_part")]
+        self.output_dir, self._finished_at = output_dir.claim_output_dir(self.accelerator, args, name, self.constants)
+        self.losses = RecentLosses(self.accelerator)
+        self._tell("claimed")
+        set_seed(args.seed)
+
+    def _tell(self, event: str, *values) -> None:
+        for part in self.parts:
+            if hasattr(part, event):
+                getattr(part, event)(self, *values)
+
+    def already_finished(self, train_data) -> bool:
+        """Whether this run was finished before, with these images and at least as many steps; then say so.
+
+        Args:
+            train_data: what the run trains on; it also gives the length of an epoch.
+        """
+        self.train_data, args = train_data, self.args
+        epochs = args.num_train_epochs * (train_data.length or 0) / train_data.global_batch_size
+        self.max_train_steps = args.max_train_steps or math.ceil(epochs)
+        if self._finished_at is None or self._finished_at < self.max_train_steps:
+            return False
+        output_dir.check_finished(self.output_dir, train_data.settings)
+        self.global_step = output_dir.read_arguments(self.output_dir)["finished_at_step"]
+        self._release("This run was finished before")
+        return True
+
+    def steps(
+        self, model: torch.nn.Module, ema_model: EMA, noise_scheduler, draw: Callable, sample: Callable,
+        save_pipeline: Callable[[Path], None], caption: str = "", compare: dict | None = None, **facts,
+    ) -> Iterator[dict]:  # fmt: skip
+        """Resume, and yield the micro-batches of the steps that are left, see ``TrainData.batches``.
+
+        After each optimizer step, before the next batch, what is due is done.
+
+        Args:
+            model: as ``accelerator.prepare`` returned it.
+            ema_model: average of its weights; samples and saved pipelines have it.
+            noise_scheduler: of training; its config is compared when a run resumes.
+            draw: called with a number of images, and perhaps ``num_inference_steps``; returns uint8 (N, C, H, W).
+            sample: called without arguments; returns pictures by name, ``samples`` among them.
+            save_pipeline: writes what ``from_pretrained`` loads into the folder that it gets.
+            caption: how samples are drawn, for the line below them.
+            compare: further settings that a resumed run must not find changed.
+            facts: what the script found out, to be recorded.
+
+        Raises:
+            UserError: the run cannot be resumed, or the model cannot draw.
+        """
+        self.model, self.unet, self.ema_model = model, self.accelerator.unwrap_model(model), ema_model
+        self.draw, self._sample, self._save_pipeline, self.caption = draw, sample, save_pipeline, caption
+        self.noise_scheduler, self.num_train_timesteps = noise_scheduler, noise_scheduler.config.num_train_timesteps
+        data = self.train_data
+        self.facts = {
+            **facts, **data.settings, "data_license": data.license, "max_train_steps": self.max_train_steps,
+            "parameters": facts.get("parameters", sum(weight.numel() for weight in self.unet.parameters())),
+        }  # fmt: skip
+        numbers = self.accelerator._optimizers[0].optimizer.defaults if self.accelerator._optimizers else {}
+        numbers = {key: output_dir.plain(numbers[key]) for key in ("betas", "eps", "weight_decay") if key in numbers}
+        self.settings = {
+            **vars(self.args), **data.settings, **(compare or {}), "constants": self.constants,
+            "noise_scheduler": output_dir.plain(dict(noise_scheduler.config)), "optimizer_settings": numbers,
+        }  # fmt: skip
+        ema_model.to(self.accelerator.device)
+        self._resume()
+        self._start()
+        model.train()
+        progress("data")
+        for batch in data.batches(self._global_batches()):
+            progress("step")
+            # What the model draws at random, in dropout, follows from the samples, and differs between processes
+            torch.manual_seed(randomness.random_bits(self.args.seed, "dropout", batch["sample_ids"]).item(0))
+            yield batch
+            if self._step_is_open:
+                self._end_step(self.global_step == self.max_train_steps)
+            progress("data")
+
+    def end_of_step(
+        self, losses: torch.Tensor, timesteps: torch.Tensor, grad_norm: torch.Tensor | None, labels=None
+    ) -> bool:
+        """Take note of a micro-step. Call it after ``optimizer.step()``.
+
+        Args:
+            losses: of each sample, unweighted, (B,).
+            timesteps: (B,).
+            grad_norm: before clipping, 0-d; needed in the last micro-step of an optimizer step.
+            labels: classes (B,), -1 where there is none; None without classes.
+
+        Returns:
+            Whether the optimizer has made a step, and not only accumulated gradients.
+        """
+        losses = losses.detach().float()
+        self.losses.add(losses)
+        self._tell("measured", losses, timesteps, labels)
+        if not self.accelerator.sync_gradients:
+            return False
+        self.losses.step(grad_norm)
+        self.learning_rate = self.accelerator._optimizers[0].param_groups[0]["lr"]
+        self.global_step += 1
+        self._step_is_open = True
+        return True
+
+    def every(self, steps: int) -> bool:
+        """Whether this optimizer step is one in so many. What a script does then is done before the step's checkpoint."""
+        return self.global_step % steps == 0
+
+    def log(self, values: dict[str, float]) -> None:
+        """Write points of curves to the trackers, at this step."""
+        self.accelerator.log(values, step=self.global_step)
+
+    def repeat(self, name: str, every: int, action: Callable[[], None], at_start=False, at_end=True) -> None:
+        """Have ``action()`` called with the averaged weights every so many optimizer steps, see ``repeats``.
+
+        Args:
+            name: by which is recorded when it was done last.
+            action: may raise ``Interrupted`` where ``stop_requested()``; then it is called again when the run resumes.
+            at_start, at_end: whether it is also due before the first step, and at the end of the run.
+        """
+        self.repeats.add(name, every, action, at_start, at_end)
+
+    def stop_requested(self) -> bool:
+        """Whether a signal asks this process to stop: for what takes long, in a run of a single process."""
+        return bool(self.stop_signal) and self.accelerator.num_processes == 1 and self.stop_signal.requested()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Inside, time does not count as training."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._logged_at += time.perf_counter() - started
+            self._tell("paused")
+
+    def finish(self) -> None:
+        """Save the model and its samples, and say where they are; exit with the code of a signal that came meanwhile."""
+        if self._step_is_open or self.global_step < self.max_train_steps:  # the script has left the loop
+            self._end_step(is_last=True)
+        if self.accelerator.is_main_process:
+            self.save(self.output_dir)
+        with contextlib.suppress(Interrupted):
+            self._save_samples(self.output_dir / "samples.png")
+        if number := self.stop_signal.check():
+            self._stop(number)
+        output_dir.write_finished(self.accelerator, self.output_dir, self.global_step)
+        self.accelerator.wait_for_everyone()
+        self._tell("finished")
+        self._release("Finished")
+
+    # ------------------------------------------------------------------------------------------------------- the start
+
+    def _resume(self) -> None:
+        """Load the checkpoint that the flags ask for; where this run goes on by itself, what it has saved since then."""
+        folder, accelerator, request = self.output_dir, self.accelerator, self.args.resume_from_checkpoint
+        if accelerator.is_main_process:
+            checkpoints.remove_leftovers(folder)
+        path = checkpoints.find_checkpoint(accelerator, folder, request, prefer_newest=exits.restarted())
+        state = {}
+        if path is None:
+            logger.info(f"Starting a new run in {folder}.")
+        else:
+            state = checkpoints.read_state(path)
+            output_dir.check_settings(str(path), state["settings"], self.settings, defaults_of(self.args))
+            if accelerator.is_main_process:
+                checkpoints.set_aside_newer(folder, path)
+            if state.get("randomness", 1) != randomness.VERSION:
+                logger.warning(
+                    f"{path} holds a run from before the noise was the same on every device: it goes on with other "
+                    "noise, and will not end with the bits that it would have ended with"
+                )
+            checkpoints.load_checkpoint(accelerator, path, state)
+            self.ema_model.load(checkpoints.averaged_weights(path), state["ema_step"])
+            self.global_step = self._saved_at = state["global_step"]
+            logger.info(f"Resuming from {path}, {self.global_step} optimizer steps done.")
+            self.losses.load_state(state)
+            self._tell("load_state", state)
+        self.repeats = Repeats(accelerator, folder, self.global_step)
+
+    def _start(self) -> None:
+        """Write down what will be trained, and try whether the model can draw: now, and not after hours."""
+        args, accelerator = self.args, self.accelerator
+        self.train_data.prepare()  # before the clock starts, and while Ctrl-C still stops at once
+        output_dir.write_arguments(accelerator, vars(args), self.name, self.constants, **self.facts)
+        shown = (f"{key} {value}" for key, value in self.facts.items() if value is not None)
+        logger.info("Training: " + ", ".join(shown))
+        precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+        logger.info(f"{accelerator.num_processes} x {device_name(accelerator.device)}, {precision}")
+        self.stop_signal = StopSignal(accelerator)
+        self._logged_step, self._logged_at = self.global_step, time.perf_counter()
+        self._tell("started")
+        self.repeat("samples", args.sample_steps, self._save_step_samples, at_end=False)  # finish() does those
+        self.bar = tqdm(
+            total=self.max_train_steps, initial=self.global_step, desc="Training", unit="step", dynamic_ncols=True,
+            disable=not accelerator.is_local_main_process, mininterval=0.1 if sys.stderr.isatty() else 10,
+        )  # fmt: skip
+        with self.pause(), contextlib.suppress(Interrupted):
+            self.draw(1, num_inference_steps=1)
+        self.repeats.write()
+        self._do_what_is_due(self.global_step == self.max_train_steps)
+
+    def _global_batches(self) -> Iterator[int]:
+        chosen = [part.global_batches(self) for part in self.parts if hasattr(part, "global_batches")]
+        return itertools.islice(chosen[0] if chosen else itertools.count(), self.global_step, self.max_train_steps)
+
+    # ------------------------------------------------------------------------------------- after each optimizer step
+
+    def _end_step(self, is_last: bool) -> None:
+        step, args = self.global_step, self.args
+        self._step_is_open = False
+        self.ema_decay = self.ema_model.cur_decay_value or 0
+        self.bar.update(step - self.bar.n)
+        self._tell("stepped")
+        if step % args.logging_steps == 0 and self.losses.losses:
+            self._log_point()
+        stop = self.stop_signal.check(step)
+        if stop or is_last or step % args.checkpointing_steps == 0:
+            self._save_checkpoint()
+        if stop:
+            self._stop(stop)
+        self._do_what_is_due(is_last)
+
+    def _log_point(self) -> None:
+        self._check()
+        losses, norms = self.losses.means()
+        seconds = time.perf_counter() - self._logged_at
+        self.images_per_second = (self.global_step - self._logged_step) * self.train_data.global_batch_size / seconds
+        self.bar.set_postfix_str(f"loss {losses.mean():.4f}, {self.images_per_second:.0f} images/s", refresh=False)
+        self._tell("logged", losses, norms)
+        self.losses.clear()
+        self._logged_step, self._logged_at = self.global_step, time.perf_counter()
+
+    def _check(self) -> None:
+        """Look at losses and gradient norms.
+
+        Raises:
+            UserError: one of them is not a finite number.
+            Again: likewise, and an optional folder knows how to go on.
+        """
+        for step, loss, norm, finite in self.losses.unseen(self.global_step):
+            if not finite:
+                self._tell("diverged", step, loss, norm, "expected finite numbers")
+                raise UserError(
+                    f"step {step}: loss {loss:g}, gradient norm {norm:g}; expected finite numbers. No checkpoint was "
+                    f"made of it. {self.after_divergence} If it happens again, start afresh with a lower --learning_rate"
+                )
+            self._tell("checked", step, loss, norm)
+
+    after_divergence = "The same command resumes from the last one, perhaps with --mixed_precision no."
+
+    def _save_checkpoint(self) -> None:
+        """Publish ``checkpoint-<step>``. No checkpoint holds a number that is not finite."""
+        if self._saved_at == self.global_step:
+            return
+        self._check()
+        state = dict(settings=self.settings, ema_step=self.ema_model.optimization_step, randomness=randomness.VERSION)
+        state |= self.losses.state()
+        for part in self.parts:
+            state |= part.state(self) if hasattr(part, "state") else {}
+        limit = self.args.checkpoints_total_limit
+        with self.pause():
+            checkpoints.save_checkpoint(self.accelerator, self.output_dir, self.global_step, self.save, state, limit)
+        self._saved_at = self.global_step
+
+    def save(self, folder: Path) -> None:
+        """Write the pipeline with the averaged weights into a folder."""
+        with self.ema_model.swapped_in(self.unet):
+            self._save_pipeline(folder)
+        self._tell("saved", folder)
+
+    def _do_what_is_due(self, is_last: bool) -> None:
+        """Validation, evaluation, samples: those that are due at this step, unless they are done already."""
+        for name, action in self.repeats.due(self.global_step, is_last):
+            with self.pause(), contextlib.suppress(Interrupted):
+                with self.ema_model.swapped_in(self.unet):
+                    action()
+                self.repeats.note(name, self.global_step)
+            if self.stop_requested():
+                self._stop(self.stop_signal.received)
+
+    # --------------------------------------------------------------------------------------------------------- samples
+
+    def _save_step_samples(self) -> None:
+        self._save_samples(self.output_dir / "samples" / f"step-{self.global_step:06}.png")
+
+    def _save_samples(self, path: Path) -> None:
+        """Write the script's pictures; ``samples`` to this path, the others beside the model."""
+        with self.pause(), self.ema_model.swapped_in(self.unet):
+            pictures = self._sample()
+        for name, picture in pictures.items():
+            caption = ", ".join([f"step {self.global_step}", self.caption] if self.caption else [])
+            self.save_picture(name, picture, path if name == "samples" else self.output_dir / f"{name}.png", caption)
+
+    def save_picture(self, name: str, picture: Image.Image, path: Path, caption: str = "") -> None:
+        """Write a picture as PNG, on the main process, and show it in the trackers.
+
+        Args:
+            name: in the trackers.
+            caption: a line below ``samples``.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        picture = with_caption(picture, caption) if caption and name == "samples" else picture
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        self._tell("pictured", name, picture, caption)
+
+    # --------------------------------------------------------------------------------------------------------- the end
+
+    def _stop(self, number: int) -> NoReturn:
+        """Say how to go on after a signal, and exit with 128 + its number: 143 for SIGTERM, 130 for SIGINT."""
+        self._save_checkpoint()
+        self.close()
+        if self.accelerator.is_main_process:
+            print(
+                f"\nStopped by {signal.Signals(number).name} after {self.global_step} of {self.max_train_steps} "
+                f"optimizer steps; {self.output_dir / f'checkpoint-{self.global_step}'} is complete.\nThe same command "
+                "resumes from there.",
+                flush=True,
+            )
+        self.accelerator.wait_for_everyone()  # whoever exits first may have the launcher end the others
+        sys.exit(128 + number)
+
+    def _release(self, said: str) -> None:
+        """Print the last lines: where the samples and the pipeline are, and what to do next."""
+        self.close()
+        if self.accelerator.is_main_process:
+            args, continued = self.args, None
+            if output_dir.read_arguments(self.output_dir).get("public_data") in ("mnist", "ylecun/mnist", "digits", "faces"):
+                continued = "--train_data_dir DIR --output_dir outputs/mine"
+                if base := vars(args).get("pretrained_model_name_or_path"):
+                    continued += f" --pretrained_model_name_or_path {base} --learning_rate {args.learning_rate:g}"
+            lines = last_lines(self.output_dir, args.num_inference_steps, continued)
+            print(f"\n{said}, after {self.global_step} optimizer steps.", *lines, sep="\n", flush=True)
+        self._tell("released")
+
+    def close(self, again: bool = False) -> None:
+        """Leave nothing behind in this process: bar, trackers, threads, signal handlers, the lock on the folder.
+
+        Args:
+            again: the run goes back to a checkpoint, and keeps its handlers and its lock.
+        """
+        if self.bar:
+            self.bar.close()
+        self._tell("closed")
+        if again:
+            self.accelerator.free_memory()
+            return
+        if self.stop_signal:
+            self.stop_signal.restore()
+        if self.output_dir:
+            output_dir.release_output_dir(self.output_dir)
