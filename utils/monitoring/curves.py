@@ -32,7 +32,7 @@ class Curves:
     """
 
     def __init__(self, report_to: str):
-        self.trackers, self.skipped = check_trackers(report_to), 0
+        self.trackers, self.skipped, self.restored = check_trackers(report_to), 0, None
         self.began = self.forward_ended = self.alone = 0.0  # seconds, see ``_forward_ended``
 
     def started(self, run) -> None:
@@ -41,7 +41,7 @@ class Curves:
         self.label_names = run.train_data.label_names
         bins = NOISE_LEVELS + len(self.label_names) + 1  # the last for samples whose label is missing
         self.sums = torch.zeros(2, bins, device=run.accelerator.device)  # of losses, and their number
-        if saved := getattr(self, "saved", None):
+        if saved := self.restored:
             if len(saved[0]) == bins and run.accelerator.is_main_process:  # the others begin with zeros
                 self.sums += torch.tensor(saved, device=self.sums.device)
         if run.accelerator.num_processes > 1:
@@ -108,7 +108,7 @@ class Curves:
         return {"loss_sums": run.accelerator.reduce(self.sums, "sum").tolist()}
 
     def load_state(self, run, state: dict) -> None:
-        self.saved = state.get("loss_sums")
+        self.restored = state.get("loss_sums")
 
     def paused(self, run) -> None:
         self.began = time.perf_counter()
