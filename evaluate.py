@@ -218,8 +218,8 @@ def main(args):
 
 def draw(args, accelerator, model, sampler, shape, steps, title, depends_on, **options):
     """Samples of one setting, kept in OUTPUT_DIR/drawn, and images per second; see ``draw_kept``."""
-    from utils.diffusion import sample_images
     from utils.diffusion.pipelines import estimate_seconds
+    from utils.diffusion.sampling import sample_images
     from utils.evaluation.kept_samples import draw_kept
 
     def setting(count):

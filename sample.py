@@ -136,6 +136,7 @@ def main(args):
     progress.close()
     accelerator.wait_for_everyone()
     stop = stop_signal.check()
+    stop_signal.restore()
     if stop:
         images_folder.print_stopped()
         sys.exit(128 + stop)

@@ -20,8 +20,9 @@ NOISE = dict(
     num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
     rescale_betas_zero_snr=False,  # True makes the last noise level pure noise (arXiv:2305.08891)
 )  # fmt: skip
+DROPOUT = 0.0  # in the residual blocks of --unet
 TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); or "uniform": independent
-LOGIT_STD = 1.0  # of --time_density logit_normal: fewer timesteps at the ends if smaller
+LOGIT_MEAN, LOGIT_STD = 0.4, 1.0  # of --time_density logit_normal: more noise if above 0; fewer at the ends if smaller
 SNR_GAMMA = None  # min-SNR loss weighting (arXiv:2303.09556); the paper uses 5
 
 
@@ -33,7 +34,6 @@ def parse_args(argv=None):
     group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="growth of the noise with t")
     group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="target: the noise, the clean image, or v (arXiv:2202.00512)")
     group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
-    group.add_argument("--logit_mean", type=real(-10, 10), default=0.4, help="mean of logit_normal: more noise if above 0")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="scheduler that draws samples")
     group.add_argument("--label_dropout", type=real(0, 1), default=0.1, help="share of samples that are trained without their class")
     group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), about that of a scale of 1 / (1 - W); 0: none, a third quicker")
@@ -82,7 +82,7 @@ def main(args):
         unet.register_to_config(sample_size=train_data.sample_size)
     else:
         shape = dict(**train_data.model_shape, num_class_embeds=len(class_names) + 1)
-        unet = make_unet(args.unet, args.model_config_name_or_path, shape)
+        unet = make_unet(args.unet, args.model_config_name_or_path, shape, DROPOUT)
     unet.register_to_config(_class_names=class_names)
     prepare_unet(unet, accelerator.device, args.gradient_checkpointing, args.compile)
     ema_model = EMA(unet, args.ema_max_decay, inv_gamma=1.0, power=0.75, enabled=args.use_ema)
@@ -136,7 +136,7 @@ def main(args):
         if TIMESTEP_SAMPLING == "stratified":
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
         if args.time_density == "logit_normal":
-            fractions = logit_normal(fractions, args.logit_mean, LOGIT_STD)
+            fractions = logit_normal(fractions, LOGIT_MEAN, LOGIT_STD)
         timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 

@@ -10,7 +10,7 @@ An image is noised step by step, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_ba
 what undoes it; samples start from noise and follow its predictions back.
 """
 
-from utils.args import SAMPLERS, Parser, add_common_arguments, real
+from utils.args import SAMPLERS, Parser, add_common_arguments
 from utils.diffusion.unets import add_unet_arguments
 from utils.exits import run_script, training_script
 
@@ -18,8 +18,9 @@ NOISE = dict(
     num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
     rescale_betas_zero_snr=False,  # True makes the last noise level pure noise (arXiv:2305.08891)
 )  # fmt: skip
+DROPOUT = 0.0  # in the residual blocks of --unet
 TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); or "uniform": independent
-LOGIT_STD = 1.0  # of --time_density logit_normal: fewer timesteps at the ends if smaller
+LOGIT_MEAN, LOGIT_STD = 0.4, 1.0  # of --time_density logit_normal: more noise if above 0; fewer at the ends if smaller
 SNR_GAMMA = None  # min-SNR loss weighting (arXiv:2303.09556); the paper uses 5
 
 
@@ -31,7 +32,6 @@ def parse_args(argv=None):
     group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="growth of the noise with t")
     group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="target: the noise, the clean image, or v (arXiv:2202.00512)")
     group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
-    group.add_argument("--logit_mean", type=real(-10, 10), default=0.4, help="mean of logit_normal: more noise if above 0")
     group.add_argument("--sampler", choices=SAMPLERS, default="sde-dpmsolver++", help="scheduler that draws samples")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/ddpm", num_inference_steps=25)
@@ -73,7 +73,7 @@ def main(args):
         unet = pretrained.unet
         unet.register_to_config(sample_size=train_data.sample_size)
     else:
-        unet = make_unet(args.unet, args.model_config_name_or_path, train_data.model_shape)
+        unet = make_unet(args.unet, args.model_config_name_or_path, train_data.model_shape, DROPOUT)
     prepare_unet(unet, accelerator.device, args.gradient_checkpointing, args.compile)
     ema_model = EMA(unet, args.ema_max_decay, inv_gamma=1.0, power=0.75, enabled=args.use_ema)
 
@@ -122,7 +122,7 @@ def main(args):
         if TIMESTEP_SAMPLING == "stratified":
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
         if args.time_density == "logit_normal":
-            fractions = logit_normal(fractions, args.logit_mean, LOGIT_STD)
+            fractions = logit_normal(fractions, LOGIT_MEAN, LOGIT_STD)
         timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 

@@ -14,8 +14,9 @@ from utils.args import SOLVERS, Parser, add_common_arguments, real
 from utils.diffusion.unets import add_unet_arguments
 from utils.exits import run_script, training_script
 
+DROPOUT = 0.0  # in the residual blocks of --unet
 TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); or "uniform": independent
-LOGIT_STD = 1.0  # of --time_density logit_normal: fewer timesteps at the ends if smaller
+LOGIT_MEAN, LOGIT_STD = 0.4, 1.0  # of --time_density logit_normal: more noise if above 0; fewer at the ends if smaller
 
 
 # fmt: off
@@ -25,7 +26,6 @@ def parse_args(argv=None):
     group = parser.group("flow (defaults: those shown, or the pretrained pipeline's)")
     group.add_argument("--prediction_type", choices=("velocity", "sample"), help="target: noise - image, or the clean image with the loss on the velocity (arXiv:2511.13720; default: velocity)")
     group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
-    group.add_argument("--logit_mean", type=real(-10, 10), default=0.4, help="mean of logit_normal: more noise if above 0")
     group.add_argument("--flow_shift", type=real(0.01, 100), help="more noise for larger images, in training and in sampling (arXiv:2403.03206; default: 1 up to 64 pixels, then in proportion to the side)")
     group.add_argument("--sampler", choices=SOLVERS, default="dpmsolver++", help="scheduler that draws samples")
     add_common_arguments(parser)
@@ -68,7 +68,7 @@ def main(args):
         unet = pretrained.unet
         unet.register_to_config(sample_size=train_data.sample_size)
     else:
-        unet = make_unet(args.unet, args.model_config_name_or_path, train_data.model_shape)
+        unet = make_unet(args.unet, args.model_config_name_or_path, train_data.model_shape, DROPOUT)
     prepare_unet(unet, accelerator.device, args.gradient_checkpointing, args.compile)
     ema_model = EMA(unet, args.ema_max_decay, inv_gamma=1.0, power=0.75, enabled=args.use_ema)
 
@@ -115,7 +115,7 @@ def main(args):
         if TIMESTEP_SAMPLING == "stratified":
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
         if args.time_density == "logit_normal":
-            fractions = logit_normal(fractions, args.logit_mean, LOGIT_STD)
+            fractions = logit_normal(fractions, LOGIT_MEAN, LOGIT_STD)
         fractions = shifted(fractions, noise_scheduler.config.flow_shift)
         timesteps = torch.from_numpy(fractions * num_train_timesteps).float().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)

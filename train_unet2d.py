@@ -23,6 +23,7 @@ UNET = dict(  # 1.7 M parameters; every line but the first is something that tra
     attention_head_dim=64,  # one head; diffusers' default of 8 makes eight small ones, and a step nearly twice as long
     downsample_type="conv",  # learned, where train_basic.py takes a maximum
     upsample_type="conv",  # a convolution after the doubling
+    dropout=0.0,  # in the residual layers
 )
 
 

@@ -119,7 +119,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import train_ddpm
 {{patch}}
 from utils.exits import run_script
-run_script(train_ddpm.main, train_ddpm.parse_args(sys.argv[1:]))
+run_script(train_ddpm.main, train_ddpm.parse_args)
 """
 
 

@@ -17,9 +17,8 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train_ddpm
-from utils.data import datasets as data_module
-from utils.data import sources
 from utils.signals import STOP_SIGNALS
+from utils.sources import named_images, sources
 
 TINY = [
     "--dataset_name=digits", "--train_batch_size=8", "--max_train_steps=6", "--lr_warmup_steps=2",
@@ -30,7 +29,7 @@ TINY = [
 
 # Made once instead of for each run: encoding 1,797 PNG files takes a quarter of the time of a tiny run
 sources._embedded_digits = functools.cache(sources._embedded_digits)
-data_module.QUICK = float("inf")  # decoded images stay in memory, out of the user's cache
+named_images.QUICK = float("inf")  # decoded images stay in memory, out of the user's cache
 
 
 def reset_accelerate():

@@ -1,6 +1,5 @@
 """utils/adapt.py: what learns, what stays, and adapters that become weights."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,15 +102,14 @@ def test_the_saved_adapter_loads_into_the_base_with_peft(tmp_path):
 def test_what_the_unet_does_not_have_is_refused():
     with pytest.raises(UserError, match=r"--method attention: this UNet has no such layers; choose full, norm or lora"):
         choose_trainable(unet(attention=False), "attention", 4, TARGETS, 0)
-    with pytest.raises(UserError, match=r"--lora_targets to_z: this UNet has no such layers; it has .*conv1.*to_q"):
+    with pytest.raises(UserError, match=r"LORA_TARGETS to_z: this UNet has no such layers; it has .*conv1.*to_q"):
         choose_trainable(unet(), "lora", 4, ["to_z"], 0)
 
 
 def test_counts_are_said_for_every_method(caplog):
-    args = SimpleNamespace(method="lora", lora_rank=4, lora_targets=",".join(TARGETS), optimizer="adamw")
     model = unet()
     with caplog.at_level("INFO", logger="utils.diffusion.adapters"):
-        log_trainable_counts(model, args)
+        log_trainable_counts(model, "lora", 4, TARGETS, "adamw")
     assert len(caplog.messages) == 4
     total = count(model)
     assert f"--method full: {total:,} weights learn" in caplog.messages[0]

@@ -1,4 +1,4 @@
-"""utils/data: datasets.py, sources.py, feeds.py: the same samples in the same order however they are loaded."""
+"""utils/data and utils/sources: the same samples in the same order however they are loaded."""
 
 import io
 import os
@@ -14,12 +14,12 @@ from conftest import parse
 from PIL import Image
 
 from utils import UserError
-from utils.data.datasets import load_train_data
+from utils.data.train_data import load_train_data
 
 
 def batches(accelerator, *flags, steps=(0, 3), **options):
     data = load_train_data(parse(*flags), accelerator, **options)
-    return data, list(data.batches(*steps))
+    return data, list(data.batches(range(*steps)))
 
 
 def same(first, second):
@@ -115,7 +115,7 @@ def test_colour_and_grey(accelerator, folder, tmp_path_factory):
 
 
 def test_local_parquet_arrow_and_saved_sets(accelerator, tmp_path):
-    from utils.data.sources import _embedded_digits
+    from utils.sources.sources import _embedded_digits
 
     digits = _embedded_digits().select(range(64))
     digits.to_parquet(tmp_path / "digits.parquet")
@@ -186,12 +186,10 @@ def test_bad_images_stop_or_are_skipped(accelerator, tmp_path, cache, workers, c
     (tmp_path / "67.png").write_bytes(b"")  # not among those that are looked at first
     flags = ["--train_data_dir", tmp_path, f"--cache_images={cache}"]
     flags += [f"--dataloader_num_workers={workers}", "--train_batch_size=64"]
-    with pytest.raises(UserError, match=r"67\.png \(image 67 of .*the file is empty.*--bad_images skip"):
+    with pytest.raises(UserError, match=r"67\.png \(image 67 of .*the file is empty.*--max_bad_images 100 skips"):
         batches(accelerator, *flags)
-    with pytest.raises(UserError, match="more than --max_bad_images 0"):
-        batches(accelerator, *flags, "--bad_images=skip", "--max_bad_images=0")
     caplog.clear()
-    first, second = (batches(accelerator, *flags, "--bad_images=skip")[1] for _ in range(2))
+    first, second = (batches(accelerator, *flags, "--max_bad_images=100")[1] for _ in range(2))
     assert same(first, second)
     assert sum("67.png" in record.message for record in caplog.records) == 2  # once a run
 
@@ -201,7 +199,7 @@ def test_a_skipped_image_is_replaced_by_the_same_one_with_and_without_the_cache(
         Image.new("L", (8, 8), 3 * k).save(tmp_path / f"{k:02}.png")
     for k in (3, 4, 69):
         (tmp_path / f"{k:02}.png").write_bytes(b"")
-    flags = ["--train_data_dir", tmp_path, "--bad_images=skip", "--train_batch_size=70"]
+    flags = ["--train_data_dir", tmp_path, "--max_bad_images=100", "--train_batch_size=70"]
     data, cached = batches(accelerator, *flags, "--cache_images=always", steps=(0, 2))
     _, loaded = batches(accelerator, *flags, "--cache_images=never", steps=(0, 2))
     assert data.length == 70 and same(cached, loaded)
@@ -211,14 +209,14 @@ def test_what_travels_to_workers_can_be_pickled(accelerator):
     import pickle
 
     data, _ = batches(accelerator, "--cache_images=never", "--dataloader_num_workers=0")
-    images = pickle.loads(pickle.dumps(data._images))
-    assert np.array_equal(images[(3, 7)]["image"], data._images[(3, 7)]["image"])
+    images = pickle.loads(pickle.dumps(data._prepared))
+    assert np.array_equal(images[(3, 7)]["image"], data._prepared[(3, 7)]["image"])
 
 
 def test_streaming_gives_each_process_its_own_images_and_resumes(tmp_path):
     for k in range(64):
         Image.new("L", (8, 8), k).save(tmp_path / f"{k:02}.png")
-    flags = ["--train_data_dir", tmp_path, "--streaming", "--shuffle_buffer_size=16"]
+    flags = ["--train_data_dir", tmp_path, "--streaming"]
     seen = []
     for index in (0, 1):
         _, found = batches(Process(index, 2), *flags, "--dataloader_num_workers=0", steps=(0, 4))
@@ -241,7 +239,7 @@ def test_streaming_skips_and_stops_at_bad_images(accelerator, tmp_path):
     flags = ["--train_data_dir", tmp_path, "--streaming", "--train_batch_size=40"]
     with pytest.raises(UserError, match=r"77\.png"):
         batches(accelerator, *flags, steps=(0, 2))
-    _, found = batches(accelerator, *flags, "--bad_images=skip", steps=(0, 2))
+    _, found = batches(accelerator, *flags, "--max_bad_images=100", steps=(0, 2))
     assert [len(batch["images"]) for batch in found] == [40, 40]
 
 
@@ -261,7 +259,7 @@ def test_defaults_from_a_pretrained_model(accelerator):
 def test_shape_flags_reach_the_images(accelerator, folder):
     flags = ["--train_data_dir", folder, "--resolution=8", "--cache_images=always"]
     _, (plain, *_) = batches(accelerator, *flags)
-    for flag in ("--center_crop", "--interpolation=nearest", "--interpolation=lanczos", "--random_flip", "--seed=4"):
+    for flag in ("--center_crop", "--random_flip", "--seed=4"):
         _, (other, *_) = batches(accelerator, *flags, flag)
         assert other["images"].shape == plain["images"].shape
         assert not torch.equal(other["images"], plain["images"]), flag
@@ -274,7 +272,7 @@ def decoded(monkeypatch, caplog):
 
     caplog.set_level("INFO", "utils")
     seen, attempt = [], PreparedImages.attempt
-    monkeypatch.setattr(PreparedImages, "attempt", lambda self, job: seen.append(job[1]) or attempt(self, job))
+    monkeypatch.setattr(PreparedImages, "attempt", lambda self, row: seen.append(row["image"].args[1]) or attempt(self, row))
     return seen
 
 
@@ -291,49 +289,49 @@ def test_images_are_decoded_once_into_a_file(accelerator, folder, tmp_path_facto
     _, loaded = batches(accelerator, *flags, "--cache_images=never")
     for said in ("are kept in", "Using the decoded images in"):
         caplog.clear()
-        assert same(loaded, batches(accelerator, *flags, f"--image_cache_dir={kept}")[1])
+        assert same(loaded, batches(accelerator, *flags, f"--cache_images={kept}")[1])
         assert f"{said} {only_file(kept)}, 0 MiB" in caplog.text
         assert len(decoded) == 12  # not 24 after the second
-    batches(accelerator, *flags, "--interpolation=box", f"--image_cache_dir={kept}")
+    batches(accelerator, *flags, "--image_mode=L", f"--cache_images={kept}")
     os.utime(folder / "07.png", (1, 1))  # the same name and size, and perhaps other pixels
-    batches(accelerator, *flags, f"--image_cache_dir={kept}")
+    batches(accelerator, *flags, f"--cache_images={kept}")
     assert len(decoded) == 36 and len([*kept.glob("*.lock")]) == 3
 
 
 def test_processes_of_a_machine_share_one_file(folder, tmp_path_factory, decoded):
-    flags = ["--train_data_dir", folder, "--resolution=16", "--train_batch_size=3", "--cache_images"]
-    shared = [*flags, "auto", f"--image_cache_dir={tmp_path_factory.mktemp('kept')}"]
+    flags = ["--train_data_dir", folder, "--resolution=16", "--train_batch_size=3"]
+    shared = [*flags, f"--cache_images={tmp_path_factory.mktemp('kept')}"]
     with ThreadPoolExecutor() as pool:
         found = [*pool.map(lambda index: batches(Process(index, 4), *shared)[1], range(4))]
     assert sorted(decoded) == [*range(12)]
-    assert all(same(part, batches(Process(index, 4), *flags, "never")[1]) for index, part in enumerate(found))
+    assert all(same(part, batches(Process(index, 4), *flags, "--cache_images=never")[1]) for index, part in enumerate(found))
 
 
 def test_a_file_that_appears_while_a_process_gets_the_lock_is_used(
     accelerator, folder, tmp_path_factory, decoded, monkeypatch
 ):
-    import utils.data.feeds
+    import utils.data.cache
 
-    flags = ["--train_data_dir", folder, "--resolution=16", f"--image_cache_dir={tmp_path_factory.mktemp('kept')}"]
-    original = utils.data.feeds.fcntl.flock
+    flags = ["--train_data_dir", folder, "--resolution=16", f"--cache_images={tmp_path_factory.mktemp('kept')}"]
+    original = utils.data.cache.filelock.FileLock.acquire
 
-    def flock(*arguments):
-        monkeypatch.setattr(utils.data.feeds.fcntl, "flock", original)
+    def acquire(*arguments, **options):
+        monkeypatch.setattr(utils.data.cache.filelock.FileLock, "acquire", original)
         batches(accelerator, *flags)  # another process, from beginning to end
-        original(*arguments)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(utils.data.feeds.fcntl, "flock", flock)
+    monkeypatch.setattr(utils.data.cache.filelock.FileLock, "acquire", acquire)
     batches(accelerator, *flags)
     assert sorted(decoded) == [*range(12)]
 
 
 def test_a_file_of_decoded_images_is_complete_or_not_there(accelerator, folder, tmp_path_factory, decoded, monkeypatch):
-    import utils.data.feeds
+    import utils.data.cache
 
     kept = tmp_path_factory.mktemp("kept")
-    flags = ["--train_data_dir", folder, "--resolution=16", f"--image_cache_dir={kept}"]
+    flags = ["--train_data_dir", folder, "--resolution=16", f"--cache_images={kept}"]
     with monkeypatch.context() as patch:
-        patch.setattr(utils.data.feeds.np, "savez", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(utils.data.cache.np, "savez", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             batches(accelerator, *flags)
     assert not [path for path in kept.iterdir() if path.suffix != ".lock"]
@@ -353,32 +351,35 @@ def test_a_file_of_decoded_images_is_complete_or_not_there(accelerator, folder, 
 def test_where_no_file_can_be_kept_memory_holds_the_images(
     accelerator, folder, tmp_path_factory, decoded, caplog, monkeypatch
 ):
-    import utils.data.datasets
+    import utils.data.train_data
+    import utils.sources.named_images
 
     flags = ["--train_data_dir", folder, "--resolution=16"]
     (blocked := tmp_path_factory.mktemp("kept") / "file").write_text("not a folder")
     _, loaded = batches(accelerator, *flags, "--cache_images=never")
-    data, found = batches(accelerator, *flags, f"--image_cache_dir={blocked}")
+    data, found = batches(accelerator, *flags, f"--cache_images={blocked}")
     assert same(loaded, found) and data._cache is not None
     assert f"{blocked} cannot keep the decoded images" in caplog.text
-    monkeypatch.setattr(utils.data.datasets, "FILE_LIMIT", 1000)
-    kept = tmp_path_factory.mktemp("kept")
-    data, found = batches(accelerator, *flags, f"--image_cache_dir={kept}")
+    monkeypatch.setattr(utils.data.train_data, "FILE_LIMIT", 1000)
+    monkeypatch.setattr(utils.sources.named_images, "QUICK", 0.0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", kept := tmp_path_factory.mktemp("kept"))
+    kept = kept / "prepared-images"
+    data, found = batches(accelerator, *flags)
     assert same(loaded, found) and data._cache is not None and not [*kept.iterdir()]
     assert f"too many for {kept}" in caplog.text
-    assert same(loaded, batches(accelerator, *flags, f"--image_cache_dir={kept}", "--cache_images=always")[1])
+    assert same(loaded, batches(accelerator, *flags, "--cache_images=always")[1])
     assert only_file(kept)
 
 
 def test_quick_data_stay_in_memory_and_slow_ones_go_into_the_cache_of_datasets(
     accelerator, folder, monkeypatch, tmp_path_factory
 ):
-    import utils.data.datasets
+    import utils.sources.named_images
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hub"))
     place = datasets.config.HF_DATASETS_CACHE / "prepared-images"
     for quick, there in ((3600.0, False), (0.0, True)):
-        monkeypatch.setattr(utils.data.datasets, "QUICK", quick)
+        monkeypatch.setattr(utils.sources.named_images, "QUICK", quick)
         batches(accelerator, "--train_data_dir", folder)
         assert place.exists() == there
     assert only_file(place)
@@ -388,16 +389,15 @@ def test_unreadable_images_are_tried_again_by_every_run(accelerator, folder, tmp
     good = (folder / "07.png").read_bytes()
     (folder / "07.png").write_bytes(b"junk".ljust(len(good)))
     os.utime(folder / "07.png", (1, 1))
-    flags = ["--train_data_dir", folder, "--resolution=16", f"--image_cache_dir={tmp_path_factory.mktemp('kept')}"]
-    _, loaded = batches(accelerator, *flags, "--bad_images=skip", "--cache_images=never")
+    flags = ["--train_data_dir", folder, "--resolution=16", f"--cache_images={tmp_path_factory.mktemp('kept')}"]
+    _, loaded = batches(accelerator, *flags, "--max_bad_images=100", "--cache_images=never")
     for _ in range(2):
         caplog.clear()
-        assert same(loaded, batches(accelerator, *flags, "--bad_images=skip")[1])
+        assert same(loaded, batches(accelerator, *flags, "--max_bad_images=100")[1])
         assert sum("07.png" in record.message for record in caplog.records) == 1
     assert len(decoded) == 13
-    data = load_train_data(parse(*flags, "--bad_images=skip", "--max_bad_images=0"), accelerator)
-    with pytest.raises(UserError, match="more than --max_bad_images 0"):
-        next(data.batches(0, 1))
+    with pytest.raises(UserError, match=r"07\.png"):
+        load_train_data(parse(*flags), accelerator)
 
 
 def test_other_pixels_under_the_same_fingerprint_are_decoded_anew(accelerator, tmp_path, decoded):
@@ -410,25 +410,25 @@ def test_other_pixels_under_the_same_fingerprint_are_decoded_anew(accelerator, t
         )
         table._fingerprint = "0123456789abcdef"
         table.save_to_disk(tmp_path / "saved")
-        _, found = batches(accelerator, "--dataset_name", tmp_path / "saved", f"--image_cache_dir={tmp_path}/kept")
+        _, found = batches(accelerator, "--dataset_name", tmp_path / "saved", f"--cache_images={tmp_path}/kept")
         seen.append(found[0]["images"].mean().item())
         shutil.rmtree(tmp_path / "saved")
     assert seen[0] < -0.9 and seen[1] > 0.5
 
 
 def test_images_that_do_not_fit_in_memory_are_decoded_as_they_come(accelerator, monkeypatch):
-    import utils.data.datasets
+    import utils.data.train_data
 
     data, cached = batches(accelerator)
     assert data._cache is not None
-    monkeypatch.setattr(utils.data.datasets, "CACHE_LIMIT", 1000)
+    monkeypatch.setattr(utils.data.train_data, "CACHE_LIMIT", 1000)
     data, loaded = batches(accelerator)
     assert data._cache is None and same(cached, loaded)
 
 
 def test_configurations_of_a_data_set(accelerator, tmp_path):
     """A folder with two configurations in its card, as on the Hub."""
-    from utils.data.sources import _embedded_digits
+    from utils.sources.sources import _embedded_digits
 
     for name, count in (("few", 16), ("many", 32)):
         (tmp_path / name).mkdir()

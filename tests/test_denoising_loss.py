@@ -12,10 +12,11 @@ import train_ddpm
 import train_flow
 import train_unet2d
 from utils import UserError
+from utils.data.nearest import show_nearest
 from utils.diffusion.flow import FlowScheduler
 from utils.diffusion.linear_mix import LinearMixScheduler
+from utils.evaluation import while_training
 from utils.evaluation.denoising_loss import DenoisingLoss
-from utils.evaluation.reference import show_nearest
 
 
 class Knows:
@@ -91,9 +92,10 @@ def test_straight_paths_have_a_loss_where_hardly_any_noise_is(accelerator):
 
 
 @pytest.mark.parametrize("script", [train_basic, train_unet2d, train_ddpm, train_conditional, train_flow])
-def test_training_scripts_validate(tmp_path, script):
+def test_training_scripts_validate(tmp_path, monkeypatch, script):
+    monkeypatch.setattr(while_training, "NUM_VALIDATION_IMAGES", 6)
     flags = ["--dataset_split=train[:100]", "--validation_split=train[100:]", "--validation_steps=4"]
-    flags += ["--num_validation_images=6", "--report_to=tensorboard"]
+    flags += ["--report_to=tensorboard"]
     assert train(tmp_path / "run", *flags, script=script) == 0
     for name in ("train", "held_out"):
         curve = scalars(tmp_path / "run", f"loss/validation_{name}")

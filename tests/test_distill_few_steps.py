@@ -19,7 +19,7 @@ import sample
 import train_conditional
 import train_ddpm
 import train_flow
-from distill_few_steps import way_ends_at
+from distill_few_steps import trajectory_end
 from utils import UserError
 from utils.diffusion.few_steps import make_few_step_sampler
 from utils.diffusion.pipelines import choose_sampler, load_pipeline
@@ -52,7 +52,7 @@ def finished(tmp_path_factory, teachers):
     """The folder of a finished run; do not change it."""
     folder = tmp_path_factory.mktemp("few") / "run"
     flags = ["--report_to=tensorboard", "--sample_steps=3", "--evaluate_steps=3", "--num_evaluation_samples=130"]
-    assert run(folder, teachers["v_prediction"], *flags, "--keep_best") == 0
+    assert run(folder, teachers["v_prediction"], *flags) == 0
     return folder
 
 
@@ -68,7 +68,7 @@ def test_training_and_the_sampler_mean_the_same_image(prediction_type):
     timesteps = torch.tensor([0, 124, 499, 874])
     noisy = noise_scheduler.add_noise(images, noise, timesteps)
     output = output_for(sampler, images, noisy, timesteps.view(-1, 1, 1, 1))
-    ends = way_ends_at(sampler, output, noisy, timesteps)
+    ends = trajectory_end(sampler, output, noisy, timesteps)
     for k, timestep in enumerate(timesteps):
         sampler.set_timesteps(timesteps=[int(timestep)])
         stepped = sampler.step(output[k : k + 1], timestep, noisy[k : k + 1])
@@ -98,7 +98,9 @@ def test_the_student_learns_from_points_of_the_ways_that_the_teacher_walks(
     tmp_path, monkeypatch, teachers, prediction_type
 ):
     teacher = teachers[prediction_type]
-    flags = ["--solver_steps=8", "--points_per_way=5", "--teacher_steps=2"]
+    monkeypatch.setattr(distill_few_steps, "POINTS_PER_TRAJECTORY", 5)
+    monkeypatch.setattr(distill_few_steps, "TEACHER_STEPS", 2)
+    flags = ["--solver_steps=8"]
     asked, (points, timesteps, _) = calls_of(monkeypatch, tmp_path / "run", teacher, *flags)
     walked = asked[-8:]  # the first two drew the teacher's row
     assert [call[1][0].item() for call in walked] == [999, 874, 749, 624, 499, 374, 249, 124]
@@ -140,20 +142,25 @@ def test_a_student_that_is_consistent_has_nothing_to_learn(tmp_path, monkeypatch
     assert max(losses[0]) < 1e-3 < 0.02 < min(losses[1]), losses
 
 
-def test_each_flag_of_the_objective_changes_the_result(tmp_path, teachers):
+def test_each_flag_and_constant_of_the_objective_changes_the_result(tmp_path, monkeypatch, teachers):
     run(tmp_path / "plain", teachers["v_prediction"], "--max_train_steps=2")
     assert Image.open(tmp_path / "plain" / "samples.png").height == 4 * 68 + 4 + 24
-    run(tmp_path / "calls", teachers["v_prediction"], "--max_train_steps=2", "--teacher_steps=3")
+    with monkeypatch.context() as patch:
+        patch.setattr(distill_few_steps, "TEACHER_STEPS", 3)
+        run(tmp_path / "calls", teachers["v_prediction"], "--max_train_steps=2")
     pictures = [Image.open(tmp_path / name / "samples.png") for name in ("plain", "calls")]
     assert pictures[0].height == pictures[1].height and pictures[0].tobytes() != pictures[1].tobytes()
-    for flag in ("--solver_steps=4", "--points_per_way=2", "--noisy_points=1", "--huber_c=1"):
-        folder = tmp_path / flag.strip("-").split("=")[0]
-        run(folder, teachers["v_prediction"], "--max_train_steps=2", flag)
-        assert not equal_weights(tmp_path / "plain" / WEIGHTS, folder / WEIGHTS), flag
+    run(tmp_path / "solver", teachers["v_prediction"], "--max_train_steps=2", "--solver_steps=4")
+    assert not equal_weights(tmp_path / "plain" / WEIGHTS, tmp_path / "solver" / WEIGHTS)
+    for name, value in dict(POINTS_PER_TRAJECTORY=2, NOISY_POINTS=1, HUBER_C=1).items():
+        with monkeypatch.context() as patch:
+            patch.setattr(distill_few_steps, name, value)
+            run(tmp_path / name, teachers["v_prediction"], "--max_train_steps=2")
+        assert not equal_weights(tmp_path / "plain" / WEIGHTS, tmp_path / name / WEIGHTS), name
 
 
 def test_classes_go_with_their_ways_and_the_guidance_of_the_teacher_is_learnt(tmp_path, monkeypatch, teachers):
-    flags = ["--solver_steps=2", "--points_per_way=4", "--label_dropout=0.3"]
+    flags = ["--solver_steps=2", "--label_dropout=0.3"]
     walked, (points, timesteps, labels) = calls_of(monkeypatch, tmp_path / "plain", teachers["classes"], *flags)
     assert torch.equal(labels, walked[-1][2].repeat_interleave(4)) and len(set(labels.tolist())) > 2 and 10 in labels
     guided, (others, _, same) = calls_of(
@@ -164,7 +171,7 @@ def test_classes_go_with_their_ways_and_the_guidance_of_the_teacher_is_learnt(tm
     assert torch.equal(points[~second], others[~second])
     assert not torch.allclose(points[second & said], others[second & said], atol=1e-3)
     assert torch.allclose(points[second & ~said], others[second & ~said], atol=1e-5)
-    with pytest.raises(UserError, match="--teacher_guidance_scale: the teacher knows no classes"):
+    with pytest.raises(UserError, match="--teacher_guidance_scale: the teacher has no classes"):
         run(tmp_path / "none", teachers["sample"], "--teacher_guidance_scale=3")
 
 
@@ -287,7 +294,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path, capsys, finished, teacher
     for flags, said in (
         (["--validation_split=train"], "--validation_split: the loss of single steps"),
         (["--num_inference_steps=9"], "--num_inference_steps 9 is more than --solver_steps 8"),
-        (["--points_per_way=3"], "--train_batch_size 64 is not a multiple of --points_per_way 3"),
+        (["--train_batch_size=30"], "--train_batch_size 30 is not a multiple of 4"),
         ([], "the following arguments are required: --pretrained_model_name_or_path"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -305,11 +312,10 @@ def test_the_teacher_must_be_the_same_when_a_run_goes_on(tmp_path, teachers):
         run(tmp_path / "run", teacher)
 
 
-def test_a_schedule_that_the_sampler_does_not_know_is_handed_over_as_betas(tmp_path):
-    flags = ["--max_train_steps=1", "--beta_schedule=sigmoid", "--num_train_timesteps=40"]
-    assert train(tmp_path / "teacher", *flags) == 0
-    with pytest.raises(UserError, match="--teacher_steps 41: the teacher has only 40 noise levels"):
-        run(tmp_path / "run", tmp_path / "teacher", "--teacher_steps=41")
+def test_a_schedule_that_the_sampler_does_not_know_is_handed_over_as_betas(tmp_path, monkeypatch):
+    monkeypatch.setitem(train_ddpm.NOISE, "num_train_timesteps", 40)
+    assert train(tmp_path / "teacher", "--max_train_steps=1", "--beta_schedule=sigmoid") == 0
+    monkeypatch.setattr(distill_few_steps, "TEACHER_STEPS", 41)  # it has fewer noise levels, and takes all
     assert run(tmp_path / "run", tmp_path / "teacher", "--max_train_steps=1") == 0
     saved = DDPMPipeline.from_pretrained(tmp_path / "run").scheduler
     assert torch.allclose(saved.alphas_cumprod, DDPMScheduler(40, beta_schedule="sigmoid").alphas_cumprod)

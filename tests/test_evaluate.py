@@ -69,11 +69,11 @@ def test_the_table_ranks_models_between_floor_and_ceiling(tmp_path, finished_run
 
 def test_samples_survive_a_stop_and_a_mistake(tmp_path, finished_run, capsys, monkeypatch):
     """Drawn in blocks that are kept; the same samples whoever drew them."""
-    import utils.diffusion
+    import utils.diffusion.sampling
     from utils.evaluation import kept_samples
 
     monkeypatch.setattr(kept_samples, "BLOCK", 10)
-    original, drawn = utils.diffusion.sample_images, []
+    original, drawn = utils.diffusion.sampling.sample_images, []
 
     def stopped(*arguments, first, **options):
         if first == 20 and len(drawn) == 2:
@@ -81,7 +81,7 @@ def test_samples_survive_a_stop_and_a_mistake(tmp_path, finished_run, capsys, mo
         drawn.append(first)
         return original(*arguments, first=first, **options)
 
-    monkeypatch.setattr(utils.diffusion, "sample_images", stopped)
+    monkeypatch.setattr(utils.diffusion.sampling, "sample_images", stopped)
     flags = [finished_run, "--num_inference_steps=1", "--num_samples=30", "--sample_batch_size=10"]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", *flags)
@@ -242,16 +242,16 @@ def test_transformers_features(tmp_path, digits):
     config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     Dinov2Model(config).save_pretrained(tmp_path)
     BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path)
-    features = load_extractor("dinov2", str(tmp_path))(digits[:3, None])
+    features = load_extractor(f"dinov2={tmp_path}")(digits[:3, None])
     assert features.shape == (3, 32) and features.std() > 0
 
 
 @pytest.mark.parametrize(
-    "name, message", [("inception", "needs torch-fidelity"), ("dinov2", "--features dinov2: ./no")]
+    "name, message", [("inception", "needs torch-fidelity"), ("dinov2=./no", "--features dinov2: ./no")]
 )
 def test_missing_features_are_refused_with_advice(name, message):
     with pytest.raises(UserError, match=message):
-        load_extractor(name, "./no")
+        load_extractor(name)
 
 
 def test_wrong_input_is_refused_with_advice(tmp_path, capsys):

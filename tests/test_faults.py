@@ -32,10 +32,11 @@ import train_flow
 import train_unet2d
 from utils import UserError, printable
 from utils.exits import run_script
+from utils.monitoring.curves import Curves
 from utils.signals import StopSignal
-from utils.training import run
 from utils.training.checkpoints import MANIFEST, CheckpointError, verify_checkpoint
-from utils.training.curves import TrainingCurves
+from utils.training.loop import Run
+from utils.training.losses import RecentLosses
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -132,7 +133,7 @@ def test_a_write_that_fails_halfway_leaves_the_older_checkpoint(tmp_path):
     code, said = finish(start("ddpm", tmp_path / "run", adamw, file_limit=1_500_000))
     assert code == 1
     assert re.search(r"error: .*checkpoint-6 cannot be saved: .*It takes about \d+ MiB, and \d+ MiB of its disk", said)
-    assert said.rstrip().endswith("the same command goes on from the newest")
+    assert said.rstrip().endswith("the same command resumes from the newest")
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-3"]
     verify_checkpoint(tmp_path / "run" / "checkpoint-3")
     assert finish(start("ddpm", tmp_path / "run", adamw))[0] == 0
@@ -191,11 +192,11 @@ def at_moment(monkeypatch, moment, number):
     """Send the signal to this process in the middle of something."""
     import utils.diffusion.sampling
     import utils.evaluation.denoising_loss
-    import utils.evaluation.sample_quality
+    import utils.evaluation.while_training
     import utils.training.checkpoints
 
     where = {
-        "step": (TrainingCurves, "add", 4),
+        "step": (Run, "end_of_step", 4),
         "saving": (utils.training.checkpoints, "_write_manifest", 1),
         "sampling": (
             utils.diffusion.sampling.randomness,
@@ -203,7 +204,7 @@ def at_moment(monkeypatch, moment, number):
             2,
         ),  # after the image drawn before training
         "validation": (utils.evaluation.denoising_loss, "output_for", 2),
-        "evaluation": (utils.evaluation.sample_quality, "frechet_distance", 1),
+        "evaluation": (utils.evaluation.while_training, "frechet_distance", 1),
     }
     owner, name, wanted = where[moment]
     original, calls = getattr(owner, name), []
@@ -238,7 +239,7 @@ def test_a_signal_at_any_moment_saves_and_the_same_command_goes_on(tmp_path, mon
         assert train(tmp_path / "run", *flags) == 128 + number
     said = capsys.readouterr().out
     step = int(re.search(rf"Stopped by {number.name} after (\d) of 6 optimizer steps", said)[1])
-    assert 2 <= step < 6 and "The same command goes on from there" in said
+    assert 2 <= step < 6 and "The same command resumes from there" in said
     verify_checkpoint(tmp_path / "run" / f"checkpoint-{step}")
     assert train(tmp_path / "run", *flags) == 0
     train(tmp_path / "straight", *flags)
@@ -291,7 +292,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     """Protection: ``_check_finite`` in ``checkpoints.save_checkpoint``; losses and gradients were finite here."""
-    from utils.training import EMA
+    from utils.training.ema import EMA
 
     original = EMA.step
 
@@ -308,19 +309,27 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-3"]
 
 
-def test_steps_that_fp16_skips_are_counted_and_shown(accelerator, capsys, caplog):
-    """Protection: ``overflows`` in ``TrainingCurves.step``. (A scaler needs a GPU; this is what it leaves behind.)"""
+def test_steps_that_fp16_skips_are_counted_and_shown(capsys, caplog):
+    """Protection: ``overflows`` in ``Curves.logged``. (A scaler needs a GPU; this is what it leaves behind.)"""
     logged = []
     fake = types.SimpleNamespace(
-        device=torch.device("cpu"), is_local_main_process=False, num_processes=1, mixed_precision="fp16",
-        reduce=lambda values, how: values, log=lambda values, step: logged.append(values),
+        device=torch.device("cpu"), num_processes=1, mixed_precision="fp16", is_main_process=True, log_with=[],
+        reduce=lambda values, how: values,
     )  # fmt: skip
-    train_data = types.SimpleNamespace(global_batch_size=4, label_names=[], prepare=lambda: None)
-    args = types.SimpleNamespace(logging_steps=2, grad_norm_deviations=None, max_rollbacks=0, output_dir="nowhere")
-    curves = TrainingCurves(fake, args, train_data, 1000, 0, 4)
+    run = types.SimpleNamespace(
+        accelerator=fake, train_data=types.SimpleNamespace(label_names=[]), output_dir=Path("nowhere"), args=None,
+        num_train_timesteps=1000, learning_rate=1e-3, ema_decay=0.9, images_per_second=1.0, log=logged.append,
+    )  # fmt: skip
+    curves, recent = Curves("none"), RecentLosses(fake)
+    curves.started(run)
     for step, norm in enumerate([float("inf"), 1.0, float("nan"), float("inf")], start=1):
-        curves.add(torch.ones(4), torch.arange(4))
-        curves.step(step, torch.tensor(norm))
+        recent.add(torch.ones(4))
+        recent.step(torch.tensor(norm))
+        assert all(fine for *_, fine in recent.unseen(step))
+        if step % 2 == 0:
+            run.global_step = step
+            curves.logged(run, *recent.means())
+            recent.clear()
     assert [values["optimizer/skipped_steps"] for values in logged] == [1, 3]
     assert logged[0]["optimizer/grad_norm"] == 1 and "optimizer/grad_norm" not in logged[1]
     assert "fp16 overflowed in 2 of the last 2 steps" in caplog.text and "3 so far" in caplog.text
@@ -375,7 +384,7 @@ def test_the_same_run_with_another_geometry_of_the_same_batch_goes_on(tmp_path, 
 def test_hundreds_of_mutated_files_in_the_loader(tmp_path, accelerator):
     """Protection: ``except Exception`` in ``images.decode_image``. Skipped by name and the same with and without
     workers, refused by name; no crash, no hang."""
-    from utils.data.datasets import load_train_data
+    from utils.data.train_data import load_train_data
 
     rng = np.random.default_rng(0)
     clean = Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8))
@@ -391,21 +400,21 @@ def test_hundreds_of_mutated_files_in_the_loader(tmp_path, accelerator):
             path.write_bytes(content.tobytes()[: rng.integers(0, len(content) + 1)])
     seen = []
     for flags in (["--cache_images=always"], ["--cache_images=never", "--dataloader_num_workers=2"]):
-        flags += [f"--train_data_dir={folder}", "--bad_images=skip", "--max_bad_images=300", "--image_mode=L"]
+        flags += [f"--train_data_dir={folder}", "--max_bad_images=300", "--image_mode=L"]
         data = load_train_data(parse(*flags, "--resolution=8", "--max_train_steps=40"), accelerator)
-        seen.append(torch.cat([batch["images"] for batch in data.batches(0, 40)]))
+        seen.append(torch.cat([batch["images"] for batch in data.batches(range(0, 40))]))
     assert torch.equal(*seen) and len(seen[0]) == 320
-    with pytest.raises(UserError, match=r"images/\d\d\d\.(png|jpg|gif|webp) \(image \d+ of .*--bad_images skip"):
+    with pytest.raises(UserError, match=r"images/\d\d\d\.(png|jpg|gif|webp) \(image \d+ of .*--max_bad_images 100 skips"):
         flags = [f"--train_data_dir={folder}", "--image_mode=L", "--resolution=8", "--cache_images=always"]
         load_train_data(parse(*flags), accelerator).prepare()
     with pytest.raises(UserError, match="more than --max_bad_images 5 images are unreadable"):
-        load_train_data(parse(*flags, "--bad_images=skip", "--max_bad_images=5"), accelerator).prepare()
+        load_train_data(parse(*flags, "--max_bad_images=5"), accelerator).prepare()
 
 
 @pytest.mark.parametrize("side", [9_500, 13_400])  # 90 and 180 megapixels: where Pillow warns, and where it raises
 def test_a_decompression_bomb_is_refused_by_name(tmp_path, accelerator, side):
     """Protection: ``MAX_IMAGE_PIXELS`` in ``images.decode_image``."""
-    from utils.data.datasets import load_train_data
+    from utils.data.train_data import load_train_data
 
     Image.new("1", (side, side)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
@@ -414,25 +423,25 @@ def test_a_decompression_bomb_is_refused_by_name(tmp_path, accelerator, side):
 
 
 def test_files_that_go_away_after_the_start_are_named(tmp_path, accelerator):
-    from utils.data.datasets import load_train_data
+    from utils.data.train_data import load_train_data
 
     for k in range(8):
         Image.new("L", (8, 8), k * 30).save(tmp_path / f"{k}.png")
     for flags in (["--dataloader_num_workers=0"], ["--dataloader_num_workers=2"]):
         data = load_train_data(parse(f"--train_data_dir={tmp_path}", "--cache_images=never", *flags), accelerator)
         (tmp_path / "3.png").rename(tmp_path / "gone")
-        with pytest.raises(UserError, match=r"3\.png \(image 3 of .*No such file.*--bad_images skip"):
-            list(data.batches(0, 2))
+        with pytest.raises(UserError, match=r"3\.png \(image 3 of .*No such file.*--max_bad_images 100 skips"):
+            list(data.batches(range(0, 2)))
         (tmp_path / "gone").rename(tmp_path / "3.png")
 
 
 def test_one_pixel_is_an_image(tmp_path, accelerator):
-    from utils.data.datasets import load_train_data
+    from utils.data.train_data import load_train_data
 
     for k in range(8):
         Image.new("L", (1, 1), 200).save(tmp_path / f"{k}.png")
     data = load_train_data(parse(f"--train_data_dir={tmp_path}", "--resolution=8"), accelerator)
-    (batch,) = data.batches(0, 1)
+    (batch,) = data.batches(range(0, 1))
     assert torch.allclose(batch["images"], torch.tensor(200 / 127.5 - 1))
 
 
@@ -515,7 +524,7 @@ def test_control_characters_of_a_file_name_do_not_reach_the_terminal(tmp_path, c
     args = parse(f"--train_data_dir={tmp_path}/images", f"--output_dir={tmp_path}/run")
     reset_accelerate()
     with pytest.raises(SystemExit) as stop:
-        run_script(train_ddpm.main, args)
+        run_script(train_ddpm.main, lambda: args)
     said = capsys.readouterr()
     assert stop.value.code == 1
     assert "\x1b[2J" not in said.err + said.out and "\\x1b[2J\\r0.png" in said.err
@@ -530,7 +539,7 @@ def raised(error, *flags, capsys, script=train_ddpm):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        run_script(main, parse(*flags, script=script))
+        run_script(main, lambda: parse(*flags, script=script))
     return stop.value.code, capsys.readouterr().err
 
 
@@ -558,25 +567,7 @@ def test_an_error_of_ours_keeps_its_traceback(capsys):
     code, said = raised(KeyError("oops"), capsys=capsys)
     assert code == 1 and "Traceback" in said
     code, said = raised(OSError(28, "No space left on device"), capsys=capsys)
-    assert code == 1 and "Traceback" not in said and "the same command goes on from the newest checkpoint" in said
-
-
-def test_versions_that_were_not_tested_are_said_in_one_line(monkeypatch, caplog):
-    """Protection: ``_check_versions`` in ``run``."""
-    run._check_versions()
-    assert not caplog.records
-    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
-    assert len(pins) > 10
-    installed = {**{name: f"{version}.1+cpu" for name, version in pins.items()}, "diffusers": "0.51.0"}
-    monkeypatch.setattr(run.importlib.metadata, "version", installed.__getitem__)
-    run._check_versions()
-    assert [record.getMessage() for record in caplog.records] == [
-        f"Not tested with diffusers 0.51.0 (tested: {pins['diffusers']}). "
-        "If something fails: pip install -r requirements.txt"
-    ]
-    monkeypatch.setattr(run, "REQUIREMENTS", ROOT / "missing.txt")  # a copy of script and utils/ alone
-    run._check_versions()
-    assert len(caplog.records) == 1
+    assert code == 1 and "Traceback" not in said and "the same command resumes from the newest checkpoint" in said
 
 
 def test_a_safetensors_file_of_the_wrong_shape_is_refused_before_training(tmp_path, finished_run):

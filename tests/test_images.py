@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.pixels import BadImage, augment, decode_image, prepare_image, to_eight_bits
+from utils.data.pixels import BadImage, augment, prepare_image, to_eight_bits
 from utils.pictures import make_grid
+from utils.sources.decoding import decode_image
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 
@@ -116,12 +117,12 @@ def test_mutated_files_never_raise_anything_but_a_named_error():
 
 def test_resize_keeps_the_aspect_and_crops_the_middle():
     image = Image.fromarray(np.tile(np.arange(80, dtype=np.uint8), (40, 1)))  # 80 wide, 40 high
-    assert prepare_image(image, (20, 20), "bicubic", center_crop=False).shape == (1, 20, 40)
-    middle = prepare_image(image, (20, 20), "bicubic", center_crop=True)
+    assert prepare_image(image, (20, 20), center_crop=False).shape == (1, 20, 40)
+    middle = prepare_image(image, (20, 20), center_crop=True)
     assert middle.shape == (1, 20, 20)
     assert abs(middle.mean() - 39.5) < 1
-    assert prepare_image(image.convert("RGB"), (40, 40), "nearest", center_crop=True).shape == (3, 40, 40)
-    assert prepare_image(Image.new("L", (1, 1)), (8, 8), "box", center_crop=False).shape == (1, 8, 8)
+    assert prepare_image(image.convert("RGB"), (40, 40), center_crop=True).shape == (3, 40, 40)
+    assert prepare_image(Image.new("L", (1, 1)), (8, 8), center_crop=False).shape == (1, 8, 8)
 
 
 def test_random_crop_and_flip_follow_the_sample_id():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from utils.evaluation.comparison import bootstrap, compare, density_coverage, nearest_distances, precision_recall
+from utils.data.nearest import nearest_distances
+from utils.evaluation.comparison import bootstrap, compare, density_coverage, precision_recall
 from utils.evaluation.metrics import frechet_distance, kernel_distance, squared_mmd
 
 

@@ -1,6 +1,5 @@
 """utils/training/optimizer.py: Muon's steps are what they should be, and its state survives."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,17 +10,14 @@ import finetune_faces
 import train_ddpm
 from utils import UserError
 from utils.diffusion.basic_unet import BasicUNet
+from utils.diffusion.unets import UNETS
 from utils.training.optimizer import Muon, as_matrix, make_optimizer, orthogonal_factors
 
-FLAGS = dict(learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.99, adam_weight_decay=0.01, adam_epsilon=1e-8)
-
-
-def args(**flags):
-    return SimpleNamespace(**FLAGS | dict(optimizer="muon") | flags)
+OPTIONS = dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8)
 
 
 def unet(**options):
-    return UNet2DModel(sample_size=8, in_channels=3, out_channels=3, **train_ddpm.UNETS["tiny"], **options)
+    return UNet2DModel(sample_size=8, in_channels=3, out_channels=3, **UNETS["tiny"], **options)
 
 
 def newton_schulz(matrix):
@@ -75,7 +71,7 @@ def test_a_matrix_is_a_view_in_every_memory_format(shape):
 
 def test_hidden_matrices_get_muon_and_all_other_weights_adamw():
     for model in (unet(), unet(num_class_embeds=10), BasicUNet(in_channels=3, out_channels=3)):
-        optimizer = make_optimizer(args(), model)
+        optimizer = make_optimizer("muon", model, **OPTIONS)
         others, matrices = (group["params"] for group in optimizer.param_groups)
         names = {weight: name for name, weight in model.named_parameters()}
         assert {*others} | {*matrices} == {*names} and not {*others} & {*matrices}
@@ -109,10 +105,10 @@ def test_a_restored_state_goes_on_bit_for_bit():
     torch.manual_seed(0)
     whole, halves = unet(), unet()
     halves.load_state_dict(whole.state_dict())
-    steps(whole, make_optimizer(args(), whole), 0, 4)
-    first = make_optimizer(args(), halves)
+    steps(whole, make_optimizer("muon", whole, **OPTIONS), 0, 4)
+    first = make_optimizer("muon", halves, **OPTIONS)
     steps(halves, first, 0, 2)
-    second = make_optimizer(args(), halves)
+    second = make_optimizer("muon", halves, **OPTIONS)
     second.load_state_dict(first.state_dict())
     steps(halves, second, 2, 4)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
@@ -120,13 +116,13 @@ def test_a_restored_state_goes_on_bit_for_bit():
 
 def test_a_gradient_that_overflows_leaves_out_the_whole_step():
     """GradScaler may only leave the check to optimizers that do it themselves, as fused AdamW does."""
-    assert not getattr(make_optimizer(args(), unet()), "_step_supports_amp_scaling", False)
-    assert make_optimizer(args(optimizer="adamw"), unet())._step_supports_amp_scaling
+    assert not getattr(make_optimizer("muon", unet(), **OPTIONS), "_step_supports_amp_scaling", False)
+    assert make_optimizer("adamw", unet(), **OPTIONS)._step_supports_amp_scaling
 
 
 def test_which_optimizer_is_chosen(monkeypatch):
     def kind(*flags, script=train_ddpm):
-        return type(make_optimizer(script.parse_args([*flags]), unet())).__name__
+        return type(make_optimizer(script.parse_args([*flags]).optimizer, unet(), **OPTIONS)).__name__
 
     assert (kind(), kind("--dataset_name=digits", script=finetune_faces), kind("--optimizer=adamw")) == (
         "Muon",

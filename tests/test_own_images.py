@@ -10,10 +10,11 @@ from conftest import equal_weights, interrupt, parse, train
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import utils.data
+import train_ddpm
+import utils.data.train_data
 from utils import UserError
-from utils.data import load_train_data
 from utils.data.own_images import OwnImages
+from utils.data.train_data import load_train_data
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def digits():
 
 def batches(accelerator, own_images, *flags):
     data = load_train_data(parse(*flags), accelerator, own_images=own_images)
-    return data, list(data.batches(0, 3))
+    return data, list(data.batches(range(0, 3)))
 
 
 class Tuples(torch.utils.data.Dataset):
@@ -54,7 +55,7 @@ KINDS = {
 @pytest.mark.parametrize("cache", ["always", "never"])
 def test_every_kind_gives_the_batches_of_the_embedded_digits(accelerator, digits, kind, cache):
     flags = ["--random_flip", f"--cache_images={cache}", "--dataloader_num_workers=0"]
-    expected = list(load_train_data(parse(*flags), accelerator).batches(0, 3))
+    expected = list(load_train_data(parse(*flags), accelerator).batches(range(0, 3)))
     data, found = batches(accelerator, KINDS[kind](digits), *flags)
     assert (data.length, data.image_shape, data.name) == (1797, (1, 8, 8), "own images")
     for mine, theirs in zip(found, expected, strict=True):
@@ -83,7 +84,7 @@ def test_colour_sizes_and_labels(accelerator):
         (lambda: OwnImages(np.zeros((2, 8, 8), np.uint8), labels=[0, -1]), r"\[-1, 0\] among them"),
         (lambda: OwnImages(np.zeros((20, 4, 8, 8), np.uint8)), r"own image 0 has the shape \(4, 8, 8\); expected C"),
         (lambda: OwnImages(np.zeros((20, 8, 8), np.int64)), "is of int64; expected uint8, or floats from 0 to 1"),
-        (lambda: OwnImages(np.full((20, 8, 8), -0.5)), r"values from -0.5 to -0.5; expected 0 to 1\. Say value_range="),
+        (lambda: OwnImages(np.full((20, 8, 8), -0.5)), r"values from -0.5 to -0.5; expected 0 to 1\. Give value_range="),
         (lambda: OwnImages(np.full((20, 8, 8), np.nan)), "values from nan"),
         (lambda: OwnImages(np.zeros((5, 8, 8), np.uint8)), "own images has 5 images, fewer than one global batch of 8"),
     ],
@@ -99,22 +100,25 @@ def test_files_that_a_function_cannot_read_are_bad_images(accelerator, digits):
             raise OSError("no such file")
         return digits[index]
 
-    with pytest.raises(UserError, match=r"own image 5: OSError: no such file\. --bad_images skip goes on without it"):
+    with pytest.raises(UserError, match=r"own image 5: OSError: no such file$"):
         batches(accelerator, OwnImages(read, length=20))
-    assert len(batches(accelerator, OwnImages(read, length=20), "--bad_images=skip")[1]) == 3
+    assert len(batches(accelerator, OwnImages(read, length=20), "--max_bad_images=100")[1]) == 3
 
 
 def test_flags_that_need_a_data_set_are_refused(accelerator, digits):
-    with pytest.raises(UserError, match="own images are neither streamed nor split"):
-        batches(accelerator, OwnImages(digits), "--validation_split=test")
+    with pytest.raises(UserError, match="own images are neither streamed nor cut"):
+        batches(accelerator, OwnImages(digits), "--max_train_samples=9")
+    with pytest.raises(UserError, match="--validation_split test: own images are in Python and have no splits"):
+        OwnImages(digits).held_out("test", "--validation_split")
 
 
 @pytest.mark.parametrize("kind", ["array N C H W", "Dataset of tuples"])
 @pytest.mark.parametrize("cache", ["always", "never"])
 def test_training_on_them_resumes_bit_for_bit(tmp_path, monkeypatch, digits, kind, cache):
     own_images = KINDS[kind](digits)
-    monkeypatch.setattr(utils.data, "load_train_data", partial(load_train_data, own_images=own_images))
-    flags = ["--random_flip", "--dropout=0.1", f"--cache_images={cache}", "--dataloader_num_workers=0"]
+    monkeypatch.setattr(utils.data.train_data, "load_train_data", partial(load_train_data, own_images=own_images))
+    monkeypatch.setattr(train_ddpm, "DROPOUT", 0.1)
+    flags = ["--random_flip", f"--cache_images={cache}", "--dataloader_num_workers=0"]
     assert train(tmp_path / "straight", *flags) == 0
     assert train(tmp_path / "cut", *flags) == 0
     interrupt(tmp_path / "cut", "checkpoint-3")

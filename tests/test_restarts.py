@@ -14,9 +14,8 @@ from children import finish
 from conftest import equal_weights, slow, tiny
 
 import train_ddpm
-from utils.exits import LOST
+from utils.resilience import LOST
 from utils.training.checkpoints import verify_checkpoint
-from utils.watchdog import PLACES
 
 SCRIPT = Path(train_ddpm.__file__)
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -71,8 +70,8 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize("kills, steps", [(3, 16), slow(20, 90)])
 def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch, straight, kills, steps):
-    """Protection: ``run._rendezvous``, without which a restarted process looks for one that is gone; the lock on the
-    folder, which ends with its process; ``exits.LOST`` of the others."""
+    """Protection: ``process._rendezvous``, without which a restarted process looks for one that is gone; the lock on the
+    folder, which ends with its process; ``resilience.LOST`` of the others."""
     rng, folder, log = random.Random(0), tmp_path / "run", tmp_path / "log"
     agent = launch(*flags_of(folder, steps), restarts=kills)
     for kill in range(kills):
@@ -97,7 +96,7 @@ def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch,
     ],
 )
 def test_a_mistake_burns_no_restarts(tmp_path, launch, flags, message):
-    """Protection: ``exits.not_again``. Otherwise each is tried, and said, four times."""
+    """Protection: ``resilience.ended``. Otherwise each is tried, and said, four times."""
     flags = [*flags_of(tmp_path / "run", 4), *flags]
     code, said = finish(launch(*flags, restarts=3, processes=1))
     assert code not in (0, None) and said.count("error: ") == 1 and message in said, said
@@ -142,8 +141,8 @@ def test_a_hang_ends_says_where_and_the_run_goes_on_by_itself(tmp_path, launch, 
 
 
 DATA = """
-from utils.data import TrainData
-import utils.data.datasets as m
+from utils.data.train_data import TrainData
+import utils.data.train_data as m
 original = m.from_uint8
 calls = []
 m.from_uint8 = lambda images: calls.append(time.sleep(99 * (len(calls) == 3))) or original(images)
@@ -158,11 +157,11 @@ m.starting_noise = lambda *a: calls.append(time.sleep(99 * (len(calls) == 1))) o
 
 @pytest.mark.parametrize("place, patch", [slow("data", DATA), ("sampling", SAMPLING)])
 def test_a_hang_names_the_place(tmp_path, place, patch):
-    """Protection: ``PLACES`` in ``watchdog``. One process, which nobody restarts."""
+    """Protection: ``progress.progress``. One process, which nobody restarts."""
     flags = [*flags_of(tmp_path / "run", 5), "--hang_timeout=2", "--sample_steps=2"]
     code, said = children.run(children.patched(patch), *flags, folder=tmp_path)
     assert code == LOST and f"optimizer steps and is in: {place}. Its threads:" in said, said
-    assert place in PLACES.values() and said.rstrip().endswith("The same command goes on from the newest checkpoint.")
+    assert said.rstrip().endswith("The same command resumes from the newest checkpoint.")
 
 
 SLOW = """

@@ -20,6 +20,7 @@ import sample
 import train_basic
 import train_ddpm
 from utils import UserError
+from utils.diffusion.unets import UNETS
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,7 +126,7 @@ def test_interpolation_init_image_and_guidance(tmp_path, finished_run):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "unipc"])
 def test_a_model_with_a_learned_variance_is_drawn_with_by_its_mean(tmp_path, sampler):
-    unet = UNet2DModel(8, in_channels=1, out_channels=2, **train_ddpm.UNETS["tiny"])
+    unet = UNet2DModel(8, in_channels=1, out_channels=2, **UNETS["tiny"])
     DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path / "model")
     draw(tmp_path / "model", tmp_path / "out", f"--sampler={sampler}", "--num_inference_steps=2")
     assert images(tmp_path / "out").shape[1:3] == (8, 8)

@@ -10,14 +10,14 @@ from conftest import equal_weights, interrupt, scalars, train
 from diffusers import DDPMPipeline
 
 from utils import UserError
-from utils.evaluation.sample_quality import SampleQuality
+from utils.evaluation.while_training import SampleQuality
 from utils.training.checkpoints import CheckpointError
 
 FLAGS = ["--evaluate_steps=2", "--num_evaluation_samples=20", "--features=pixels", "--report_to=tensorboard"]
 
 
 def test_a_run_is_evaluated_and_its_best_model_kept(tmp_path, capsys):
-    assert train(tmp_path / "run", *FLAGS, "--keep_best") == 0
+    assert train(tmp_path / "run", *FLAGS) == 0
     assert "Drawing and comparing 20 samples took" in capsys.readouterr().err
     distances = scalars(tmp_path / "run", "metrics/fd_pixels_N20")
     assert list(distances) == [2, 4, 6] and min(distances.values()) > 0
@@ -42,57 +42,65 @@ def test_evaluating_changes_nothing_in_training(tmp_path):
 
 @pytest.mark.parametrize("step, kept", [(2, True), (5, False)])
 def test_a_resumed_run_remembers_the_best_before_it_and_forgets_what_came_later(tmp_path, step, kept):
-    train(tmp_path / "run", *FLAGS, "--keep_best")
+    train(tmp_path / "run", *FLAGS)
     record = tmp_path / "run" / "best" / "evaluation.json"
     record.write_text(json.dumps({"step": step, "fd_pixels_N20": 0.0}))
     interrupt(tmp_path / "run", "checkpoint-3")
-    train(tmp_path / "run", *FLAGS, "--keep_best")
+    train(tmp_path / "run", *FLAGS)
     assert (json.loads(record.read_text())["fd_pixels_N20"] == 0) is kept
 
 
+class FakeRun:
+    """What ``SampleQuality`` needs of a run."""
+
+    def __init__(self, folder, accelerator, images):
+        self.output_dir, self.accelerator, self.global_step = folder, accelerator, 0
+        self.args, self.train_data = SimpleNamespace(seed=0), SimpleNamespace(examples=lambda count: (images, None))
+        self.log = lambda values: None
+
+    def measure(self, quality, step, draw, save):
+        self.global_step, self.draw, self.save = step, draw, save
+        quality.measure()
+
+
 @pytest.fixture
-def quality(tmp_path, accelerator):
-    args = SimpleNamespace(
-        features="pixels", features_model_name_or_path=None, num_evaluation_samples=30, output_dir=tmp_path, seed=0,
-        keep_best=True, evaluate_steps=1,
-    )  # fmt: skip
+def fake_run(tmp_path, accelerator):
     images = torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return SampleQuality(args, accelerator, SimpleNamespace(examples=lambda count: images[:count]), first_step=0)
+    return FakeRun(tmp_path, accelerator, images)
 
 
 def uniform_images(seed, high=256):
-    """What a script's ``draw`` does."""
+    """A script's ``draw``."""
     return lambda count: np.random.default_rng(seed).integers(0, high, (count, 1, 4, 4), dtype=np.uint8)
 
 
-def test_a_failure_to_keep_the_best_leaves_the_one_before(quality, tmp_path):
-    quality.log(uniform_images(0, high=50), 1)
-    quality.keep(lambda folder: (folder / "model").write_text("first"))
-    quality.log(uniform_images(1), 2)
+def keep_first(folder):
+    (folder / "model").write_text("first")
 
-    def fail(folder):
-        raise OSError("No space left on device")
 
+def fail(folder):
+    raise OSError("No space left on device")
+
+
+def test_a_failure_to_keep_the_best_leaves_the_one_before(fake_run, tmp_path):
+    quality = SampleQuality(fake_run, "pixels", 30, 1)
+    fake_run.measure(quality, 1, uniform_images(0, high=50), keep_first)
     with pytest.raises(CheckpointError, match="No space left"):
-        quality.keep(fail)
+        fake_run.measure(quality, 2, uniform_images(1), fail)
     assert (tmp_path / "best" / "model").read_text() == "first"
-    quality.log(uniform_images(0, high=50), 3)  # worse than the second, as good as the first
-    quality.keep(fail)
-    quality.log(lambda count: None, 4)  # interrupted
-    quality.keep(fail)
+    fake_run.measure(quality, 3, uniform_images(0, high=50), fail)  # worse than the second, as good as the first
 
 
-def test_a_kill_between_two_renames_is_repaired(quality, tmp_path, accelerator):
-    quality.log(uniform_images(0), 1)
-    quality.keep(lambda folder: (folder / "model").write_text("first"))
+def test_a_kill_between_two_renames_is_repaired(fake_run, tmp_path):
+    quality = SampleQuality(fake_run, "pixels", 30, 1)
+    fake_run.measure(quality, 1, uniform_images(0), keep_first)
     (tmp_path / "best").rename(tmp_path / "best-previous")
-    again = SampleQuality(quality.args, accelerator, SimpleNamespace(examples=lambda n: torch.zeros(30, 1, 4, 4)), 1)
+    again = SampleQuality(fake_run, "pixels", 30, 1)
     assert (tmp_path / "best" / "model").read_text() == "first" and again.best == quality.best
 
 
-def test_too_few_samples_are_said(quality, accelerator, caplog):
-    quality.args.num_evaluation_samples = 20
-    SampleQuality(quality.args, accelerator, SimpleNamespace(examples=lambda n: torch.zeros(n, 1, 4, 4)), 0)
+def test_too_few_samples_are_said(tmp_path, accelerator, caplog):
+    SampleQuality(FakeRun(tmp_path, accelerator, torch.zeros(20, 1, 4, 4)), "pixels", 20, 1)
     assert "20 images for 16 features" in caplog.text
     with pytest.raises(UserError, match="--evaluate_steps: 1 images; expected at least 6"):
-        SampleQuality(quality.args, accelerator, SimpleNamespace(examples=lambda n: torch.zeros(1, 1, 4, 4)), 0)
+        SampleQuality(FakeRun(tmp_path, accelerator, torch.zeros(1, 1, 4, 4)), "pixels", 20, 1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
+from utils.training.run import total_train_steps
 
 from utils.diffusion.linear_mix import LinearMixScheduler
 from utils.diffusion.sampling import sample_batch, sample_images
@@ -17,7 +18,6 @@ from utils.diffusion.schedulers import (
     pipeline_scheduler,
     signal_and_noise,
 )
-from utils.training.run import total_train_steps
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")

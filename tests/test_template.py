@@ -1,15 +1,14 @@
-"""A copy of train_ddpm.py and utils/ in an empty folder: it runs, can be cut down and changed, and still resumes."""
+"""A copy of a script and utils/ in an empty folder: it runs, can be cut down and changed, and still resumes."""
 
-import ast
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
-from conftest import TINY, equal_weights, interrupt, parse, reset_accelerate, slow, train
+from conftest import TINY, equal_weights, interrupt, parse, reset_accelerate, train
 from PIL import Image
 
 import train_ddpm
@@ -27,9 +26,15 @@ SCRIPTS = (
     "train_flow.py",
     "distill_few_steps.py",
 )
+FOLDERS = ("sources", "monitoring", "resilience", "evaluation", "publishing")  # each may be deleted
+FLAGS_OF = {  # a flag that goes with each
+    "sources": "--train_data_dir", "monitoring": "--report_to", "resilience": "--max_rollbacks",
+    "evaluation": "--evaluate_steps", "publishing": "--push_to_hub",
+}  # fmt: skip
 DRIVER = """
-import json, shutil, sys
+import hashlib, json, shutil, sys
 from pathlib import Path
+sys.path.insert(0, str(Path.cwd()))
 from safetensors.torch import load_file
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -48,104 +53,98 @@ Path("cut/samples.png").unlink()
 resumed = train("cut")
 assert straight.keys() == resumed.keys()
 assert all(torch.equal(straight[name], resumed[name]) for name in straight), "not bit for bit"
-print("RESUMED", json.loads(Path("cut/training_args.json").read_text()).get("ran"))
+digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in straight.values())).hexdigest()
+print("RESUMED", digest, json.loads(Path("cut/training_args.json").read_text()).get("ran"))
 """
 
 
-def names_in(*nodes):
-    return {node.id for tree in nodes for node in ast.walk(tree) if isinstance(node, ast.Name)}
-
-
-def without_wing(text, *wings):
-    """The script without the statements that name what comes from these wings; what they assign is gone, too."""
-    gone, lines = set(), set()
-
-    def delete(node):
-        lines.update(range(node.lineno, node.end_lineno + 1))
-        gone.update(
-            name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
-        )
-        gone.update([node.name] if isinstance(node, ast.FunctionDef) else [])
-
-    def deleted(node):
-        """Delete a statement, or what of its body names what is gone; whether nothing is left of it."""
-        if isinstance(node, ast.ImportFrom):
-            if any((node.module or "").startswith(f"utils.{wing}") for wing in wings):
-                gone.update(alias.asname or alias.name for alias in node.names)
-                delete(node)
-                return True
-            return False
-        body = getattr(node, "body", None)
-        if body is None:
-            used = names_in(node)
-        else:
-            used = names_in(*(part for part in ast.iter_child_nodes(node) if part not in body))
-        if used & gone or (body and all([deleted(statement) for statement in body])):
-            delete(node)
-            return True
-        return False
-
-    for node in ast.parse(text).body:
-        deleted(node)
-    return "".join(line for k, line in enumerate(text.splitlines(keepends=True), 1) if k not in lines)
-
-
 def copy(folder, script="train_ddpm.py", without=(), edits=()):
-    """An empty folder with a script and utils/, less these wings, with pieces of the script's text replaced."""
+    """An empty folder with a script and utils/, less these folders, with pieces of the script's text replaced."""
     folder.mkdir()
     shutil.copytree(ROOT / "utils", folder / "utils", ignore=shutil.ignore_patterns("__pycache__", *without))
-    text = without_wing((ROOT / script).read_text(), *without)
+    text = (ROOT / script).read_text()
     for old, new in edits:
         assert text.count(old) == 1, f"{text.count(old)} times in {script}: {old}"
         text = text.replace(old, new)
     (folder / script).write_text(text)
-    return text
 
 
-def run_copy(folder, script, *flags):
+def known(flags, without):
+    """The flags that are left without these folders."""
+    gone = [name for folder, name in (("sources", "--dataset_name"), ("monitoring", "--report_to")) if folder in without]
+    return [flag for flag in flags if not flag.startswith(tuple(gone) or "-x")]
+
+
+def run_copy(folder, script, *flags, without=()):
     """Train in the copy, cut short and resume; compare. Returns what was printed."""
-    (folder / "driver.py").write_text(DRIVER.format(script=script.removesuffix(".py")))
-    result = subprocess.run(
-        [sys.executable, "driver.py", *TINY, *flags],
-        cwd=folder, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0 and "RESUMED" in result.stdout, result.stderr[-3000:]
-    return result.stdout + result.stderr
+    flags = [*known(TINY, without), *flags]
+    code, said = children.run(DRIVER.format(script=script.removesuffix(".py")), *flags, folder=folder)
+    assert code == 0 and "RESUMED" in said, said[-3000:]
+    return said
 
 
-@pytest.mark.parametrize(
-    "without", [("publishing", "evaluation"), slow(()), slow(("publishing",)), slow(("evaluation",))], ids=str
-)
-def test_a_copy_trains_and_resumes_without_the_wings_that_it_does_not_need(tmp_path, without):
-    text = copy(tmp_path / "copy", without=without)
-    assert ("hub" in text.split("def main")[1]) is ("publishing" not in without)
-    assert ("quality" in text.split("def main")[1]) is ("evaluation" not in without)
-    flags = [] if "evaluation" in without else ["--evaluate_steps=3", "--num_evaluation_samples=10"]
-    run_copy(tmp_path / "copy", "train_ddpm.py", "--unet=tiny", *flags)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The digest of the weights that the whole copy ends with."""
+    folder = tmp_path_factory.mktemp("whole") / "copy"
+    copy(folder)
+    return run_copy(folder, "train_ddpm.py", "--unet=tiny").split("RESUMED ")[1].split()[0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("wing", ["publishing", "evaluation"])
-def test_every_script_is_whole_without_a_wing(script, wing):
-    """No name is left undefined, and the loop is still there."""
-    text = without_wing((ROOT / script).read_text(), wing)
-    assert f"utils.{wing}" not in text and "accelerator.backward(loss)" in text and "run.finish(" in text
-    result = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F821", "--stdin-filename=x.py", "-"],
-        input=text, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout
+@pytest.mark.parametrize("without", [*((folder,) for folder in FOLDERS), FOLDERS], ids="+".join)
+def test_a_folder_is_deleted_and_nothing_else(tmp_path, whole, without):
+    """The script as it is trains, resumes and ends with the same bits; the folder's flags are gone, the others stay."""
+    copy(tmp_path / "copy", without=without)
+    assert (tmp_path / "copy" / "train_ddpm.py").read_bytes() == (ROOT / "train_ddpm.py").read_bytes()
+    flags = ["--evaluate_steps=3", "--num_evaluation_samples=10", "--features=pixels"]
+    said = run_copy(
+        tmp_path / "copy", "train_ddpm.py", "--unet=tiny", *([] if "evaluation" in without else flags), without=without
+    )
+    assert said.split("RESUMED ")[1].split()[0] == whole
+    assert (tmp_path / "copy" / "straight" / "README.md").is_file() == ("publishing" not in without)
+    assert (tmp_path / "copy" / "straight" / "best").is_dir() == ("evaluation" not in without)
+    code, usage = children.run(tmp_path / "copy" / "train_ddpm.py", "--help", folder=tmp_path / "copy")
+    assert code == 0
+    for folder, flag in FLAGS_OF.items():
+        assert (f"{flag} " in usage) == (folder not in without), flag
+    code, said = children.run(tmp_path / "copy" / "train_ddpm.py", FLAGS_OF[without[0]], folder=tmp_path / "copy")
+    assert code == 2 and f"there is no flag {FLAGS_OF[without[0]]};" in said
+
+
+ALL = """
+import importlib, sys
+from pathlib import Path
+sys.path.insert(0, str(Path.cwd()))
+from accelerate.state import AcceleratorState, GradientState
+base, *flags = sys.argv[1:]
+for name in {scripts}:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    script = importlib.import_module(name.removesuffix(".py"))
+    start = [f"--pretrained_model_name_or_path={{base}}"] if name.startswith(("fine", "distill")) else []
+    script.main(script.parse_args([*flags, *start, f"--output_dir=run-{{name}}", "--max_train_steps=2"]))
+    print("TRAINED", name)
+"""
+
+
+def test_every_script_does_without_all_that_may_be_deleted(tmp_path, finished_run):
+    copy(tmp_path / "copy", without=FOLDERS)
+    for script in SCRIPTS:
+        shutil.copy(ROOT / script, tmp_path / "copy")
+    flags = [finished_run, *known(TINY, FOLDERS)]
+    code, said = children.run(ALL.format(scripts=SCRIPTS), *flags, folder=tmp_path / "copy")
+    assert code == 0 and said.count("TRAINED") == len(SCRIPTS), said[-3000:]
 
 
 DATA = (
     "    train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)  # or own_images=...\n"
 )
-UNET = '        unet = zero_init(UNet2DModel(**shape, dropout=args.dropout or 0.0, **UNETS[args.unet or "small"]))\n'
+UNET = "        unet = make_unet(args.unet, args.model_config_name_or_path, train_data.model_shape, DROPOUT)\n"
 LABELS = [
     ("model(noisy_images, timesteps).sample", 'model(noisy_images, timesteps, class_labels=batch["labels"]).sample'),
     (
-        "args.sample_batch_size, args.seed, stop_signal.requested,\n",
-        "args.sample_batch_size, args.seed, stop_signal.requested,\n"
+        "args.seed, run.stop_requested,\n",
+        "args.seed, run.stop_requested,\n"
         "            model_inputs=lambda sample_ids: dict(class_labels=torch.from_numpy(sample_ids % 10)),\n",
     ),
 ]
@@ -162,16 +161,17 @@ OWN_EVERYTHING = [  # an array, a transformer, SGD, a schedule of torch's, and a
         "        from diffusers import DiTTransformer2DModel\n"
         "        unet = DiTTransformer2DModel(\n"
         "            num_attention_heads=2, attention_head_dim=8, num_layers=2, patch_size=2, norm_num_groups=2,\n"
-        "            num_embeds_ada_norm=10, **shape,\n        )\n",
+        "            num_embeds_ada_norm=10, **train_data.model_shape,\n        )\n",
     ),
     (
-        "make_optimizer(args, unet)",
-        "torch.optim.SGD(unet.parameters(), lr=args.learning_rate, momentum=0.9, weight_decay=0.01)",
+        "    optimizer = make_optimizer(  # or any of torch.optim\n"
+        "        args.optimizer, unet, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8\n    )\n",
+        "    optimizer = torch.optim.SGD(unet.parameters(), lr=args.learning_rate, momentum=0.9, weight_decay=0.01)\n",
     ),
     ("lr_scheduler = get_scheduler(\n", "lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(\n"),
     (
-        "args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps\n",
-        "optimizer, max_train_steps\n",
+        "args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=run.max_train_steps\n",
+        "optimizer, run.max_train_steps\n",
     ),
     ("F.mse_loss(", "F.huber_loss("),
     *LABELS,
@@ -189,7 +189,7 @@ def test_own_images_model_loss_optimizer_and_schedule_resume_bit_for_bit(tmp_pat
 
 @pytest.mark.slow
 def test_a_unet_with_classes_resumes_bit_for_bit(tmp_path):
-    classes = UNET.replace("**UNETS", "num_class_embeds=10, **UNETS")
+    classes = UNET.replace("train_data.model_shape", "dict(train_data.model_shape, num_class_embeds=10)")
     copy(tmp_path / "copy", edits=[(UNET, classes), *LABELS])
     run_copy(tmp_path / "copy", "train_ddpm.py", "--unet=tiny", "--label_column=label")
 
@@ -221,19 +221,38 @@ def forget(folder, *flags, **added):
 
 def test_a_new_flag_at_its_default_goes_on_with_an_old_run(tmp_path, capsys):
     train(tmp_path / "run")
-    forget(tmp_path / "run", "snr_gamma", "lr_scheduler", bygone=7)
+    forget(tmp_path / "run", "time_density", "lr_scheduler", bygone=7, time_density="logit_normal")
     assert train(tmp_path / "run") == 0
     said = capsys.readouterr().err
-    assert "is of a run without lr_scheduler, snr_gamma; what runs did before there were these counts" in said
-    assert "settings that this script does not have: bygone (it was 7); they are ignored" in said
+    assert "holds a run without lr_scheduler: what runs did before there were these counts" in said
+    assert "holds a run with bygone 7, a setting that this script does not have as a flag" in said
     assert "Resuming from" in said
 
 
 def test_a_new_flag_at_another_value_is_refused(tmp_path):
     train(tmp_path / "run")
-    forget(tmp_path / "run", "snr_gamma")
-    with pytest.raises(UserError, match=r"snr_gamma was None, is 5\.0"):
-        train(tmp_path / "run", "--snr_gamma=5")
+    forget(tmp_path / "run", "lr_scheduler")
+    with pytest.raises(UserError, match=r"lr_scheduler was 'linear', is 'cosine'"):
+        train(tmp_path / "run", "--lr_scheduler=cosine")
+
+
+def test_a_flag_that_became_a_constant_is_compared_with_it(tmp_path, monkeypatch, capsys):
+    """A run of an earlier version, with --snr_gamma 5 and --adam_beta1 0.8."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ddpm, "SNR_GAMMA", 5.0)
+        train(tmp_path / "run")
+    forget(tmp_path / "run", snr_gamma=5.0, adam_beta1=0.8, logit_std=1.0, logit_mean=0.4)
+    for path in (tmp_path / "run" / "training_args.json", tmp_path / "run" / "checkpoint-3" / STATE):
+        record = json.loads(path.read_text())
+        record.get("settings", record).pop("constants")
+        path.write_text(json.dumps(record))
+    (tmp_path / "run" / "checkpoint-3" / "manifest.json").unlink()
+    _write_manifest(tmp_path / "run" / "checkpoint-3")
+    with pytest.raises(UserError, match=r"snr_gamma was 5\.0, is None \(a constant of the script\)"):
+        train(tmp_path / "run")
+    monkeypatch.setattr(train_ddpm, "SNR_GAMMA", 5.0)
+    assert train(tmp_path / "run") == 0
+    assert "holds a run with adam_beta1 0.8, a setting that this script does not have as a flag" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- the output folder
@@ -256,7 +275,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     import fcntl
 
     def refuse(*arguments):
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert train(tmp_path / "run", "--max_train_steps=1") == 0

@@ -71,9 +71,9 @@ def test_the_card_says_how_to_load_it_and_that_code_runs(finished):
     [[], ["--gradient_accumulation_steps=2", "--train_batch_size=4", "--cache_images=never", "--mixed_precision=bf16"]],
     ids=["plain", "accumulation"],
 )
-def test_resuming_equals_never_having_stopped(tmp_path, script, flags):
+def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch, script, flags):
     flags = [*flags, "--max_train_samples=24", "--random_flip", "--report_to=tensorboard", "--checkpointing_steps=4"]
-    flags += ["--dropout=0.3"] if script is train_unet2d else []
+    monkeypatch.setitem(train_unet2d.UNET, "dropout", 0.3)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train(straight, *flags, script=script)
     train(resumed, *flags, script=script)

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from children import ROOT
 from conftest import equal_weights, events, interrupt, parse, scalars, slow, train
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
@@ -26,8 +25,11 @@ from safetensors.torch import load_file
 import train_ddpm
 from utils import UserError
 from utils.args import SAMPLERS
-from utils.diffusion import zero_init
-from utils.training import checkpoints, run
+from utils.diffusion import unets
+from utils.diffusion.pretrained import zero_init
+from utils.publishing.model_card import write_card
+from utils.training import checkpoints
+from utils.training.loop import Run
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -103,19 +105,18 @@ def test_grids_card_and_arguments(finished_run):
 
 def test_the_last_lines_name_only_what_is_there(tmp_path, finished_run, photos, capsys):
     def lines():
-        args = parse("--output_dir", tmp_path / "run", "--report_to=tensorboard")
-        run.print_finished(Accelerator(), args, 6)
+        flags = ["--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2"]
+        assert train(tmp_path / "run", *flags) == 0
         return [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
 
     shutil.copytree(finished_run, tmp_path / "run")
     assert lines() == ["samples", "pipeline", "curves", "train", "your"]
     shutil.rmtree(tmp_path / "run" / "logs")
-    (tmp_path / "run" / "README.md").write_text("# A page without the lines that load the model: they have failed")
-    assert lines() == ["samples", "train", "your"]
+    assert lines() == ["samples", "pipeline", "train", "your"]
     record = json.loads((tmp_path / "run" / "training_args.json").read_text())
     del record["public_data"]  # of a run before there was this
     (tmp_path / "run" / "training_args.json").write_text(json.dumps(record))
-    assert lines() == ["samples", "train"]
+    assert lines() == ["samples", "pipeline", "train"]
     train(tmp_path / "own", f"--train_data_dir={photos}", "--max_train_steps=1")
     assert "your images" not in capsys.readouterr().out
 
@@ -139,9 +140,8 @@ def test_the_card_names_no_private_folder(tmp_path, photos):
     assert "aunt" not in card and "aunt" not in str(record["public_arguments"])
     shutil.move(photos, tmp_path / "gone")  # what is a path cannot be seen any more
     with pytest.raises(UserError):
-        train(tmp_path / "run", *flags, "--hub_dataset_name=Our cats")
-    shutil.move(tmp_path / "gone", photos)
-    train(tmp_path / "run", *flags, "--hub_dataset_name=Our cats")  # the page is written again
+        train(tmp_path / "run", *flags)
+    write_card(tmp_path / "run", tmp_path / "run", dataset_name="Our cats")
     assert "trained on Our cats" in (tmp_path / "run" / "README.md").read_text()
 
 
@@ -263,11 +263,13 @@ def test_a_foreign_folder_and_changed_settings_are_refused(tmp_path):
         ["--checkpointing_steps=4", "--gradient_accumulation_steps=2", "--train_batch_size=4"],
         ["--checkpointing_steps=4", "--cache_images=never", "--dataloader_num_workers=0"],
         ["--checkpointing_steps=4", "--cache_images=never", "--dataloader_num_workers=2"],
-        ["--checkpointing_steps=4", "--mixed_precision=bf16", "--snr_gamma=5"],
+        ["--checkpointing_steps=4", "--mixed_precision=bf16"],
     ],
 )
-def test_resuming_equals_never_having_stopped(tmp_path, flags):
-    flags = [*flags, "--max_train_samples=24", "--random_flip", "--dropout=0.3", "--report_to=tensorboard"]
+def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(train_ddpm, "DROPOUT", 0.3)
+    monkeypatch.setattr(train_ddpm, "SNR_GAMMA", 5)
+    flags = [*flags, "--max_train_samples=24", "--random_flip", "--report_to=tensorboard"]
     flags += ["--sample_steps=2", "--checkpoints_total_limit=5"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train(straight, *flags)
@@ -328,10 +330,11 @@ def test_going_back_to_an_older_checkpoint_sets_the_newer_aside(tmp_path):
 def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, monkeypatch, caplog):
     import fcntl
 
-    from utils.training import output_dir
+    import filelock
 
+    acquire = filelock.FileLock.acquire
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(output_dir.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(filelock.FileLock, "acquire", lambda self, timeout, **rest: acquire(self, timeout=min(timeout, 1)))
     with open(tmp_path / "run" / ".lock", "w", encoding="utf-8") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run is writing to it"):
@@ -351,17 +354,14 @@ def test_bad_checkpoints_stop_the_run_before_anything_is_touched(tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, number, code):
-    from utils.training import TrainingCurves
+    original = Run.end_of_step
 
-    original = TrainingCurves.add
-
-    def add(self, *arguments):  # in the middle of the fifth step
-        original(self, *arguments)
-        if len(calls := [*getattr(self, "calls", []), 1]) == 5:
+    def end_of_step(self, *arguments):  # in the middle of the fifth step
+        if self.global_step == 4:
             os.kill(os.getpid(), number)
-        self.calls = calls
+        return original(self, *arguments)
 
-    monkeypatch.setattr(TrainingCurves, "add", add)
+    monkeypatch.setattr(Run, "end_of_step", end_of_step)
     assert train(tmp_path / "stopped") == code
     assert "Stopped by" in (said := capsys.readouterr().out) and "5 of 6" in said and "The same command" in said
     assert (tmp_path / "stopped" / "checkpoint-5").is_dir()
@@ -382,9 +382,10 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_the_loss_falls_for_every_target(tmp_path, prediction_type):
+def test_the_loss_falls_for_every_target(tmp_path, monkeypatch, prediction_type):
+    monkeypatch.setattr(train_ddpm, "SNR_GAMMA", 5)
     flags = ["--report_to=tensorboard", "--max_train_steps=40", "--logging_steps=10", "--checkpointing_steps=100"]
-    train(tmp_path / "run", *flags, f"--prediction_type={prediction_type}", "--snr_gamma=5")
+    train(tmp_path / "run", *flags, f"--prediction_type={prediction_type}")
     losses = scalars(tmp_path / "run", "loss/train")
     assert losses[40] < 0.8 * losses[10]
     assert DDPMPipeline.from_pretrained(tmp_path / "run").scheduler.config.prediction_type == prediction_type
@@ -417,7 +418,8 @@ def test_timesteps_cover_all_levels_stratified_or_not(tmp_path, monkeypatch):
     monkeypatch.setattr(UNet2DModel, "forward", forward)
     for kind in ("uniform", "stratified"):
         batches = ["--train_batch_size=50", "--gradient_accumulation_steps=2"]
-        train(tmp_path / kind, f"--timestep_sampling={kind}", "--time_density=uniform", *batches)
+        monkeypatch.setattr(train_ddpm, "TIMESTEP_SAMPLING", kind)
+        train(tmp_path / kind, "--time_density=uniform", *batches)
         timesteps = torch.cat(seen[kind])
         assert timesteps.min() >= 0 and timesteps.max() <= 999 and len(timesteps) == 600
         per_step = timesteps.view(6, 100) // 10  # a hundred strata of ten timesteps, a hundred samples a step
@@ -428,32 +430,49 @@ def test_timesteps_cover_all_levels_stratified_or_not(tmp_path, monkeypatch):
 def test_each_flag_of_the_objective_changes_the_result(tmp_path):
     train(tmp_path / "plain", "--max_train_steps=5")
     for flag in (
-        "--beta_schedule=sigmoid", "--num_train_timesteps=100", "--timestep_sampling=uniform", "--time_density=uniform",
-        "--logit_mean=0", "--logit_std=0.5", "--optimizer=adamw", "--rescale_betas_zero_snr", "--snr_gamma=1",
-        "--seed=1", "--dropout=0.2", "--max_grad_norm=0.01", "--adam_beta1=0.5", "--adam_beta2=0.9",
-        "--adam_weight_decay=1", "--adam_epsilon=1", "--lr_scheduler=cosine", "--lr_warmup_steps=0",
-        "--no-use_ema", "--ema_max_decay=0.1", "--ema_inv_gamma=9", "--ema_power=0.1",
+        "--beta_schedule=sigmoid", "--time_density=uniform", "--optimizer=adamw", "--seed=1", "--max_grad_norm=0.01",
+        "--lr_scheduler=cosine", "--lr_warmup_steps=0", "--no-use_ema", "--ema_max_decay=0.1",
     ):  # fmt: skip
         folder = tmp_path / flag.strip("-").split("=")[0]
         train(folder, "--max_train_steps=5", flag)
         assert not equal_weights(tmp_path / "plain" / WEIGHTS, folder / WEIGHTS), flag
 
 
+def test_each_constant_of_the_objective_changes_the_result_and_is_compared(tmp_path, monkeypatch):
+    train(tmp_path / "plain", "--max_train_steps=5")
+    changes = dict(TIMESTEP_SAMPLING="uniform", LOGIT_MEAN=0, LOGIT_STD=0.5, SNR_GAMMA=1, DROPOUT=0.2)
+    changes["NOISE"] = {**train_ddpm.NOISE, "num_train_timesteps": 100, "rescale_betas_zero_snr": True}
+    for name, value in changes.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(train_ddpm, name, value)
+            train(tmp_path / name, "--max_train_steps=5")
+            assert not equal_weights(tmp_path / "plain" / WEIGHTS, tmp_path / name / WEIGHTS), name
+            with pytest.raises(UserError, match=rf"holds a run with other settings: {name}.* was .*, is "):
+                train(tmp_path / "plain", "--max_train_steps=9")
+    for line in (r"betas=(0.9, 0.99)", "weight_decay=0.01"):  # of the optimizer, in the script
+        source = inspect.getsource(train_ddpm)
+        assert source.count(line) == 1
+        names = {"__name__": "train_ddpm", "__file__": train_ddpm.__file__}
+        exec(compile(source.replace(line, line.replace("0.9", "0.8").replace("0.01", "0.1")), "edited", "exec"), names)
+        interrupt(tmp_path / "plain", "checkpoint-5" if "betas" in line else "checkpoint-5")
+        with pytest.raises(UserError, match=r"optimizer_settings\['\w+'\] was .*, is "):
+            names["main"](parse("--output_dir", tmp_path / "plain", "--max_train_steps=9"))
+
+
 def test_flags_of_speed_and_memory_do_not_change_the_result(tmp_path):
     train(tmp_path / "plain", "--max_train_steps=3")
     train(tmp_path / "checkpointed", "--max_train_steps=3", "--gradient_checkpointing")
-    train(tmp_path / "allowed", "--max_train_steps=3", "--allow_tf32", "--sample_batch_size=1")
+    train(tmp_path / "allowed", "--max_train_steps=3", "--sample_batch_size=1")
     first = load_file(tmp_path / "plain" / WEIGHTS)
     for other in ("checkpointed", "allowed"):
         second = load_file(tmp_path / other / WEIGHTS)
         assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
 
 
-def test_epsilon_from_pure_noise_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--rescale_betas_zero_snr needs"):
-        finished = tmp_path / "finished"
-        train(finished, "--prediction_type=epsilon", "--max_train_steps=1")
-        train(tmp_path / "run", "--rescale_betas_zero_snr", f"--pretrained_model_name_or_path={finished}")
+def test_epsilon_from_pure_noise_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(train_ddpm.NOISE, "rescale_betas_zero_snr", True)
+    with pytest.raises(UserError, match="rescale_betas_zero_snr needs the prediction type v_prediction or sample"):
+        train(tmp_path / "run", "--prediction_type=epsilon", "--max_train_steps=1")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -470,7 +489,7 @@ def test_each_sampler_draws_and_is_saved(tmp_path, sampler):
 
 
 def test_pretrained_weights_are_used_with_their_schedule(tmp_path, finished_run):
-    flags = ["--learning_rate=0", "--max_train_steps=1", "--no-use_ema", "--adam_weight_decay=0"]
+    flags = ["--learning_rate=0", "--max_train_steps=1", "--no-use_ema"]
     train(tmp_path / "run", *flags, f"--pretrained_model_name_or_path={finished_run}")
     assert equal_weights(tmp_path / "run" / WEIGHTS, finished_run / WEIGHTS)
     train(tmp_path / "other", "--max_train_steps=1", "--prediction_type=epsilon", "--beta_schedule=linear")
@@ -479,9 +498,9 @@ def test_pretrained_weights_are_used_with_their_schedule(tmp_path, finished_run)
     assert (config.prediction_type, config.beta_schedule) == ("epsilon", "linear")
     train(tmp_path / "sigmoid", "--max_train_steps=1", "--beta_schedule=sigmoid")
     again = [f"--pretrained_model_name_or_path={tmp_path}/sigmoid", "--beta_schedule=squaredcos_cap_v2"]
-    train(tmp_path / "cosine", *flags, *again, "--num_train_timesteps=500")
+    train(tmp_path / "cosine", *flags, *again)
     scheduler = DDPMPipeline.from_pretrained(tmp_path / "cosine").scheduler
-    expected = DDPMScheduler(num_train_timesteps=500, beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    expected = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod
     assert torch.allclose(scheduler.alphas_cumprod, expected, atol=1e-6)
 
 
@@ -555,10 +574,9 @@ def test_presets_have_the_sizes_that_their_comments_name():
     import inspect
     import re
 
-    import train_ddpm
 
-    source = inspect.getsource(train_ddpm)
-    for name, config in train_ddpm.UNETS.items():
+    source = inspect.getsource(unets)
+    for name, config in unets.UNETS.items():
         with torch.device("meta"):
             unet = UNet2DModel(sample_size=64, in_channels=3, out_channels=3, **config)
         millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
@@ -569,13 +587,13 @@ def test_presets_have_the_sizes_that_their_comments_name():
 def test_a_stream_trains_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     import datasets
 
-    from utils.data.sources import _embedded_digits
+    from utils.sources.sources import _embedded_digits
 
     # At the end of a stream of Parquet files datasets sleeps for the sake of threads that outlive the interpreter
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
     _embedded_digits().select(range(60)).to_parquet(tmp_path / "digits.parquet")
-    flags = [f"--dataset_name={tmp_path}/digits.parquet", "--streaming", "--shuffle_buffer_size=20"]
+    flags = [f"--dataset_name={tmp_path}/digits.parquet", "--streaming"]
     train(tmp_path / "straight", *flags)
     train(tmp_path / "cut", *flags)
     interrupt(tmp_path / "cut", "checkpoint-3")

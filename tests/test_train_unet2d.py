@@ -32,8 +32,9 @@ def test_timestep_conditioning_can_be_switched_off_for_good(tmp_path):
         assert torch.equal(untold(images, timesteps).sample, untold(images, 500).sample)
 
 
-def test_dropout_is_there_in_training_only(tmp_path):
-    train(tmp_path / "run", "--max_train_steps=3", "--learning_rate=0.03", "--dropout=0.5", script=train_unet2d)
+def test_dropout_is_there_in_training_only(tmp_path, monkeypatch):
+    monkeypatch.setitem(train_unet2d.UNET, "dropout", 0.5)
+    train(tmp_path / "run", "--max_train_steps=3", "--learning_rate=0.03", script=train_unet2d)
     unet, images = unet_of(tmp_path / "run"), torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(unet(images, 5).sample, unet(images, 5).sample)
@@ -43,7 +44,7 @@ def test_dropout_is_there_in_training_only(tmp_path):
 
 def test_gradient_checkpointing_changes_no_weight(tmp_path):
     for name, flags in (("plain", []), ("checkpointing", ["--gradient_checkpointing"])):
-        train(tmp_path / name, "--max_train_steps=2", "--dropout=0.3", *flags, script=train_unet2d)
+        train(tmp_path / name, "--max_train_steps=2", *flags, script=train_unet2d)
     plain, checkpointing = unet_of(tmp_path / "plain"), unet_of(tmp_path / "checkpointing")
     assert all(
         torch.allclose(a, b, atol=1e-6) for a, b in zip(plain.parameters(), checkpointing.parameters(), strict=True)

@@ -30,13 +30,16 @@ class StopSignal:
 
     GRACE = 2.0  # seconds in which a repeated signal is the same request; five times that for another one
     _current = None  # the one that has the handlers
+    _kept = None  # that of a run that goes back to a checkpoint
 
     def __init__(self, accelerator, promise="stopping after this step, with a checkpoint"):
         self.accelerator, self.promise, self.received, self.at = accelerator, promise, None, 0.0
         self.previous = {}
-        before, StopSignal._current = StopSignal._current, self
-        if before:  # the run goes back to a checkpoint, with whatever it was asked meanwhile
-            self.previous, self.received, self.at = before.previous, before.received, before.at
+        if StopSignal._current:
+            self.previous = StopSignal._current.previous
+        if StopSignal._kept:
+            self.received, self.at = StopSignal._kept.received, StopSignal._kept.at
+        StopSignal._current, StopSignal._kept = self, None
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 handler = signal.getsignal(number)
@@ -71,6 +74,10 @@ class StopSignal:
             received = torch.tensor([self.received or 0], device=self.accelerator.device)
             number = int(self.accelerator.gather(received).max()) or None
         return number
+
+    def keep(self) -> None:
+        """Hand what it has received to the next ``StopSignal``, for the run goes back to a checkpoint."""
+        StopSignal._kept = self
 
     def restore(self) -> None:
         """Put the handlers back that were there before."""

@@ -25,7 +25,7 @@ NUM_VALIDATION_IMAGES = 64  # of each set
 class Evaluation:
     """Takes part in a training run, see ``training.loop.Run``."""
 
-    def started(self, run) -> None:
+    def resumed(self, run) -> None:
         flags = vars(run.args)
         if flags.get("validation_split") or flags.get("prior_dataset_name"):
             validation = Validation(run, flags["validation_split"], flags["prior_dataset_name"])

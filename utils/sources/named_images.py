@@ -107,7 +107,7 @@ class NamedImages(Images):
         self.fingerprint = digest.hexdigest()[:16]
         if stamp:
             stamp.update(digest.digest())
-        self._stamp = stamp
+            self._stamp = stamp.hexdigest()
 
     def _digests_of_names(self):
         """Two hashes: of names and sizes of files, to be updated with the content of some; and of all that is known.
@@ -142,8 +142,7 @@ class NamedImages(Images):
         """
         if not self._stamp or (folder is None and seconds < QUICK):
             return None
-        stamp = self._stamp.copy()
-        stamp.update(repr(facts).encode())
+        stamp = hashlib.sha256(f"{self._stamp} {facts!r}".encode())
         parent = Path(folder or datasets.config.HF_DATASETS_CACHE / "prepared-images")
         return parent / f"{Path(self.name).name}-{stamp.hexdigest()[:16]}"
 

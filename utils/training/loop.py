@@ -6,8 +6,8 @@ gradient. At the end of an optimizer step it does, in this order: log, checkpoin
 evaluation, samples). What was done is recorded, so that what is due at a step is done although the run stopped there.
 
 Optional folders take part through an object with any of these methods, each called with the run on all processes:
-``claimed`` (the output folder is this run's), ``load_state`` and ``state`` (JSON in a checkpoint), ``started`` (before the
-first step), ``measured`` (a micro-step's losses), ``stepped`` (an optimizer step), ``checked`` and ``diverged`` (each
+``claimed`` (the output folder is this run's), ``load_state`` and ``state`` (JSON in a checkpoint), ``resumed`` (the
+weights are there), ``started`` (before the first step), ``measured`` (a micro-step's losses), ``stepped`` (an optimizer step), ``checked`` and ``diverged`` (each
 loss, when it is looked at), ``logged`` (a point of the curves), ``pictured``, ``paused``, ``saved`` (a pipeline's folder),
 ``finished`` (complete), ``released`` (the last lines are printed), ``closed`` (however it ended). ``global_batches`` may
 choose which batches the steps take.
@@ -66,8 +66,7 @@ class Run:
 
     def __init__(self, args, name: str, title: str, constants: dict):
         self.args, self.name, self.title = args, name, title
-        values = {key: output_dir.plain(value) for key, value in constants.items() if key.isupper()}
-        self.constants = {key: value for key, value in values.items() if value is not None or constants[key] is None}
+        self.constants = output_dir.own_constants(constants)
         self.global_step, self._saved_at, self._step_is_open = 0, None, False
         self.parts, self.output_dir, self.stop_signal, self.bar = [], None, None, None
         exits.register(self)
@@ -261,6 +260,7 @@ class Run:
     def _start(self) -> None:
         """Write down what will be trained, and try whether the model can draw: now, and not after hours."""
         args, accelerator = self.args, self.accelerator
+        self._tell("resumed")
         self.train_data.prepare()  # before the clock starts, and while Ctrl-C still stops at once
         output_dir.write_arguments(accelerator, vars(args), self.name, self.constants, **self.facts)
         shown = (f"{key} {value}" for key, value in self.facts.items() if value is not None)
@@ -425,6 +425,7 @@ class Run:
             self.bar.close()
         self._tell("closed")
         if again:
+            self.stop_signal.keep()
             self.accelerator.free_memory()
             return
         if self.stop_signal:

@@ -14,7 +14,7 @@ import filelock
 import torch
 from accelerate.utils import broadcast_object_list
 
-from .. import UserError, write_record
+from .. import UserError, args, write_record
 from ..args import defaults_of
 from ..hardware import device_name
 from ..privacy import OWN_IMAGES, public, public_data
@@ -58,11 +58,11 @@ EARLIER_FREE = {
 _locks = {}  # locks that this process holds, by folder
 
 
-def claim_output_dir(accelerator, args, script: str, constants: dict) -> tuple[Path, int | None]:
+def claim_output_dir(accelerator, flags, script: str, constants: dict) -> tuple[Path, int | None]:
     """Make the output folder this run's, or find that it holds this run already.
 
     Args:
-        args: all flags, which are compared with those of the run in the folder.
+        flags: parsed arguments, which are compared with those of the run in the folder.
         script: its name; the folder of another one is refused.
         constants: of the script, which are compared, too.
 
@@ -73,10 +73,10 @@ def claim_output_dir(accelerator, args, script: str, constants: dict) -> tuple[P
     Raises:
         UserError: the folder cannot be written, holds something else, or a run with other settings.
     """
-    folder, answer = Path(args.output_dir), [None, None]
+    folder, answer = Path(flags.output_dir), [None, None]
     if accelerator.is_main_process:
         try:
-            answer[0] = _inspect(folder, {**vars(args), "constants": constants}, defaults_of(args), script)
+            answer[0] = _inspect(folder, {**vars(flags), "constants": constants}, defaults_of(flags), script)
         except UserError as error:
             answer[1] = str(error)
         except (OSError, ValueError) as error:
@@ -167,9 +167,11 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
     if flags:
         logger.info(f"{where} holds a run without {', '.join(sorted(flags))}: what runs did before there were these counts.")
     changed = []
+    if not old.get("constants"):  # an earlier version; what it did not know as a flag is in BEFORE
+        old = {**{name: value for name, value in BEFORE.items() if name.upper() in constants}, **old}
     for name in sorted({*old} - {*new} - FREE_ON_RESUME - EARLIER_FREE):
         if name.upper() in constants:
-            if old[name] != constants[name.upper()]:
+            if (old[name] or 0) != (constants[name.upper()] or 0):  # some flags were None for nothing
                 changed.append(f"{name} was {old[name]!r}, is {constants[name.upper()]!r} (a constant of the script)")
         elif old[name] not in (None, EARLIER.get(name)):
             logger.warning(
@@ -203,6 +205,12 @@ def _differences(name: str, old, new) -> list[str]:
         shared = [key for key in new if key in old]
         return [line for key in shared for line in _differences(f"{name}[{key!r}]", old[key], new[key])]
     return [] if old == new else [f"{name} was {old!r}, is {new!r}"]
+
+
+def own_constants(names: dict) -> dict:
+    """Return the constants among a script's names: in capitals, with a value that JSON can hold, not imported."""
+    own = {key: value for key, value in names.items() if key.isupper() and getattr(args, key, names) is not value}
+    return {key: plain(value) for key, value in own.items() if value is None or plain(value) is not None}
 
 
 def plain(value):

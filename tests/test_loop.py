@@ -1,0 +1,202 @@
+"""utils/training/loop.py: what is due at a step is done, whatever ends the run, and nothing stays behind."""
+
+import ast
+import json
+import signal
+import threading
+from pathlib import Path
+
+import children
+import filelock
+import pytest
+from conftest import equal_weights, parse, reset_accelerate, scalars, slow, tiny, train
+
+import distill_few_steps
+import finetune_faces
+import train_basic
+import train_conditional
+import train_ddpm
+import train_flow
+import train_unet2d
+from utils.evaluation import while_training
+from utils.signals import STOP_SIGNALS, StopSignal
+from utils.training.loop import Run
+
+ROOT = Path(train_ddpm.__file__).parent
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SCRIPTS = [train_basic, train_unet2d, train_ddpm, train_flow, train_conditional, finetune_faces, distill_few_steps]
+EVERYTHING = [  # all that is repeated coincides with the checkpoints, as it does by default
+    "--report_to=tensorboard", "--checkpointing_steps=2", "--sample_steps=2", "--evaluate_steps=2",
+    "--num_evaluation_samples=10", "--features=pixels", "--dataset_split=train[:64]", "--checkpoints_total_limit=9",
+    "--train_batch_size=4",
+]  # fmt: skip
+VALIDATION = ["--validation_split=train[64:96]", "--validation_steps=2"]
+PLACES = {  # where a run is killed, in the order in which things are due at a step
+    "validation": (while_training.Validation, "measure"),
+    "evaluation": (while_training.SampleQuality, "measure"),
+    "samples": (Run, "_save_samples"),
+}
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+def flags_of(script, finished_run):
+    start = [f"--pretrained_model_name_or_path={finished_run}"] * (script in (finetune_faces, distill_few_steps))
+    return [*EVERYTHING, *start, *(VALIDATION if script is not distill_few_steps else [])]
+
+
+def curves(folder):
+    """All curves but those of the machine."""
+    names = ("loss/train", "loss/validation_held_out", "metrics/fd_pixels_N10", "loss_by_timestep/0-249")
+    found = {}
+    for name in names:
+        try:
+            found[name] = scalars(folder, name)
+        except KeyError:
+            found[name] = None
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_what_is_due_at_a_step_is_done_although_the_run_is_killed_before(tmp_path, monkeypatch, finished_run, script):
+    """Killed in validation at step 2, in the samples of step 4 and in the evaluation of step 6, the last."""
+    monkeypatch.setattr(while_training, "NUM_VALIDATION_IMAGES", 4)
+    flags = flags_of(script, finished_run)
+    assert train(tmp_path / "straight", *flags, script=script) == 0
+    kills = [("validation", 2), ("samples", 4), ("evaluation", 6)]
+    for place, step in kills if script is not distill_few_steps else kills[1:]:
+        owner, name = PLACES[place]
+        original = getattr(owner, name)
+
+        def dies(self, *arguments, original=original, step=step):
+            if (getattr(self, "run", self)).global_step == step:
+                raise Killed
+            return original(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dies)
+            with pytest.raises(Killed):
+                train(tmp_path / "run", *flags, script=script)
+        assert (tmp_path / "run" / f"checkpoint-{step}").is_dir()
+    assert train(tmp_path / "run", *flags, script=script) == 0
+    assert curves(tmp_path / "run") == curves(tmp_path / "straight")
+    for path in ("samples/step-000002.png", "samples/step-000004.png", "samples.png", "evaluation.json"):
+        assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "straight" / path).read_bytes(), path
+    for path in (WEIGHTS, f"best/{WEIGHTS}"):
+        assert equal_weights(tmp_path / "run" / path, tmp_path / "straight" / path)
+    assert json.loads((tmp_path / "run" / "done.json").read_text())["evaluation"] == 6
+
+
+KILL = """
+import os, signal
+from utils.evaluation import while_training
+from utils.training.loop import Run
+owner, name = {place}
+original = getattr(owner, name)
+def dies(self, *arguments):
+    if getattr(self, "run", self).global_step == {step}:
+        os.kill(os.getpid(), signal.{number})
+    return original(self, *arguments)
+setattr(owner, name, dies)
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("place, step", [("evaluation", 6), slow("validation", 2), slow("samples", 4)])
+def test_a_real_kill_and_a_polite_one_lose_nothing_that_is_due(tmp_path, place, step, number):
+    flags = tiny(*EVERYTHING, *VALIDATION, "--unet=tiny")
+    owner = {"validation": "while_training.Validation, 'measure'", "samples": "Run, '_save_samples'"}
+    patch = KILL.format(place=owner.get(place, "while_training.SampleQuality, 'measure'"), step=step, number=number)
+    code, said = children.run(children.patched(patch), *flags, f"--output_dir={tmp_path / 'run'}", folder=tmp_path)
+    assert code == {"SIGKILL": -9, "SIGTERM": 143}[number], said
+    assert f"Stopped by SIGTERM after {step} of 6" in said or number == "SIGKILL"
+    for folder in ("run", "straight"):
+        code, said = children.run(children.patched(""), *flags, f"--output_dir={tmp_path / folder}", folder=tmp_path)
+        assert code == 0, said
+    assert curves(tmp_path / "run") == curves(tmp_path / "straight")
+    assert len([*(tmp_path / "run" / "samples").glob("*.png")]) == 2
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() == (tmp_path / "straight" / "evaluation.json").read_bytes()
+
+
+@pytest.mark.parametrize("flags", [[], slow(["--gradient_accumulation_steps=2", "--train_batch_size=4"])])
+def test_the_point_after_a_stop_is_that_of_a_run_without_one(tmp_path, monkeypatch, flags):
+    """A point of the curves is a mean over the steps since the last one: those before the stop count, too."""
+    flags = [*flags, "--report_to=tensorboard", "--logging_steps=4", "--max_train_steps=8", "--label_column=label"]
+    assert train(tmp_path / "straight", *flags) == 0
+    original = StopSignal.check
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "check", lambda self, step=0: signal.SIGTERM if step == 6 else original(self, step))
+        assert train(tmp_path / "run", *flags) == 143
+    assert train(tmp_path / "run", *flags) == 0
+    for name in ("loss/train", "optimizer/grad_norm", "loss_by_timestep/500-749", "loss_per_label/3"):
+        points = scalars(tmp_path / "run", name)
+        assert list(points) in ([4, 8], [8]) and points == scalars(tmp_path / "straight", name), name
+
+
+def edited(*pairs):
+    """A module like train_ddpm.py, with pieces of its text replaced."""
+    text = (ROOT / "train_ddpm.py").read_text()
+    for old, new in pairs:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    names = {"__name__": "edited", "__file__": str(ROOT / "train_ddpm.py")}
+    exec(compile(ast.parse(text), "edited", "exec"), names)
+    return names
+
+
+def run_edited(names, folder, *flags):
+    reset_accelerate()
+    return names["main"](parse("--output_dir", folder, *flags))
+
+
+UPDATE = "            ema_model.step(unet.parameters())\n"
+
+
+def nothing_is_left(folder, handlers):
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == handlers
+    assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+    with filelock.FileLock(folder / ".lock", timeout=0):
+        pass
+
+
+def test_a_break_ends_a_run_as_its_last_step_does(tmp_path, capsys):
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    names = edited((UPDATE, UPDATE + "            if run.global_step == 4:\n                break\n"))
+    flags = ["--checkpointing_steps=3", "--evaluate_steps=3", "--num_evaluation_samples=10", "--features=pixels"]
+    run_edited(names, tmp_path / "run", *flags)
+    assert "Finished, after 4 optimizer steps" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoint-4").is_dir() and (tmp_path / "run" / "samples.png").is_file()
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["step"] == 4
+    nothing_is_left(tmp_path / "run", handlers)
+    assert train(tmp_path / "four", *flags, "--max_train_steps=4", "--lr_scheduler=linear") == 0
+    run_edited(names, tmp_path / "run", *flags)
+    assert "This run was finished before, after 4 optimizer steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_and_an_interrupt_leave_nothing_behind(tmp_path, error):
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    names = edited((UPDATE, UPDATE + f"            if run.global_step == 4:\n                raise {error.__name__}\n"))
+    with pytest.raises(error):
+        run_edited(names, tmp_path / "run", "--hang_timeout=20")
+    nothing_is_left(tmp_path / "run", handlers)
+    assert train(tmp_path / "run") == 0
+
+
+def test_every_so_many_steps_of_ones_own_come_before_the_checkpoint(tmp_path):
+    """So that a run that is killed in between does them again."""
+    line = "            if run.every(3):\n                made.append(sorted(run.output_dir.glob('checkpoint-*')))\n"
+    names = edited((UPDATE, UPDATE + line))
+    names["made"] = made = []
+    run_edited(names, tmp_path / "run", "--checkpointing_steps=3")
+    assert [[path.name for path in found] for found in made] == [[], ["checkpoint-3"]]
+
+
+def test_a_run_in_a_thread_goes_without_signals(tmp_path):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(train(tmp_path / "run", "--max_train_steps=2")))
+    thread.start()
+    thread.join()
+    assert codes == [0]
