@@ -91,7 +91,9 @@ def main(args):
     noise_scheduler = make_noise_scheduler(
         pretrained, NOISE, beta_schedule=args.beta_schedule, prediction_type=args.prediction_type
     )
-    num_train_timesteps, prediction_type = (noise_scheduler.config[k] for k in ("num_train_timesteps", "prediction_type"))
+    num_train_timesteps, prediction_type = (
+        noise_scheduler.config[k] for k in ("num_train_timesteps", "prediction_type")
+    )
     check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
     sampler = make_sampler(args.sampler, noise_scheduler)
 

@@ -74,7 +74,9 @@ def main(args):
 
     # Noise scheduler
     noise_scheduler = make_flow(args.prediction_type, args.flow_shift, train_data.size, pretrained)
-    num_train_timesteps, prediction_type = (noise_scheduler.config[k] for k in ("num_train_timesteps", "prediction_type"))
+    num_train_timesteps, prediction_type = (
+        noise_scheduler.config[k] for k in ("num_train_timesteps", "prediction_type")
+    )
     check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
     sampler = make_sampler(args.sampler, noise_scheduler)
 

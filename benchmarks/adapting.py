@@ -62,8 +62,9 @@ def main():
             run(
                 "finetune_faces.py", folder / name, *common, *flags, f"--max_train_steps={options.steps}",
                 f"--dataset_name={folder / 'new'}", "--validation_split=test", f"--learning_rate={rate}",
-                f"--pretrained_model_name_or_path={folder / start}", "--prior_dataset_name", options.dataset_name,
-                "--prior_dataset_split", options.base_split, "--lr_warmup_steps=20",
+                f"--pretrained_model_name_or_path={folder / start}", "--prior_dataset_name",
+                f"{options.dataset_name}:{options.base_split}",
+                "--lr_warmup_steps=20",
             )  # fmt: skip
             events = EventAccumulator(str(folder / name / "logs" / name)).Reload()
             loss = [event.value for event in events.Scalars("loss/validation_held_out")]

@@ -23,7 +23,8 @@ from speedrun import ROOT, accelerate
 
 sys.path.insert(0, str(ROOT))
 
-from train_ddpm import UNETS
+
+from utils.diffusion.unets import UNETS
 
 BATCHES = 10  # an epoch
 THEIRS = (  # which draws and saves after the first epoch and the last, whatever it is told

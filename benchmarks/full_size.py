@@ -18,16 +18,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import train_ddpm  # noqa: E402
+from utils.diffusion.unets import UNETS  # noqa: E402
 
 CONFIG = dict(
-    train_ddpm.UNETS["large"], sample_size=256, in_channels=3, out_channels=3,
+    UNETS["large"], sample_size=256, in_channels=3, out_channels=3,
     attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6,
 )  # fmt: skip
 FLAGS = [
     "--dataset_name=faces", "--resolution=256", "--image_mode=RGB", "--mixed_precision=bf16",
     "--gradient_checkpointing", "--max_train_steps=2", "--logging_steps=1", "--num_samples=1",
-    "--num_inference_steps=1", "--num_validation_images=1", "--lr_warmup_steps=0", "--sample_steps=1000",
+    "--num_inference_steps=1", "--lr_warmup_steps=0", "--sample_steps=1000",
 ]  # fmt: skip
 
 

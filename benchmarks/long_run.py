@@ -27,20 +27,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
-    from utils.training import TrainingCurves
+    from utils.training.loop import Run
 
-    process, original, table = psutil.Process(), TrainingCurves.step, sys.stdout
+    process, original, table = psutil.Process(), Run.end_of_step, sys.stdout
     print("  step  memory MiB  open files  threads  checkpoints")
 
-    def step(self, global_step, *arguments, **values):
-        original(self, global_step, *arguments, **values)
-        if global_step % (options.steps // ROWS) == 0:
+    def end_of_step(self, *arguments):
+        stepped = original(self, *arguments)
+        if stepped and self.global_step % (options.steps // ROWS) == 0:
             gc.collect()
             memory, kept = process.memory_info().rss / 2**20, len(list(folder.glob("checkpoint-*")))
-            row = f"{global_step:6}{memory:12.0f}{process.num_fds():12}{process.num_threads():9}{kept:13}"
+            row = f"{self.global_step:6}{memory:12.0f}{process.num_fds():12}{process.num_threads():9}{kept:13}"
             print(row, file=table, flush=True)
+        return stepped
 
-    with tempfile.TemporaryDirectory() as temporary, mock.patch.object(TrainingCurves, "step", step):
+    with tempfile.TemporaryDirectory() as temporary, mock.patch.object(Run, "end_of_step", end_of_step):
         folder = Path(temporary) / "run"
         flags = ["--dataset_name=digits", "--unet=tiny", "--train_batch_size=16", f"--max_train_steps={options.steps}"]
         flags += ["--checkpointing_steps=50", "--sample_steps=50", "--num_samples=16", "--num_inference_steps=5"]

@@ -18,7 +18,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import train_ddpm  # noqa: E402
+from utils.diffusion.unets import UNETS  # noqa: E402
 from utils.training import checkpoints  # noqa: E402
 
 
@@ -28,7 +28,7 @@ def main():
     parser.add_argument("--folder", help="where to write them (default: a temporary folder)")
     options = parser.parse_args()
     accelerator = Accelerator()
-    unet = UNet2DModel(sample_size=256, in_channels=3, out_channels=3, **train_ddpm.UNETS["large"])
+    unet = UNet2DModel(sample_size=256, in_channels=3, out_channels=3, **UNETS["large"])
     model, optimizer = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters()))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

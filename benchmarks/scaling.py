@@ -28,9 +28,8 @@ DRIVER = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train_ddpm
-from utils.training import TrainingCurves
 wrapped, rates, result = [], [], sys.argv.pop(1)
-prepare, step = torch.nn.parallel.DistributedDataParallel.__init__, TrainingCurves.step
+prepare = torch.nn.parallel.DistributedDataParallel.__init__
 def init(self, *arguments, **options):
     prepare(self, *arguments, **options)
     self._set_ddp_runtime_logging_sample_rate(1)

@@ -28,12 +28,13 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 import train_ddpm
-from utils.data import load_train_data
-from utils.data.sources import ImageSource, load_source
+from utils.data.train_data import load_train_data
+from utils.diffusion.unets import UNETS
 from utils.hardware import device_name, set_up_process
 from utils.randomness import logit_normal, sample_noise, uniform
-from utils.training import make_optimizer
+from utils.sources.sources import ImageSource, load_source
 from utils.training.ema import EMA
+from utils.training.optimizer import make_optimizer
 
 
 class Ours:
@@ -46,10 +47,10 @@ class Ours:
             unet.to(memory_format=torch.channels_last)
         if args.compile:
             unet.compile()
-        optimizer = make_optimizer(args, unet)
+        optimizer = make_optimizer(args.optimizer, unet, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8)
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        self.ema = EMA(unet, 0.999, 1.0, 0.75)
-        self.batches = self.data.batches(0, 10**6)
+        self.ema = EMA(unet, 0.999)
+        self.batches = self.data.batches(range(10**6))
         self.losses = []
 
     def step(self):
@@ -58,7 +59,7 @@ class Ours:
         noise = sample_noise(0, "noise", numbers, images.shape[1:], images.device)
         size = self.data.global_batch_size
         fractions = (numbers % size + uniform(0, "timesteps", numbers)) / size
-        fractions = logit_normal(fractions, self.args.logit_mean, self.args.logit_std)
+        fractions = logit_normal(fractions, train_ddpm.LOGIT_MEAN, train_ddpm.LOGIT_STD)
         timesteps = torch.from_numpy(fractions * 1000).long().to(images.device)
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         target = self.scheduler.get_velocity(images, noise, timesteps)
@@ -160,7 +161,7 @@ def profile(variant, device: torch.device, steps: int = 3) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", default="digits")
-    parser.add_argument("--unet", choices=train_ddpm.UNETS, default="small")
+    parser.add_argument("--unet", choices=UNETS, default="small")
     parser.add_argument("--resolution", type=int, default=28)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--blocks", type=int, default=7, help="N of each median")
@@ -180,7 +181,7 @@ def main():
         torch.manual_seed(0)
         channels = 3 if args.image_mode == "RGB" else 1
         shape = dict(sample_size=options.resolution, in_channels=channels, out_channels=channels)
-        return UNet2DModel(**shape, **train_ddpm.UNETS[options.unet])
+        return UNet2DModel(**shape, **UNETS[options.unet])
 
     variants = {
         "plain, float32": Plain(args, accelerator, unet(), noise_scheduler, "no"),

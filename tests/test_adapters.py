@@ -1,6 +1,5 @@
 """utils/adapt.py: what learns, what stays, and adapters that become weights."""
 
-
 import pytest
 import torch
 from conftest import count

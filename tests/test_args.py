@@ -41,7 +41,10 @@ def refused(capsys, *flags, script=train_ddpm):
         (["--learning_rate=nan"], "'nan' is not a number from 0 up"),
         (["--ema_max_decay=1.5"], "'1.5' is not a number from 0 to 1"),
         (["--prediction_type=noise"], "invalid choice: 'noise'"),
-        (["--learning_rat=1"], "unrecognized arguments: --learning_rat=1 (there is no flag --learning_rat; did you mean --learning_rate?)"),
+        (
+            ["--learning_rat=1"],
+            "unrecognized arguments: --learning_rat=1 (there is no flag --learning_rat; did you mean --learning_rate?)",
+        ),
         (["--dataset_name=digits", "--train_data_dir=x"], "choose one source of images"),
         (["--streaming", "--dataset_name=x"], "--streaming needs --max_train_steps"),
         (["--streaming", "--max_train_steps=1"], "--streaming needs --dataset_name or --train_data_dir"),
@@ -134,7 +137,8 @@ def test_a_new_flag_is_a_decision():
 def test_config_file_sets_defaults_and_the_command_line_wins(tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(
-        "learning_rate: 2e-4\nrandom_flip: true\nuse_ema: false\nmax_train_steps: 7\nlabel_column:\nmixed_precision: no\n"
+        "learning_rate: 2e-4\nrandom_flip: true\nuse_ema: false\nmax_train_steps: 7\nlabel_column:\n"
+        "mixed_precision: no\n"
     )
     args = train_ddpm.parse_args(["--config", str(config), "--max_train_steps=9"])
     assert (args.learning_rate, args.random_flip, args.use_ema, args.max_train_steps) == (2e-4, True, False, 9)

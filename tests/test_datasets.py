@@ -272,7 +272,9 @@ def decoded(monkeypatch, caplog):
 
     caplog.set_level("INFO", "utils")
     seen, attempt = [], PreparedImages.attempt
-    monkeypatch.setattr(PreparedImages, "attempt", lambda self, row: seen.append(row["image"].args[1]) or attempt(self, row))
+    monkeypatch.setattr(
+        PreparedImages, "attempt", lambda self, row: seen.append(row["image"].args[1]) or attempt(self, row)
+    )
     return seen
 
 
@@ -304,7 +306,9 @@ def test_processes_of_a_machine_share_one_file(folder, tmp_path_factory, decoded
     with ThreadPoolExecutor() as pool:
         found = [*pool.map(lambda index: batches(Process(index, 4), *shared)[1], range(4))]
     assert sorted(decoded) == [*range(12)]
-    assert all(same(part, batches(Process(index, 4), *flags, "--cache_images=never")[1]) for index, part in enumerate(found))
+    assert all(
+        same(part, batches(Process(index, 4), *flags, "--cache_images=never")[1]) for index, part in enumerate(found)
+    )
 
 
 def test_a_file_that_appears_while_a_process_gets_the_lock_is_used(

@@ -161,7 +161,7 @@ def test_a_full_disk_and_the_same_command_when_there_is_space(tmp_path):
     )  # fmt: skip
     first, second = result.stdout.split("exit code ")[1:]
     assert first.startswith("1") and second.startswith("0"), result.stderr
-    assert first.split()[1:5] == [".lock", "checkpoint-3", "training_args.json", "Finished,"]
+    assert first.split()[1:6] == [".lock", "checkpoint-3", "done.json", "training_args.json", "Finished,"]
     assert re.search(
         r"checkpoint-6 cannot be saved: .*the disk is full. It takes about \d+ MiB, and \d+", result.stderr
     )
@@ -404,7 +404,9 @@ def test_hundreds_of_mutated_files_in_the_loader(tmp_path, accelerator):
         data = load_train_data(parse(*flags, "--resolution=8", "--max_train_steps=40"), accelerator)
         seen.append(torch.cat([batch["images"] for batch in data.batches(range(0, 40))]))
     assert torch.equal(*seen) and len(seen[0]) == 320
-    with pytest.raises(UserError, match=r"images/\d\d\d\.(png|jpg|gif|webp) \(image \d+ of .*--max_bad_images 100 skips"):
+    with pytest.raises(
+        UserError, match=r"images/\d\d\d\.(png|jpg|gif|webp) \(image \d+ of .*--max_bad_images 100 skips"
+    ):
         flags = [f"--train_data_dir={folder}", "--image_mode=L", "--resolution=8", "--cache_images=always"]
         load_train_data(parse(*flags), accelerator).prepare()
     with pytest.raises(UserError, match="more than --max_bad_images 5 images are unreadable"):

@@ -28,7 +28,9 @@ def threads(monkeypatch):
             monkeypatch.setenv(name, value)
         parent = None
         if launcher is not None:
-            parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={"PATH": os.environ["PATH"], **launcher})
+            parent = subprocess.Popen(
+                [sys.executable, "-c", "import time; time.sleep(60)"], env={"PATH": os.environ["PATH"], **launcher}
+            )
             while PROC and not Path(f"/proc/{parent.pid}/environ").read_bytes():
                 time.sleep(0.001)  # the kernel has not put it there yet
             monkeypatch.setattr(os, "getppid", lambda: parent.pid)

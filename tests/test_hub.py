@@ -98,7 +98,11 @@ def test_a_run_is_pushed_and_a_stranger_draws_the_same_pixels(hub, tmp_path):
     assert set(files) == PIPELINE | pictures | {WEIGHTS}
     assert files[WEIGHTS] == (folder / WEIGHTS).read_bytes()
     assert files["samples.png"] == (folder / "samples.png").read_bytes()
-    assert "The Hub" not in said and "`push.py --hub_license` says" in said and "HF_ENDPOINT is set: the model and your token go to" in said
+    assert (
+        "The Hub" not in said
+        and "`push.py --hub_license` says" in said
+        and "HF_ENDPOINT is set: the model and your token go to" in said
+    )
     # No token, and no path of this machine
     assert not tokens_in(tmp_path)
     assert not [path for path, content in files.items() if str(tmp_path).encode() in content]

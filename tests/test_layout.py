@@ -155,7 +155,9 @@ def update_block(text):
 
 
 def headings(text):
-    return re.findall(r"\n +# ([A-Z].*)\n", text[text.index("def main(") : text.index("        with accelerator.accum")])
+    return re.findall(
+        r"\n +# ([A-Z].*)\n", text[text.index("def main(") : text.index("        with accelerator.accum")]
+    )
 
 
 def test_the_update_and_the_headings_are_the_same_text_in_every_script():
@@ -199,7 +201,9 @@ def test_readme_names_every_script_and_folder():
     assert "configs/slurm.sbatch" in files
     for path in (ROOT / "docs").glob("*.md"):
         assert f"](docs/{path.name})" in text, path
-    rows = re.findall(r"\n\| `utils/(\w+)/` \|", text[text.index("## Make it yours") : text.index("## Draw and measure")])
+    rows = re.findall(
+        r"\n\| `utils/(\w+)/` \|", text[text.index("## Make it yours") : text.index("## Draw and measure")]
+    )
     assert sorted(rows) == sorted(OPTIONAL)  # what may be deleted
 
 

@@ -117,7 +117,9 @@ def test_a_real_kill_and_a_polite_one_lose_nothing_that_is_due(tmp_path, place, 
         assert code == 0, said
     assert curves(tmp_path / "run") == curves(tmp_path / "straight")
     assert len([*(tmp_path / "run" / "samples").glob("*.png")]) == 2
-    assert (tmp_path / "run" / "evaluation.json").read_bytes() == (tmp_path / "straight" / "evaluation.json").read_bytes()
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() == (
+        tmp_path / "straight" / "evaluation.json"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("flags", [[], slow(["--gradient_accumulation_steps=2", "--train_batch_size=4"])])

@@ -77,7 +77,7 @@ def test_a_machine_that_goes_is_named_and_the_same_command_goes_on(tmp_path, lau
     code, said = children.ended(pair[0])
     assert code not in (0, None)
     assert re.search(
-        r"error: another process of this run, at 10\.77\.0\.\d, has ended or cannot be reached.*goes on", said
+        r"error: another process of this run, at 10\.77\.0\.\d, has ended or cannot be reached.*resumes", said
     )
     assert 'Traceback (most recent call last):\n  File "' + str(SCRIPT) not in said
     step = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))

@@ -1,6 +1,5 @@
 """utils/training/optimizer.py: Muon's steps are what they should be, and its state survives."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -84,7 +84,10 @@ def test_colour_sizes_and_labels(accelerator):
         (lambda: OwnImages(np.zeros((2, 8, 8), np.uint8), labels=[0, -1]), r"\[-1, 0\] among them"),
         (lambda: OwnImages(np.zeros((20, 4, 8, 8), np.uint8)), r"own image 0 has the shape \(4, 8, 8\); expected C"),
         (lambda: OwnImages(np.zeros((20, 8, 8), np.int64)), "is of int64; expected uint8, or floats from 0 to 1"),
-        (lambda: OwnImages(np.full((20, 8, 8), -0.5)), r"values from -0.5 to -0.5; expected 0 to 1\. Give value_range="),
+        (
+            lambda: OwnImages(np.full((20, 8, 8), -0.5)),
+            r"values from -0.5 to -0.5; expected 0 to 1\. Give value_range=",
+        ),
         (lambda: OwnImages(np.full((20, 8, 8), np.nan)), "values from nan"),
         (lambda: OwnImages(np.zeros((5, 8, 8), np.uint8)), "own images has 5 images, fewer than one global batch of 8"),
     ],

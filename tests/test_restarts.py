@@ -70,8 +70,8 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize("kills, steps", [(3, 16), slow(20, 90)])
 def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch, straight, kills, steps):
-    """Protection: ``process._rendezvous``, without which a restarted process looks for one that is gone; the lock on the
-    folder, which ends with its process; ``resilience.LOST`` of the others."""
+    """Protection: ``process._rendezvous``, without which a restarted process looks for one that is gone; the lock on
+    the folder, which ends with its process; ``resilience.LOST`` of the others."""
     rng, folder, log = random.Random(0), tmp_path / "run", tmp_path / "log"
     agent = launch(*flags_of(folder, steps), restarts=kills)
     for kill in range(kills):

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train_basic
-import train_ddpm
 from utils import UserError
 from utils.diffusion.unets import UNETS
 

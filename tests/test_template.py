@@ -71,7 +71,9 @@ def copy(folder, script="train_ddpm.py", without=(), edits=()):
 
 def known(flags, without):
     """The flags that are left without these folders."""
-    gone = [name for folder, name in (("sources", "--dataset_name"), ("monitoring", "--report_to")) if folder in without]
+    gone = [
+        name for folder, name in (("sources", "--dataset_name"), ("monitoring", "--report_to")) if folder in without
+    ]
     return [flag for flag in flags if not flag.startswith(tuple(gone) or "-x")]
 
 
@@ -252,7 +254,9 @@ def test_a_flag_that_became_a_constant_is_compared_with_it(tmp_path, monkeypatch
         train(tmp_path / "run")
     monkeypatch.setattr(train_ddpm, "SNR_GAMMA", 5.0)
     assert train(tmp_path / "run") == 0
-    assert "holds a run with adam_beta1 0.8, a setting that this script does not have as a flag" in capsys.readouterr().err
+    assert (
+        "holds a run with adam_beta1 0.8, a setting that this script does not have as a flag" in capsys.readouterr().err
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the output folder

@@ -142,7 +142,9 @@ def test_model_guidance_moves_the_target_of_what_is_said_away_from_what_is_said_
 
     monkeypatch.setattr(F, "mse_loss", spy_loss)
     monkeypatch.setattr(UNet2DModel, "forward", spy_forward)
-    monkeypatch.setattr("utils.diffusion.pretrained.zero_init", lambda unet: unet)  # it would say the same of all classes
+    monkeypatch.setattr(
+        "utils.diffusion.pretrained.zero_init", lambda unet: unet
+    )  # it would say the same of all classes
     for weight in (0.0, 0.4):
         seen["labels"] = []
         flags = ["--max_train_steps=1", "--train_batch_size=64", "--label_dropout=0.5"]

@@ -245,10 +245,7 @@ def test_the_tools_know_straight_paths(tmp_path, finished):
         return np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / name / "images").glob("*.png"))])
 
     plain = draw("plain")
-    pictures = [
-        draw("euler", "--sampler=euler"),
-        draw("walk", "--interpolate", "0", "1"),
-    ]
+    pictures = [draw("euler", "--sampler=euler"), draw("walk", "--interpolate", "0", "1")]
     pictures += [draw("guided", "--guidance_color=white", "--gif")]
     pictures += [draw("started", f"--init_image={tmp_path / 'plain' / 'images' / '000000.png'}", "--strength=0.4")]
     assert all(not np.array_equal(plain, picture) for picture in pictures)
@@ -267,9 +264,7 @@ def test_samplers_of_the_other_noise_are_refused_and_the_other_way_round(finishe
     _, flow = load_pipeline(str(finished))
     assert isinstance(training_scheduler(flow), FlowScheduler)
     for name in ("ddpm", "ddim", "unipc"):
-        with pytest.raises(
-            UserError, match=rf"--sampler {name}: .* straight paths; expected dpmsolver\+\+, euler"
-        ):
+        with pytest.raises(UserError, match=rf"--sampler {name}: .* straight paths; expected dpmsolver\+\+, euler"):
             choose_sampler(flow, name, 5)
     _, ddpm = load_pipeline(str(finished_run))
     with pytest.raises(UserError, match=r"--sampler euler is for models of train_flow\.py"):

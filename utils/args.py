@@ -133,7 +133,9 @@ class Parser(argparse.ArgumentParser):
 
     def group(self, title: str):
         """Return the group of flags with this title, which is made where it is not there."""
-        return next((group for group in self._action_groups if group.title == title), None) or self.add_argument_group(title)
+        return next((group for group in self._action_groups if group.title == title), None) or self.add_argument_group(
+            title
+        )
 
     @staticmethod
     def switch(group, name: str, default: bool | None, help: str) -> None:

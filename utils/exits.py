@@ -63,7 +63,7 @@ def training_script(main: Callable) -> Callable:
 
 
 def run_script(main: Callable, parse_args: Callable) -> NoReturn:
-    """Call ``main(parse_args())`` and exit: with 0, its code, or 1 and one line for a mistake that the user can correct."""
+    """Call ``main(parse_args())`` and exit: with 0, its code, or 1 and one line for a mistake of the user."""
     code, final, args = 0, True, None  # final: started again, it would end in the same way
     try:
         args = parse_args()

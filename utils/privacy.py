@@ -19,7 +19,7 @@ def without_path(value):
 
 
 def public(values: dict) -> dict:
-    """Return the flags and results that may be published: paths are cut to their last part, own images are not named."""
+    """Return the flags and results that may be published: paths cut to their last part, own images not named."""
     shown = {name: without_path(value) for name, value in values.items() if name not in PRIVATE}
     shown |= {name: public_data(values[name]) for name in DATA & {*shown}}
     return shown | {"train_data_dir": OWN_IMAGES} if shown.get("train_data_dir") else shown

@@ -63,7 +63,7 @@ class StopSignal:
         return self.received is not None
 
     def check(self, global_step: int = 0) -> int | None:
-        """Return the signal that any process has received, or None. Call it on all processes, after every optimizer step.
+        """Return the signal that any process has received, or None. Call it on all processes, after each optimizer step.
 
         Several processes ask each other; on GPUs every tenth step only, for the answer waits for the device.
         """

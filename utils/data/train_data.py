@@ -192,7 +192,9 @@ class TrainData:
                 free = shutil.disk_usage(file.parent).free
                 if always or folder or file.is_dir() or needed < min(FILE_LIMIT, free / 2):
                     return Cache(self._prepared, self.accelerator, file)
-                logger.info(f"{needed / 2**30:.1f} GiB of decoded images are too many for {file.parent}; see --cache_images")
+                logger.info(
+                    f"{needed / 2**30:.1f} GiB of decoded images are too many for {file.parent}; see --cache_images"
+                )
             except OSError as error:
                 logger.warning(
                     f"{file.parent} cannot keep the decoded images ({error}): they are decoded in each run and process. "
@@ -267,7 +269,10 @@ class TrainData:
 
     def _stream(self, batches):
         yield from self._checked(
-            map(collate, self.images.stream(self._prepared, batches, self.global_batch_size, self.args.dataloader_num_workers))
+            map(
+                collate,
+                self.images.stream(self._prepared, batches, self.global_batch_size, self.args.dataloader_num_workers),
+            )
         )
 
     def _checked(self, loader):

@@ -71,7 +71,9 @@ def _short_names(layers: set[str]) -> list[str]:
     return sorted({".".join(p[-2:]) if p[-1].isdigit() else p[-1] for p in parts})
 
 
-def log_trainable_counts(unet: UNet2DModel, chosen: str, lora_rank: int, lora_targets: list[str], optimizer: str) -> None:
+def log_trainable_counts(
+    unet: UNet2DModel, chosen: str, lora_rank: int, lora_targets: list[str], optimizer: str
+) -> None:
     """Log, for each method, how many weights learn and how much memory the optimizer needs for them.
 
     Args:

@@ -223,8 +223,8 @@ def check_noise_scheduler(noise_scheduler: SchedulerMixin, num_inference_steps: 
     config = noise_scheduler.config
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
         raise UserError(
-            "rescale_betas_zero_snr needs the prediction type v_prediction or sample: at its last timestep the input is "
-            "nothing but noise, and to predict that noise teaches nothing about images"
+            "rescale_betas_zero_snr needs the prediction type v_prediction or sample: at its last timestep the input "
+            "is nothing but noise, and to predict that noise teaches nothing about images"
         )
     if num_inference_steps > config.num_train_timesteps:
         raise UserError(

@@ -100,6 +100,7 @@ def sample_batch(
     Raises:
         Interrupted: ``stop`` returned True.
     """
+    progress("sampling")
     sample = noise(sample_ids).to(device) if noise else starting_noise(sampler, seed, sample_ids, shape, device)
     sampler.set_timesteps(num_inference_steps, device=device)
     if init_images is None:

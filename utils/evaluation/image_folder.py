@@ -176,10 +176,7 @@ def load_folder(folder: str, accelerator, image_range: tuple[float, float] | Non
     if len(sizes) > 1:
         raise UserError(f"{folder}: images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[1]}; expected one size")
     mode, clipped = "L" if all(image.mode in GREY_MODES for image, _ in decoded) else "RGB", []
-    images = [
-        to_eight_bits(image, mode, where, image_range, clipped.append)
-        for image, where in decoded
-    ]
+    images = [to_eight_bits(image, mode, where, image_range, clipped.append) for image, where in decoded]
     if clipped:
         logger.warning(f"{folder}: clipped in {len(clipped)} of {len(images)} images; {clipped[0]}")
     check_count(len(images), folder)

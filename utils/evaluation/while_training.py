@@ -66,7 +66,9 @@ class Validation:
         """Measure, and write to the trackers. Call it on all processes."""
         curves = {}
         for name, denoising_loss in self.losses.items():
-            for part, value in denoising_loss.measure(self.run.unet, self.run.accelerator, self.run.stop_requested).items():
+            for part, value in denoising_loss.measure(
+                self.run.unet, self.run.accelerator, self.run.stop_requested
+            ).items():
                 level = f"loss_by_timestep_validation/{name}_{part}"
                 curves[f"loss/validation_{name}" if part == "loss" else level] = value
         self.run.log(curves)
@@ -112,7 +114,7 @@ class SampleQuality:
             )
 
     def measure(self) -> None:
-        """Draw samples, compare them with the training images, write curves and keep the best. Call it on all processes.
+        """Draw samples, compare them with the training images, write curves, keep the best. Call it on all processes.
 
         Raises:
             Interrupted: nothing is written then.

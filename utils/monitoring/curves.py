@@ -41,9 +41,9 @@ class Curves:
         self.label_names = run.train_data.label_names
         bins = NOISE_LEVELS + len(self.label_names) + 1  # the last for samples whose label is missing
         self.sums = torch.zeros(2, bins, device=run.accelerator.device)  # of losses, and their number
-        if saved := self.restored:
-            if len(saved[0]) == bins and run.accelerator.is_main_process:  # the others begin with zeros
-                self.sums += torch.tensor(saved, device=self.sums.device)
+        restored = self.restored if run.accelerator.is_main_process else None  # the others begin with zeros
+        if restored and len(restored[0]) == bins:
+            self.sums += torch.tensor(restored, device=self.sums.device)
         if run.accelerator.num_processes > 1:
             run.model.register_forward_hook(self._forward_ended)
         self.began = time.perf_counter()
@@ -77,7 +77,7 @@ class Curves:
             self.skipped += overflows
             logger.warning(
                 f"step {run.global_step}: fp16 overflowed in {overflows} of the last {len(grad_norms)} steps, which "
-                f"were skipped; {self.skipped} so far. A few are normal; if it continues, try --mixed_precision bf16 or no"
+                f"were skipped; {self.skipped} so far. A few are normal; if it continues, try --mixed_precision bf16"
             )
             grad_norms = grad_norms[grad_norms.isfinite()]
         if len(grad_norms):

@@ -62,7 +62,9 @@ def start_trackers(run, names: list[str], logs: Path) -> None:
     title = before[0] if run.global_step and len(before) == 1 else folder.name  # of a folder that was renamed
     flags = public(vars(args))
     try:
-        tensorboard = TensorBoardTracker(title, logs, purge_step=run.global_step + 1) if "tensorboard" in names else None
+        tensorboard = (
+            TensorBoardTracker(title, logs, purge_step=run.global_step + 1) if "tensorboard" in names else None
+        )
         accelerator.log_with = [tensorboard if name == "tensorboard" else name for name in names]
         accelerator.init_trackers(run.name, init_kwargs=_options(folder, logs, names, run.global_step))
         for tracker in accelerator.trackers:

@@ -148,7 +148,10 @@ class Hub:
         parts += ["--hub_private_repo"] if self.private else []
         parts += ["--hub_revision", self.revision] if self.revision else []
         parts += ["--hub_logs"] if self.logs else []
-        for flag, value in (("hub_license", self.card.get("license")), ("hub_dataset_name", self.card.get("dataset_name"))):
+        for flag, value in (
+            ("hub_license", self.card.get("license")),
+            ("hub_dataset_name", self.card.get("dataset_name")),
+        ):
             parts += [f"--{flag}", value] if value else []
         return shlex.join([*parts, *more])
 

@@ -255,9 +255,12 @@ def _snippet(
     if guided:
         scale = 1.5 if guidance_scale == 1 else guidance_scale
         more = "from diffusers import DiffusionPipeline\n\n"
-        more += f"pipeline = DiffusionPipeline.from_pretrained({name!r}, custom_pipeline={name!r}, trust_remote_code=True)\n"
+        where = f"{name!r}, custom_pipeline={name!r}, trust_remote_code=True"
+        more += f"pipeline = DiffusionPipeline.from_pretrained({where})\n"
         more += f"images = pipeline([{classes[0]!r}, {classes[-1]!r}], guidance_scale={scale}).images"
-        code = more if custom else f"{code}\n\n# With guidance, two calls of the model a step, and classes by name\n{more}"
+        code = (
+            more if custom else f"{code}\n\n# With guidance, two calls of the model a step, and classes by name\n{more}"
+        )
     if final:
         try:
             _try(folder, load.split(".")[0], custom, guided, classes)

@@ -24,7 +24,9 @@ def describe_results(folder: Path, results: dict) -> tuple[str, list[EvalResult]
     rows = [row for row in results["results"] if row.get("weights") == weights]
     if not rows:
         names = ", ".join(f"{row['model']} ({row.get('weights', 'no weights')})" for row in results["results"])
-        raise ValueError(f"none of its rows is about the weights in {folder} ({weights}): {names}. Run evaluate.py again")
+        raise ValueError(
+            f"none of its rows is about the weights in {folder} ({weights}): {names}. Run evaluate.py again"
+        )
     reference = results.get("public_reference", OWN_IMAGES)  # as evaluate.py saw it
     names = [name for name in rows[0] if name.startswith(MEASURED) and "error" not in name]
     settings = [name for name in ("sampler", "algorithm", "steps", "guidance_scale", "N") if name in rows[0]]

@@ -47,6 +47,6 @@ def read_together(accelerator, output_dir: Path) -> list[dict]:
 
 
 def global_batches(entries: list[dict]) -> Iterator[int]:
-    """Yield which global batch of the order of samples each optimizer step takes: 0, 1, 2 ..., less what is left out."""
+    """Yield the number of the global batch that each optimizer step takes: 0, 1, 2 ..., less what is left out."""
     left_out = {entry["global_batch"] for entry in entries}
     return (number for number in itertools.count() if number not in left_out)

@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file
 
-from .. import UserError, sync
+from .. import UserError, randomness, sync
 from ..progress import progress
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             save_pipeline(staging)
             facts = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+            facts["randomness"] = randomness.VERSION
             _write_json(staging / STATE, {**state, **facts, "global_step": step})
             _write_manifest(staging)
             if final.exists():  # a damaged one
@@ -81,9 +82,7 @@ def save_checkpoint(
     return final
 
 
-def find_checkpoint(
-    accelerator, output_dir: Path, request: str | None, prefer_newest: bool = False
-) -> Path | None:
+def find_checkpoint(accelerator, output_dir: Path, request: str | None, prefer_newest: bool = False) -> Path | None:
     """The checkpoint to resume from, the same on every process.
 
     Args:
@@ -172,6 +171,11 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
         path: a checkpoint that ``find_checkpoint`` returned.
         state: what ``read_state`` returned.
     """
+    if state.get("randomness", 1) != randomness.VERSION:
+        logger.warning(
+            f"{path} holds a run from before the noise was the same on every device: it goes on with other noise, and "
+            "will not end with the bits that it would have ended with"
+        )
     if state["num_processes"] != accelerator.num_processes:
         logger.warning(
             f"{path} was saved by {state['num_processes']} processes, this run has {accelerator.num_processes}: "
@@ -229,6 +233,16 @@ def set_aside_newer(output_dir: Path, path: Path) -> None:
                 target = newer.with_name(f"abandoned-{newer.name}-{number}")
             os.rename(newer, target)
             logger.warning(f"{newer} is newer than {path.name}, which this run goes back to: renamed to {target.name}")
+
+
+def prepare_to_resume(accelerator, output_dir: Path, request: str | None, prefer_newest: bool) -> Path | None:
+    """Find the checkpoint to resume from, see ``find_checkpoint``, and clear away what a killed run left behind."""
+    if accelerator.is_main_process:
+        remove_leftovers(output_dir)
+    path = find_checkpoint(accelerator, output_dir, request, prefer_newest)
+    if path is None:
+        logger.info(f"Starting a new run in {output_dir}.")
+    return path
 
 
 def averaged_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -24,7 +24,8 @@ class EMA(EMAModel):
     """
 
     def __init__(
-        self, model: torch.nn.Module, max_decay: float, inv_gamma: float = 1.0, power: float = 0.75, enabled: bool = True
+        self, model: torch.nn.Module, max_decay: float, inv_gamma: float = 1.0, power: float = 0.75,
+        enabled: bool = True,
     ):  # fmt: skip
         self.enabled, self.inside = enabled, False
         learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -5,12 +5,7 @@ accelerator, the output folder, resuming, checkpoints, stopping and the end. It 
 gradient. At the end of an optimizer step it does, in this order: log, checkpoint, stop, what is due (validation,
 evaluation, samples). What was done is recorded, so that what is due at a step is done although the run stopped there.
 
-Optional folders take part through an object with any of these methods, each called with the run on all processes:
-``claimed`` (the output folder is this run's), ``load_state`` and ``state`` (JSON in a checkpoint), ``resumed`` (the
-weights are there), ``started`` (before the first step), ``measured`` (a micro-step's losses), ``stepped`` (an optimizer step), ``checked`` and ``diverged`` (each
-loss, when it is looked at), ``logged`` (a point of the curves), ``pictured``, ``paused``, ``saved`` (a pipeline's folder),
-``finished`` (complete), ``released`` (the last lines are printed), ``closed`` (however it ended). ``global_batches`` may
-choose which batches the steps take.
+Optional folders take part through ``optional.Parts``.
 """
 
 import contextlib
@@ -68,7 +63,8 @@ class Run:
         self.args, self.name, self.title = args, name, title
         self.constants = output_dir.own_constants(constants)
         self.global_step, self._saved_at, self._step_is_open = 0, None, False
-        self.parts, self.output_dir, self.stop_signal, self.bar = [], None, None, None
+        self.output_dir = self.stop_signal = self.bar = None
+        self.tell = lambda event, *values: []  # until it is known who takes part
         exits.register(self)
         # The schedule counts optimizer steps. By default accelerate steps it once per process
         self.accelerator = start_process(
@@ -79,16 +75,11 @@ class Run:
         if self.accelerator.device.type == "cuda":
             # With the newer fp32_precision, torch 2.13 raises an error where something asks by these names
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.parts = [take_part(self) for take_part in optional.collect("take_part")]
+        self.tell = optional.Parts(self).ask
         self.output_dir, self._finished_at = output_dir.claim_output_dir(self.accelerator, args, name, self.constants)
         self.losses = RecentLosses(self.accelerator)
-        self._tell("claimed")
+        self.tell("claimed")
         set_seed(args.seed)
-
-    def _tell(self, event: str, *values) -> None:
-        for part in self.parts:
-            if hasattr(part, event):
-                getattr(part, event)(self, *values)
 
     def already_finished(self, train_data) -> bool:
         """Whether this run was finished before, with these images and at least as many steps; then say so.
@@ -140,7 +131,8 @@ class Run:
         numbers = {key: output_dir.plain(numbers[key]) for key in ("betas", "eps", "weight_decay") if key in numbers}
         self.settings = {
             **vars(self.args), **data.settings, **(compare or {}), "constants": self.constants,
-            "noise_scheduler": output_dir.plain(dict(noise_scheduler.config)), "optimizer_settings": numbers,
+            "noise_scheduler": output_dir.plain({k: v for k, v in noise_scheduler.config.items() if k[0] != "_"}),
+            "optimizer_settings": numbers,
         }  # fmt: skip
         ema_model.to(self.accelerator.device)
         self._resume()
@@ -172,7 +164,7 @@ class Run:
         """
         losses = losses.detach().float()
         self.losses.add(losses)
-        self._tell("measured", losses, timesteps, labels)
+        self.tell("measured", losses, timesteps, labels)
         if not self.accelerator.sync_gradients:
             return False
         self.losses.step(grad_norm)
@@ -182,7 +174,7 @@ class Run:
         return True
 
     def every(self, steps: int) -> bool:
-        """Whether this optimizer step is one in so many. What a script does then is done before the step's checkpoint."""
+        """Whether this optimizer step is one in so many. What a script then does comes before the step's checkpoint."""
         return self.global_step % steps == 0
 
     def log(self, values: dict[str, float]) -> None:
@@ -211,10 +203,10 @@ class Run:
             yield
         finally:
             self._logged_at += time.perf_counter() - started
-            self._tell("paused")
+            self.tell("paused")
 
     def finish(self) -> None:
-        """Save the model and its samples, and say where they are; exit with the code of a signal that came meanwhile."""
+        """Save the model and its samples, and say where they are; exit with the code of a signal that came late."""
         if self._step_is_open or self.global_step < self.max_train_steps:  # the script has left the loop
             self._end_step(is_last=True)
         if self.accelerator.is_main_process:
@@ -225,42 +217,33 @@ class Run:
             self._stop(number)
         output_dir.write_finished(self.accelerator, self.output_dir, self.global_step)
         self.accelerator.wait_for_everyone()
-        self._tell("finished")
+        self.tell("finished")
         self._release("Finished")
 
     # ------------------------------------------------------------------------------------------------------- the start
 
     def _resume(self) -> None:
-        """Load the checkpoint that the flags ask for; where this run goes on by itself, what it has saved since then."""
-        folder, accelerator, request = self.output_dir, self.accelerator, self.args.resume_from_checkpoint
-        if accelerator.is_main_process:
-            checkpoints.remove_leftovers(folder)
-        path = checkpoints.find_checkpoint(accelerator, folder, request, prefer_newest=exits.restarted())
-        state = {}
-        if path is None:
-            logger.info(f"Starting a new run in {folder}.")
-        else:
+        """Load the checkpoint that the flags ask for; of a run that restarts by itself, the newest."""
+        path = checkpoints.prepare_to_resume(
+            self.accelerator, self.output_dir, self.args.resume_from_checkpoint, exits.restarted()
+        )
+        if path:
             state = checkpoints.read_state(path)
             output_dir.check_settings(str(path), state["settings"], self.settings, defaults_of(self.args))
-            if accelerator.is_main_process:
-                checkpoints.set_aside_newer(folder, path)
-            if state.get("randomness", 1) != randomness.VERSION:
-                logger.warning(
-                    f"{path} holds a run from before the noise was the same on every device: it goes on with other "
-                    "noise, and will not end with the bits that it would have ended with"
-                )
-            checkpoints.load_checkpoint(accelerator, path, state)
+            if self.accelerator.is_main_process:
+                checkpoints.set_aside_newer(self.output_dir, path)
+            checkpoints.load_checkpoint(self.accelerator, path, state)
             self.ema_model.load(checkpoints.averaged_weights(path), state["ema_step"])
             self.global_step = self._saved_at = state["global_step"]
-            logger.info(f"Resuming from {path}, {self.global_step} optimizer steps done.")
             self.losses.load_state(state)
-            self._tell("load_state", state)
-        self.repeats = Repeats(accelerator, folder, self.global_step)
+            self.tell("load_state", state)
+            logger.info(f"Resuming from {path}, {self.global_step} optimizer steps done.")
+        self.repeats = Repeats(self.accelerator, self.output_dir, self.global_step)
 
     def _start(self) -> None:
         """Write down what will be trained, and try whether the model can draw: now, and not after hours."""
         args, accelerator = self.args, self.accelerator
-        self._tell("resumed")
+        self.tell("resumed")
         self.train_data.prepare()  # before the clock starts, and while Ctrl-C still stops at once
         output_dir.write_arguments(accelerator, vars(args), self.name, self.constants, **self.facts)
         shown = (f"{key} {value}" for key, value in self.facts.items() if value is not None)
@@ -269,7 +252,7 @@ class Run:
         logger.info(f"{accelerator.num_processes} x {device_name(accelerator.device)}, {precision}")
         self.stop_signal = StopSignal(accelerator)
         self._logged_step, self._logged_at = self.global_step, time.perf_counter()
-        self._tell("started")
+        self.tell("started")
         self.repeat("samples", args.sample_steps, self._save_step_samples, at_end=False)  # finish() does those
         self.bar = tqdm(
             total=self.max_train_steps, initial=self.global_step, desc="Training", unit="step", dynamic_ncols=True,
@@ -281,8 +264,8 @@ class Run:
         self._do_what_is_due(self.global_step == self.max_train_steps)
 
     def _global_batches(self) -> Iterator[int]:
-        chosen = [part.global_batches(self) for part in self.parts if hasattr(part, "global_batches")]
-        return itertools.islice(chosen[0] if chosen else itertools.count(), self.global_step, self.max_train_steps)
+        numbers, *_ = [*self.tell("global_batches"), itertools.count()]
+        return itertools.islice(numbers, self.global_step, self.max_train_steps)
 
     # ------------------------------------------------------------------------------------- after each optimizer step
 
@@ -291,7 +274,7 @@ class Run:
         self._step_is_open = False
         self.ema_decay = self.ema_model.cur_decay_value or 0
         self.bar.update(step - self.bar.n)
-        self._tell("stepped")
+        self.tell("stepped")
         if step % args.logging_steps == 0 and self.losses.losses:
             self._log_point()
         stop = self.stop_signal.check(step)
@@ -307,7 +290,7 @@ class Run:
         seconds = time.perf_counter() - self._logged_at
         self.images_per_second = (self.global_step - self._logged_step) * self.train_data.global_batch_size / seconds
         self.bar.set_postfix_str(f"loss {losses.mean():.4f}, {self.images_per_second:.0f} images/s", refresh=False)
-        self._tell("logged", losses, norms)
+        self.tell("logged", losses, norms)
         self.losses.clear()
         self._logged_step, self._logged_at = self.global_step, time.perf_counter()
 
@@ -320,12 +303,13 @@ class Run:
         """
         for step, loss, norm, finite in self.losses.unseen(self.global_step):
             if not finite:
-                self._tell("diverged", step, loss, norm, "expected finite numbers")
+                self.tell("diverged", step, loss, norm, "expected finite numbers")
                 raise UserError(
                     f"step {step}: loss {loss:g}, gradient norm {norm:g}; expected finite numbers. No checkpoint was "
-                    f"made of it. {self.after_divergence} If it happens again, start afresh with a lower --learning_rate"
+                    f"made of it. {self.after_divergence} If it happens again, start afresh with a lower "
+                    "--learning_rate"
                 )
-            self._tell("checked", step, loss, norm)
+            self.tell("checked", step, loss, norm)
 
     after_divergence = "The same command resumes from the last one, perhaps with --mixed_precision no."
 
@@ -334,10 +318,9 @@ class Run:
         if self._saved_at == self.global_step:
             return
         self._check()
-        state = dict(settings=self.settings, ema_step=self.ema_model.optimization_step, randomness=randomness.VERSION)
-        state |= self.losses.state()
-        for part in self.parts:
-            state |= part.state(self) if hasattr(part, "state") else {}
+        state = dict(settings=self.settings, ema_step=self.ema_model.optimization_step, **self.losses.state())
+        for more in self.tell("state"):
+            state |= more
         limit = self.args.checkpoints_total_limit
         with self.pause():
             checkpoints.save_checkpoint(self.accelerator, self.output_dir, self.global_step, self.save, state, limit)
@@ -347,7 +330,7 @@ class Run:
         """Write the pipeline with the averaged weights into a folder."""
         with self.ema_model.swapped_in(self.unet):
             self._save_pipeline(folder)
-        self._tell("saved", folder)
+        self.tell("saved", folder)
 
     def _do_what_is_due(self, is_last: bool) -> None:
         """Validation, evaluation, samples: those that are due at this step, unless they are done already."""
@@ -384,7 +367,7 @@ class Run:
         picture = with_caption(picture, caption) if caption and name == "samples" else picture
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-        self._tell("pictured", name, picture, caption)
+        self.tell("pictured", name, picture, caption)
 
     # --------------------------------------------------------------------------------------------------------- the end
 
@@ -407,13 +390,18 @@ class Run:
         self.close()
         if self.accelerator.is_main_process:
             args, continued = self.args, None
-            if output_dir.read_arguments(self.output_dir).get("public_data") in ("mnist", "ylecun/mnist", "digits", "faces"):
+            if output_dir.read_arguments(self.output_dir).get("public_data") in (
+                "mnist",
+                "ylecun/mnist",
+                "digits",
+                "faces",
+            ):
                 continued = "--train_data_dir DIR --output_dir outputs/mine"
                 if base := vars(args).get("pretrained_model_name_or_path"):
                     continued += f" --pretrained_model_name_or_path {base} --learning_rate {args.learning_rate:g}"
             lines = last_lines(self.output_dir, args.num_inference_steps, continued)
             print(f"\n{said}, after {self.global_step} optimizer steps.", *lines, sep="\n", flush=True)
-        self._tell("released")
+        self.tell("released")
 
     def close(self, again: bool = False) -> None:
         """Leave nothing behind in this process: bar, trackers, threads, signal handlers, the lock on the folder.
@@ -423,7 +411,7 @@ class Run:
         """
         if self.bar:
             self.bar.close()
-        self._tell("closed")
+        self.tell("closed")
         if again:
             self.stop_signal.keep()
             self.accelerator.free_memory()

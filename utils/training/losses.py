@@ -1,4 +1,4 @@
-"""Losses and gradient norms of a run since the last point of its curves, kept on the device until they are looked at."""
+"""Losses and gradient norms since the last point of the curves, kept on the device until they are looked at."""
 
 import math
 from collections.abc import Iterator
@@ -27,14 +27,14 @@ class RecentLosses:
         self.micro = []
 
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return losses and gradient norms, means over all processes: (steps,) each, on the CPU. Call it on all processes."""
+        """Return losses and gradient norms, means over all processes: (steps,) each, on the CPU. Call it on all."""
         if not self.losses:
             return torch.zeros(0), torch.zeros(0)
         pair = torch.stack([torch.stack(self.losses), torch.stack(self.norms)])
         return tuple(self.accelerator.reduce(pair, "mean").cpu())
 
     def unseen(self, global_step: int) -> Iterator[tuple[int, float, float, bool]]:
-        """Yield step, loss and gradient norm of each step that this has not yielded before, and whether they are finite.
+        """Yield step, loss and gradient norm of each step not yielded before, and whether they are finite.
 
         In fp16 a gradient may overflow, and counts as finite: the scaler skips that step.
         """
@@ -57,5 +57,7 @@ class RecentLosses:
     def load_state(self, state: dict) -> None:
         """Continue from ``state``; a checkpoint of an earlier version has none."""
         losses, norms = (state.get(name, []) for name in ("recent_losses", "recent_grad_norms"))
-        self.losses, self.norms = ([torch.tensor(v, device=self.accelerator.device) for v in vs] for vs in (losses, norms))
+        self.losses, self.norms = (
+            [torch.tensor(v, device=self.accelerator.device) for v in vs] for vs in (losses, norms)
+        )
         self.looked_at = len(losses)

@@ -165,7 +165,9 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
         old = {**old, "fingerprint": new["fingerprint"]}
     flags = {*new} - {*old} - FREE_ON_RESUME - {"noise_scheduler", "optimizer_settings"}
     if flags:
-        logger.info(f"{where} holds a run without {', '.join(sorted(flags))}: what runs did before there were these counts.")
+        logger.info(
+            f"{where} holds a run without {', '.join(sorted(flags))}: what runs did before there were these counts."
+        )
     changed = []
     if not old.get("constants"):  # an earlier version; what it did not know as a flag is in BEFORE
         old = {**{name: value for name, value in BEFORE.items() if name.upper() in constants}, **old}
@@ -175,8 +177,8 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
                 changed.append(f"{name} was {old[name]!r}, is {constants[name.upper()]!r} (a constant of the script)")
         elif old[name] not in (None, EARLIER.get(name)):
             logger.warning(
-                f"{where} holds a run with {name} {old[name]!r}, a setting that this script does not have as a flag: if "
-                "it has it as a number in its code, that must be the same"
+                f"{where} holds a run with {name} {old[name]!r}, a setting that this script does not have as a flag: "
+                "if it has it as a number in its code, that must be the same"
             )
     old = {**{name: BEFORE.get(name, defaults.get(name)) for name in flags}, **old}
     for name in sorted({*new} - FREE_ON_RESUME):

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 store = None  # what the processes of this run have in common, beside torch's own keys; None for a single process
 
+
 def start_process(mixed_precision: str | None, **options) -> Accelerator:
     """Make an Accelerator, with threads and logging set up and what cannot work refused.
 
@@ -37,7 +38,9 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
     for engine in ("FSDP", "DeepSpeed", "Megatron_LM", "parallelism_config"):
         asked = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1")
         if asked or f"--use_{engine.lower()}" in launched:
-            problem = f"the accelerate configuration asks for {engine}, which cuts up weights that the average needs whole"
+            problem = (
+                f"the accelerate configuration asks for {engine}, which cuts up weights that the average needs whole"
+            )
             raise UserError(f"{problem}; leave it out: --multi_gpu gives each GPU all of them")
     AcceleratorState._reset_state()  # an earlier run in this Python process, a notebook's, may have another precision
     # Others wait while one downloads; while it trains, the watchdog is faster
