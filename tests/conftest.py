@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from tensorboard.summary.writer import event_file_writer
 
 import train_ddpm
 from utils.signals import STOP_SIGNALS
@@ -29,6 +30,8 @@ TINY = [
 
 # Made once instead of for each run: encoding 1,797 PNG files takes a quarter of the time of a tiny run
 sources._embedded_digits = functools.cache(sources._embedded_digits)
+# TensorBoard reads files in the order of their names: by second, process, number. Several are made here in a second
+event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
 named_images.QUICK = float("inf")  # decoded images stay in memory, out of the user's cache
 
 

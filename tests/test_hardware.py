@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.hardware import LAUNCHER_SETS, use_all_cores
+from utils.hardware import LAUNCHER_SETS, is_launched, use_all_cores
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PROC = Path("/proc/self/environ").exists()
@@ -71,3 +71,18 @@ def test_other_numbers_and_other_devices_are_left_alone(threads):
 def test_where_the_launcher_cannot_be_asked_it_is_taken_for_its_choice(threads, monkeypatch):
     monkeypatch.setattr(os, "getppid", lambda: 2**31 - 1)  # no such process
     assert threads(OMP_NUM_THREADS="1", ACCELERATE_MIXED_PRECISION="no") == CORES
+
+
+@pytest.mark.skipif(not PROC, reason="only Linux shows the program of a parent process")
+@pytest.mark.parametrize("program, launched", [(["sleep", "60"], False), ([sys.executable, "-c", "input()"], True)])
+def test_a_variable_that_a_shell_has_exported_is_no_launcher(monkeypatch, program, launched):
+    """Otherwise a run with ``nohup`` ends with the shell that started it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with subprocess.Popen(program, stdin=subprocess.PIPE) as parent:
+        deadline = time.monotonic() + 5
+        name = "python" if launched else "sleep"
+        while name not in os.readlink(f"/proc/{parent.pid}/exe") and time.monotonic() < deadline:
+            time.sleep(0.001)
+        monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+        assert is_launched() is launched
+        parent.kill()

@@ -3,8 +3,10 @@
 import ast
 import json
 import signal
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import children
 import filelock
@@ -153,6 +155,16 @@ def run_edited(names, folder, *flags):
     return names["main"](parse("--output_dir", folder, *flags))
 
 
+@pytest.mark.parametrize(
+    "images, epochs, steps, expected", [(1000, 3, None, 30), (1001, 3, None, 31), (None, 3, 7, 7), (1000, 3, 7, 7)]
+)
+def test_the_length_of_a_run(images, epochs, steps, expected):
+    run = object.__new__(Run)
+    run.args, run._finished_at = SimpleNamespace(num_train_epochs=epochs, max_train_steps=steps), None
+    assert not run.already_finished(SimpleNamespace(length=images, global_batch_size=100))
+    assert run.max_train_steps == expected
+
+
 UPDATE = "            ema_model.step(unet.parameters())\n"
 
 
@@ -194,6 +206,19 @@ def test_every_so_many_steps_of_ones_own_come_before_the_checkpoint(tmp_path):
     names["made"] = made = []
     run_edited(names, tmp_path / "run", "--checkpointing_steps=3")
     assert [[path.name for path in found] for found in made] == [[], ["checkpoint-3"]]
+
+
+def test_a_second_interrupt_does_not_end_the_kernel_of_a_notebook(monkeypatch):
+    """Protection: ``IPython`` in ``StopSignal._handle``; elsewhere the second signal ends the process at once."""
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: "a kernel"))
+    stop = StopSignal(SimpleNamespace(is_main_process=True, num_processes=1))
+    try:
+        signal.raise_signal(signal.SIGINT)
+        stop.at -= StopSignal.GRACE + 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.restore()
 
 
 def test_a_run_in_a_thread_goes_without_signals(tmp_path):

@@ -157,7 +157,7 @@ m.starting_noise = lambda *a: calls.append(time.sleep(99 * (len(calls) == 1))) o
 
 @pytest.mark.parametrize("place, patch", [slow("data", DATA), ("sampling", SAMPLING)])
 def test_a_hang_names_the_place(tmp_path, place, patch):
-    """Protection: ``progress.progress``. One process, which nobody restarts."""
+    """Protection: ``signals.progress``. One process, which nobody restarts."""
     flags = [*flags_of(tmp_path / "run", 5), "--hang_timeout=2", "--sample_steps=2"]
     code, said = children.run(children.patched(patch), *flags, folder=tmp_path)
     assert code == LOST and f"optimizer steps and is in: {place}. Its threads:" in said, said

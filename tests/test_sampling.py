@@ -13,7 +13,7 @@ from utils.diffusion.linear_mix import LinearMixScheduler
 from utils.diffusion.pipelines import slerp
 from utils.diffusion.sampling import sample_images
 from utils.diffusion.schedulers import SAMPLER_CLASSES, make_sampler
-from utils.pictures import save_picture
+from utils.pictures import with_caption
 from utils.randomness import sample_noise
 
 
@@ -87,10 +87,9 @@ def test_interpolated_noise_draws_the_ends_and_between(accelerator):
     assert np.abs(walk[2].astype(int) - plain[0]).max() > 10
 
 
-def test_a_picture_is_written(accelerator, tmp_path):
-    picture = Image.new("RGB", (30, 20))
-    save_picture(picture, tmp_path / "new" / "grid.png", accelerator, step=1, name="samples")
-    assert Image.open(tmp_path / "new" / "grid.png").size == (30, 20)
+def test_a_line_of_text_goes_below_a_picture():
+    assert with_caption(Image.new("RGB", (300, 20)), "step 3").size == (300, 44)
+    assert with_caption(Image.new("L", (30, 20)), "step 3, a long caption").width > 100
 
 
 class Oracle(torch.nn.Module):

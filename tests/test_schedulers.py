@@ -1,13 +1,10 @@
 """utils/schedulers.py against diffusers, the papers and closed forms."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
-from utils.training.run import total_train_steps
 
 from utils.diffusion.linear_mix import LinearMixScheduler
 from utils.diffusion.sampling import sample_batch, sample_images
@@ -46,14 +43,6 @@ def test_min_snr_weights_are_finite_where_nothing_is_left_of_the_image():
         assert noise_scheduler.alphas_cumprod[-1] < 1e-6
         weights = min_snr_weights(noise_scheduler, torch.arange(1000), 5.0)
         assert weights.isfinite().all() and (weights >= 0).all() and weights.max() <= 5
-
-
-@pytest.mark.parametrize("images, batch, epochs, steps, expected", [
-    (1000, 100, 3, None, 30), (1001, 100, 3, None, 31), (None, 100, 3, 7, 7), (1000, 100, 3, 7, 7)
-])  # fmt: skip
-def test_length_of_a_run(images, batch, epochs, steps, expected):
-    args = SimpleNamespace(num_train_epochs=epochs, max_train_steps=steps)
-    assert total_train_steps(args, images, batch) == expected
 
 
 def test_samplers_know_every_noise_schedule():

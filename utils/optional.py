@@ -32,7 +32,7 @@ def collect(name: str) -> list:
 class Parts:
     """The objects with which the optional folders take part in a run.
 
-    Each has any of these methods. They are called on all processes, but for ``saved``, which may be the main one's alone:
+    Each has any of these methods. They are called on all processes; ``saved`` may be called on the main one alone:
 
     * ``claimed(run)``: the output folder is this run's;
     * ``load_state(run, state)``: here is what ``state`` has put into the checkpoint;

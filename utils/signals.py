@@ -1,4 +1,8 @@
-"""Stopping on request: a checkpoint first, then an exit code that says why."""
+"""What a process is told and tells: requests to stop, and signs of life.
+
+A request to stop leads to a checkpoint first, then to an exit code that says why. Signs of life are counted, so that a
+watchdog can tell a slow run from one that hangs.
+"""
 
 import os
 import signal
@@ -10,6 +14,19 @@ import torch
 
 # Ctrl-C; the polite kill; the terminal is gone; Slurm's --signal=USR1@300. Windows has the first two
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+count = 0  # of signs of life
+activity = "starting"
+
+
+def progress(doing: str) -> None:
+    """Record that something has moved. Whatever takes long calls this for each of its parts.
+
+    Args:
+        doing: what begins or continues now: ``data``, ``step``, ``sampling``, ``saving`` ...
+    """
+    global count, activity
+    count, activity = count + 1, doing
 
 
 class Interrupted(Exception):
@@ -63,7 +80,7 @@ class StopSignal:
         return self.received is not None
 
     def check(self, global_step: int = 0) -> int | None:
-        """Return the signal that any process has received, or None. Call it on all processes, after each optimizer step.
+        """Return the signal that any process has received, or None. Call it on all, after each optimizer step.
 
         Several processes ask each other; on GPUs every tenth step only, for the answer waits for the device.
         """

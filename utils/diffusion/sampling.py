@@ -10,8 +10,7 @@ from diffusers import SchedulerMixin
 
 from .. import randomness
 from ..pictures import to_uint8
-from ..progress import progress
-from ..signals import Interrupted
+from ..signals import Interrupted, progress
 from .schedulers import predicted_images
 
 

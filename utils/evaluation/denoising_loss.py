@@ -10,8 +10,7 @@ from diffusers import DDPMScheduler
 from .. import randomness
 from ..diffusion.sampling import evaluating
 from ..diffusion.schedulers import NOISE_LEVELS, noise_levels, output_for
-from ..progress import progress
-from ..signals import Interrupted
+from ..signals import Interrupted, progress
 
 
 class DenoisingLoss:

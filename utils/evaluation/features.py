@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from .. import UserError
 from ..data.nearest import shrink
-from ..progress import progress
+from ..signals import progress
 from ..training.checkpoints import file_hash
 
 DIGITS_WEIGHTS = Path(__file__).parent / "digits_net.safetensors"

@@ -25,8 +25,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from .. import UserError
 from ..exits import UPLOAD
-from ..progress import progress
-from ..signals import STOP_SIGNALS
+from ..signals import STOP_SIGNALS, progress
 from ..training.output_dir import ARGUMENTS, read_arguments
 from .model_card import write_card
 

@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from .. import progress
+from .. import signals
 from ..training import process
 from . import LOST
 
@@ -51,11 +51,11 @@ class Watchdog:
         self.ended.set()
 
     def _look(self) -> None:
-        count, woken_at = progress.count, time.monotonic()
+        count, woken_at = signals.count, time.monotonic()
         while not self.ended.wait(self.interval):
             now = time.monotonic()
-            if count != progress.count or now - woken_at > self.interval + self.seconds / 2:  # it was suspended itself
-                count, self.moved_at = progress.count, now
+            if count != signals.count or now - woken_at > self.interval + self.seconds / 2:  # it was suspended itself
+                count, self.moved_at = signals.count, now
             woken_at = now
             if now - self.moved_at > self.seconds:
                 self._give_up()
@@ -71,7 +71,7 @@ class Watchdog:
         told, total, pulses = 0, 0, {}
         while True:
             store.add(f"watchdog/{self.rank}", 1)
-            moved = progress.count
+            moved = signals.count
             before, total, told = total, store.add("watchdog", moved - told), moved
             if total != before:
                 self.moved_at, self.silent, pulses = time.monotonic(), {}, {}
@@ -88,7 +88,7 @@ class Watchdog:
         where = f"process {self.rank} of {self.world_size} on {platform.node()}"
         print(
             f"\nerror: nothing has moved for {self.seconds:g} s (--hang_timeout): {where} has done {self.step} "
-            f"optimizer steps and is in: {progress.activity}.{silent} Its threads:",
+            f"optimizer steps and is in: {signals.activity}.{silent} Its threads:",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)

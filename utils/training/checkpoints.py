@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file
 
 from .. import UserError, randomness, sync
-from ..progress import progress
+from ..signals import progress
 
 logger = logging.getLogger(__name__)
 

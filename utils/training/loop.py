@@ -28,8 +28,7 @@ from .. import UserError, exits, optional, randomness
 from ..args import defaults_of
 from ..hardware import device_name
 from ..pictures import with_caption
-from ..progress import progress
-from ..signals import Interrupted, StopSignal
+from ..signals import Interrupted, StopSignal, progress
 from . import checkpoints, output_dir
 from .ema import EMA
 from .last_lines import last_lines
