@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import scalars, train
+from conftest import scalars, slow, train
 from diffusers import DDPMScheduler
 
 import train_basic
 import train_conditional
-import train_ddpm
 import train_flow
-import train_unet2d
 from utils import UserError
 from utils.data.nearest import show_nearest
 from utils.diffusion.flow import FlowScheduler
@@ -91,7 +89,7 @@ def test_straight_paths_have_a_loss_where_hardly_any_noise_is(accelerator):
     assert asked.min() >= 1 and (asked != asked.round()).any()
 
 
-@pytest.mark.parametrize("script", [train_basic, train_unet2d, train_ddpm, train_conditional, train_flow])
+@pytest.mark.parametrize("script", [train_basic, train_conditional, slow(train_flow)])
 def test_training_scripts_validate(tmp_path, monkeypatch, script):
     monkeypatch.setattr(while_training, "NUM_VALIDATION_IMAGES", 6)
     flags = ["--dataset_split=train[:100]", "--validation_split=train[100:]", "--validation_steps=4"]

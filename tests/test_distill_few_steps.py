@@ -175,7 +175,7 @@ def test_classes_go_with_their_ways_and_the_guidance_of_the_teacher_is_learnt(tm
         run(tmp_path / "none", teachers["sample"], "--teacher_guidance_scale=3")
 
 
-@pytest.mark.parametrize("kind", ["v_prediction", slow("epsilon"), "classes"])
+@pytest.mark.parametrize("kind", [slow("v_prediction"), slow("epsilon"), "classes"])
 def test_resuming_equals_never_having_stopped(tmp_path, teachers, kind):
     flags = ["--random_flip"]
     for name in ("straight", "cut"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import equal_weights, events, interrupt, scalars, train
+from conftest import equal_weights, events, interrupt, scalars, slow, train
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -109,7 +109,7 @@ def test_what_does_not_learn_stays_bit_for_bit(tmp_path, monkeypatch, base, meth
     assert len(state["state"]) == (2 * len(expected) if method == "lora" else len(expected))
 
 
-@pytest.mark.parametrize("method", ["full", "norm", "lora"])
+@pytest.mark.parametrize("method", [slow("full"), slow("norm"), "lora"])
 def test_resuming_equals_never_having_stopped(tmp_path, base, method):
     flags = [f"--method={method}", "--checkpointing_steps=4", "--random_flip", "--report_to=tensorboard"]
     flags += ["--gradient_accumulation_steps=2", "--train_batch_size=4", "--sample_steps=2", "--validation_steps=2"]

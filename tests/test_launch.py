@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "train_ddpm.py")
-STAGES = pytest.mark.parametrize("script", ["train_basic.py", "train_unet2d.py"])
+STAGES = pytest.mark.parametrize("script", ["train_basic.py", slow("train_unet2d.py")])
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", SCRIPT]
@@ -202,6 +202,7 @@ def test_the_first_stages_do_the_same_on_two_processes(tmp_path, script):
     assert all(abs(losses[0][step] - losses[1][step]) < 1e-4 for step in losses[0])
 
 
+@pytest.mark.slow
 def test_fine_tuning_does_the_same_on_two_processes(tmp_path, finished_run):
     flags = [f"--pretrained_model_name_or_path={finished_run}", "--method=lora", "--learning_rate=1e-3"]
     flags += ["--report_to=tensorboard", "--dataset_split=train[7:]", "--validation_split=train[:7]", "--num_samples=5"]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import children
 import filelock
 import pytest
+import torch
 from conftest import equal_weights, parse, reset_accelerate, scalars, slow, tiny, train
 
 import distill_few_steps
@@ -30,7 +31,7 @@ SCRIPTS = [train_basic, train_unet2d, train_ddpm, train_flow, train_conditional,
 EVERYTHING = [  # all that is repeated coincides with the checkpoints, as it does by default
     "--report_to=tensorboard", "--checkpointing_steps=2", "--sample_steps=2", "--evaluate_steps=2",
     "--num_evaluation_samples=10", "--features=pixels", "--dataset_split=train[:64]", "--checkpoints_total_limit=9",
-    "--train_batch_size=4",
+    "--gradient_accumulation_steps=2", "--random_flip",
 ]  # fmt: skip
 VALIDATION = ["--validation_split=train[64:96]", "--validation_steps=2"]
 PLACES = {  # where a run is killed, in the order in which things are due at a step
@@ -46,7 +47,8 @@ class Killed(BaseException):
 
 def flags_of(script, finished_run):
     start = [f"--pretrained_model_name_or_path={finished_run}"] * (script in (finetune_faces, distill_few_steps))
-    return [*EVERYTHING, *start, *(VALIDATION if script is not distill_few_steps else [])]
+    size = 4 if script is distill_few_steps else 2  # whole trajectories
+    return [*EVERYTHING, f"--train_batch_size={size}", *start, *(VALIDATION if script is not distill_few_steps else [])]
 
 
 def curves(folder):
@@ -65,6 +67,9 @@ def curves(folder):
 def test_what_is_due_at_a_step_is_done_although_the_run_is_killed_before(tmp_path, monkeypatch, finished_run, script):
     """Killed in validation at step 2, in the samples of step 4 and in the evaluation of step 6, the last."""
     monkeypatch.setattr(while_training, "NUM_VALIDATION_IMAGES", 4)
+    if hasattr(script, "DROPOUT"):
+        monkeypatch.setattr(script, "DROPOUT", 0.3)
+    monkeypatch.setitem(train_unet2d.UNET, "dropout", 0.3)
     flags = flags_of(script, finished_run)
     assert train(tmp_path / "straight", *flags, script=script) == 0
     kills = [("validation", 2), ("samples", 4), ("evaluation", 6)]
@@ -88,6 +93,13 @@ def test_what_is_due_at_a_step_is_done_although_the_run_is_killed_before(tmp_pat
         assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "straight" / path).read_bytes(), path
     for path in (WEIGHTS, f"best/{WEIGHTS}"):
         assert equal_weights(tmp_path / "run" / path, tmp_path / "straight" / path)
+    state = "checkpoint-6/training_state"
+    assert equal_weights(*(tmp_path / name / state / "model.safetensors" for name in ("run", "straight")))
+    first, second = (
+        torch.load(tmp_path / name / state / "optimizer.bin", weights_only=True) for name in ("run", "straight")
+    )
+    for key, values in first["state"].items():
+        assert all(torch.equal(value, second["state"][key][part]) for part, value in values.items())
     assert json.loads((tmp_path / "run" / "done.json").read_text())["evaluation"] == 6
 
 
@@ -105,10 +117,10 @@ setattr(owner, name, dies)
 """
 
 
-@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("number", ["SIGKILL", slow("SIGTERM")])
 @pytest.mark.parametrize("place, step", [("evaluation", 6), slow("validation", 2), slow("samples", 4)])
 def test_a_real_kill_and_a_polite_one_lose_nothing_that_is_due(tmp_path, place, step, number):
-    flags = tiny(*EVERYTHING, *VALIDATION, "--unet=tiny")
+    flags = tiny(*EVERYTHING, *VALIDATION, "--unet=tiny", "--train_batch_size=2")
     owner = {"validation": "while_training.Validation, 'measure'", "samples": "Run, '_save_samples'"}
     patch = KILL.format(place=owner.get(place, "while_training.SampleQuality, 'measure'"), step=step, number=number)
     code, said = children.run(children.patched(patch), *flags, f"--output_dir={tmp_path / 'run'}", folder=tmp_path)
@@ -170,7 +182,10 @@ UPDATE = "            ema_model.step(unet.parameters())\n"
 
 def nothing_is_left(folder, handlers):
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == handlers
-    assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+    watching = [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+    for thread in watching:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in watching)
     with filelock.FileLock(folder / ".lock", timeout=0):
         pass
 

@@ -2,11 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import equal_weights, events, interrupt, scalars, train
+from conftest import equal_weights, events, scalars, train
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -63,33 +62,6 @@ def test_the_card_says_how_to_load_it_and_that_code_runs(finished):
     assert "DiffusionPipeline.from_pretrained('run', trust_remote_code=True)" in card
     assert "`linear_mix.py`" in card and "`scheduler/linear_mix.py`" in card and "Read it first" in card
     assert str(finished) not in card
-
-
-@SCRIPTS
-@pytest.mark.parametrize(
-    "flags",
-    [[], ["--gradient_accumulation_steps=2", "--train_batch_size=4", "--cache_images=never", "--mixed_precision=bf16"]],
-    ids=["plain", "accumulation"],
-)
-def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch, script, flags):
-    flags = [*flags, "--max_train_samples=24", "--random_flip", "--report_to=tensorboard", "--checkpointing_steps=4"]
-    monkeypatch.setitem(train_unet2d.UNET, "dropout", 0.3)
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    train(straight, *flags, script=script)
-    train(resumed, *flags, script=script)
-    interrupt(resumed, "checkpoint-4")
-    torch.manual_seed(99)
-    train(resumed, *flags, script=script)
-    assert not list(resumed.glob(".tmp*"))
-    assert equal_weights(straight / WEIGHTS, resumed / WEIGHTS)
-    state = "checkpoint-6/training_state"
-    assert equal_weights(straight / state / "model.safetensors", resumed / state / "model.safetensors")
-    first, second = (torch.load(f / state / "optimizer.bin", weights_only=True) for f in (straight, resumed))
-    for key, values in first["state"].items():
-        assert all(torch.equal(value, second["state"][key][part]) for part, value in values.items())
-    assert scalars(straight, "loss/train") == scalars(resumed, "loss/train")
-    for name in ("samples.png", "walk.png", "denoising.png"):
-        assert np.array_equal(*(np.asarray(Image.open(folder / name)) for folder in (straight, resumed)))
 
 
 @SCRIPTS

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal_weights, events, exit_code, interrupt, parse, scalars, slow, train
+from conftest import equal_weights, events, exit_code, interrupt, parse, scalars, train
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline, UNet2DModel
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -75,20 +75,6 @@ def test_checkpoints_and_card(finished):
     card = (finished / "README.md").read_text()
     assert "It can be asked for 10 classes" in card and "class_labels=[0, 1, 2, 3]" in card
     assert "guidance_scale=1.5" in card and "`pipeline.py`" in card and str(finished) not in card
-
-
-@pytest.mark.parametrize("flags", [[], slow(["--gradient_accumulation_steps=2", "--train_batch_size=4"])])
-def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch, flags):
-    monkeypatch.setattr(train_conditional, "DROPOUT", 0.2)
-    flags = [*flags, "--random_flip", "--label_dropout=0.5"]
-    run(tmp_path / "straight", *flags)
-    run(tmp_path / "cut", *flags)
-    interrupt(tmp_path / "cut", "checkpoint-3")
-    run(tmp_path / "cut", *flags)
-    assert equal_weights(tmp_path / "straight" / WEIGHTS, tmp_path / "cut" / WEIGHTS)
-    for name in ("model.safetensors", "optimizer.bin"):
-        first, second = (tmp_path / run / "checkpoint-6" / "training_state" / name for run in ("straight", "cut"))
-        assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_stream_of_a_folder_of_folders_resumes_bit_for_bit(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal_weights, exit_code, interrupt, slow, train
+from conftest import equal_weights, exit_code, train
 from diffusers import DDPMPipeline, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -139,20 +139,6 @@ def test_the_output_is_a_pipeline_of_diffusers(finished):
     assert pipeline(num_inference_steps=3).images[0].size == (8, 8)
     card = (finished / "README.md").read_text()
     assert "# Flow-matching model trained on" in card and "flow-matching" in card and "flow\\_shift" in card
-
-
-@pytest.mark.parametrize("flags", [[], slow(["--gradient_accumulation_steps=2", "--train_batch_size=4"])])
-def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch, flags):
-    monkeypatch.setattr(train_flow, "DROPOUT", 0.2)
-    flags = [*flags, "--random_flip"]
-    for name in ("straight", "cut"):
-        run(tmp_path / name, *flags)
-    interrupt(tmp_path / "cut", "checkpoint-3")
-    run(tmp_path / "cut", *flags)
-    assert equal_weights(tmp_path / "straight" / WEIGHTS, tmp_path / "cut" / WEIGHTS)
-    for name in ("model.safetensors", "optimizer.bin"):
-        first, second = (tmp_path / run / "checkpoint-6" / "training_state" / name for run in ("straight", "cut"))
-        assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
