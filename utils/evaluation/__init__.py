@@ -11,7 +11,7 @@ def add_arguments(parser: Parser) -> None:
         group = parser.group("validation")
         group.add_argument("--validation_split", help="split held out from training, for a loss curve; for example train[90%%:]")
         group.add_argument("--prior_dataset_name", metavar="NAME[:SPLIT]", help="images that the pretrained model was made for: a loss curve that shows forgetting")
-        group.add_argument("--validation_steps", type=integer(1), default=500, help="optimizer steps between validations")
+        group.add_argument("--validation_steps", type=integer(1), help="optimizer steps between validations (default: --sample_steps)")
 
     group = parser.group("evaluation while training")
     group.add_argument("--evaluate_steps", type=integer(1), help="optimizer steps between evaluations: curves of fd and kid against training images; the pipeline with the lowest fd is kept in OUTPUT_DIR/best")

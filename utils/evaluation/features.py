@@ -115,7 +115,7 @@ def _transformer(name: str, model_name_or_path: str, device) -> Extractor:
     except Exception as error:  # the Hub client and transformers share no class of errors
         raise UserError(
             f"--features {name}: {model_name_or_path} cannot be loaded: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}. Expected a Hub id or a folder in --features_model_name_or_path"
+            f"{' '.join(str(error).split())}. Expected --features {name}=MODEL with a Hub id or a folder"
         ) from error
     model = model.to(device).eval()
 

@@ -29,7 +29,8 @@ class Evaluation:
         flags = vars(run.args)
         if flags.get("validation_split") or flags.get("prior_dataset_name"):
             validation = Validation(run, flags["validation_split"], flags["prior_dataset_name"])
-            run.repeat("validation", flags["validation_steps"], validation.measure, at_start="base" in run.facts)
+            every = flags["validation_steps"] or run.args.sample_steps
+            run.repeat("validation", every, validation.measure, at_start="base" in run.facts)
         if flags["evaluate_steps"]:
             quality = SampleQuality(run, flags["features"], flags["num_evaluation_samples"], flags["evaluate_steps"])
             run.repeat("evaluation", flags["evaluate_steps"], quality.measure)

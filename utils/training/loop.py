@@ -58,6 +58,8 @@ class Run:
         UserError: see ``process.start_process`` and ``output_dir.claim_output_dir``.
     """
 
+    after_divergence = "The same command resumes from the last one, perhaps with --mixed_precision no."
+
     def __init__(self, args, name: str, title: str, constants: dict):
         self.args, self.name, self.title = args, name, title
         self.constants = output_dir.own_constants(constants)
@@ -233,7 +235,8 @@ class Run:
                 checkpoints.set_aside_newer(self.output_dir, path)
             checkpoints.load_checkpoint(self.accelerator, path, state)
             self.ema_model.load(checkpoints.averaged_weights(path), state["ema_step"])
-            self.global_step = self._saved_at = state["global_step"]
+            self.global_step = state["global_step"]
+            self._saved_at = self.global_step if path.parent.resolve() == self.output_dir.resolve() else None
             self.losses.load_state(state)
             self.tell("load_state", state)
             logger.info(f"Resuming from {path}, {self.global_step} optimizer steps done.")
@@ -309,8 +312,6 @@ class Run:
                     "--learning_rate"
                 )
             self.tell("checked", step, loss, norm)
-
-    after_divergence = "The same command resumes from the last one, perhaps with --mixed_precision no."
 
     def _save_checkpoint(self) -> None:
         """Publish ``checkpoint-<step>``. No checkpoint holds a number that is not finite."""
