@@ -67,7 +67,8 @@ def main(args):
 
     # Data
     pretrained = load_pretrained(args.pretrained_model_name_or_path)
-    train_data = load_train_data(args, accelerator, pretrained.unet.config)  # or own_images=...
+    # Images that are in Python already: own_images=OwnImages(...)
+    train_data = load_train_data(args, accelerator, pretrained.unet.config)
     if run.already_finished(train_data):
         return
 

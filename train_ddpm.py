@@ -64,7 +64,8 @@ def main(args):
     # Data
     start = args.pretrained_model_name_or_path
     pretrained = load_pretrained(start) if start else None
-    train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)  # or own_images=...
+    # Images that are in Python already: own_images=OwnImages(...)
+    train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)
     if run.already_finished(train_data):
         return
 

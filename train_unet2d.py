@@ -62,7 +62,8 @@ def main(args):
     accelerator = run.accelerator
 
     # Data
-    train_data = load_train_data(args, accelerator)  # or own_images=...
+    # Images that are in Python already: own_images=OwnImages(...)
+    train_data = load_train_data(args, accelerator)
     if run.already_finished(train_data):
         return
 

@@ -186,7 +186,7 @@ def test_bad_images_stop_or_are_skipped(accelerator, tmp_path, cache, workers, c
     (tmp_path / "67.png").write_bytes(b"")  # not among those that are looked at first
     flags = ["--train_data_dir", tmp_path, f"--cache_images={cache}"]
     flags += [f"--dataloader_num_workers={workers}", "--train_batch_size=64"]
-    with pytest.raises(UserError, match=r"67\.png \(image 67 of .*the file is empty.*--max_bad_images 100 skips"):
+    with pytest.raises(UserError, match=r"67\.png \(image 67 of .*the file is empty.*--max_bad_images N skips"):
         batches(accelerator, *flags)
     caplog.clear()
     first, second = (batches(accelerator, *flags, "--max_bad_images=100")[1] for _ in range(2))

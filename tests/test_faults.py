@@ -404,9 +404,7 @@ def test_hundreds_of_mutated_files_in_the_loader(tmp_path, accelerator):
         data = load_train_data(parse(*flags, "--resolution=8", "--max_train_steps=40"), accelerator)
         seen.append(torch.cat([batch["images"] for batch in data.batches(range(0, 40))]))
     assert torch.equal(*seen) and len(seen[0]) == 320
-    with pytest.raises(
-        UserError, match=r"images/\d\d\d\.(png|jpg|gif|webp) \(image \d+ of .*--max_bad_images 100 skips"
-    ):
+    with pytest.raises(UserError, match=r"images/\d\d\d\.(png|jpg|gif|webp) \(image \d+ of .*--max_bad_images N skips"):
         flags = [f"--train_data_dir={folder}", "--image_mode=L", "--resolution=8", "--cache_images=always"]
         load_train_data(parse(*flags), accelerator).prepare()
     with pytest.raises(UserError, match="more than --max_bad_images 5 images are unreadable"):
@@ -432,7 +430,7 @@ def test_files_that_go_away_after_the_start_are_named(tmp_path, accelerator):
     for flags in (["--dataloader_num_workers=0"], ["--dataloader_num_workers=2"]):
         data = load_train_data(parse(f"--train_data_dir={tmp_path}", "--cache_images=never", *flags), accelerator)
         (tmp_path / "3.png").rename(tmp_path / "gone")
-        with pytest.raises(UserError, match=r"3\.png \(image 3 of .*No such file.*--max_bad_images 100 skips"):
+        with pytest.raises(UserError, match=r"3\.png \(image 3 of .*No such file.*--max_bad_images N skips"):
             list(data.batches(range(0, 2)))
         (tmp_path / "gone").rename(tmp_path / "3.png")
 

@@ -21,6 +21,7 @@ import train_conditional
 import train_ddpm
 import train_flow
 import train_unet2d
+from utils import UserError
 from utils.evaluation import while_training
 from utils.signals import STOP_SIGNALS, StopSignal
 from utils.training.loop import Run
@@ -178,6 +179,7 @@ def test_the_length_of_a_run(images, epochs, steps, expected):
 
 
 UPDATE = "            ema_model.step(unet.parameters())\n"
+BATCH = '        clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32\n'
 
 
 def nothing_is_left(folder, handlers):
@@ -190,12 +192,44 @@ def nothing_is_left(folder, handlers):
         pass
 
 
+@pytest.mark.parametrize(
+    "old, new, error, message",
+    [
+        (
+            "run.end_of_step(losses,",
+            "run.end_of_step(loss,",
+            ValueError,
+            r"losses of shape \(\) for timesteps of shape",
+        ),
+        ("timesteps, grad_norm,", "timesteps, None,", ValueError, "no grad_norm; expected what accelerator.clip_grad"),
+        (
+            BATCH,
+            BATCH + "        break\n",
+            UserError,
+            "ended the loop before the first optimizer step: nothing is saved",
+        ),
+    ],
+)
+def test_a_loop_that_breaks_the_agreement_is_told_so(tmp_path, old, new, error, message):
+    with pytest.raises(error, match=message):
+        run_edited(edited((old, new)), tmp_path / "run")
+    nothing_is_left(tmp_path / "run", {number: signal.getsignal(number) for number in STOP_SIGNALS})
+
+
+def test_steps_of_ones_own_come_once_for_each_optimizer_step(tmp_path):
+    call = "        if run.every(2):\n            seen.append(run.global_step)\n"
+    names = edited((UPDATE, UPDATE + call))  # at the end of the loop, with or without an optimizer step
+    names["seen"] = []
+    run_edited(names, tmp_path / "run", "--gradient_accumulation_steps=2", "--max_train_steps=4")
+    assert names["seen"] == [2, 4]
+
+
 def test_a_break_ends_a_run_as_its_last_step_does(tmp_path, capsys):
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     names = edited((UPDATE, UPDATE + "            if run.global_step == 4:\n                break\n"))
     flags = ["--checkpointing_steps=3", "--evaluate_steps=3", "--num_evaluation_samples=10", "--features=pixels"]
     run_edited(names, tmp_path / "run", *flags)
-    assert "Finished, after 4 optimizer steps" in capsys.readouterr().out
+    assert "ended the loop of 6 steps, after 4 optimizer steps" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoint-4").is_dir() and (tmp_path / "run" / "samples.png").is_file()
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["step"] == 4
     nothing_is_left(tmp_path / "run", handlers)

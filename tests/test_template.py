@@ -138,9 +138,7 @@ def test_every_script_does_without_all_that_may_be_deleted(tmp_path, finished_ru
     assert code == 0 and said.count("TRAINED") == len(SCRIPTS), said[-3000:]
 
 
-DATA = (
-    "    train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)  # or own_images=...\n"
-)
+DATA = "    train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)\n"
 UNET = "        unet = make_unet(args.unet, args.model_config_name_or_path, train_data.model_shape, DROPOUT)\n"
 LABELS = [
     ("model(noisy_images, timesteps).sample", 'model(noisy_images, timesteps, class_labels=batch["labels"]).sample'),

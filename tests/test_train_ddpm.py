@@ -457,7 +457,7 @@ def test_each_constant_of_the_objective_changes_the_result_and_is_compared(tmp_p
         assert source.count(line) == 1
         names = {"__name__": "train_ddpm", "__file__": train_ddpm.__file__}
         exec(compile(source.replace(line, line.replace("0.9", "0.8").replace("0.01", "0.1")), "edited", "exec"), names)
-        with pytest.raises(UserError, match=r"optimizer_settings\['\w+'\] was .*, is "):
+        with pytest.raises(UserError, match=r"optimizer\['\w+'\] was .*, is "):
             names["main"](parse("--output_dir", tmp_path / "plain", "--max_train_steps=9"))
 
 

@@ -126,7 +126,7 @@ class Parser(argparse.ArgumentParser):
         hint = "--help lists the flags"
         if message.startswith("unrecognized arguments: --"):
             given = message.split(": ")[1].split()[0].split("=")[0]
-            close = difflib.get_close_matches(given, self._option_string_actions, n=1)
+            close = difflib.get_close_matches(given, self._option_string_actions, n=1, cutoff=0.8)
             hint = f"there is no flag {given}; {f'did you mean {close[0]}?' if close else hint}"
         self._print_message(f"error: {message} ({hint})\n", sys.stderr)
         self.exit(2)

@@ -6,6 +6,7 @@
 An array, a torch ``Dataset`` or a function of an index. Order, crops, cache, checks and resuming are as for any source.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -49,12 +50,21 @@ class Images:
         raise NotImplementedError
 
     def look(self) -> Iterator[Image.Image | BadImage]:
-        """Yield some of the images, evenly spread, each decoded or as the error that names it."""
+        """Yield some of the images, evenly spread, each decoded or as the error that names it.
+
+        Their pixels become the fingerprint of the data, unless a row is another one at each reading.
+        """
+        digest, repeatable = hashlib.sha256(str(self.length).encode()), True
         for index in spread_over(self.length):
             try:
-                yield self[index]["image"]()[0]
+                (image, _), (again, _) = self[index]["image"](), self[index]["image"]()
             except BadImage as error:
                 yield error
+                continue
+            repeatable = repeatable and image == again
+            digest.update(image.tobytes())
+            yield image
+        self.fingerprint = digest.hexdigest()[:16] if repeatable else None
 
     def examples(self, count: int, seed: int) -> Iterator[tuple[int, dict]]:
         """Yield so many rows at random, or all if there are fewer, each with its index."""

@@ -1,5 +1,6 @@
 """The losses of a run as a picture."""
 
+import logging
 from pathlib import Path
 
 from ..pictures import label_log_axis
@@ -12,6 +13,8 @@ def draw_curves(folder: Path, logs: Path) -> None:
         return
     from matplotlib.figure import Figure
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of what a resumed run has written again
 
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss", yscale="log")

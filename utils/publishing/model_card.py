@@ -82,7 +82,7 @@ def add_to_record(folder: Path, args, title: str, caption: str, state) -> None:
     record = read_arguments(folder)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     where = f"{state.num_processes} x {device_name(state.device)}, Python {platform.python_version()}"
-    command = _command(record["public_arguments"], defaults_of(args), record["script"], state)
+    command = _command(record["public_arguments"], defaults_of(args), record["file"], state)
     text = f"    {command}\n\n{_commit()}{versions}; {where}"
     write_record(folder / ARGUMENTS, {**record, "card": {"title": title, "caption": caption, "reproduce": text}})
 
@@ -136,7 +136,7 @@ def write_card(
     if name and not license:
         logger.warning(f"{UNLICENSED} (the training images: {record.get('data_license', 'not stated')})")
     known = {"script", "arguments", "public_arguments", "public_data", "constants", "card", "ran", "versions"}
-    known |= {"num_processes", "mixed_precision", "device", "finished_at_step", "fingerprint", "classes"}
+    known |= {"num_processes", "mixed_precision", "device", "finished_at_step", "fingerprint", "classes", "file"}
     found = {key: value for key, value in record.items() if key not in known and value is not None}
     settings = public(found) | {"data": data} | record.get("ran", {})
     settings |= {key: flags[key] for key in TRAINING_FLAGS if flags.get(key) is not None}
@@ -170,7 +170,7 @@ def write_card(
 {_section("Metrics", _metrics(run_folder) if final else "")}{_section("Evaluation", section)}
 ## Training
 
-{"![curves](curves.png)" if final and any(run_folder.glob("logs/**/events.out.*")) else ""}
+{"![curves](curves.png)" if final and (run_folder / "curves.png").is_file() else ""}
 
 {record["card"]["reproduce"]}
 
@@ -295,7 +295,7 @@ def _command(arguments: dict, defaults: dict, script: str, state) -> str:
     if state.num_processes > 1:
         command += ["--multi_gpu", "--num_processes", str(state.num_processes)]
         command += ["--num_machines", str(machines)] * (machines > 1)
-    command += ["--mixed_precision", state.mixed_precision, f"{script}.py"]
+    command += ["--mixed_precision", state.mixed_precision, script]
     for flag, value in arguments.items():
         if value in (None, defaults.get(flag)) or flag.startswith(("hub_", "push_", "mixed_precision")):
             continue

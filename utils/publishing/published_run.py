@@ -37,7 +37,12 @@ class PublishedRun:
             add_to_record(run.output_dir, run.args, run.title, run.caption, state)
 
     def saved(self, run, folder) -> None:
-        write_card(folder, run.output_dir)
+        if folder != run.output_dir:  # that page is written when the pictures are there
+            write_card(folder, run.output_dir)
+
+    def finished(self, run) -> None:
+        if run.accelerator.is_main_process:
+            write_card(run.output_dir, run.output_dir)
 
     def released(self, run) -> None:
         if self.hub:

@@ -1,5 +1,7 @@
 """Images by name: the Hub, folders, tables, archives, metadata, streams. Without this folder, images come from Python."""
 
+import logging
+
 from ..args import Parser, integer
 
 
@@ -56,6 +58,9 @@ def refuse_for_own_images(args) -> None:
     """
     from .. import UserError
 
+    named = args.dataset_name or args.train_data_dir
+    if named:
+        logging.getLogger(__name__).warning(f"The script's own images are trained on, and not {named}")
     if args.streaming or args.label_column or args.max_train_samples:
         raise UserError(
             "own images are neither streamed nor cut: leave out --streaming, --label_column and --max_train_samples, "

@@ -38,7 +38,7 @@ class NamedImages(Images):
         UserError: see ``sources.load_source``.
     """
 
-    advice = "--max_bad_images 100 skips up to 100 such images"
+    advice = "--max_bad_images N skips up to N such images"
 
     def __init__(self, source: ImageSource, accelerator, max_bad_images: int = 0):
         self.source, self.accelerator, self.max_bad_images = source, accelerator, max_bad_images

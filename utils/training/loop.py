@@ -62,7 +62,8 @@ class Run:
 
     def __init__(self, args, name: str, title: str, constants: dict):
         self.args, self.name, self.title = args, name, title
-        self.constants = output_dir.own_constants(constants)
+        self.flags, self.constants = output_dir.plain(vars(args)), output_dir.own_constants(constants)
+        self.file = Path(constants.get("__file__", f"{name}.py")).name  # of a copy, too
         self.global_step, self._saved_at, self._step_is_open = 0, None, False
         self.output_dir = self.stop_signal = self.bar = None
         self.tell = lambda event, *values: []  # until it is known who takes part
@@ -77,7 +78,9 @@ class Run:
             # With the newer fp32_precision, torch 2.13 raises an error where something asks by these names
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.tell = optional.Parts(self).ask
-        self.output_dir, self._finished_at = output_dir.claim_output_dir(self.accelerator, args, name, self.constants)
+        self.output_dir, self._finished_at = output_dir.claim_output_dir(
+            self.accelerator, self.flags, defaults_of(args), name, self.constants
+        )
         self.losses = RecentLosses(self.accelerator)
         self.tell("claimed")
         set_seed(args.seed)
@@ -128,12 +131,10 @@ class Run:
             **facts, **data.settings, "data_license": data.license, "max_train_steps": self.max_train_steps,
             "parameters": facts.get("parameters", sum(weight.numel() for weight in self.unet.parameters())),
         }  # fmt: skip
-        numbers = self.accelerator._optimizers[0].optimizer.defaults if self.accelerator._optimizers else {}
-        numbers = {key: output_dir.plain(numbers[key]) for key in ("betas", "eps", "weight_decay") if key in numbers}
         self.settings = {
-            **vars(self.args), **data.settings, **(compare or {}), "constants": self.constants,
+            **self.flags, **data.settings, **(compare or {}), "constants": self.constants,
             "noise_scheduler": output_dir.plain({k: v for k, v in noise_scheduler.config.items() if k[0] != "_"}),
-            "optimizer_settings": numbers,
+            "optimizer_settings": output_dir.describe_optimizers(self.accelerator),
         }  # fmt: skip
         ema_model.to(self.accelerator.device)
         self._resume()
@@ -162,7 +163,15 @@ class Run:
 
         Returns:
             Whether the optimizer has made a step, and not only accumulated gradients.
+
+        Raises:
+            ValueError: there is not one loss for each sample, or no norm where the optimizer has made a step.
         """
+        if losses.shape != timesteps.shape or losses.ndim != 1:
+            shapes = f"{tuple(losses.shape)} for timesteps of shape {tuple(timesteps.shape)}"
+            raise ValueError(f"losses of shape {shapes}; expected the loss of each sample, (B,), before it is averaged")
+        if grad_norm is None and self.accelerator.sync_gradients:
+            raise ValueError("no grad_norm; expected what accelerator.clip_grad_norm_(parameters, limit) returns")
         losses = losses.detach().float()
         self.losses.add(losses)
         self.tell("measured", losses, timesteps, labels)
@@ -175,8 +184,11 @@ class Run:
         return True
 
     def every(self, steps: int) -> bool:
-        """Whether this optimizer step is one in so many. What a script then does comes before the step's checkpoint."""
-        return self.global_step % steps == 0
+        """Whether an optimizer step has just been made that is one in so many.
+
+        What a script then does comes before the step's checkpoint, with the weights as they are: not averaged.
+        """
+        return self._step_is_open and self.global_step % steps == 0
 
     def log(self, values: dict[str, float]) -> None:
         """Write points of curves to the trackers, at this step."""
@@ -208,7 +220,11 @@ class Run:
 
     def finish(self) -> None:
         """Save the model and its samples, and say where they are; exit with the code of a signal that came late."""
-        if self._step_is_open or self.global_step < self.max_train_steps:  # the script has left the loop
+        title = "Finished"
+        if self._step_is_open or self.global_step < self.max_train_steps:
+            title = f"The script has ended the loop of {self.max_train_steps} steps"
+            if not self.global_step:
+                raise UserError("the script has ended the loop before the first optimizer step: nothing is saved")
             self._end_step(is_last=True)
         if self.accelerator.is_main_process:
             self.save(self.output_dir)
@@ -219,7 +235,7 @@ class Run:
         output_dir.write_finished(self.accelerator, self.output_dir, self.global_step)
         self.accelerator.wait_for_everyone()
         self.tell("finished")
-        self._release("Finished")
+        self._release(title)
 
     # ------------------------------------------------------------------------------------------------------- the start
 
@@ -247,7 +263,7 @@ class Run:
         args, accelerator = self.args, self.accelerator
         self.tell("resumed")
         self.train_data.prepare()  # before the clock starts, and while Ctrl-C still stops at once
-        output_dir.write_arguments(accelerator, vars(args), self.name, self.constants, **self.facts)
+        output_dir.write_arguments(accelerator, self.flags, self.name, self.constants, file=self.file, **self.facts)
         shown = (f"{key} {value}" for key, value in self.facts.items() if value is not None)
         logger.info("Training: " + ", ".join(shown))
         precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)

@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from .. import UserError, args, write_record
-from ..args import defaults_of
 from ..hardware import device_name
 from ..privacy import OWN_IMAGES, public, public_data
 
@@ -55,14 +54,16 @@ EARLIER_FREE = {
     "logging_dir", "num_validation_images", "prior_dataset_split", "push_required", "teacher_steps",
     "tracker_project_name",
 }  # fmt: skip
+HOW_IT_IS_COMPUTED = {"lr", "foreach", "fused", "capturable", "differentiable", "maximize"}  # of torch's optimizers
 _locks = {}  # locks that this process holds, by folder
 
 
-def claim_output_dir(accelerator, flags, script: str, constants: dict) -> tuple[Path, int | None]:
+def claim_output_dir(accelerator, flags: dict, defaults: dict, script: str, constants: dict) -> tuple[Path, int | None]:
     """Make the output folder this run's, or find that it holds this run already.
 
     Args:
-        flags: parsed arguments, which are compared with those of the run in the folder.
+        flags: by name, which are compared with those of the run in the folder.
+        defaults: of the flags.
         script: its name; the folder of another one is refused.
         constants: of the script, which are compared, too.
 
@@ -73,10 +74,10 @@ def claim_output_dir(accelerator, flags, script: str, constants: dict) -> tuple[
     Raises:
         UserError: the folder cannot be written, holds something else, or a run with other settings.
     """
-    folder, answer = Path(flags.output_dir), [None, None]
+    folder, answer = Path(flags["output_dir"]), [None, None]
     if accelerator.is_main_process:
         try:
-            answer[0] = _inspect(folder, {**vars(flags), "constants": constants}, defaults_of(flags), script)
+            answer[0] = _inspect(folder, {**flags, "constants": constants}, defaults, script)
         except UserError as error:
             answer[1] = str(error)
         except (OSError, ValueError) as error:
@@ -187,12 +188,12 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
             changed.append("--image_range was {}, is {}".format(*ranges))
         elif name in old:
             changed += _differences(name, old[name], new[name])
-    known = {name: value for name, value in constants.items() if name in old.get("constants", {})}
-    for name, value in known.items():
-        changed += _differences(name, old["constants"][name], value)
-    if old.get("fingerprint") and "fingerprint" in new and not new["fingerprint"]:
-        logger.warning(f"{where}: whether the images are still those of {old.get('data')} cannot be compared.")
-    elif old.get("fingerprint") != new.get("fingerprint") and "fingerprint" in new:
+    before = old.get("constants", {})
+    for name in sorted({*before} & {*constants}):
+        changed += _differences(name, before[name], constants[name])
+    if before and (others := sorted({*before} ^ {*constants})):
+        logger.warning(f"{where} holds a run of a script with other constants than this: {', '.join(others)}")
+    if old.get("fingerprint") != new.get("fingerprint") and "fingerprint" in new:
         changed.append(f"the images are others than those of {old.get('data')}, or named otherwise")
     if changed:
         raise UserError(
@@ -206,19 +207,33 @@ def _differences(name: str, old, new) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         shared = [key for key in new if key in old]
         return [line for key in shared for line in _differences(f"{name}[{key!r}]", old[key], new[key])]
-    return [] if old == new else [f"{name} was {old!r}, is {new!r}"]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and name == "optimizer_settings":
+        return [line for pair in zip(old, new, strict=True) for line in _differences("optimizer", *pair)]
+    return [] if repr(old) == repr(new) or old == new else [f"{name} was {old!r}, is {new!r}"]  # NaN is not NaN
 
 
 def own_constants(names: dict) -> dict:
     """Return the constants among a script's names: in capitals, with a value that JSON can hold, not imported."""
-    own = {key: value for key, value in names.items() if key.isupper() and getattr(args, key, names) is not value}
-    return {key: plain(value) for key, value in own.items() if value is None or plain(value) is not None}
+    own = {}
+    for key, value in names.items():
+        if key.isupper() and getattr(args, key, names) is not value:
+            with contextlib.suppress(TypeError, ValueError):
+                own[key] = json.loads(json.dumps(value))
+    return own
 
 
 def plain(value):
-    """Return a value as JSON gives it back, so that it can be compared; None if it has none in JSON."""
-    with contextlib.suppress(TypeError, ValueError):
-        return json.loads(json.dumps(value))
+    """Return a value as JSON gives it back, so that it can be compared; what JSON cannot hold as text."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def describe_optimizers(accelerator) -> list[dict]:
+    """Return class and numbers of each optimizer but its learning rate, which a flag has, and how it is computed."""
+    found = []
+    for wrapped in accelerator._optimizers:
+        numbers = {key: value for key, value in wrapped.optimizer.defaults.items() if key not in HOW_IT_IS_COMPUTED}
+        found.append(plain({"class": type(wrapped.optimizer).__name__, **numbers}))
+    return found
 
 
 def read_arguments(folder: str | Path) -> dict:
