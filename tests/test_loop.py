@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -222,6 +223,15 @@ def test_steps_of_ones_own_come_once_for_each_optimizer_step(tmp_path):
     names["seen"] = []
     run_edited(names, tmp_path / "run", "--gradient_accumulation_steps=2", "--max_train_steps=4")
     assert names["seen"] == [2, 4]
+
+
+def test_a_pause_within_a_pause_counts_once():
+    run = object.__new__(Run)
+    run.tell, run._logged_at = lambda event: [], time.perf_counter()
+    before = run._logged_at
+    with run.pause(), run.pause():
+        time.sleep(0.2)
+    assert 0.2 <= run._logged_at - before <= time.perf_counter() - before
 
 
 def test_a_break_ends_a_run_as_its_last_step_does(tmp_path, capsys):

@@ -210,12 +210,12 @@ class Run:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Inside, time does not count as training."""
-        started = time.perf_counter()
+        """Inside, time does not count as training; pauses may be nested."""
+        since_point = time.perf_counter() - self._logged_at
         try:
             yield
         finally:
-            self._logged_at += time.perf_counter() - started
+            self._logged_at = time.perf_counter() - since_point
             self.tell("paused")
 
     def finish(self) -> None:
