@@ -4,6 +4,7 @@ DEMO_MODEL=outputs/digits .venv/bin/python -m pytest -m slow tests/test_demo.py 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -94,8 +95,10 @@ def test_a_model_with_classes_is_asked_for_them(tmp_path, serve, page):
 
 def test_the_space_draws_with_its_own_files_and_the_model_of_the_hub(tmp_path, finished_run, serve, page):
     space = Space.__new__(Space)  # without the network
-    space.folder, space.model = tmp_path, SimpleNamespace(repo_id="me/digits")
-    space._snapshot(finished_run)
+    space.folder, space.model = tmp_path, SimpleNamespace(repo_id="me/digits", sent="pushed")
+    (tmp_path / "pushed").mkdir()
+    shutil.copy(finished_run / "README.md", tmp_path / "pushed")
+    space._snapshot()
     hub = FakeHub()
     hub.create("me/digits")
     for name in ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS):
