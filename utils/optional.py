@@ -40,12 +40,13 @@ class Parts:
     * ``global_batches(run)``: return the global batch of each optimizer step of the whole run;
     * ``measured(run, losses, timesteps, labels)``: a micro-step, see ``Run.end_of_step``;
     * ``stepped(run)``: an optimizer step;
-    * ``checked(run, step, loss, norm)``: a finite loss, when it is looked at; ``diverged(..., expected)``: another one;
+    * ``checked(run, step, loss, norm)``: a finite loss, when it is looked at;
+    * ``diverged(run, problem, entry)``: another one, see ``Run.diverged``;
     * ``logged(run, losses, norms)``: a point of the curves; ``pictured(run, name, picture, caption)``: a picture;
     * ``paused(run)``: something else than training has taken time;
     * ``state(run)``: return a dictionary for the checkpoint, ready for JSON;
     * ``saved(run, folder)``: a pipeline is saved in a folder;
-    * ``finished(run)``: the run is complete; ``released(run)``: and its last lines are printed;
+    * ``finished(run)``: model and samples are saved; ``released(run)``: the last lines are printed;
     * ``closed(run)``: it has ended, in whatever way.
     """
 

@@ -20,7 +20,7 @@ from ..sources.decoding import decode_image
 from ..sources.named_images import NamedImages
 from ..sources.sources import ImageSource
 from ..training.checkpoints import file_hash
-from ..training.output_dir import read_arguments
+from ..training.output_dir import inspect_together, read_arguments
 from .kept_samples import digest_of, settings_of
 from .metrics import check_count
 
@@ -47,16 +47,7 @@ class ImageFolder:
 
     def __init__(self, accelerator, args, num_inference_steps: int, model, sampler):
         self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir)
-        problem = [None]
-        if accelerator.is_main_process:
-            try:
-                self._claim(num_inference_steps, model, sampler)
-            except UserError as error:
-                problem[0] = str(error)
-            except (OSError, ValueError) as error:
-                problem[0] = f"--output_dir {self.folder} cannot be used: {error}. Choose another folder"
-        if broadcast_object_list(problem)[0]:
-            raise UserError(problem[0])
+        inspect_together(accelerator, self.folder, lambda: self._claim(num_inference_steps, model, sampler))
 
     def _claim(self, num_inference_steps, model, sampler) -> None:
         settings = {flag: value for flag, value in vars(self.args).items() if flag not in FREE}

@@ -1,9 +1,8 @@
 """A run's model for others to see: its page, and its place on the Hub."""
 
 import accelerate
-from accelerate.utils import broadcast_object_list
 
-from .. import UserError
+from ..training.process import on_main_process
 from .hub import Hub
 from .model_card import add_to_record, write_card
 
@@ -21,15 +20,9 @@ class PublishedRun:
         """
         if not run.args.push_to_hub:
             return
-        problem = [None]
         if run.accelerator.is_main_process:
             self.hub = Hub(run.output_dir, run.args.hub_model_id, run.args.hub_private_repo)
-            try:
-                self.hub.check()
-            except UserError as error:
-                problem[0] = str(error)
-        if broadcast_object_list(problem)[0]:
-            raise UserError(problem[0])
+        on_main_process(run.accelerator, lambda: self.hub.check())  # the others have none
 
     def started(self, run) -> None:
         if run.accelerator.is_main_process:

@@ -63,36 +63,40 @@ class Guard:
         """Roll back where the norm of a gradient is much larger than those before.
 
         Raises:
-            Again: the step is recorded as left out; ``main`` has to be called again.
-            UserError: no rollback is left.
+            UserError, Again: see ``Run.diverged``.
         """
         if not GRAD_NORM_DEVIATIONS or not self.max_rollbacks or not math.isfinite(norm):
             return
         if len(self.norms) == WINDOW:
             limit = statistics.fmean(self.norms) + GRAD_NORM_DEVIATIONS * statistics.stdev(self.norms)
             if norm > limit:
-                self.diverged(run, step, loss, norm, f"expected a norm of at most {limit:g}")
+                run.diverged(step, loss, norm, f"expected a norm of at most {limit:g}")
         self.norms = [*self.norms, norm][-WINDOW:]
 
-    def diverged(self, run, step: int, loss: float, norm: float, expected: str) -> None:
-        """Roll back, if a rollback is left; see ``checked``."""
+    def diverged(self, run, problem: str, entry: dict) -> tuple[str, str]:
+        """Roll back, if a rollback is left.
+
+        Args:
+            entry: for the record, but for the global batch.
+
+        Returns:
+            Why there is no rollback, and what to do instead, for the message: one of them is empty.
+
+        Raises:
+            Again: the step is recorded as left out; ``main`` has to be called again.
+        """
         found = rollbacks.read_together(run.accelerator, run.output_dir)
-        problem = f"step {step}: loss {loss:g}, gradient norm {norm:g}; {expected}"
         if len(found) >= self.max_rollbacks:
-            used = f", and --max_rollbacks {self.max_rollbacks} are used up, see {rollbacks.RECORD}" if found else ""
-            others = "" if found else "--max_rollbacks leaves the images of such steps out, or "
-            raise UserError(
-                f"{problem}. No checkpoint was made of it{used}. {run.after_divergence} If it happens again, {others}"
-                "start afresh with a lower --learning_rate"
-            )
-        number = next(itertools.islice(rollbacks.global_batches(found), step - 1, None))
+            if found:
+                return f", and --max_rollbacks {self.max_rollbacks} are used up, see {rollbacks.RECORD}", ""
+            return "", "--max_rollbacks leaves the images of such steps out, or "
+        number = next(itertools.islice(rollbacks.global_batches(found), entry["step"] - 1, None))
         logger.warning(
             f"{problem}. Back to the newest checkpoint, or to the start if there is none; its images, global "
             f"batch {number}, are left out ({len(found) + 1} of {self.max_rollbacks} rollbacks)"
         )
         if run.accelerator.is_main_process:
-            entry = dict(global_batch=number, step=step, loss=str(loss), grad_norm=str(norm), expected=expected)
-            rollbacks.add(run.output_dir, [entry])
+            rollbacks.add(run.output_dir, [{"global_batch": number, **entry}])
         run.accelerator.wait_for_everyone()  # the record is there when it is read
         raise Again("the run goes back to its newest checkpoint: call main(args) again")
 

@@ -17,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors.torch import load_file
 
 from .. import UserError, randomness, sync
 from ..signals import progress
+from .process import on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -95,16 +96,7 @@ def find_checkpoint(accelerator, output_dir: Path, request: str | None, prefer_n
     Raises:
         CheckpointError: what the path names does not exist or is not complete.
     """
-    answer = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = _find(output_dir, request, prefer_newest)
-        except CheckpointError as error:
-            answer[1] = str(error)
-    path, problem = broadcast_object_list(answer)
-    if problem:
-        raise CheckpointError(problem)
-    return path
+    return on_main_process(accelerator, lambda: _find(output_dir, request, prefer_newest))
 
 
 def _find(output_dir: Path, request: str | None, prefer_newest: bool) -> Path | None:

@@ -58,8 +58,6 @@ class Run:
         UserError: see ``process.start_process`` and ``output_dir.claim_output_dir``.
     """
 
-    after_divergence = "The same command resumes from the last one, perhaps with --mixed_precision no."
-
     def __init__(self, args, name: str, title: str, constants: dict):
         self.args, self.name, self.title = args, name, title
         self.flags, self.constants = output_dir.plain(vars(args)), output_dir.own_constants(constants)
@@ -232,9 +230,9 @@ class Run:
             self._save_samples(self.output_dir / "samples.png")
         if number := self.stop_signal.check():
             self._stop(number)
+        self.tell("finished")
         output_dir.write_finished(self.accelerator, self.output_dir, self.global_step)
         self.accelerator.wait_for_everyone()
-        self.tell("finished")
         self._release(title)
 
     # ------------------------------------------------------------------------------------------------------- the start
@@ -316,18 +314,27 @@ class Run:
         """Look at losses and gradient norms.
 
         Raises:
-            UserError: one of them is not a finite number.
-            Again: likewise, and an optional folder knows how to go on.
+            UserError, Again: one of them is not a finite number, see ``diverged``.
         """
         for step, loss, norm, finite in self.losses.unseen(self.global_step):
             if not finite:
-                self.tell("diverged", step, loss, norm, "expected finite numbers")
-                raise UserError(
-                    f"step {step}: loss {loss:g}, gradient norm {norm:g}; expected finite numbers. No checkpoint was "
-                    f"made of it. {self.after_divergence} If it happens again, start afresh with a lower "
-                    "--learning_rate"
-                )
+                self.diverged(step, loss, norm, "expected finite numbers")
             self.tell("checked", step, loss, norm)
+
+    def diverged(self, step: int, loss: float, norm: float, expected: str) -> NoReturn:
+        """End the run for the loss or the gradient norm of a step, unless an optional folder knows how to go on.
+
+        Raises:
+            UserError: says what was found and expected.
+            Again: ``main`` has to be called again.
+        """
+        problem = f"step {step}: loss {loss:g}, gradient norm {norm:g}; {expected}"
+        entry = dict(step=step, loss=str(loss), grad_norm=str(norm), expected=expected)
+        used_up, instead = next(iter(self.tell("diverged", problem, entry)), ("", ""))
+        raise UserError(
+            f"{problem}. No checkpoint was made of it{used_up}. The same command resumes from the last one, perhaps "
+            f"with --mixed_precision no. If it happens again, {instead}start afresh with a lower --learning_rate"
+        )
 
     def _save_checkpoint(self) -> None:
         """Publish ``checkpoint-<step>``. No checkpoint holds a number that is not finite."""
@@ -365,7 +372,7 @@ class Run:
 
     def _save_samples(self, path: Path) -> None:
         """Write the script's pictures; ``samples`` to this path, the others beside the model."""
-        with self.pause(), self.ema_model.swapped_in(self.unet):
+        with self.ema_model.swapped_in(self.unet):
             pictures = self._sample()
         for name, picture in pictures.items():
             caption = ", ".join([f"step {self.global_step}", self.caption] if self.caption else [])

@@ -6,17 +6,19 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import diffusers
 import filelock
 import torch
-from accelerate.utils import broadcast_object_list
 
 from .. import UserError, args, write_record
 from ..hardware import device_name
 from ..privacy import OWN_IMAGES, public, public_data
+from .process import on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +76,24 @@ def claim_output_dir(accelerator, flags: dict, defaults: dict, script: str, cons
     Raises:
         UserError: the folder cannot be written, holds something else, or a run with other settings.
     """
-    folder, answer = Path(flags["output_dir"]), [None, None]
-    if accelerator.is_main_process:
+    folder, settings = Path(flags["output_dir"]), {**flags, "constants": constants}
+    return folder, inspect_together(accelerator, folder, lambda: _inspect(folder, settings, defaults, script))
+
+
+def inspect_together(accelerator, folder: Path, inspect: Callable[[], Any]) -> Any:
+    """Call ``inspect`` on the main process, and return on all what it returns. Call it on all.
+
+    Raises:
+        UserError: on all, if the folder cannot be used.
+    """
+
+    def attempt():
         try:
-            answer[0] = _inspect(folder, {**flags, "constants": constants}, defaults, script)
-        except UserError as error:
-            answer[1] = str(error)
+            return inspect()
         except (OSError, ValueError) as error:
-            answer[1] = f"--output_dir {folder} cannot be used: {error}. Choose another folder"
-    finished_at, problem = broadcast_object_list(answer)
-    if problem:
-        raise UserError(problem)
-    return folder, finished_at
+            raise UserError(f"--output_dir {folder} cannot be used: {error}. Choose another folder") from error
+
+    return on_main_process(accelerator, attempt)
 
 
 def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int | None:

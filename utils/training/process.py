@@ -4,14 +4,16 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 from tqdm.auto import tqdm
 
 from .. import UserError, printable
@@ -63,6 +65,24 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
         faster = "--mixed_precision " + ("no" if accelerator.device.type == "cpu" else "fp16")
         logger.warning(f"{device_name(accelerator.device)} has no bf16 instructions: {faster} is probably faster")
     return accelerator
+
+
+def on_main_process(accelerator, action: Callable[[], Any]) -> Any:
+    """Call ``action`` on the main process, and return on all what it returns. Call it on all.
+
+    Raises:
+        UserError: on all, if the action raises it on the main process.
+    """
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = action()
+        except UserError as error:
+            answer[1] = error
+    result, problem = broadcast_object_list(answer)
+    if problem:
+        raise problem
+    return result
 
 
 def _rendezvous(url: str, timeout: timedelta, **options):
