@@ -147,7 +147,8 @@ class LinearMixPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         for name, part in {"_class_name": self, **self.components}.items():
-            if not type(part).__module__.startswith("diffusers."):
+            module = type(part).__module__
+            if not (module.startswith("diffusers.") or (folder / name / f"{module}.py").is_file()):
                 file = Path(inspect.getfile(type(part)))
                 shutil.copyfile(file, (folder if part is self else folder / name) / file.name)
                 index[name] = [file.stem, type(part).__name__]

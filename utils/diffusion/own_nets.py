@@ -1,0 +1,102 @@
+"""A net of one's own, an ordinary ``nn.Module``, as a model that diffusers saves and loads.
+
+    unet = as_diffusers_model(Net)(**train_data.model_shape, width=64)
+
+The net is built from keyword arguments that JSON can hold, with ``sample_size``, ``in_channels``, ``out_channels``
+among them. It is called with noisy images (B, C, H, W) and timesteps (B,), and returns a tensor (B, C, H, W). Its class
+stands in a file of its own that imports installed packages only. That file is saved with the weights:
+
+    DDPMPipeline.from_pretrained(folder, trust_remote_code=True)
+"""
+
+import ast
+import hashlib
+import inspect
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from .. import UserError
+
+HEAD = """
+
+# What follows was added when the model was saved: it makes the class one that diffusers saves and loads
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+
+"""
+
+
+def model_class(net: type) -> type:
+    """Return a model of diffusers with the config, weights and output of a class of nets."""
+
+    class Model(net, ModelMixin, ConfigMixin):
+        __init__ = register_to_config(net.__init__)
+
+        def forward(self, sample, timestep, *inputs, return_dict=True, **options):
+            timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+            output = super().forward(sample, timesteps, *inputs, **options)
+            output = getattr(output, "sample", output)
+            return UNet2DOutput(sample=output) if return_dict else (output,)
+
+    Model.__name__ = Model.__qualname__ = net.__name__
+    return Model
+
+
+def as_diffusers_model(net: type) -> type:
+    """Return a class of nets as a class of diffusers' models, which is saved with its code.
+
+    Raises:
+        UserError: it does not take the shape of images, or its code cannot be saved: it is not in a file, or that
+            imports what lies beside it.
+    """
+    taken = inspect.signature(net.__init__).parameters
+    if missing := [name for name in ("sample_size", "in_channels", "out_channels") if name not in taken]:
+        raise UserError(
+            f"{net.__name__} does not take {', '.join(missing)}; expected them as arguments of its __init__, for "
+            "whoever loads the model has to know the shape of its images"
+        )
+    model, code = model_class(net), _code_of(net)
+    module = f"own_net_{hashlib.sha256(code.encode()).hexdigest()[:12]}"  # another name for other code, in one cache
+    save = model.save_pretrained
+
+    def save_pretrained(self, save_directory, **options):
+        save(self, save_directory, **options)
+        for earlier in Path(save_directory).glob("own_net_*.py"):
+            earlier.unlink()
+        Path(save_directory, f"{module}.py").write_text(code, encoding="utf-8")
+
+    model.save_pretrained, model.__module__ = save_pretrained, module
+    return model
+
+
+def _code_of(net: type) -> str:
+    """Return the file that defines a class, with the lines that make diffusers load it."""
+    expected = "expected a file of its own for the net, such as net.py, that imports installed packages only"
+    try:
+        file = Path(inspect.getsourcefile(net))
+        text = file.read_text(encoding="utf-8")
+    except (OSError, TypeError) as error:
+        raise UserError(f"{net.__name__} cannot be saved: its code is in no file; {expected}") from error
+    if HEAD in text:  # of a model that was loaded
+        return text
+    for name in sorted(_imported(text)):
+        if name.startswith(".") or any((file.parent / path).exists() for path in (f"{name}.py", name)):
+            raise UserError(
+                f"{net.__name__} cannot be saved: {file.name} imports {name}, which lies beside it; {expected}"
+            )
+    return f"{text.rstrip()}{HEAD}{inspect.getsource(model_class)}\n\n{net.__name__} = model_class({net.__name__})\n"
+
+
+def _imported(text: str) -> set[str]:
+    """Return the packages that a module imports; relative ones begin with a dot."""
+    nodes = [*ast.walk(ast.parse(text))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {"." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name if name.startswith(".") else name.split(".")[0] for name in names}
