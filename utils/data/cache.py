@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from .. import UserError
 from .images import PreparedImages
-from .own_images import label_of
 from .pixels import BadImage, augment, flips
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class Cache:
 
     def __init__(self, images: PreparedImages, accelerator, folder: Path | None = None):
         self.seed, self.random_flip, self.size = images.seed, images.random_flip, images.size
-        self.channels = len(images.mode)
+        self.channels = images.channels
         if folder is None:
             parts = []
             table = self._decode(images, accelerator.is_main_process, parts.append)
@@ -47,8 +46,9 @@ class Cache:
             folder.parent.mkdir(parents=True, exist_ok=True)
             table = self._read_table(images, folder) or self._write(images, folder)
             self.pixels = np.memmap(folder / "pixels", np.uint8, "r")
-        self.starts, self.shapes, labels = (table[name] for name in ("starts", "shapes", "labels"))
-        self.labels, self.stacked = torch.from_numpy(labels), None
+        self.starts, self.shapes = table["starts"], table["shapes"]
+        values = {"label": table["labels"], **{name: table[f"vector {name}"] for name in images.layout.shapes}}
+        self.values, self.stacked = {name: torch.from_numpy(array) for name, array in values.items()}, None
         if (self.shapes == self.size).all():
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # it is only read
                 self.stacked = torch.from_numpy(self.pixels).view(-1, self.channels, *self.size)
@@ -59,25 +59,29 @@ class Cache:
 
     def _decode(self, images: PreparedImages, show: bool, write) -> dict[str, np.ndarray]:
         """Pass each image's pixels to ``write`` and say where they are; a bad one is the next good one again."""
-        starts, shapes, labels, bad, position, total = [], [], [], [], 0, images.images.length
+        starts, shapes, values, bad, position, total = [], [], [], [], 0, images.images.length
+        nothing = images.blank([])["values"]
         progress = tqdm(total=total, desc="Decoding images", unit="image", delay=2, disable=not show)
         with ThreadPoolExecutor() as pool, progress:
             for first in range(0, total, 1024):
                 rows = images.images[first : first + 1024]
-                jobs = [{"image": image} for image in rows["image"]]
-                for k, image in enumerate(pool.map(images.attempt, jobs)):
+                jobs = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+                for k, found in enumerate(pool.map(images.attempt, jobs)):
                     starts.append(position)
-                    labels.append(label_of({"label": rows["label"][k]} if "label" in rows else {}))
-                    if isinstance(image, BadImage):
+                    if isinstance(found, BadImage):
                         bad.append(first + k)
-                        images.check(len(bad), image)
+                        images.check(len(bad), found)
                         shapes.append((0, 0))
+                        values.append(nothing)
                     else:
+                        image, entry = found
+                        values.append(entry)
                         write(image.ravel())
                         shapes.append(image.shape[1:])
                         position += image.size
                 progress.update(len(jobs))
-        table = dict(starts=np.array(starts), shapes=np.array(shapes), labels=np.array(labels))
+        table = dict(starts=np.array(starts), shapes=np.array(shapes), labels=np.array([v["label"] for v in values]))
+        table |= {f"vector {name}": np.array([entry[name] for entry in values]) for name in images.layout.shapes}
         good = table["shapes"][:, 0] > 0
         if not good.any():
             raise UserError(f"{images.images.name} has no readable image")

@@ -1,12 +1,17 @@
-"""The images of a source by their row: prepared for training, uint8 (C, H, W)."""
+"""The images of a source by their row: prepared for training, uint8 (C, H, W).
+
+A row's second images and masks lie behind the channels of its image, so that they are cut, flipped and kept with it.
+"""
 
 import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 
 from .. import UserError
+from .columns import Layout
 from .own_images import Images, label_of
 from .pixels import GREY_MODES, BadImage, augment, prepare_image, to_eight_bits, used_range
 
@@ -44,18 +49,22 @@ class PreparedImages(torch.utils.data.Dataset):
         seed: of crops, flips and the choice of ``examples``.
         refuse_colour: whether an image that is not grey is an error.
         image_range: see ``pixels.to_eight_bits``.
+        layout: of the columns of ``images``; by default they are left out.
     """
 
     def __init__(
         self, images: Images, mode: str, size: tuple[int, int], center_crop: bool = False, random_flip: bool = False,
         seed: int = 0, refuse_colour: bool = False, image_range: tuple[float, float] | None = None,
+        layout: Layout | None = None,
     ):  # fmt: skip
         self.images, self.mode, self.size, self.seed = images, mode, size, seed
         self.center_crop, self.random_flip, self.refuse_colour = center_crop, random_flip, refuse_colour
         self.image_range, self.clipped = image_range, 0
+        self.layout = layout or Layout({}, [])
+        self.channels = len(mode) + sum(self.layout.channels.values())
 
-    def examples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Some of the images, cut in the middle: uint8 (N, C, H, W); and their labels, int64 (N,), -1 for none.
+    def examples(self, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Some of the images, cut in the middle: uint8 (N, C, H, W); and their values, see ``values``.
 
         The same ones on every process, at random, of a stream from its shuffle buffer; all if there are fewer.
         Bad images are left out if they may be skipped.
@@ -63,17 +72,22 @@ class PreparedImages(torch.utils.data.Dataset):
         Raises:
             BadImage: one cannot be read.
         """
-        images, labels = [], []
+        images, values = [], []
         for _, row in self.images.examples(count, self.seed):
             try:
-                images.append(self.prepared(row, center_crop=True))
-                labels.append(label_of(row))
+                image = self.prepared(row, center_crop=True)
+                values.append(self.values(row))
+                images.append(image)
             except BadImage as error:
                 if not self.images.max_bad_images:
                     self.check(1, error)
         if not images:
             raise UserError(f"{self.images.name}: no readable image found; expected a data set of images")
-        return np.stack(images), np.array(labels)
+        return np.stack(images), {name: np.array([entry[name] for entry in values]) for name in values[0]}
+
+    def values(self, row: dict) -> dict[str, np.ndarray]:
+        """Return what a row has besides images and masks: ``label``, int64, -1 for none, and its vectors, float32."""
+        return {"label": np.int64(label_of(row)), **self.layout.vectors(row)}
 
     def prepared(self, row: dict, center_crop: bool = False) -> np.ndarray:
         """Decode a row: uint8 (C, H, W), of this size at least, and exactly if it is cropped."""
@@ -83,18 +97,21 @@ class PreparedImages(torch.utils.data.Dataset):
                 f"{where} has colour (mode {image.mode}), but the images looked at before training were all grey. "
                 "Choose with --image_mode L or --image_mode RGB"
             )
+        size, center_crop = image.size, center_crop or self.center_crop
         image = to_eight_bits(image, self.mode, where, self.image_range, self._count_clipped)
-        return prepare_image(image, self.size, center_crop or self.center_crop)
+        planes = [(image, Image.Resampling.BICUBIC), *self.layout.planes(row, size)]
+        prepared = [prepare_image(plane, self.size, center_crop, resample) for plane, resample in planes]
+        return np.concatenate(prepared) if len(prepared) > 1 else prepared[0]
 
     def _count_clipped(self, message: str) -> None:
         self.clipped += 1
         if self.clipped in (1, 10, 100) or self.clipped % 1000 == 0:
             logger.warning(f"clipped in {self.clipped} images read so far; {message}")
 
-    def attempt(self, row: dict) -> np.ndarray | BadImage:
-        """``prepared`` for a pool of threads: a bad image is returned as the error that names it."""
+    def attempt(self, row: dict) -> tuple[np.ndarray, dict[str, np.ndarray]] | BadImage:
+        """``prepared`` and ``values`` for a pool of threads: a bad image is returned as the error that names it."""
         try:
-            return self.prepared(row)
+            return self.prepared(row), self.values(row)
         except BadImage as error:
             return error
 
@@ -110,6 +127,16 @@ class PreparedImages(torch.utils.data.Dataset):
                 "Repair or remove the files, or raise the limit"
             )
 
+    def item(self, found: tuple, sample_id: int, bad: list) -> dict:
+        """Return a row that was read, cut and flipped for a sample id, with the bad ones that came before it."""
+        image = augment(found[0], sample_id, self.size, self.seed, self.random_flip)
+        return {"image": image, "values": found[1], "sample_id": sample_id, "bad": bad}
+
+    def blank(self, bad: list) -> dict:
+        """Return an item that carries bad rows and nothing else."""
+        values = {"label": np.int64(0), **{name: np.zeros(s, np.float32) for name, s in self.layout.shapes.items()}}
+        return {"image": np.zeros((self.channels, *self.size), np.uint8), "values": values, "sample_id": 0, "bad": bad}
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """The image at an index, cropped and flipped for a sample id; instead of a bad one the next good one."""
         index, sample_id = key
@@ -117,12 +144,10 @@ class PreparedImages(torch.utils.data.Dataset):
         for candidate in range(index, index + self.images.length):
             candidate %= self.images.length
             row = self.images[candidate]
-            image = self.attempt(row)
-            if not isinstance(image, BadImage):
-                image = augment(image, sample_id, self.size, self.seed, self.random_flip)
-                return {"image": image, "label": label_of(row), "sample_id": sample_id, "bad": bad}
-            bad.append((candidate, str(image)))
+            found = self.attempt(row)
+            if not isinstance(found, BadImage):
+                return self.item(found, sample_id, bad)
+            bad.append((candidate, str(found)))
             if len(bad) > self.images.max_bad_images:  # the main process raises the error
-                blank = np.zeros((len(self.mode), *self.size), np.uint8)
-                return {"image": blank, "label": 0, "sample_id": sample_id, "bad": bad}
+                return self.blank(bad)
         raise UserError(f"{self.images.name} has no readable image")

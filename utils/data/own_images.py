@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from .. import UserError, randomness
+from .columns import Column, check_columns, scale_to_eight_bits
 from .pixels import BadImage, channels_last
 
 INSPECTED = 64  # images that are looked at to find out what a data set is like
@@ -23,10 +24,12 @@ MAX_CLASSES = 1000
 
 class Images:
     """Rows by index. A row has ``image``, a function that returns a Pillow image and its name for messages, and perhaps
-    ``label``, an int, or None where it is not known.
+    ``label``, an int, or None where it is not known. ``column:NAME`` is a function that returns a column's value and
+    its name for messages.
 
     Attributes:
         name: for messages.
+        columns: further tensors of each row, by name, see ``columns``.
         length: number of images; None for a stream.
         label_names: names of the classes; empty without labels.
         license: of the images, as far as it is known.
@@ -36,7 +39,7 @@ class Images:
     """
 
     name, length, label_names, license, fingerprint = "own images", 0, [], "not stated", None
-    max_bad_images, advice = 0, ""
+    max_bad_images, advice, columns = 0, "", {}
 
     def __len__(self) -> int:
         return self.length
@@ -63,8 +66,14 @@ class Images:
                 continue
             repeatable = repeatable and image == again
             digest.update(image.tobytes())
+            for column in self.columns:
+                digest.update(content_of(self[index][f"column:{column}"]()[0]))
             yield image
         self.fingerprint = digest.hexdigest()[:16] if repeatable else None
+
+    def rows_to_look_at(self) -> Iterator[dict]:
+        """Yield the rows of ``look``."""
+        return (self[index] for index in spread_over(self.length))
 
     def examples(self, count: int, seed: int) -> Iterator[tuple[int, dict]]:
         """Yield so many rows at random, or all if there are fewer, each with its index."""
@@ -105,21 +114,27 @@ class OwnImages(Images):
         label_names: names of the classes; by default their numbers.
         value_range: what black and white are in images of floats; uint8 images need none. Floats become 8 bits a value.
         name: for messages and the model's page.
+        columns: further tensors of each row, by name; arrays are (N, C, H, W) or (N, H, W).
 
     Raises:
-        UserError: no length, or labels that do not fit.
+        UserError: no length, or labels or columns that do not fit.
     """
 
     def __init__(
         self, images: np.ndarray | torch.Tensor | torch.utils.data.Dataset | Callable, length: int | None = None,
         labels: Sequence[int] | None = None, label_names: Sequence[str] | None = None,
         value_range: tuple[float, float] = (0.0, 1.0), name: str = "own images",
+        columns: dict[str, Column] | None = None,
     ):  # fmt: skip
         if length is None and not hasattr(images, "__len__"):
             raise UserError("own images: a function from an index to an image needs length=, the number of images")
         self.length, self.name, self._labels = len(images) if length is None else length, name, None
         self.get = images.__getitem__ if hasattr(images, "__getitem__") else images
-        self.value_range = value_range
+        self.value_range, self.columns = value_range, columns or {}
+        check_columns(self.columns)
+        for key, column in self.columns.items():
+            if hasattr(column.source, "__len__") and len(column.source) != self.length:
+                raise UserError(f"own images: {len(column.source)} of {key} for {self.length} images; expected as many")
         if labels is not None:
             self._labels = [int(label) for label in labels]
             self.label_names = list(label_names or map(str, range(max(self._labels, default=0) + 1)))
@@ -135,10 +150,17 @@ class OwnImages(Images):
             rows = [self[index] for index in range(*key.indices(self.length))]
             return {name: [row[name] for row in rows] for name in rows[0]}
         row = {"image": partial(self._image, key)}
+        row |= {f"column:{name}": partial(self._value, name, key) for name in self.columns}
         return row if self._labels is None else {**row, "label": self._labels[key]}
 
     def labels(self) -> list[int]:
         return self._labels
+
+    def _value(self, name: str, index: int):
+        source = self.columns[name].source
+        value = source[index] if hasattr(source, "__getitem__") else source(index)
+        value = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+        return value if isinstance(value, Image.Image) else np.asarray(value), f"{name} of {self.name} {index}"
 
     def _image(self, index: int) -> tuple[Image.Image, str]:
         where = f"{self.name.removesuffix('s')} {index}"
@@ -151,15 +173,7 @@ class OwnImages(Images):
             return image, where
         array = channels_last(np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image), where)
         if array.dtype != np.uint8:
-            low, high = self.value_range
-            if not np.issubdtype(array.dtype, np.floating):
-                raise BadImage(f"{where} is of {array.dtype}; expected uint8, or floats from {low:g} to {high:g}")
-            if not (array.min() >= low and array.max() <= high):  # also refuses NaN
-                raise BadImage(
-                    f"{where} has values from {array.min():g} to {array.max():g}; expected {low:g} to {high:g}. "
-                    "Give value_range=(black, white)"
-                )
-            array = np.rint((array.astype(np.float64) - low) * (255 / (high - low))).astype(np.uint8)
+            array = scale_to_eight_bits(array, where, self.value_range)
         return Image.fromarray(np.ascontiguousarray(array)), where
 
 
@@ -182,6 +196,11 @@ def embedded_faces() -> OwnImages:
 def spread_over(length: int) -> list[int]:
     """The indices of the images that are looked at, of so many."""
     return sorted({int(index) for index in np.linspace(0, length - 1, INSPECTED)})
+
+
+def content_of(value) -> bytes:
+    """Return what a value consists of, for a fingerprint."""
+    return value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
 
 
 def label_of(row: dict) -> int:

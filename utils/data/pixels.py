@@ -109,7 +109,9 @@ def covering(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, i
     return target_width, max(target_height, round(height * target_width / width))
 
 
-def prepare_image(image: Image.Image, size: tuple[int, int], center_crop: bool) -> np.ndarray:
+def prepare_image(
+    image: Image.Image, size: tuple[int, int], center_crop: bool, resample=Image.Resampling.BICUBIC
+) -> np.ndarray:
     """Resize so that the image covers ``size``; crop the middle, or leave what is longer for a random crop.
 
     Args:
@@ -128,7 +130,7 @@ def prepare_image(image: Image.Image, size: tuple[int, int], center_crop: bool) 
         image = image.crop((room[0], room[1], image.width - room[0], image.height - room[1]))
         covered = covering(image.size, size)
     if image.size != covered:
-        image = image.resize(covered, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        image = image.resize(covered, resample, reducing_gap=3.0)
     if center_crop:
         left, top = (covered[0] - width) // 2, (covered[1] - height) // 2
         image = image.crop((left, top, left + width, top + height))

@@ -4,6 +4,7 @@ Order, crops and flips are functions of (seed, sample id), see ``randomness``: t
 any number of workers, after a resume, and for any split of a global batch into processes and micro-steps.
 """
 
+import itertools
 import logging
 import os
 import platform
@@ -21,11 +22,11 @@ from accelerate.utils import gather_object
 
 from .. import UserError, optional, randomness
 from ..args import size_of
-from ..pictures import from_uint8
 from ..signals import STOP_SIGNALS
 from .cache import Cache
+from .columns import Column, Layout
 from .images import PreparedImages, choose_range
-from .own_images import MAX_CLASSES, Images, embedded_digits, translate_labels
+from .own_images import INSPECTED, MAX_CLASSES, Images, embedded_digits, translate_labels
 from .pixels import GREY_MODES, MODES, BadImage, covering, deep_values
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,10 @@ CACHE_LIMIT, FILE_LIMIT = 4 * 2**30, 32 * 2**30  # bytes of decoded images in me
 DECODING = 2  # counts the ways in which the pixels of a file became those to train on
 
 
-def load_train_data(args, accelerator, made_for=None, own_images: Images | None = None, conditional: bool = False):
+def load_train_data(
+    args, accelerator, made_for=None, own_images: Images | None = None, conditional: bool = False,
+    columns: dict[str, Column] | None = None,
+):  # fmt: skip
     """Prepare the training images that the flags name; without ``utils/sources/`` the embedded digits.
 
     Args:
@@ -45,6 +49,7 @@ def load_train_data(args, accelerator, made_for=None, own_images: Images | None 
             ``--resolution`` is not given and ``--image_mode`` is auto.
         own_images: take these instead, see ``own_images.OwnImages``.
         conditional: the images need class labels; without ``--label_column`` the only such column is taken.
+        columns: further tensors of each row, by their name in a batch; ``own_images`` bring their own.
 
     Returns:
         A ``TrainData``.
@@ -54,8 +59,10 @@ def load_train_data(args, accelerator, made_for=None, own_images: Images | None 
             conditional model can learn from.
     """
     sources = optional.find("sources")
+    if columns and (own_images or not sources):
+        raise UserError("columns= is for images by name, with utils/sources/; give OwnImages(..., columns=) instead")
     if own_images is None:
-        own_images = sources.load(args, accelerator, conditional) if sources else embedded_digits()
+        own_images = sources.load(args, accelerator, conditional, columns or {}) if sources else embedded_digits()
     elif sources:
         sources.refuse_for_own_images(args)
     if args.max_bad_images:
@@ -112,10 +119,15 @@ class TrainData:
         self.model_shape = dict(sample_size=self.sample_size, in_channels=self.channels, out_channels=self.channels)
         self.license = images.license
         self.settings["image_shape"] = list(self.image_shape)
+        rows = itertools.islice(images.rows_to_look_at(), INSPECTED) if images.columns else []
+        self.layout = Layout(images.columns, list(rows))
+        if images.columns:
+            self.settings["columns"] = self.layout.settings
         self._prepared = PreparedImages(
             images, self.mode, self.size, args.center_crop, args.random_flip, args.seed, self._refuse_colour,
-            self.image_range,
+            self.image_range, self.layout,
         )  # fmt: skip
+        self.bytes_per_image *= self._prepared.channels / self.channels
 
     def _inspect(self, size: tuple[int, int] | None, image_mode: str | None) -> None:
         """Find mode, size and range from some of the images; the same ones on every process."""
@@ -184,6 +196,8 @@ class TrainData:
             return None
         needed, always = self.length * self.bytes_per_image, wish == "always"
         how = (self.mode, self._refuse_colour, self.size, self.args.center_crop, self.image_range)
+        if self.images.columns:
+            how = (*how, self.layout.settings, self.layout.ranges, self.images.columns)
         folder = None if wish in ("auto", "always") else wish
         file = self.images.cache_file((how, PIL.__version__, DECODING), folder, self._decoding_seconds)
         if file:
@@ -211,28 +225,37 @@ class TrainData:
 
         Yields:
             ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_ids`` int64 (B,) NumPy array;
-            ``labels`` int64 (B,) on the device, where the images have labels, -1 where one has none.
+            ``labels`` int64 (B,) on the device, where the images have labels, -1 where one has none; what else is asked
+            for, see ``columns``.
         """
         source = self._stream if self.length is None else self._from_cache if self._cache else self._from_loader
-        for sample_ids, images, labels in source(self._sample_ids(numbers)):
-            images = from_uint8(images.to(self.accelerator.device, non_blocking=True))
-            batch = {"sample_ids": sample_ids, "images": images}
-            if self.label_names:
-                batch["labels"] = labels.to(self.accelerator.device, non_blocking=True)
-            yield batch
+        for sample_ids, images, values in source(self._sample_ids(numbers)):
+            yield {"sample_ids": sample_ids, **self._batch(images, values, self.accelerator.device)}
 
-    def examples(self, count: int) -> tuple[torch.Tensor, np.ndarray]:
-        """Training images to show and to compare with: float32 (N, C, H, W) in [-1, 1] on the CPU; labels (N,) or -1."""
-        images, labels = self._prepared.examples(count)
-        return from_uint8(images), labels
+    def _batch(self, images: torch.Tensor, values: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]:
+        batch = self.layout.split(images.to(device, non_blocking=True))
+        for name, value in values.items():
+            if name != "label" or self.label_names:
+                batch["labels" if name == "label" else name] = value.to(device, non_blocking=True)
+        return batch
 
-    def examples_of(self, images: Images, count: int) -> tuple[torch.Tensor, np.ndarray]:
-        """Examples of other images, prepared as the training images are, with their labels as numbers of the same classes."""
-        prepared = PreparedImages(images, self.mode, self.size, seed=self.args.seed, image_range=self.image_range)
-        found, labels = prepared.examples(count)
-        if images.label_names:  # by name, for the classes of strings are those that occur in the split
-            labels = translate_labels(labels, images.label_names, self.label_names)
-        return from_uint8(found), labels
+    def examples(self, count: int, images: Images | None = None) -> dict[str, torch.Tensor]:
+        """Return images to show and to compare with, cut in the middle: a batch on the CPU, without ``sample_ids``.
+
+        Args:
+            count: number of images, or fewer if there are not so many.
+            images: others than the training images, prepared as these, with labels as numbers of the same classes.
+        """
+        prepared = self._prepared
+        if images:
+            prepared = PreparedImages(
+                images, self.mode, self.size, seed=self.args.seed, image_range=self.image_range, layout=self.layout
+            )
+        found, values = prepared.examples(count)
+        if images and images.label_names:  # by name, for the classes of strings are those that occur in the split
+            values["label"] = translate_labels(values["label"], images.label_names, self.label_names)
+        values = {name: torch.from_numpy(value) for name, value in values.items()}
+        return self._batch(torch.from_numpy(found), values, torch.device("cpu"))
 
     def _sample_ids(self, numbers: Iterable[int]) -> Iterator[np.ndarray]:
         """Sample ids of each micro-batch of these global batches: number x size + place in it."""
@@ -246,7 +269,8 @@ class TrainData:
         for sample_ids in batches:
             indices = randomness.shuffled_indices(self.args.seed, sample_ids, self.length)
             images = self._cache.take(indices, sample_ids)
-            yield sample_ids, images, self._cache.labels[torch.from_numpy(indices)]
+            chosen = torch.from_numpy(indices)
+            yield sample_ids, images, {name: values[chosen] for name, values in self._cache.values.items()}
 
     def _from_loader(self, batches):
         def keys():
@@ -289,7 +313,7 @@ class TrainData:
                 if index not in skipped:
                     skipped.add(index)
                     self._prepared.check(len(skipped), message)
-            yield batch["sample_ids"].numpy(), batch["images"], batch["labels"]
+            yield batch["sample_ids"].numpy(), batch["images"], batch["values"]
 
 
 def _check_classes(images: Images) -> None:
@@ -322,7 +346,9 @@ def leave_signals_to_the_main_process(worker_id: int) -> None:
 def collate(items: list[dict]) -> dict:
     return {
         "images": torch.from_numpy(np.stack([item["image"] for item in items])),
-        "labels": torch.tensor([item["label"] for item in items]),
+        "values": {
+            name: torch.from_numpy(np.stack([item["values"][name] for item in items])) for name in items[0]["values"]
+        },
         "sample_ids": torch.tensor([item["sample_id"] for item in items]),
         "bad": [entry for item in items for entry in item["bad"]],
     }

@@ -32,11 +32,12 @@ def _check(parser: Parser, args) -> None:
 # fmt: on
 
 
-def load(args, accelerator, conditional: bool):
+def load(args, accelerator, conditional: bool, columns: dict):
     """Load the training images that the flags name, see ``named_images.NamedImages``.
 
     Args:
         conditional: the images need class labels; without ``--label_column`` the only such column is taken.
+        columns: further tensors of each row, see ``data.columns``.
 
     Raises:
         UserError: see ``sources.load_source``.
@@ -46,7 +47,7 @@ def load(args, accelerator, conditional: bool):
     from .named_images import NamedImages
     from .sources import ImageSource
 
-    source = replace(ImageSource.from_args(args), find_labels=conditional)
+    source = replace(ImageSource.from_args(args), find_labels=conditional, columns=columns)
     return NamedImages(source, accelerator, args.max_bad_images)
 
 

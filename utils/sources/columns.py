@@ -1,11 +1,16 @@
 """Which column of a data set holds the images, and which one the classes."""
 
+import logging
 import math
+import os
+from pathlib import Path
 
 import datasets
 
 from .. import UserError
 from ..data.own_images import MAX_CLASSES
+
+logger = logging.getLogger(__name__)
 
 
 def select_columns(dataset, source):
@@ -46,13 +51,56 @@ def select_columns(dataset, source):
         label_column = found[0]
     if label_column is not None:
         wanted[label_column] = "label"
+    for name, column in source.columns.items():
+        key = f"column:{name}" if isinstance(column.source, Path) else column.source
+        if key not in columns:
+            raise UserError(f"columns: {source.name} has no {key!r} for {name}; its columns are {listing}")
+        if key in wanted:
+            raise UserError(f"columns: {key!r} of {source.name} is {wanted[key]} already, so it cannot be {name}, too")
+        wanted[key] = f"column:{name}"
     dataset = dataset.select_columns([key for key in wanted if key in columns])
-    if isinstance(columns[image_column], datasets.Image):
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    for key in wanted:
+        if isinstance(columns.get(key), datasets.Image):
+            dataset = dataset.cast_column(key, datasets.Image(decode=False))
     dataset = dataset if source.max_samples is None else dataset.take(source.max_samples)
     if label_column is not None and not isinstance(columns.get(label_column), datasets.ClassLabel):
         dataset = _encode_labels(dataset, columns.get(label_column), label_column, source, listing)
     return dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
+
+
+def add_partners(dataset, source):
+    """Add a column with the path of each image's partner, for each folder of files with the same names.
+
+    Raises:
+        UserError: the images are no files, or some have no partner; names the first ones.
+    """
+    for name, column in source.columns.items():
+        if not isinstance(column.source, Path):
+            continue
+        said = f"columns: the folder {column.source} of {name}"
+        if not column.source.is_dir():
+            raise UserError(f"{said} is not there; expected files with the names of the images")
+        files = {path.relative_to(column.source).with_suffix(""): path for path in sorted(column.source.rglob("*.*"))}
+        key = source.image_column or "image"
+        if source.streaming or key not in dataset.features:
+            raise UserError(f"{said}: only for images in a folder, not streamed; name a column of the data set instead")
+        if isinstance(dataset.features[key], datasets.Image):
+            dataset = dataset.cast_column(key, datasets.Image(decode=False))
+        records = [row if isinstance(row, str) else (row or {}).get("path") for row in dataset[key]]
+        if not all(records):
+            raise UserError(f"{said}: the images of {source.name} are no files; name a column of the data set instead")
+        root = Path(source.name).expanduser()
+        names = [Path(os.path.relpath(record, root)).with_suffix("") for record in records]
+        partners = [files.get(place) or files.get(Path(*place.parts[1:])) for place in names]  # perhaps without split
+        if missing := [record for record, partner in zip(records, partners, strict=True) if not partner]:
+            raise UserError(
+                f"{said} has no partner for {len(missing)} of {len(records)} images: {', '.join(missing[:3])}. "
+                "Expected files of the same names, in folders of the same names"
+            )
+        if len(files) > len({*partners}):
+            logger.warning(f"{said}: {len(files) - len({*partners})} of its {len(files)} files have no image")
+        dataset = dataset.add_column(f"column:{name}", [str(partner) for partner in partners])
+    return dataset
 
 
 def _encode_labels(dataset, kind, column: str, source, listing: str):

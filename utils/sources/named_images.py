@@ -11,7 +11,8 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from ..data.own_images import INSPECTED, Images, spread_over
+from ..data.columns import check_columns
+from ..data.own_images import INSPECTED, Images, content_of, spread_over
 from ..data.pixels import BadImage
 from .decoding import decode_image, find_file, left_out, locate
 from .sources import ImageSource, check_disjoint, data_license, load_source
@@ -44,7 +45,8 @@ class NamedImages(Images):
         self.source, self.accelerator, self.max_bad_images = source, accelerator, max_bad_images
         self.dataset, self.name = load_source(source, accelerator)
         label = self.dataset.features.get("label")
-        self.label_names = label.names if label else []
+        self.label_names, self.columns = label.names if label else [], source.columns
+        check_columns(self.columns)
         self.length = None if source.streaming else len(self.dataset)
         self.license = data_license(self.dataset, "" if source.is_folder else self.name)
         self._stamp = None
@@ -60,8 +62,14 @@ class NamedImages(Images):
         return {**self.__dict__, "accelerator": None}
 
     def located(self, row: dict, index: int) -> dict:
-        """The row with a function that decodes its image, and with its name."""
-        return {**row, "image": partial(self._decoded, row["image"], index)}
+        """The row with functions that decode its image and its columns, and return their names."""
+        located = {**row, "image": partial(self._decoded, row["image"], index)}
+        for name, column in self.columns.items():
+            key, decode = f"column:{name}", self._decoded
+            if column.kind == "vector":
+                decode = lambda value, index, name=name: (value, f"{name} of row {index} of {self.name}")  # noqa: E731
+            located[key] = partial(decode, row[key], index)
+        return located
 
     def _decoded(self, record, index: int) -> tuple[Image.Image, str]:
         source, where = locate({"image": record}, self.name, index)
@@ -72,22 +80,18 @@ class NamedImages(Images):
         if not isinstance(key, slice):
             return self.located(rows, key)
         numbers = range(*key.indices(self.length))
-        images = [partial(self._decoded, record, k) for k, record in zip(numbers, rows["image"], strict=True)]
-        return {**rows, "image": images}
+        records = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+        located = [self.located(row, k) for k, row in zip(numbers, records, strict=True)]
+        return {name: [row[name] for row in located] for name in rows}
 
     def labels(self) -> list[int | None]:
         return self.dataset["label"][:]
 
     def look(self) -> Iterator[Image.Image | BadImage]:
         """Yield some of the images, and take their fingerprint; warn about what of their files is not used."""
-        if self.length is None:
-            rows = enumerate(self.dataset.take(INSPECTED))
-        else:
-            spread = spread_over(self.length)
-            rows = zip(spread, self.dataset.select(spread), strict=True)
         digest, stamp = self._digests_of_names()
         unused, count = {}, 0
-        for index, row in rows:
+        for index, row in self._spread_rows():
             try:
                 source, where = locate(row, self.name, index)
                 image = decode_image(source, where)
@@ -101,6 +105,8 @@ class NamedImages(Images):
                 digest.update(source.tobytes())
             else:
                 digest.update(source if isinstance(source, bytes) else Path(source).read_bytes())
+            for column in self.columns:
+                digest.update(content_of(self.located(row, index)[f"column:{column}"]()[0]))
             yield image
         for loss, places in unused.items():
             logger.warning(f"{len(places)} of {count} images looked at, such as {places[0]}: {loss}")
@@ -108,6 +114,16 @@ class NamedImages(Images):
         if stamp:
             stamp.update(digest.digest())
             self._stamp = stamp.hexdigest()
+
+    def _spread_rows(self) -> Iterator[tuple[int, dict]]:
+        if self.length is None:
+            yield from enumerate(self.dataset.take(INSPECTED))
+        else:
+            spread = spread_over(self.length)
+            yield from zip(spread, self.dataset.select(spread), strict=True)
+
+    def rows_to_look_at(self) -> Iterator[dict]:
+        return (self.located(row, index) for index, row in self._spread_rows())
 
     def _digests_of_names(self):
         """Two hashes: of names and sizes of files, to be updated with the content of some; and of all that is known.
@@ -183,5 +199,6 @@ class NamedImages(Images):
             flag: that names it.
         """
         name, _, split = name.partition(":") if not Path(name).exists() else (name, "", "")
-        source = ImageSource(name, split or "train", flags={"name": flag, "split": flag})
+        flags = {"name": flag, "split": flag}
+        source = ImageSource(name, split or "train", columns=self.source.columns, flags=flags)
         return NamedImages(source, self.accelerator, self.max_bad_images)

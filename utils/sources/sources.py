@@ -19,8 +19,9 @@ import datasets.data_files
 from accelerate.utils import broadcast_object_list, gather_object
 
 from .. import UserError
+from ..data.columns import Column
 from ..data.own_images import OwnImages, embedded_digits, embedded_faces
-from .columns import select_columns
+from .columns import add_partners, select_columns
 from .folders import has_tables, load_folder
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class ImageSource:
         find_labels: take the only column of type ClassLabel where ``label_column`` is None; refuse none or several.
         max_samples: only the first of the images.
         streaming: read them as they are needed.
+        columns: further tensors of each row, by name.
         flags: what the user knows ``name`` and ``split`` as.
     """
 
@@ -62,6 +64,7 @@ class ImageSource:
     max_samples: int | None = None
     streaming: bool = False
     find_labels: bool = False
+    columns: dict[str, Column] = field(default_factory=dict)
     flags: dict[str, str] = field(default_factory=lambda: {"name": "--dataset_name", "split": "--dataset_split"})
 
     @classmethod
@@ -107,7 +110,7 @@ def load_source(source: ImageSource, accelerator) -> tuple[datasets.Dataset | da
         raise failure
     for problem in problems:  # of another process: this one's images are of no use without it
         raise UserError(problem)
-    return select_columns(dataset, source), source.name
+    return select_columns(add_partners(dataset, source), source), source.name
 
 
 def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) -> None:

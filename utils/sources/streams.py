@@ -9,8 +9,7 @@ from datasets.distributed import split_dataset_by_node
 
 from .. import UserError
 from ..data.images import PreparedImages
-from ..data.own_images import label_of
-from ..data.pixels import BadImage, augment
+from ..data.pixels import BadImage
 
 SHUFFLE_BUFFER_SIZE = 10_000  # images
 
@@ -65,17 +64,15 @@ class Stream:
                 items = []
                 while len(items) < len(sample_ids):
                     indices, wanted = zip(*[next(rows) for _ in range(len(sample_ids) - len(items))], strict=True)
-                    for index, row, image in zip(indices, wanted, pool.map(prepared.attempt, wanted), strict=True):
-                        if isinstance(image, BadImage):
-                            bad.append((index, str(image)))
+                    for index, found in zip(indices, pool.map(prepared.attempt, wanted), strict=True):
+                        if isinstance(found, BadImage):
+                            bad.append((index, str(found)))
                             bad_count += 1
                             if bad_count > prepared.images.max_bad_images:
-                                yield [{"image": np.zeros(0), "label": 0, "sample_id": 0, "bad": bad}]
+                                yield [prepared.blank(bad)]
                                 return
                             continue
-                        sample_id = int(sample_ids[len(items)])
-                        image = augment(image, sample_id, prepared.size, prepared.seed, prepared.random_flip)
-                        items.append({"image": image, "label": label_of(row), "sample_id": sample_id, "bad": bad})
+                        items.append(prepared.item(found, int(sample_ids[len(items)]), bad))
                         bad = []
                 yield items
 

@@ -1,0 +1,175 @@
+"""Further tensors of a row: they come with their image, are cut and flipped as it is, and are refused by name."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import parse
+from PIL import Image
+
+from utils import UserError
+from utils.data.columns import Column
+from utils.data.own_images import OwnImages
+from utils.data.train_data import load_train_data
+
+RNG = np.random.default_rng(0)
+PICTURES = RNG.integers(0, 256, (24, 12, 17), dtype=np.uint8)  # neither square nor of the training size
+VECTORS = np.stack([PICTURES[:, 0, 0], PICTURES[:, 1, 1]], axis=1).astype(np.float32)
+MASKS = (PICTURES // 64).astype(np.uint8)  # four classes
+
+
+def folder_of(path, arrays):
+    path.mkdir(parents=True)
+    for k, array in enumerate(arrays):
+        Image.fromarray(array).save(path / f"{k:03}.png")
+    return path
+
+
+def batches(train_data, numbers=range(5)):
+    return list(train_data.batches(numbers))
+
+
+def check(found):
+    """The column ``twin`` is the image, cut and flipped as it is; ``mask`` has its own values only."""
+    for batch in found:
+        assert batch["images"].shape == batch["twin"].shape == (8, 1, 8, 8)
+        assert torch.equal(batch["twin"], batch["images"])
+        assert batch["mask"].dtype == torch.int64 and set(batch["mask"].unique().tolist()) <= {0, 1, 2, 3}
+        assert batch["mask"].shape == (8, 8, 8)
+        assert batch["vector"].dtype == torch.float32 and batch["vector"].shape == (8, 2)
+    assert len({tuple(row) for batch in found for row in batch["vector"].tolist()}) > 12
+
+
+FLAGS = ["--resolution=8", "--random_flip"]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A data set with columns for everything, on disk."""
+    columns = {
+        "image": [Image.fromarray(picture) for picture in PICTURES],
+        "copy": [Image.fromarray(picture) for picture in PICTURES],
+        "classes": [Image.fromarray(mask) for mask in MASKS],
+        "numbers": VECTORS.tolist(),
+    }
+    kinds = {"image": datasets.Image(), "copy": datasets.Image(), "classes": datasets.Image()}
+    features = datasets.Features({**kinds, "numbers": datasets.List(datasets.Value("float32"))})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "table")
+    return tmp_path / "table"
+
+
+NAMED = {"twin": Column("copy"), "mask": Column("classes", kind="mask"), "vector": Column("numbers", kind="vector")}
+OWN = {"twin": Column(PICTURES), "mask": Column(MASKS, kind="mask"), "vector": Column(VECTORS, kind="vector")}
+
+
+@pytest.mark.parametrize("how", ["auto", "never", "DIR"])
+def test_columns_of_own_images_are_cut_and_flipped_alike(tmp_path, accelerator, how):
+    flags = [*FLAGS, f"--cache_images={tmp_path if how == 'DIR' else how}", "--dataloader_num_workers=2"]
+    check(batches(load_train_data(parse(*flags), accelerator, own_images=OwnImages(PICTURES, columns=OWN))))
+
+
+@pytest.mark.parametrize("how", ["auto", "never", "DIR"])
+def test_columns_of_a_table_are_cut_and_flipped_alike(tmp_path, accelerator, table, how):
+    flags = [*FLAGS, f"--cache_images={tmp_path / 'cache' if how == 'DIR' else how}", "--dataloader_num_workers=0"]
+    args = parse(*flags, f"--dataset_name={table}", "--image_column=image")
+    data = load_train_data(args, accelerator, columns=NAMED)
+    found = batches(data)
+    check(found)
+    if how == "DIR":  # the next run uses the file
+        again = batches(load_train_data(args, accelerator, columns=NAMED))
+        assert all(torch.equal(a[key], b[key]) for a, b in zip(found, again, strict=True) for key in ("images", *NAMED))
+
+
+def test_columns_of_a_stream_are_cut_and_flipped_alike(accelerator, table):
+    args = parse(*FLAGS, f"--dataset_name={table}", "--image_column=image", "--streaming")
+    check(batches(load_train_data(args, accelerator, columns=NAMED)))
+
+
+def test_two_micro_steps_give_what_one_gives(accelerator, table):
+    found = []
+    for flags in (["--train_batch_size=8"], ["--train_batch_size=4", "--gradient_accumulation_steps=2"]):
+        args = parse(*FLAGS, f"--dataset_name={table}", "--image_column=image", *flags)
+        found.append(batches(load_train_data(args, accelerator, columns=NAMED)))
+    for key in ("images", *NAMED):
+        assert torch.equal(*(torch.cat([batch[key] for batch in batches]) for batches in found))
+
+
+def test_partners_from_a_folder_of_the_same_names(tmp_path, accelerator):
+    folder_of(tmp_path / "images" / "cat", PICTURES[:12])
+    folder_of(tmp_path / "images" / "dog", PICTURES[12:])
+    folder_of(tmp_path / "partners" / "cat", PICTURES[:12])
+    folder_of(tmp_path / "partners" / "dog", PICTURES[12:].repeat(2, axis=1).repeat(2, axis=2))  # larger, same shape
+    args = parse(*FLAGS, f"--train_data_dir={tmp_path}/images")
+    columns = {"twin": Column(tmp_path / "partners")}
+    data = load_train_data(args, accelerator, columns=columns)
+    for batch in batches(data):
+        assert (batch["twin"] - batch["images"]).abs().max() < 0.5  # resized twice
+    examples = data.examples(6)
+    assert examples["twin"].shape == examples["images"].shape == (6, 1, 8, 8)
+    before = data.settings["fingerprint"]
+    Image.fromarray(255 - PICTURES[0]).save(tmp_path / "partners" / "cat" / "000.png")
+    assert load_train_data(args, accelerator, columns=columns).settings["fingerprint"] != before
+    (tmp_path / "partners" / "dog" / "003.png").unlink()
+    with pytest.raises(UserError, match=r"no partner for 1 of 24 images: .*dog/003\.png"):
+        load_train_data(args, accelerator, columns=columns)
+
+
+def test_a_partner_of_another_shape_is_refused_by_name(tmp_path, accelerator):
+    folder_of(tmp_path / "images", PICTURES)
+    folder_of(tmp_path / "partners", PICTURES.transpose(0, 2, 1))
+    args = parse(*FLAGS, f"--train_data_dir={tmp_path}/images")
+    data = load_train_data(args, accelerator, columns={"twin": Column(tmp_path / "partners")})
+    with pytest.raises(UserError, match=r"partners/000\.png.* has 12 x 17 pixels beside an image of 17 x 12"):
+        batches(data)
+
+
+def test_any_number_of_channels_in_own_images(accelerator):
+    many = RNG.random((24, 7, 12, 17), dtype=np.float32)
+    columns = {"many": Column(many), "function": Column(lambda index: many[index, :2])}
+    data = load_train_data(parse(*FLAGS), accelerator, own_images=OwnImages(PICTURES, columns=columns))
+    assert data.settings["columns"] == {"many": ["image", 7], "function": ["image", 2]}
+    batch = batches(data)[0]
+    assert batch["many"].shape == (8, 7, 8, 8) and torch.equal(batch["function"], batch["many"][:, :2])
+
+
+def test_held_out_images_bring_their_columns(tmp_path, accelerator, table):
+    flags = [f"--dataset_name={table}", "--image_column=image", "--dataset_split=train[:16]"]
+    data = load_train_data(parse(*FLAGS, *flags), accelerator, columns=NAMED)
+    held_out = data.examples(8, data.images.held_out("train[16:]", "--validation_split"))
+    assert torch.equal(held_out["twin"], held_out["images"]) and held_out["vector"].shape == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"images": Column("copy")}, "'images' is what every batch has"),
+        ({"twin": Column("copy", kind="picture")}, "of kind 'picture'; expected image, mask, vector"),
+        ({"twin": Column("nothing")}, "has no 'nothing' for twin; its columns are image"),
+        ({"twin": Column("image")}, "'image' of .* is image already"),
+        ({"twin": Column(Path("nowhere"))}, "the folder nowhere of twin is not there"),
+    ],
+)
+def test_columns_that_are_not_there_are_refused(accelerator, table, columns, said):
+    with pytest.raises(UserError, match=said):
+        load_train_data(parse(f"--dataset_name={table}", "--image_column=image"), accelerator, columns=columns)
+
+
+def test_rows_without_a_value_are_bad_rows(accelerator, caplog):
+    broken = VECTORS.copy()
+    broken[5, 1] = np.nan
+    columns = {"vector": Column(broken, kind="vector")}
+    for flags in ([], ["--cache_images=never", "--dataloader_num_workers=0"]):
+        data = load_train_data(parse(*FLAGS, *flags), accelerator, own_images=OwnImages(PICTURES, columns=columns))
+        with pytest.raises(UserError, match=r"vector of own images 5: expected finite numbers of shape \(2,\)"):
+            batches(data)
+    data = load_train_data(
+        parse(*FLAGS, "--max_bad_images=1"), accelerator, own_images=OwnImages(PICTURES, columns=columns)
+    )
+    assert all(torch.isfinite(batch["vector"]).all() for batch in batches(data))
+
+
+def test_a_column_of_another_length_is_refused():
+    with pytest.raises(UserError, match="10 of mask for 24 images"):
+        OwnImages(PICTURES, columns={"mask": Column(MASKS[:10], kind="mask")})
