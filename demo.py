@@ -4,7 +4,7 @@
     python demo.py outputs/digits
 
 prints the page's address, which only this machine can open. It takes what sample.py takes, and runs no code that comes
-with a model. `push.py --space` makes a Space of it.
+with a model unless it is asked for. `push.py --space` makes a Space of it.
 """
 
 from utils.args import SAMPLERS, SOLVERS, Parser, integer
@@ -14,6 +14,12 @@ from utils.exits import run_script
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub id of a pipeline, or of a UNet2DModel")
+    parser.switch(
+        parser,
+        "--trust_remote_code",
+        False,
+        "run the code that a model brings whose net is its author's own; read it first",
+    )
     parser.add_argument("--port", type=integer(1, 65535), help="of the page (default: the first free one from 7860)")
     parser.switch(parser, "--share", False, "also a public address, through Gradio's servers")
     return parser.parse(argv)
@@ -42,7 +48,6 @@ def main(args):
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import Guidance, color_loss
     from utils.diffusion.linear_mix import LinearMixScheduler
-    from utils.diffusion.pretrained import image_shape
     from utils.diffusion.sampling import sample_batch, starting_noise
     from utils.evaluation.image_folder import scaled_from
     from utils.pictures import make_grid, to_uint8
@@ -58,9 +63,10 @@ def main(args):
 
     # Model
     accelerator = start_process(None)
-    unet, own = pipelines.load_pipeline(args.model)
+    unet, own, space = pipelines.load_pipeline(args.model, args.trust_remote_code)
+    space.to(accelerator.device)
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
-    shape, names = image_shape(unet.config), class_names(unet.config)
+    shape, names = space.image_shape, class_names(unet.config)
     samplers = [f"the model's own ({type(own).__name__})"]
     if not isinstance(own, LinearMixScheduler) and not is_few_step(own):
         suited = SOLVERS if pipelines.is_flow(own) else SAMPLERS
@@ -81,6 +87,10 @@ def main(args):
         except (UserError, KeyError, AttributeError) as error:  # or the record is of a run that did not say
             print(f"Without the nearest training images: {error}")
 
+    @torch.no_grad()
+    def decoded(samples):
+        return to_uint8(space.decode(samples))
+
     # What the page does
     def draw(seed, count, calls, sampler, guidance_scale, classes=(), color=None, noise=None):
         """Yields what is predicted at each step, and the nearest training images at the end."""
@@ -93,18 +103,18 @@ def main(args):
                 options["model_inputs"] = labels_in_turn(labels, accelerator.device)
                 model = GuidedModel(unet, guidance_scale)
             elif color:
-                options["guidance"] = Guidance(color_loss(color), guidance_scale)
+                options["guidance"] = Guidance(color_loss(color), guidance_scale, space=space)
             ids = np.zeros(int(count), int) if noise else np.arange(int(count))  # on a walk all else is the first's
             steps = queue.Queue()
             with ThreadPoolExecutor(1) as pool:
                 drawn = pool.submit(
-                    sample_batch, model, chosen, ids, shape, int(calls), int(seed), accelerator.device,
+                    sample_batch, model, chosen, ids, space.shape, int(calls), int(seed), accelerator.device,
                     watch=lambda _, predicted: steps.put(predicted), **options,
                 )  # fmt: skip
                 drawn.add_done_callback(lambda _: steps.put(None))
                 while (predicted := steps.get()) is not None:
-                    yield make_grid(to_uint8(predicted), 96), None
-            images = to_uint8(drawn.result())
+                    yield make_grid(decoded(predicted), 96), None
+            images = decoded(drawn.result())
         except (UserError, ValueError) as error:
             raise gr.Error(str(error)) from error
         yield make_grid(images, 96), None if training_images is None else show_nearest(images[:8], training_images)
@@ -113,7 +123,7 @@ def main(args):
         """Draws on the way from the noise of one seed to that of the other, with a sampler that adds none."""
         if sampler in (samplers[0], "ddpm", "sde-dpmsolver++"):
             sampler = pipelines.sampler_for_walks(own) or samplers[0]
-        ends = [starting_noise(own, int(end), np.zeros(1, int), shape, "cpu") for end in (seed, other_seed)]
+        ends = [starting_noise(own, int(end), np.zeros(1, int), space.shape, "cpu") for end in (seed, other_seed)]
         way = pipelines.noise_between(own, *ends, torch.linspace(0, 1, int(count)))
         yield from draw(seed, count, calls, sampler, *rest, noise=lambda ids: way)
 

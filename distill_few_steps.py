@@ -67,11 +67,11 @@ def main(args):
     from utils.data.train_data import load_train_data
     from utils.diffusion.class_conditional import ClassConditionalPipeline
     from utils.diffusion.classes import GuidedModel, give_classes, labels_in_turn
-    from utils.diffusion.few_steps import make_few_step_sampler, weights_digest
+    from utils.diffusion.few_steps import make_few_step_sampler
     from utils.diffusion.pretrained import check_fit, load_pretrained
     from utils.diffusion.sampling import sample_images
     from utils.diffusion.schedulers import make_noise_scheduler, make_sampler
-    from utils.diffusion.unets import prepare_unet
+    from utils.diffusion.unets import prepare_unet, weights_digest
     from utils.pictures import make_grid
     from utils.randomness import sample_noise, uniform
     from utils.training.ema import EMA
@@ -104,7 +104,7 @@ def main(args):
     # Noise scheduler
     noise_scheduler = make_noise_scheduler(pretrained, {})
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
+    check_fit(unet, noise_scheduler, train_data.image_shape, args.num_inference_steps)
     sampler = make_few_step_sampler(noise_scheduler, args.solver_steps)
     teacher_sampler = make_sampler("dpmsolver++", noise_scheduler)
     guided_teacher = GuidedModel(teacher, args.teacher_guidance_scale) if conditional else teacher
@@ -120,6 +120,12 @@ def main(args):
 
     # Samples
     options = dict(model_inputs=labels_in_turn(range(len(classes)), accelerator.device)) if conditional else {}
+
+    def model_inputs(batch):
+        if not conditional:
+            return {}
+        labels = batch["labels"]  # (B,), -1 where it is not known
+        return {"class_labels": labels.where(labels >= 0, len(classes))}
 
     def draw(count, num_inference_steps=args.num_inference_steps, drawn_by=unet, sampler=sampler):
         return sample_images(
@@ -147,6 +153,7 @@ def main(args):
         model, ema_model, noise_scheduler, draw, sample, save_pipeline,
         caption=f"seed {args.seed}", compare=dict(teacher=weights_digest(teacher)[:16]),
         prediction_type=sampler.config.prediction_type, base=args.pretrained_model_name_or_path,
+        model_inputs=model_inputs,
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
@@ -154,11 +161,11 @@ def main(args):
         # Noise and timesteps, in float32 whatever the UNet computes in
         noise = sample_noise(args.seed, "noise", sample_ids[first], train_data.image_shape, accelerator.device)
         images = noise_scheduler.add_noise(clean_images[first], noise, last.expand(len(noise)))  # next to pure noise
-        labels, class_labels = batch.pop("labels", None), None
-        if conditional:  # (trajectories,), -1 where it is not known
-            labels = labels[first]
-            told = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids[first]) >= args.label_dropout)
-            class_labels = labels.where((labels >= 0) & told.to(labels.device), len(classes))
+        inputs, labels = model_inputs(batch), batch.pop("labels", None)
+        if conditional:
+            told = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.label_dropout)
+            inputs["class_labels"] = inputs["class_labels"].where(told.to(accelerator.device), len(classes))
+        inputs = {name: value[first] for name, value in inputs.items()}  # of each trajectory
 
         # The teacher follows its trajectories
         passed = []
@@ -167,7 +174,7 @@ def main(args):
         for timestep in teacher_sampler.timesteps:
             passed.append(images)
             with torch.no_grad(), accelerator.autocast():
-                teacher_output = guided_teacher(images, timestep.expand(len(images)), class_labels).sample.float()
+                teacher_output = guided_teacher(images, timestep.expand(len(images)), **inputs).sample.float()
             images = teacher_sampler.step(teacher_output, timestep, images).prev_sample
 
         # Points of the trajectories, one from each part, parts shorter near noise
@@ -178,11 +185,12 @@ def main(args):
         noisy_images = torch.stack(passed)[places, trajectories]  # (B, C, H, W)
         timesteps = teacher_sampler.timesteps[places]  # (B,)
         target = images.clamp(-1, 1)[trajectories]
+        inputs = {name: value[trajectories] for name, value in inputs.items()}
         if conditional:
-            batch["labels"], class_labels = labels[trajectories], class_labels[trajectories]
+            batch["labels"] = labels[first][trajectories]
 
         with accelerator.accumulate(model):
-            model_output = model(noisy_images, timesteps, class_labels).sample.float()
+            model_output = model(noisy_images, timesteps, **inputs).sample.float()
             predicted = trajectory_end(sampler, model_output, noisy_images, timesteps)
             squares = (predicted - target).square().mean(dim=(1, 2, 3))  # (B,)
             losses = (squares + HUBER_C**2).sqrt() - HUBER_C  # pseudo-Huber, arXiv:2310.14189

@@ -24,6 +24,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="pipelines (folders or Hub ids), or folders of images")
     parser.add_argument("--output_dir", metavar="DIR", default="outputs/evaluation", help="results.json, results.md, samples.png, nearest.png")
+    parser.switch(parser, "--trust_remote_code", False, "run the code of models that bring a net of their author's own; read it first")
 
     group = parser.add_argument_group("real images")
     group.add_argument("--reference", required=True, help="what samples are compared with: Hub id, local path, mnist, digits or faces")
@@ -74,9 +75,10 @@ def main(args):
     from utils import optional, randomness
     from utils.data.own_images import translate_labels
     from utils.diffusion.classes import GuidedModel, labels_in_turn
-    from utils.diffusion.few_steps import is_few_step, weights_digest
+    from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, saved_scheduler, training_scheduler
-    from utils.diffusion.pretrained import image_shape
+    from utils.diffusion.spaces import encode_in_batches
+    from utils.diffusion.unets import weights_digest
     from utils.evaluation.class_statistics import asked_classes, digit_statistics
     from utils.evaluation.comparison import compare
     from utils.evaluation.denoising_loss import DenoisingLoss
@@ -139,7 +141,7 @@ def main(args):
         if is_folder_of_images(model):
             measure(model, load_folder(model, accelerator, real.image_range))
             continue
-        unet, own = load_pipeline(model)
+        unet, own, space = load_pipeline(model, args.trust_remote_code)
         flags = read_arguments(model).get("arguments", {})
         trained_on, ema = flags.get("dataset_split"), flags.get("use_ema")
         if trained_on not in (None, args.reference_split):
@@ -155,8 +157,8 @@ def main(args):
         files = sorted(Path(model).glob("unet/*.safetensors"))
         weights, kind = file_hash(*files)[:12] if files else None, settings_of(unet)
         digest = weights or weights_digest(unet)
-        unet = accelerator.prepare_model(unet, evaluation_mode=True)
-        shape = image_shape(unet.config)
+        unet, shape = accelerator.prepare_model(unet, evaluation_mode=True), space.image_shape
+        space.to(accelerator.device)
         asked, options = asked_classes(unet.config, real, shape, args.num_samples), {}
         if args.validation_loss and is_few_step(own):
             say(f"{model} has no denoising loss: it does without the small steps that it is of")
@@ -164,12 +166,12 @@ def main(args):
             splits = {"--reference_split": args.reference_split, "--held_out_split": real.held_out_split}
             for flag, split in ((flag, split) for flag, split in splits.items() if split):
                 images = from_uint8(real.resized(shape, split)[: args.num_validation_images])
-                labels = None
+                images, inputs = encode_in_batches(space, images, accelerator.device), {}
                 if asked:  # by name, for the classes of strings are those that occur in the split
                     _, found, names = real.labelled(shape, flag, split)
                     labels = torch.from_numpy(translate_labels(found, names, asked.names))
-                    labels = labels.where(labels >= 0, len(asked.names))
-                loss = DenoisingLoss(images, training_scheduler(own), args.seed, labels=labels)
+                    inputs["class_labels"] = labels.where(labels >= 0, len(asked.names))
+                loss = DenoisingLoss(images, training_scheduler(own), args.seed, inputs)
                 losses.append(dict(model=called[model], images=split, **loss.measure(unet, accelerator)))
         if asked:
             options["model_inputs"] = labels_in_turn(asked.labels, accelerator.device)
@@ -190,10 +192,10 @@ def main(args):
             depends_on = dict(
                 weights=digest, model=kind, sampler=settings_of(sampler), steps=steps, guidance=scale,
                 labels=asked and asked.labels.tolist(), seed=args.seed, precision=accelerator.mixed_precision,
-                randomness=randomness.VERSION,
+                randomness=randomness.VERSION, **({"autoencoder": space.fingerprint} if space.fingerprint else {}),
             )  # fmt: skip
             images, facts["images_per_second"] = draw(
-                args, accelerator, drawn_by, sampler, shape, steps, title, depends_on, **options
+                args, accelerator, drawn_by, sampler, space, steps, title, depends_on, **options
             )
             measure(title, images, asked, **facts)
             tried.append((name, rows[-1:]))
@@ -216,14 +218,14 @@ def main(args):
         say(f"peak memory {peak_memory(accelerator.device) / 2**30:.2f} GiB")
 
 
-def draw(args, accelerator, model, sampler, shape, steps, title, depends_on, **options):
+def draw(args, accelerator, model, sampler, space, steps, title, depends_on, **options):
     """Samples of one setting, kept in OUTPUT_DIR/drawn, and images per second; see ``draw_kept``."""
     from utils.diffusion.pipelines import estimate_seconds
     from utils.diffusion.sampling import sample_images
     from utils.evaluation.kept_samples import draw_kept
 
     def setting(count):
-        return model, sampler, accelerator, count, shape, steps, args.sample_batch_size, args.seed
+        return model, sampler, accelerator, count, space.shape, steps, args.sample_batch_size, args.seed
 
     def announce(missing):
         text = f"{title}: {type(sampler).__name__}, {steps} steps: "
@@ -236,8 +238,9 @@ def draw(args, accelerator, model, sampler, shape, steps, title, depends_on, **o
         accelerator.print(text, flush=True)
 
     folder = Path(args.output_dir) / "drawn"
+    options["decode"] = space.decode
     return draw_kept(
-        folder, accelerator, args.num_samples, shape, args.sample_batch_size, depends_on,
+        folder, accelerator, args.num_samples, space.image_shape, args.sample_batch_size, depends_on,
         lambda first, count: sample_images(*setting(count), first=first, **options), announce,
     )  # fmt: skip
 

@@ -87,7 +87,7 @@ def main(args):
     num_train_timesteps, prediction_type = (
         noise_scheduler.config[k] for k in ("num_train_timesteps", "prediction_type")
     )
-    check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
+    check_fit(unet, noise_scheduler, train_data.image_shape, args.num_inference_steps)
     sampler = make_sampler(args.sampler, noise_scheduler)
     guidance = make_guidance(args, accelerator.device)
 
@@ -108,7 +108,7 @@ def main(args):
         )  # fmt: skip
 
     base_samples = draw(min(8, args.num_samples))  # what the pretrained model draws, to compare with
-    training_images = to_uint8(train_data.examples(1000)[0])
+    training_images = to_uint8(train_data.examples(1000)["images"])
 
     def sample():
         run.log({"optimizer/distance_to_base": adapters.distance_to_base(unet, base)})
@@ -131,8 +131,7 @@ def main(args):
     for batch in run.steps(
         model, ema_model, noise_scheduler, draw, sample, save_pipeline,
         caption=f"{args.sampler}, {args.num_inference_steps} calls, seed {args.seed}",
-        prediction_type=prediction_type, method=args.method, base=args.pretrained_model_name_or_path,
-        parameters=parameters,
+        method=args.method, base=args.pretrained_model_name_or_path, parameters=parameters,
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows

@@ -3,7 +3,7 @@
     python sample.py outputs/digits --num_samples 1000
 
 Image k depends on the seed and k only: not on the batch size, nor on the number of processes of `accelerate launch`.
-Interrupted, the same command goes on where it stopped. No code that comes with a model is run.
+Interrupted, the same command goes on where it stopped. No code that comes with a model is run, unless it is asked for.
 """
 
 from utils.args import ALL_SAMPLERS, Parser, integer, real
@@ -16,6 +16,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub id of a pipeline, or of a UNet2DModel")
     parser.add_argument("--output_dir", metavar="DIR", default="outputs/samples", help="images/, grid.png and what else is asked for")
+    parser.switch(parser, "--trust_remote_code", False, "run the code that a model brings whose net is its author's own; read it first")
     parser.add_argument("--num_samples", type=integer(1), default=64, help="images (default: 64; with --interpolate 8)")
     parser.add_argument("--sample_batch_size", type=integer(1), default=64, help="images at once, per process")
     parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of the noise that images start from")
@@ -59,7 +60,6 @@ def main(args):
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import make_guidance
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, noise_between, sampler_for_walks, usual_calls
-    from utils.diffusion.pretrained import image_shape
     from utils.diffusion.sampling import sample_batch, starting_noise
     from utils.evaluation.image_folder import ImageFolder, load_image, save_gif, save_walk
     from utils.pictures import make_grid, to_uint8
@@ -68,7 +68,8 @@ def main(args):
 
     # Model
     accelerator = start_process(args.mixed_precision)
-    unet, own = load_pipeline(args.model)
+    unet, own, space = load_pipeline(args.model, args.trust_remote_code)
+    space.to(accelerator.device)
     steered = args.guidance_color or args.guidance_prompt or args.init_image or (args.gif and not args.interpolate)
     calls = args.num_inference_steps or usual_calls(own)
     name = args.sampler or (sampler_for_walks(own) if args.interpolate else None)
@@ -80,14 +81,13 @@ def main(args):
     if args.compile:
         unet.compile()
     unet = plain = accelerator.prepare_model(unet, evaluation_mode=True)
-    shape = image_shape(unet.config)
 
     # What images start from, and what they are steered to
     def between(sample_ids):
-        ends = [starting_noise(own, args.seed, np.array([k]), shape, "cpu") for k in args.interpolate]
+        ends = [starting_noise(own, args.seed, np.array([k]), space.shape, "cpu") for k in args.interpolate]
         return noise_between(own, *ends, torch.from_numpy(sample_ids / max(1, args.num_samples - 1)).float())
 
-    guidance = make_guidance(args, accelerator.device)
+    guidance = make_guidance(args, accelerator.device, space=space)
     options = dict(guidance=guidance, strength=args.strength)
     classes = choose_classes(unet.config, args.class_labels)
     if classes is not None:  # the scale is that of the classes, unless samples are steered otherwise
@@ -108,14 +108,19 @@ def main(args):
             f"--init_image: {args.model} draws in a few calls, and knows too few noise levels; take its teacher"
         )
     if args.init_image:
-        options["init_images"] = load_image(args.init_image, shape, args.model)
+        picture = load_image(args.init_image, space.image_shape, args.model)
+        options["init_images"] = space.encode(picture.to(accelerator.device))
     draw = partial(
-        sample_batch, unet, sampler, shape=shape, num_inference_steps=calls, seed=args.seed,
+        sample_batch, unet, sampler, shape=space.shape, num_inference_steps=calls, seed=args.seed,
         device=accelerator.device, **options,
     )  # fmt: skip
 
+    @torch.no_grad()
+    def decoded(samples):
+        return to_uint8(space.decode(samples))
+
     # Draw what is not there yet, every process its share
-    images_folder = ImageFolder(accelerator, args, calls, plain, sampler)
+    images_folder = ImageFolder(accelerator, args, calls, plain, sampler, space)
     stop_signal = StopSignal(accelerator, "stopping; images that are complete stay")
     missing = images_folder.missing()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
@@ -131,7 +136,7 @@ def main(args):
             images = draw(sample_ids=sample_ids, stop=stop_signal.requested)
         except Interrupted:
             break
-        images_folder.save(sample_ids, to_uint8(images))
+        images_folder.save(sample_ids, decoded(images))
         progress.update(len(sample_ids) * accelerator.num_processes)
     progress.close()
     accelerator.wait_for_everyone()
@@ -157,7 +162,7 @@ def main(args):
         elif args.gif:
             frames = []
             sample_ids = np.arange(min(16, args.num_samples))
-            draw(sample_ids=sample_ids, watch=lambda *pair: frames.append([to_uint8(images) for images in pair]))
+            draw(sample_ids=sample_ids, watch=lambda *pair: frames.append([decoded(samples) for samples in pair]))
             save_gif(frames, images_folder.folder / "walk.gif")
             save_walk(frames, images_folder.folder / "walk.png")
     accelerator.wait_for_everyone()

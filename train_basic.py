@@ -57,7 +57,7 @@ def main(args):
     # Noise scheduler
     noise_scheduler = LinearMixScheduler()
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
+    check_fit(unet, noise_scheduler, train_data.image_shape, args.num_inference_steps)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
     optimizer = make_optimizer(  # or any of torch.optim
@@ -69,7 +69,7 @@ def main(args):
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
 
     # Samples
-    examples = train_data.examples(8)[0].to(accelerator.device)
+    examples = train_data.examples(8)["images"].to(accelerator.device)
 
     def draw(count, num_inference_steps=args.num_inference_steps):
         return sample_images(

@@ -94,7 +94,7 @@ def main(args):
     num_train_timesteps, prediction_type = (
         noise_scheduler.config[k] for k in ("num_train_timesteps", "prediction_type")
     )
-    check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
+    check_fit(unet, noise_scheduler, train_data.image_shape, args.num_inference_steps)
     sampler = make_sampler(args.sampler, noise_scheduler)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
@@ -107,6 +107,10 @@ def main(args):
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
 
     # Samples
+    def model_inputs(batch):
+        labels = batch["labels"]  # (B,), -1 where it is not known
+        return {"class_labels": labels.where(labels >= 0, null_class)}
+
     guided = GuidedModel(unet, args.guidance_scale)
     all_classes = labels_in_turn(range(len(class_names)), accelerator.device)
 
@@ -127,7 +131,7 @@ def main(args):
     for batch in run.steps(
         model, ema_model, noise_scheduler, draw, sample, save_pipeline,
         caption=f"{args.sampler}, {args.num_inference_steps} calls, seed {args.seed}, guidance {args.guidance_scale:g}",
-        prediction_type=prediction_type, beta_schedule=noise_scheduler.config.beta_schedule,
+        model_inputs=model_inputs,
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
@@ -144,8 +148,7 @@ def main(args):
 
         # The class that the model is told, or the null class
         told = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.label_dropout)
-        labels = batch["labels"]  # (B,), -1 where it is not known
-        class_labels = labels.where((labels >= 0) & told.to(labels.device), null_class)
+        class_labels = model_inputs(batch)["class_labels"].where(told.to(accelerator.device), null_class)
 
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps, class_labels).sample.float()

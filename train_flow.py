@@ -78,7 +78,7 @@ def main(args):
     num_train_timesteps, prediction_type = (
         noise_scheduler.config[k] for k in ("num_train_timesteps", "prediction_type")
     )
-    check_fit(unet, noise_scheduler, train_data, args.num_inference_steps)
+    check_fit(unet, noise_scheduler, train_data.image_shape, args.num_inference_steps)
     sampler = make_sampler(args.sampler, noise_scheduler)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
@@ -107,7 +107,6 @@ def main(args):
     for batch in run.steps(
         model, ema_model, noise_scheduler, draw, sample, save_pipeline,
         caption=f"{args.sampler}, {args.num_inference_steps} calls, seed {args.seed}",
-        prediction_type=prediction_type, flow_shift=noise_scheduler.config.flow_shift,
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows

@@ -17,7 +17,6 @@ from PIL import ImageColor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.diffusion.guidance import Guidance, color_loss
 from utils.diffusion.pipelines import load_pipeline
-from utils.diffusion.pretrained import image_shape
 from utils.diffusion.sampling import sample_images
 from utils.diffusion.schedulers import make_sampler
 
@@ -29,24 +28,32 @@ def main():
     parser.add_argument("--num_samples", type=int, default=16)
     parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 1.0])
     options = parser.parse_args()
-    unet, scheduler = load_pipeline(options.model)
+    unet, scheduler, space = load_pipeline(options.model)
     accelerator, sampler = Accelerator(mixed_precision="bf16"), make_sampler("ddim", scheduler)
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
-    shape = image_shape(unet.config)
     target = np.array(ImageColor.getrgb(options.color)[:3]).reshape(1, 3, 1, 1)
     print(f"| Guidance towards {options.color} | Mean distance, of 255 | Share | Seconds |\n|---|---|---|---|")
     first = None
     for name, guidance in [
         ("none", None),
         *(
-            (f"{m}, scale {s}", Guidance(color_loss(options.color), s, m))
+            (f"{m}, scale {s}", Guidance(color_loss(options.color), s, m, space))
             for m in ("direct", "net")
             for s in options.scales
         ),
     ]:
         start = time.perf_counter()
         images = sample_images(
-            unet, sampler, accelerator, options.num_samples, shape, 40, options.num_samples, 0, guidance=guidance
+            unet,
+            sampler,
+            accelerator,
+            options.num_samples,
+            space.shape,
+            40,
+            options.num_samples,
+            0,
+            guidance=guidance,
+            decode=space.to(accelerator.device).decode,
         )
         distance = np.abs(images.astype(float) - target).mean()
         first = first or distance

@@ -135,7 +135,7 @@ def test_other_noise_is_never_taken_for_that_of_a_ddpm_scheduler(tmp_path, name)
     for script in ({}, {"script": finetune_faces}, {"script": train_conditional}):
         with pytest.raises(UserError, match=f"its {name} .* does not have the noise of a DDPMScheduler"):
             train(tmp_path / "run", start, **script)
-    _, own = load_pipeline(str(tmp_path / "model"))
+    _, own, _ = load_pipeline(str(tmp_path / "model"))
     if name == "DPMSolverMultistepScheduler":  # of straight paths: tests/test_train_flow.py
         return
     with pytest.raises(UserError, match=f"its {name} .* is of no model that was trained on straight paths"):

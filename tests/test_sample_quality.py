@@ -55,7 +55,7 @@ class FakeRun:
 
     def __init__(self, folder, accelerator, images):
         self.output_dir, self.accelerator, self.global_step = folder, accelerator, 0
-        self.args, self.train_data = SimpleNamespace(seed=0), SimpleNamespace(examples=lambda count: (images, None))
+        self.args, self.train_data = SimpleNamespace(seed=0), SimpleNamespace(examples=lambda count: {"images": images})
         self.log = lambda values: None
 
     def measure(self, quality, step, draw, save):

@@ -247,12 +247,12 @@ def test_the_tools_know_straight_paths(tmp_path, finished):
 
 
 def test_samplers_of_the_other_noise_are_refused_and_the_other_way_round(finished, finished_run):
-    _, flow = load_pipeline(str(finished))
+    _, flow, _ = load_pipeline(str(finished))
     assert isinstance(training_scheduler(flow), FlowScheduler)
     for name in ("ddpm", "ddim", "unipc"):
         with pytest.raises(UserError, match=rf"--sampler {name}: .* straight paths; expected dpmsolver\+\+, euler"):
             choose_sampler(flow, name, 5)
-    _, ddpm = load_pipeline(str(finished_run))
+    _, ddpm, _ = load_pipeline(str(finished_run))
     with pytest.raises(UserError, match=r"--sampler euler is for models of train_flow\.py"):
         choose_sampler(ddpm, "euler", 5)
 

@@ -9,6 +9,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from .. import UserError
 from .class_conditional import class_names, class_numbers, guided_output
+from .sampling import in_turn
 
 
 def give_classes(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
@@ -91,8 +92,7 @@ def choose_classes(config, asked: str | None) -> list[int] | None:
 
 def labels_in_turn(labels: Sequence[int] | np.ndarray, device) -> Callable[[np.ndarray], dict]:
     """``model_inputs`` of ``sampling.sample_batch``: image k is of the class ``labels[k % len(labels)]``."""
-    labels = np.asarray(labels, dtype=np.int64)
-    return lambda sample_ids: {"class_labels": torch.from_numpy(labels[sample_ids % len(labels)]).to(device)}
+    return in_turn({"class_labels": torch.as_tensor(np.asarray(labels, dtype=np.int64))}, device)
 
 
 def between_classes(unet: UNet2DModel, labels: Sequence[int], count: int) -> Callable[[np.ndarray], dict]:

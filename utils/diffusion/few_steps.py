@@ -1,9 +1,7 @@
 """Models that draw in a few calls, and their sampler."""
 
-import hashlib
 import inspect
 
-import torch
 from diffusers import DDPMScheduler, LCMScheduler, SchedulerMixin
 
 from .. import UserError
@@ -45,12 +43,3 @@ def is_few_step(scheduler: SchedulerMixin) -> bool:
 def suits(name: str, scheduler: SchedulerMixin) -> bool:
     """Whether the sampler of this name is of the kind that the model that carries this scheduler was trained for."""
     return (name == "lcm") == is_few_step(scheduler)
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of a model's weights, in the order of their names: 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy())
-    return digest.hexdigest()

@@ -36,10 +36,15 @@ class Guidance:
         mode: ``direct`` takes the gradient with respect to the predicted image. ``net`` takes it through the model,
             with respect to its noisy input (as DPS does, Chung et al. 2022, arXiv:2209.14687): slower, and what the
             model would not draw is suppressed.
+        space: that the model denoises in, see ``spaces``; by default pixels.
     """
 
-    def __init__(self, function: GuidanceFunction, scale: float, mode: str = "direct"):
+    def __init__(
+        self, function: GuidanceFunction, scale: float, mode: str = "direct",
+        space=None,
+    ):  # fmt: skip
         self.function, self.scale, self.mode = function, scale, mode
+        self.decode = None if space is None or space.in_unit_range else space.decode
 
     def predict(self, model, scheduler: SchedulerMixin, sample: torch.Tensor, timestep) -> torch.Tensor:
         """The guided model's output for a sampler's step: like ``model(sample, timestep).sample``, in float32."""
@@ -50,29 +55,35 @@ class Guidance:
         with torch.enable_grad(), torch.random.fork_rng([sample.device] if sample.is_cuda else []):
             torch.manual_seed(int(timestep))
             # Clipped to the range of images, but for the gradient: before the end predictions of noise exceed it by far
-            predicted = predicted + (predicted.clamp(-1, 1) - predicted).detach()
+            clip = lambda images: images + (images.clamp(-1, 1) - images).detach()  # noqa: E731
+            predicted = predicted if self.decode else clip(predicted)
             at = sample if self.mode == "net" else predicted.requires_grad_()
-            losses = self.function(predicted)
+            images = clip(self.decode(predicted)) if self.decode else predicted
+            losses = self.function(images)
             if losses.shape != sample.shape[:1]:
                 raise UserError(
                     f"the guidance function returned shape {tuple(losses.shape)}; expected one loss an image"
                 )
-            losses = losses * sample[0].numel()  # before the gradient is taken, for fp16 has no small numbers
+            losses = losses * images[0].numel()  # before the gradient is taken, for fp16 has no small numbers
             (gradient,) = torch.autograd.grad(losses.sum(), at)
         _, noise_level = signal_and_noise(scheduler, timestep, sample)
         step = self.scale * noise_level * gradient / 2
         return output_for(scheduler, predicted.detach() - step, sample.detach(), timestep)
 
 
-def make_guidance(args, device: torch.device) -> Guidance | None:
-    """Make the guidance that the flags of ``guidance_args`` ask for, or None."""
+def make_guidance(args, device: torch.device, **options) -> Guidance | None:
+    """Make the guidance that the flags of ``guidance_args`` ask for, or None.
+
+    Args:
+        options: of ``Guidance``.
+    """
     if args.guidance_color:
         function = color_loss(args.guidance_color)
     elif args.guidance_prompt:
         function = clip_loss(args.guidance_prompt, args.clip_model_name_or_path, device)
     else:
         return None
-    return Guidance(function, args.guidance_scale, args.guidance_mode)
+    return Guidance(function, args.guidance_scale, args.guidance_mode, **options)
 
 
 def color_loss(color: str) -> GuidanceFunction:

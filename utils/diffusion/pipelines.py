@@ -8,6 +8,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from huggingface_hub import snapshot_download
 
 from .. import UserError
@@ -20,19 +21,25 @@ from .pretrained import (
     check_embeddings,
     check_noise,
     check_noise_scheduler,
+    image_shape,
     leave_out_variance,
+    other_parts,
     refuse_missing,
     shorten,
 )
 from .sampling import sample_images
+from .spaces import Latents, Pixels
+
+AUTOENCODERS = ("vqvae", "vae")  # names of a pipeline's part
 
 
-def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
-    """UNet and scheduler of a pipeline that can draw images by itself, without running code that comes with it.
+def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[ModelMixin, SchedulerMixin, Pixels]:
+    """Load a pipeline that can draw images by itself: its UNet, its scheduler, and the space that it denoises in.
 
     Args:
-        name_or_path: a folder or Hub id: the output of these scripts, a ``DDPMPipeline``, or a ``UNet2DModel`` alone,
-            which then gets a ``DDPMScheduler``. A learned variance is left out.
+        name_or_path: a folder or Hub id: the output of these scripts, a ``DDPMPipeline``, an ``LDMPipeline``, or a
+            ``UNet2DModel`` alone, which then gets a ``DDPMScheduler``. A learned variance is left out.
+        trust_remote_code: run code that comes with the model; only a net of somebody's own brings some that is needed.
 
     Raises:
         UserError: it cannot be loaded, or consists of other classes.
@@ -43,15 +50,30 @@ def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
     try:
         folder = Path(name_or_path).expanduser()
         if not folder.exists():
-            patterns = dict(allow_patterns=["*.json", "*.safetensors", "*.bin"], ignore_patterns="checkpoint-*")
+            kinds = ["*.json", "*.safetensors", "*.bin", *(["*.py"] if trust_remote_code else [])]
+            patterns = dict(allow_patterns=kinds, ignore_patterns="checkpoint-*")
             folder = Path(snapshot_download(name_or_path, **patterns))
         if (folder / "model_index.json").is_file():
             index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            if others := other_parts(index, ("unet", "scheduler", *AUTOENCODERS)):
+                raise UserError(f"{name_or_path}: a pipeline with {others} besides; {expected}")
             classes = [index.get(part, [None, None])[1] for part in ("unet", "scheduler")]
         else:  # no pipeline; perhaps a model
-            classes = [UNet2DModel.load_config(folder).get("_class_name"), None]
+            index, classes = {}, [UNet2DModel.load_config(folder).get("_class_name"), None]
         unet_class, scheduler_class = (ours.get(str(name), getattr(diffusers, str(name), None)) for name in classes)
-        if unet_class not in (UNet2DModel, BasicUNet) or (classes[1] and scheduler_class is None):
+        code = f"{index.get('unet', [''])[0]}.py"
+        if code.startswith("own_net_"):  # of ``own_nets``
+            if not trust_remote_code:
+                raise UserError(
+                    f"{name_or_path}: its net {classes[0]} is code that comes with the model. Read unet/{code} there, "
+                    "and then give --trust_remote_code to run it"
+                )
+            unet_class = get_class_from_dynamic_module(
+                folder / "unet", code, class_name=classes[0], trust_remote_code=True
+            )
+        elif unet_class not in (UNet2DModel, BasicUNet):
+            unet_class = None
+        if unet_class is None or (classes[1] and scheduler_class is None):
             raise UserError(f"{name_or_path}: its parts are {' and '.join(map(str, classes))}; {expected}")
         # As in DiffusionPipeline: a part without a folder of its own lies beside model_index.json
         places = [folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")]
@@ -59,7 +81,11 @@ def load_pipeline(name_or_path: str) -> tuple[ModelMixin, SchedulerMixin]:
         check_embeddings(unet.config, name_or_path)
         scheduler = scheduler_class.from_pretrained(places[1]) if scheduler_class else DDPMScheduler()
         leave_out_variance(unet, scheduler, name_or_path)
-        return unet, scheduler
+        space = Pixels(image_shape(unet.config))
+        for part in AUTOENCODERS:
+            if kind := index.get(part, [None, None])[1]:
+                space = Latents.of_shape(getattr(diffusers, kind).from_pretrained(folder / part), space.shape)
+        return unet, scheduler, space
     except UserError:
         raise
     except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors

@@ -25,7 +25,12 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
     flag = f"--pretrained_model_name_or_path {name_or_path}"
     refuse_missing(flag, name_or_path)
     try:
+        others = other_parts(DDPMPipeline.load_config(name_or_path))
+        if others:
+            raise UserError(f"{flag}: a pipeline with {others} besides; expected one of unet and scheduler alone")
         pipeline = DDPMPipeline.from_pretrained(name_or_path)
+    except UserError:
+        raise
     except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors
         raise UserError(
             f"{flag}: cannot be loaded as a DDPMPipeline: {type(error).__name__}: {shorten(error)}. "
@@ -50,6 +55,16 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
     return pipeline
 
 
+def other_parts(index: dict, known: tuple[str, ...] = ("unet", "scheduler")) -> str:
+    """Return the parts of a pipeline that are none of these, with their classes; "" if there are none.
+
+    Args:
+        index: content of ``model_index.json``.
+    """
+    parts = {name: part[1] for name, part in index.items() if isinstance(part, (list, tuple)) and name[0] != "_"}
+    return ", ".join(f"{name} ({kind})" for name, kind in parts.items() if kind and name not in known)
+
+
 def leave_out_variance(unet: UNet2DModel, scheduler: SchedulerMixin, said: str) -> None:
     """Cut the outputs of a model that predicts a variance, too (Nichol & Dhariwal 2021, arXiv:2102.09672) to its mean.
 
@@ -68,7 +83,10 @@ def leave_out_variance(unet: UNet2DModel, scheduler: SchedulerMixin, said: str) 
         unet.register_to_config(out_channels=channels)
         scheduler.register_to_config(variance_type="fixed_small")
     elif unet.config.out_channels != channels:
-        raise UserError(f"{said}: {channels} channels in, {unet.config.out_channels} out; expected as many, or twice")
+        raise UserError(
+            f"{said}: {channels} channels in, {unet.config.out_channels} out; expected as many, or twice. A model that "
+            "is given a condition beside the noisy images is drawn by the script that trained it"
+        )
 
 
 def check_noise(scheduler: SchedulerMixin, said: str, flow: bool = False) -> None:
@@ -184,10 +202,17 @@ def zero_init(unet: UNet2DModel) -> UNet2DModel:
     return unet
 
 
-def check_fit(unet: torch.nn.Module, noise_scheduler: SchedulerMixin, train_data, num_inference_steps: int) -> None:
+def check_fit(
+    unet: torch.nn.Module, noise_scheduler: SchedulerMixin, shape: tuple[int, int, int], num_inference_steps: int,
+    in_channels: int | None = None,
+) -> None:  # fmt: skip
     """Refuse a model, images, a noise schedule and a number of sampling steps that do not fit each other.
 
     Of a model only what its config says is checked.
+
+    Args:
+        shape: (C, H, W) of what the model denoises.
+        in_channels: number of channels that it takes, where it is given a condition beside them; by default C.
 
     Raises:
         UserError: wrong number of channels; a resolution that cannot be halved as often as the model halves it, or cut
@@ -195,18 +220,26 @@ def check_fit(unet: torch.nn.Module, noise_scheduler: SchedulerMixin, train_data
     """
     check_noise_scheduler(noise_scheduler, num_inference_steps)
     config = getattr(unet, "config", {})
-    channels = config.get("in_channels", train_data.channels)
-    if channels != train_data.channels:
+    channels, height, width = shape
+    taken = config.get("in_channels") or channels
+    if in_channels is None and taken != channels:
         raise UserError(
-            f"the images have {train_data.channels} channels, the model takes {channels}; --image_mode "
-            f"{ {1: 'L', 3: 'RGB'}.get(channels, '?') } converts them"
+            f"the images have {channels} channels, the model takes {taken}; --image_mode "
+            f"{ {1: 'L', 3: 'RGB'}.get(taken, '?') } converts them"
         )
-    factor, does = config.get("patch_size") or 1, "cuts them into patches"
-    if "block_out_channels" in config:
-        halvings = len(config["block_out_channels"]) - 1
-        factor, does = 2**halvings, f"halves them {halvings} times"
-    if any(side % factor for side in train_data.size):
-        height, width = train_data.size
+    given = config.get("out_channels") or channels
+    if in_channels not in (None, taken) or given != channels:
+        raise UserError(
+            f"the model takes {taken} channels and returns {given}; expected {in_channels or channels} and {channels}, "
+            f"to denoise {channels} channels{' beside a condition' * bool(in_channels)}"
+        )
+    factor, does = 1, ""
+    if type(unet).__module__.startswith(("diffusers.", __package__)):  # another's config may mean something else
+        factor, does = config.get("patch_size") or 1, "cuts them into patches"
+        if "block_out_channels" in config:
+            halvings = len(config["block_out_channels"]) - 1
+            factor, does = 2**halvings, f"halves them {halvings} times"
+    if height % factor or width % factor:
         near = [max(factor, round(side / factor) * factor) for side in (height, width)]
         raise UserError(
             f"images of {height} x {width} pixels: this model {does}, so it needs multiples of {factor}; try "

@@ -25,6 +25,7 @@ def sample_images(
     seed: int,
     stop: Callable[[], bool] = lambda: False,
     first: int = 0,
+    decode: Callable[[torch.Tensor], torch.Tensor] = lambda samples: samples,
     **options,
 ) -> np.ndarray:
     """Draw images with every process taking its share. Call it on all processes.
@@ -37,6 +38,7 @@ def sample_images(
         batch_size: images at once on this process.
         stop: asked before every model call of a single process, see ``sample_batch``.
         first: the number of the first image.
+        decode: of the space that the model denoises in, see ``spaces``; by default samples are images.
         model, sampler, shape, num_inference_steps, seed, options: see ``sample_batch``.
 
     Returns:
@@ -49,6 +51,8 @@ def sample_images(
         batch = sample_batch(
             model, sampler, sample_ids, shape, num_inference_steps, seed, accelerator.device, **options
         )
+        with torch.no_grad():
+            batch = decode(batch)
         images.append(torch.from_numpy(to_uint8(batch)))  # at once: floats of 50,000 images would fill the memory
     images = torch.cat(images)
     if accelerator.num_processes > 1:
@@ -88,13 +92,13 @@ def sample_batch(
         noise: what image k starts from, instead of the noise of seed and k; float32 (B, C, H, W) for ids (B,). For
             example an interpolation, see ``pipelines.slerp``.
         init_images: start from these with noise on them (SDEdit, arXiv:2108.01073), one for all or one an image;
-            (N, C, H, W) in [-1, 1].
+            (N, C, H, W), as the model sees them.
         strength: of that noise, in (0, 1]; of the steps, this share is done.
         watch: called at every step with what the model is given and which clean images it predicts, (B, C, H, W) each.
         model_inputs: what else the model needs for images of these ids (B,), by name: class labels, a condition.
 
     Returns:
-        float32 (B, C, H, W), images in [-1, 1] or about it.
+        float32 (B, C, H, W), as the model sees them: images in [-1, 1] or about it, or latents.
 
     Raises:
         Interrupted: ``stop`` returned True.
@@ -134,6 +138,16 @@ def sample_batch(
                 watch(sample, predicted_images(sampler, model_output, sample, timestep))
             sample = sampler.step(model_output, timestep, sample, **options).prev_sample
     return sample
+
+
+def in_turn(inputs: dict[str, torch.Tensor], device) -> Callable[[np.ndarray], dict]:
+    """``model_inputs`` of ``sample_batch``: image k gets row k % N of what has N rows."""
+
+    def rows(sample_ids):
+        chosen = torch.from_numpy(np.asarray(sample_ids))
+        return {name: values[chosen % len(values)].to(device) for name, values in inputs.items()}
+
+    return rows
 
 
 def starting_noise(scheduler, seed, sample_ids, shape, device) -> torch.Tensor:

@@ -42,10 +42,11 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     start at t=960 of 1000 with 25 steps, from noise that the model takes for an image (arXiv:2305.08891, Sec. 3.3).
     Predicted clean images are clipped to [-1, 1] where the model predicts noise: near t=T an error of the noise is one
     of the image, magnified a hundred times and more. DDIM must then derive the noise again from the clipped image, or
-    the two contradict each other and every further step makes it worse: see ``sampling.sample_batch``.
+    the two contradict each other and every further step makes it worse: see ``sampling.sample_batch``. With
+    ``clip_sample=False`` in the noise scheduler nothing is clipped: latents do not keep to [-1, 1].
     """
     config = noise_scheduler.config
-    clips = config.prediction_type == "epsilon"
+    clips = config.prediction_type == "epsilon" and config.get("clip_sample", True)
     overrides = {"timestep_spacing": "trailing"}
     if name == "ddim":
         overrides |= {"clip_sample": clips, "thresholding": False}

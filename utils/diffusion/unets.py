@@ -72,3 +72,36 @@ def prepare_unet(unet, device, gradient_checkpointing: bool, compile: bool):
     if compile:
         unet.compile()
     return unet
+
+
+def concatenate_condition(unet):
+    """Have a model take ``condition=`` (B, K, H, W), which it sees as further channels behind its noisy input.
+
+    As in SR3 (Saharia et al. 2021, arXiv:2104.07636). Its config has K more ``in_channels`` than ``out_channels``.
+
+    Returns:
+        The same model. Without ``condition=`` it raises TypeError.
+    """
+    import torch
+
+    def concatenate(model, inputs, options):
+        if options.get("condition") is None:
+            raise TypeError("the model takes condition=, a tensor (B, K, H, W); give it as one of model_inputs")
+        noisy, *others = inputs
+        condition = options["condition"].to(noisy)
+        others_by_name = {name: value for name, value in options.items() if name != "condition"}
+        return (torch.cat([noisy, condition], dim=1), *others), others_by_name
+
+    unet.register_forward_pre_hook(concatenate, with_kwargs=True)
+    return unet
+
+
+def weights_digest(model) -> str:
+    """SHA-256 of a model's weights, in the order of their names: 64 hexadecimal digits."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from .. import randomness
-from ..diffusion.sampling import evaluating
+from ..diffusion.sampling import evaluating, in_turn
 from ..diffusion.schedulers import NOISE_LEVELS, noise_levels, output_for
 from ..signals import Interrupted, progress
 
@@ -19,16 +19,19 @@ class DenoisingLoss:
     Each image appears once in every range of timesteps. The processes share the work; call it on all of them.
 
     Args:
-        images: (N, C, H, W) in [-1, 1], the same on every process.
+        images: (N, C, H, W), as the model sees them; the same on every process.
         noise_scheduler: the one with which the model was trained: a ``DDPMScheduler``, or linear mixing.
         seed: of timesteps and noise.
         batch_size: triples at once, per process.
-        labels: int64 (N,), the class of each image, of a model that is told it.
+        inputs: what else the model is given for each image, by name: class labels (N,), a condition (N, ...).
     """
 
-    def __init__(self, images: torch.Tensor, noise_scheduler, seed: int, batch_size: int = 8, labels=None):
+    def __init__(
+        self, images: torch.Tensor, noise_scheduler, seed: int, inputs: dict[str, torch.Tensor] | None = None,
+        batch_size: int = 8,
+    ):  # fmt: skip
         self.images, self.noise_scheduler, self.seed, self.batch_size = images, noise_scheduler, seed, batch_size
-        self.labels = labels
+        self.inputs = inputs or {}
 
     @torch.no_grad()
     def measure(
@@ -47,6 +50,7 @@ class DenoisingLoss:
         numbers = np.arange(len(self.images) * NOISE_LEVELS)  # one id for each triple
         sums = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)
         mine = numbers[accelerator.process_index :: accelerator.num_processes]
+        inputs = in_turn(self.inputs, accelerator.device)
         with evaluating(model):
             for batch in np.array_split(mine, range(self.batch_size, len(mine), self.batch_size)):
                 progress("evaluation")
@@ -67,10 +71,7 @@ class DenoisingLoss:
                 )
                 noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
                 target = output_for(self.noise_scheduler, clean_images, noisy_images, timesteps.view(-1, 1, 1, 1))
-                inputs = {}
-                if self.labels is not None:
-                    inputs["class_labels"] = self.labels[batch // NOISE_LEVELS].to(accelerator.device)
-                output = model(noisy_images, timesteps, **inputs).sample.float()
+                output = model(noisy_images, timesteps, **inputs(batch // NOISE_LEVELS)).sample.float()
                 losses = F.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
                 index = torch.from_numpy(levels).to(accelerator.device)
                 sums[0].index_add_(0, index, losses)

@@ -13,7 +13,7 @@ from PIL import Image
 from .. import UserError
 from ..data.images import choose_range
 from ..data.pixels import GREY_MODES, deep_values, prepare_image, to_eight_bits
-from ..diffusion.few_steps import weights_digest
+from ..diffusion.unets import weights_digest
 from ..pictures import from_uint8, make_grid
 from ..sources import folders
 from ..sources.decoding import decode_image
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 SETTINGS = "sampling_args.json"
 ALSO = ("walk.gif", "walk.png", "images.npz", "images.parquet")
 # Flags that may change between two runs into one folder: they do not change image k
-FREE = {"output_dir", "num_samples", "sample_batch_size", "format", "gif", "compile", "config"}
+FREE = {"output_dir", "num_samples", "sample_batch_size", "format", "gif", "compile", "config", "trust_remote_code"}
 
 
 class ImageFolder:
@@ -39,21 +39,23 @@ class ImageFolder:
         accelerator: call this on all processes.
         args: the flags of sample.py.
         num_inference_steps: model calls an image, given or not.
-        model, sampler: whose weights and settings the images depend on, too.
+        model, sampler, space: whose weights and settings the images depend on, too.
 
     Raises:
         UserError: the folder holds something else, or images drawn with other settings.
     """
 
-    def __init__(self, accelerator, args, num_inference_steps: int, model, sampler):
+    def __init__(self, accelerator, args, num_inference_steps: int, model, sampler, space):
         self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir)
-        inspect_together(accelerator, self.folder, lambda: self._claim(num_inference_steps, model, sampler))
+        inspect_together(accelerator, self.folder, lambda: self._claim(num_inference_steps, model, sampler, space))
 
-    def _claim(self, num_inference_steps, model, sampler) -> None:
+    def _claim(self, num_inference_steps, model, sampler, space) -> None:
         settings = {flag: value for flag, value in vars(self.args).items() if flag not in FREE}
         settings["num_inference_steps"] = num_inference_steps
         settings["weights"] = weights_digest(model)[:12]
         settings["scheduler"] = f"{type(sampler).__name__} {digest_of(settings_of(sampler))[:12]}"
+        if space.fingerprint:
+            settings["autoencoder"] = space.fingerprint
         if self.args.init_image:
             settings["init_image"] += f" {file_hash(Path(self.args.init_image))[:12]}"
         if self.args.interpolate:

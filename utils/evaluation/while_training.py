@@ -7,9 +7,9 @@ import shutil
 import time
 
 import numpy as np
-import torch
 
 from .. import sync, write_record
+from ..diffusion.spaces import Pixels, encode_in_batches
 from ..pictures import to_uint8
 from ..training.checkpoints import on_all_processes
 from .denoising_loss import DenoisingLoss
@@ -50,18 +50,18 @@ class Validation:
 
     def __init__(self, run, split: str | None, prior: str | None):
         self.run, data = run, run.train_data
-        images = {"train": data.examples(NUM_VALIDATION_IMAGES)}
+        batches, self.losses = {"train": data.examples(NUM_VALIDATION_IMAGES)}, {}
         if split:
             held_out = data.images.held_out(split, "--validation_split")
-            images["held_out"] = data.examples_of(held_out, NUM_VALIDATION_IMAGES)
+            batches["held_out"] = data.examples(NUM_VALIDATION_IMAGES, held_out)
         if prior:
             others = data.images.another(prior, "--prior_dataset_name")
-            images["prior"] = data.examples_of(others, NUM_VALIDATION_IMAGES)
-        conditional, self.losses = getattr(run.unet, "class_embedding", None) is not None, {}
-        for name, (shown, labels) in images.items():
-            labels = torch.from_numpy(labels)
-            labels = labels.where(labels >= 0, len(data.label_names)) if conditional else None
-            self.losses[name] = DenoisingLoss(shown, run.noise_scheduler, run.args.seed, labels=labels)
+            batches["prior"] = data.examples(NUM_VALIDATION_IMAGES, others)
+        space = run.space or Pixels(data.image_shape)
+        for name, batch in batches.items():
+            images = encode_in_batches(space, batch["images"], run.accelerator.device)
+            inputs = run.model_inputs(batch)
+            self.losses[name] = DenoisingLoss(images, run.noise_scheduler, run.args.seed, inputs)
 
     def measure(self) -> None:
         """Measure, and write to the trackers. Call it on all processes."""
@@ -93,7 +93,7 @@ class SampleQuality:
     def __init__(self, run, features: str, count: int, every: int):
         self.run, self.every, self.announced = run, every, False
         self.extract = load_extractor(features, run.accelerator.device)
-        reference = to_uint8(run.train_data.examples(count)[0])
+        reference = to_uint8(run.train_data.examples(count)["images"])
         check_count(len(reference), "--evaluate_steps")
         self.count, self.reference = len(reference), self.extract(reference)
         self._distance = f"{distance_name(self.extract.name)}_N{self.count}"

@@ -35,7 +35,8 @@ PUSH_FAILED = 75  # exit code, EX_TEMPFAIL of sysexits.h: try again
 REQUEST_TIMEOUT = 60.0  # seconds without an answer; the client's default is to wait for ever
 ALLOWED = (
     "model_index.json", "README.md", "*.py", "unet/config.json", "unet/*.safetensors", "unet/*.safetensors.index.json",
-    "unet/*.py", "scheduler/scheduler_config.json", "scheduler/*.py", "adapter/*.json", "adapter/*.safetensors",
+    "unet/*.py", "vqvae/config.json", "vqvae/*.safetensors", "vae/config.json", "vae/*.safetensors",
+    "scheduler/scheduler_config.json", "scheduler/*.py", "adapter/*.json", "adapter/*.safetensors",
 )  # fmt: skip
 PICTURES = ("samples.png", "curves.png", "walk.png", "before_after.png", "guided.png", "samples/*.png")
 

@@ -17,21 +17,20 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import write_record
-from ..args import defaults_of
+from ..args import Parser, add_common_arguments, defaults_of
 from ..diffusion.class_conditional import class_names
+from ..diffusion.unets import add_unet_arguments
 from ..hardware import device_name
 from ..privacy import OWN_IMAGES, is_hub_id, public
-from ..training.last_lines import how_to_load
+from ..training.last_lines import condition_channels, how_to_load
 from ..training.output_dir import ARGUMENTS, read_arguments
 from .results import describe_results
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "numpy", "pillow")
-TRAINING_FLAGS = (
-    "learning_rate", "lr_scheduler", "lr_warmup_steps", "label_dropout", "use_ema", "random_flip", "seed",
-    "solver_steps", "teacher_guidance_scale",
-)  # fmt: skip
+TRAINING_FLAGS = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "use_ema", "random_flip", "seed")
+SHOWN_OTHERWISE = {"pretrained_model_name_or_path", "sampler", "num_inference_steps"}  # base; how samples were drawn
 USE = """
 ## Intended use and limits
 
@@ -139,7 +138,9 @@ def write_card(
     known |= {"num_processes", "mixed_precision", "device", "finished_at_step", "fingerprint", "classes", "file"}
     found = {key: value for key, value in record.items() if key not in known and value is not None}
     settings = public(found) | {"data": data} | record.get("ran", {})
-    settings |= {key: flags[key] for key in TRAINING_FLAGS if flags.get(key) is not None}
+    own = {*flags} - _common_flags() - {*settings} - SHOWN_OTHERWISE  # of the script
+    settings |= {key: flags[key] for key in (*TRAINING_FLAGS, *sorted(own)) if flags.get(key) is not None}
+    settings |= public(record.get("constants", {}))
     code = [
         f"`{path.relative_to(folder)}`" for part in ("", "scheduler", "unet") for path in (folder / part).glob("*.py")
     ]
@@ -179,6 +180,15 @@ def write_card(
     ModelCard(text).save(folder / "README.md")
 
 
+@functools.cache
+def _common_flags() -> set[str]:
+    """Return the flags that scripts do not add themselves."""
+    parser = Parser("")
+    add_unet_arguments(parser)
+    add_common_arguments(parser)
+    return {action.dest for action in parser._actions}
+
+
 def _tags(index: dict, scheduler: dict, classes) -> list[str]:
     tags = ["diffusers", "unconditional-image-generation", *(["class-conditional"] if classes else [])]
     if scheduler.get("use_flow_sigmas"):
@@ -202,8 +212,13 @@ def _section(title: str, text: str) -> str:
 
 def _table(values: dict) -> str:
     return "\n".join(
-        ["| | |", "|---|---|", *(f"| {_escape(key)} | {_escape(value)} |" for key, value in values.items())]
+        ["| | |", "|---|---|", *(f"| {_escape(key)} | {_escape(_short(value))} |" for key, value in values.items())]
     )
+
+
+def _short(value, limit: int = 300) -> str:
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]} ... ({len(text)} characters)"
 
 
 def _shape(record: dict) -> str:
@@ -245,6 +260,11 @@ def _snippet(
 ) -> str:  # fmt: skip
     """Show how to load and draw, as Markdown; of a finished model nothing if that fails here."""
     load = how_to_load(folder, name)
+    if channels := condition_channels(folder):
+        code = f"from diffusers import {load.split('.')[0]}\n\nunet = {load}.unet"
+        said = f"Beside the noisy images the net takes a condition, {channels} channel{'s' * (channels > 1)}. "
+        said += "No pipeline of diffusers gives it one: the script that trained it draws."
+        return f"```python\n{code}\n```\n\n{said}\n\n"
     custom = load.startswith("DiffusionPipeline") and "custom_pipeline" in load
     asked = f", class_labels={[k % len(classes) for k in range(4)]}" if classes else ""
     how = repr(list(classes[:4])) if custom else f"batch_size=4{asked}"
@@ -263,7 +283,7 @@ def _snippet(
         )
     if final:
         try:
-            _try(folder, load.split(".")[0], custom, guided, classes)
+            _try(folder, load, custom, guided, classes)
         except Exception as error:  # the model is saved: a card without the snippet is better than none
             logger.warning(
                 f"{folder}: the saved pipeline could not be loaded and called: {type(error).__name__}: {error}"
@@ -272,13 +292,13 @@ def _snippet(
     return f"```python\n{code}\n```\n\n"
 
 
-def _try(folder: Path, kind: str, custom: bool, guided: bool, classes: list[str]) -> None:
+def _try(folder: Path, load: str, custom: bool, guided: bool, classes: list[str]) -> None:
     """Load the pipeline as the snippet does, and draw with one step; the libraries raise what does not work."""
     place, options = str(folder.resolve()), {"num_inference_steps": 1}
-    trusted = {"trust_remote_code": True} if kind == "DiffusionPipeline" else {}
+    trusted = {"trust_remote_code": True} if "trust_remote_code" in load else {}
     with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # a progress bar
         if not custom:
-            pipeline = getattr(diffusers, kind).from_pretrained(place, **trusted)
+            pipeline = getattr(diffusers, load.split(".")[0]).from_pretrained(place, **trusted)
             pipeline(batch_size=1, **({"class_labels": [0]} if classes else {}), **options)
         if custom or guided:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(place, custom_pipeline=place, trust_remote_code=True)

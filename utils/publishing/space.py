@@ -49,7 +49,9 @@ class Space(Hub):
             place = staging / path.relative_to(ROOT)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
-        app = f"from demo import main, parse_args\n\nmain(parse_args([{self.model.repo_id!r}]))\n"
+        own_net = any((self.folder / self.model.sent).glob("unet/*.py"))
+        arguments = [self.model.repo_id, *(["--trust_remote_code"] if own_net else [])]
+        app = f"from demo import main, parse_args\n\nmain(parse_args({arguments!r}))\n"
         (staging / "app.py").write_text(app, encoding="utf-8")
         files = [(ROOT / f"requirements{which}.txt").read_text(encoding="utf-8") for which in ("", "-demo")]
         lines = [line for line in "\n".join(files).splitlines() if re.match(r"[\w-]+==", line)]

@@ -11,12 +11,22 @@ def how_to_load(folder: Path, name: str | Path) -> str:
     """Return the expression that loads the pipeline saved in ``folder`` as ``name``: a path, or an id on the Hub."""
     kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    custom = ""
+    options = ", trust_remote_code=True" if any((folder / "unet").glob("*.py")) else ""
     if (folder / "pipeline.py").is_file() and not isinstance(unet.get("sample_size"), int):
-        custom = f", custom_pipeline={str(name)!r}"  # ConsistencyModelPipeline draws squares only
-    if custom or isinstance(kind, list):  # its code is in the folder
-        return f"DiffusionPipeline.from_pretrained({str(name)!r}{custom}, trust_remote_code=True)"
-    return f"{kind}.from_pretrained({str(name)!r})"
+        kind = [kind]
+        options = (
+            f", custom_pipeline={str(name)!r}, trust_remote_code=True"  # ConsistencyModelPipeline draws squares only
+        )
+    if isinstance(kind, list):  # its code is in the folder
+        kind, options = "DiffusionPipeline", options or ", trust_remote_code=True"
+    return f"{kind}.from_pretrained({str(name)!r}{options})"
+
+
+def condition_channels(folder: Path) -> int:
+    """Return how many channels of a condition the model in ``folder`` takes beside the noisy images: 0 for most."""
+    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    taken = unet.get("in_channels") or 0
+    return max(0, taken - (unet.get("out_channels") or taken))
 
 
 def last_lines(folder: Path, num_inference_steps: int, continued: str | None) -> list[str]:
@@ -31,6 +41,8 @@ def last_lines(folder: Path, num_inference_steps: int, continued: str | None) ->
     load = how_to_load(folder, folder)
     labels = "[0], " if "custom_pipeline" in load else ""  # it must be told which
     lines["pipeline"] = f"{load}({labels}num_inference_steps={num_inference_steps})"
+    if condition_channels(folder):
+        lines["pipeline"] = f"{load}.unet: no pipeline of diffusers gives it the condition that it takes"
     if any(folder.glob("logs/**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {folder}"
     lines["train longer"] = "the same command with a larger --max_train_steps"

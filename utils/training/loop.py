@@ -14,6 +14,7 @@ import logging
 import math
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,9 +32,9 @@ from ..pictures import with_caption
 from ..signals import Interrupted, StopSignal, progress
 from . import checkpoints, output_dir
 from .ema import EMA
-from .last_lines import last_lines
+from .last_lines import how_to_load, last_lines
 from .losses import RecentLosses
-from .process import start_process
+from .process import on_main_process, start_process
 from .repeats import Repeats
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ class Run:
 
     def steps(
         self, model: torch.nn.Module, ema_model: EMA, noise_scheduler, draw: Callable, sample: Callable,
-        save_pipeline: Callable[[Path], None], caption: str = "", compare: dict | None = None, **facts,
+        save_pipeline: Callable[[Path], None], caption: str = "", compare: dict | None = None,
+        model_inputs: Callable[[dict], dict] = lambda batch: {}, space=None, **facts,
     ) -> Iterator[dict]:  # fmt: skip
         """Resume, and yield the micro-batches of the steps that are left, see ``TrainData.batches``.
 
@@ -116,6 +118,8 @@ class Run:
             save_pipeline: writes what ``from_pretrained`` loads into the folder that it gets.
             caption: how samples are drawn, for the line below them.
             compare: further settings that a resumed run must not find changed.
+            model_inputs: returns what else the model is given for a batch, by name, where its loss is measured.
+            space: that the model denoises in; by default pixels, see ``diffusion.spaces``.
             facts: what the script found out, to be recorded.
 
         Raises:
@@ -123,15 +127,25 @@ class Run:
         """
         self.model, self.unet, self.ema_model = model, self.accelerator.unwrap_model(model), ema_model
         self.draw, self._sample, self._save_pipeline, self.caption = draw, sample, save_pipeline, caption
+        self.model_inputs, self.space = model_inputs, space
+        if space and noise_scheduler.config.get("clip_sample") and not space.in_unit_range:
+            raise UserError(
+                "the noise scheduler has clip_sample=True: samplers would clip latents to [-1, 1]. Give it "
+                "clip_sample=False, in NOISE or wherever it is made"
+            )
         self.noise_scheduler, self.num_train_timesteps = noise_scheduler, noise_scheduler.config.num_train_timesteps
         data = self.train_data
         self.facts = {
-            **facts, **data.settings, "data_license": data.license, "max_train_steps": self.max_train_steps,
+            **output_dir.describe_noise(noise_scheduler), **facts, **data.settings,
+            "data_license": data.license, "max_train_steps": self.max_train_steps,
             "parameters": facts.get("parameters", sum(weight.numel() for weight in self.unet.parameters())),
         }  # fmt: skip
+        if space:
+            self.facts["denoises"] = f"{type(space).__name__}, {' x '.join(map(str, space.shape))}"
         self.settings = {
             **self.flags, **data.settings, **(compare or {}), "constants": self.constants,
-            "noise_scheduler": output_dir.plain({k: v for k, v in noise_scheduler.config.items() if k[0] != "_"}),
+            "space": space and space.fingerprint,
+            "noise_scheduler": output_dir.config_of(noise_scheduler), "model_config": output_dir.config_of(self.unet),
             "optimizer_settings": output_dir.describe_optimizers(self.accelerator),
         }  # fmt: skip
         ema_model.to(self.accelerator.device)
@@ -257,7 +271,7 @@ class Run:
         self.repeats = Repeats(self.accelerator, self.output_dir, self.global_step)
 
     def _start(self) -> None:
-        """Write down what will be trained, and try whether the model can draw: now, and not after hours."""
+        """Write down what will be trained, and try to save and to draw: now, and not after hours."""
         args, accelerator = self.args, self.accelerator
         self.tell("resumed")
         self.train_data.prepare()  # before the clock starts, and while Ctrl-C still stops at once
@@ -274,10 +288,26 @@ class Run:
             total=self.max_train_steps, initial=self.global_step, desc="Training", unit="step", dynamic_ncols=True,
             disable=not accelerator.is_local_main_process, mininterval=0.1 if sys.stderr.isatty() else 10,
         )  # fmt: skip
+        if not self.global_step:
+            on_main_process(accelerator, self._try_to_save)
         with self.pause(), contextlib.suppress(Interrupted):
             self.draw(1, num_inference_steps=1)
         self.repeats.write()
         self._do_what_is_due(self.global_step == self.max_train_steps)
+
+    def _try_to_save(self) -> None:
+        try:
+            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=self.output_dir) as folder:
+                self._save_pipeline(Path(folder))
+                how_to_load(Path(folder), folder)  # which reads what a pipeline has
+        except UserError:
+            raise
+        except Exception as error:  # the script's own code, diffusers and the file system
+            raise UserError(
+                f"the pipeline of a {type(self.unet).__name__} cannot be saved: {type(error).__name__}: {error}. "
+                "Expected a model of diffusers, with save_pretrained and config. Of an nn.Module "
+                "utils/diffusion/own_nets.py makes one"
+            ) from error
 
     def _global_batches(self) -> Iterator[int]:
         numbers, *_ = [*self.tell("global_batches"), itertools.count()]

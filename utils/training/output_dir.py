@@ -235,6 +235,24 @@ def plain(value):
     return json.loads(json.dumps(value, default=str))
 
 
+def config_of(configured) -> dict:
+    """Return the class of a model or scheduler and its config, without what diffusers keeps for itself."""
+    config = {key: value for key, value in getattr(configured, "config", {}).items() if not key.startswith("_")}
+    return plain({"class": type(configured).__name__, **config})
+
+
+def describe_noise(noise_scheduler) -> dict:
+    """Return what a page says of the noise schedule: its class, prediction type, betas or shift."""
+    config, shown = noise_scheduler.config, ("prediction_type", "beta_schedule", "flow_shift")
+    found = {
+        "noise_scheduler": type(noise_scheduler).__name__,
+        **{key: config[key] for key in shown if config.get(key)},
+    }
+    if (betas := config.get("trained_betas")) is not None:
+        found["beta_schedule"] = f"{len(betas)} trained_betas from {min(betas):g} to {max(betas):g}"
+    return found
+
+
 def describe_optimizers(accelerator) -> list[dict]:
     """Return class and numbers of each optimizer but its learning rate, which a flag has, and how it is computed."""
     found = []
