@@ -82,8 +82,11 @@ def main(args):
             images = NamedImages(ImageSource.from_args(flags), accelerator)
             if images.length != record["images"]:
                 raise UserError(f"{images.name} has not the {record['images']} images that this was trained on")
-            scaled = scaled_from(args.model)[1]
-            training_images, _ = PreparedImages(images, MODES[shape[0]], shape[1:], image_range=scaled).examples(1000)
+            prepared = PreparedImages(
+                images, MODES[shape[0]], shape[1:], flags.center_crop, flags.random_flip, flags.seed,
+                image_range=scaled_from(args.model)[1],
+            )  # fmt: skip
+            training_images = prepared.all_parts(1000)
         except (UserError, KeyError, AttributeError) as error:  # or the record is of a run that did not say
             print(f"Without the nearest training images: {error}")
 

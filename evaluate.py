@@ -3,13 +3,14 @@
     python evaluate.py outputs/basic outputs/ddpm --reference mnist
 
 prints one table and writes it to --output_dir as JSON, Markdown and a picture. The first row, the floor, are real images
-that are held out, in the place of samples; the last, the ceiling, is noise. Results are good for comparing rows of one
-table. Metrics carry the name of the features: fd_digits is a Frechet distance in a digit classifier, and no FID.
+that are held out, in the place of samples; the last is noise, for comparison. Real images are prepared as the run's were.
+Results are good for comparing rows of one table. Metrics carry the name of the features: fd_digits is a Frechet distance
+in a digit classifier, and no FID.
 """
 
 from pathlib import Path
 
-from utils.args import ALL_SAMPLERS, Parser, image_range, integer, real
+from utils.args import ALL_SAMPLERS, Parser, image_range, integer, real, resolution
 from utils.evaluation import add_features_arguments
 from utils.exits import run_script
 
@@ -32,10 +33,13 @@ def parse_args(argv=None):
     group.add_argument("--image_column", help="column with the images, as in training (default: the only one of type Image)")
     group.add_argument("--label_column", help="column with class labels, for a model with classes (default: the only one of type ClassLabel)")
     group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, of images with more than 8 bits, as in training: LOW,HIGH, full or auto")
-    group.add_argument("--held_out_split", help="real images that they have not seen: the floor, and the measure of copying (default: test; where there is no such split, a tenth of --reference_split)")
+    parser.switch(group, "--center_crop", None, "the middle of images of another shape, instead of a random part (default: as the run did; where that is not known, a random part)")
+    parser.switch(group, "--random_flip", None, "half of the images mirrored (default: as the run did; where that is not known, no, but copies are looked for among mirrored images, too)")
+    group.add_argument("--held_out_split", help="real images that they have not seen: the floor, and the measure of copying (default: test; where there is no such split, half of --reference_split, at most --num_samples)")
 
     group = parser.add_argument_group("samples")
     group.add_argument("--num_samples", type=integer(10), default=2000, help="N: samples of each model, and real images of each split")
+    group.add_argument("--resolution", metavar="SIDE|HxW", type=resolution, help="size that folders of images are resized to (default: their own)")
     group.add_argument("--sampler", choices=ALL_SAMPLERS, help="instead of the scheduler that a pipeline carries")
     group.add_argument("--num_inference_steps", type=integer(1, 1000), help="UNet calls per image (default: 40; 2 of a model of distill_few_steps.py)")
     group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="evaluate each model with all of these instead, for example ddim:10,50 dpmsolver++:10,20")
@@ -67,23 +71,27 @@ def parse_args(argv=None):
 
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
-    import itertools
+    from dataclasses import replace
     from functools import partial
+    from types import SimpleNamespace
 
+    import numpy as np
     import torch
 
-    from utils import optional, randomness
+    from utils import UserError, optional, randomness
+    from utils.args import size_of
     from utils.data.own_images import translate_labels
+    from utils.data.pixels import MODES
     from utils.diffusion.classes import GuidedModel, labels_in_turn
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, saved_scheduler, training_scheduler
     from utils.diffusion.spaces import encode_in_batches
     from utils.diffusion.unets import weights_digest
-    from utils.evaluation.class_statistics import asked_classes, digit_statistics
+    from utils.evaluation.class_statistics import asked_classes, check_classes, digit_probabilities, digit_statistics
     from utils.evaluation.comparison import compare
     from utils.evaluation.denoising_loss import DenoisingLoss
-    from utils.evaluation.features import load_extractor
-    from utils.evaluation.image_folder import load_folder, scaled_from
+    from utils.evaluation.features import choose_features, load_extractor
+    from utils.evaluation.image_folder import SampleFolder
     from utils.evaluation.kept_samples import settings_of
     from utils.evaluation.reference import Reference
     from utils.evaluation.report import write_report
@@ -99,106 +107,148 @@ def main(args):
         for model in args.models:
             check_writable(model)
     accelerator = start_process(args.mixed_precision)
-    extract = load_extractor(args.features, accelerator.device)
-    real = Reference(args, accelerator)
+    reference = Reference(args, accelerator)
     rows, losses, grids, pairs, by_class = [], [], {}, {}, {}
     say = partial(print, flush=True) if accelerator.is_main_process else lambda text: None
 
-    def measure(name, images, asked=None, **facts):
-        """Add a row for images, uint8 (N, C, H, W); ``asked`` are the classes that they should show, if any."""
+    # What will be compared: everything is opened once, so that a mistake is found before hours of drawing
+    lasts = [Path(model).resolve().name for model in args.models]
+    plans = []
+    for model, last in zip(args.models, lasts, strict=True):
+        plan = SimpleNamespace(model=model, name=model if lasts.count(last) > 1 else last, folder=None, settings=[])
+        if is_folder_of_images(model):
+            plan.folder = SampleFolder(model, accelerator, size_of(args.resolution), args.seed)
+            plan.record, shape = plan.folder.record, plan.folder.shape
+        else:
+            unet, own, space = load_pipeline(model, args.trust_remote_code)
+            plan.record, shape = read_arguments(model), space.image_shape
+            if shape[0] not in MODES:
+                raise UserError(f"{model} draws images of {shape[0]} channels; expected 1 or 3")
+            plan.settings = settings(args, model, own, say)
+            for name, steps in plan.settings:
+                choose_sampler(own, name, steps)
+            plan.classes = check_classes(unet.config, reference)
+        plan.how = reference.preparation(shape, plan.record)
+        plans.append(plan)
+    known = {plan.how.shape: plan.how for plan in reversed(plans) if plan.record}
+    for plan in plans:  # what is of no run that is known is compared as the first one of its size that is
+        plan.how = plan.how if plan.record else known.get(plan.how.shape, plan.how)
+    hows = list(dict.fromkeys(plan.how for plan in plans))
+    middle = replace(hows[0], center_crop=True, random_flip=False)
+    looked_at, _, _ = next(reference.blocks(middle, 64))
+    extract = load_extractor(choose_features(args.features, looked_at), accelerator.device)
+    real_count = len(reference.images(args.reference_split))
+    count = min(args.num_samples, real_count)
+    if count < args.num_samples:
+        say(f"N is {count} for all: --reference_split has no more images")
+
+    def measure(name, blocks, how, asked=None, **facts):
+        """Add a row for images that come in blocks, uint8 (B, C, H, W); return it, on other processes None.
+
+        Blocks of held-out images are pairs, with their indices. ``asked`` are the classes to be seen, if any.
+        """
+        features, probabilities, copies, shown = (
+            [],
+            [],
+            reference.copies(how) if accelerator.is_main_process else None,
+            [],
+        )
+        for block in blocks:
+            if not accelerator.is_main_process:
+                continue
+            images, indices = block if isinstance(block, tuple) else (block, None)
+            features.append(extract(images))
+            if extract.name == "digits":
+                probabilities.append(digit_probabilities(images, accelerator.device))
+            copies.add(images, indices)
+            shown = images[:8].copy() if not len(shown) else shown
         if not accelerator.is_main_process:
-            return
-        reference = real.resized(images.shape[1:])
-        count = min(len(images), len(reference), args.num_samples)
-        row = dict(model=name, N=count, **facts)
-        features = extract(images[:count])
-        if count < 2 * features.shape[1]:
+            return None
+        features = np.concatenate(features)
+        row = dict(model=name, N=len(features), **facts)
+        if len(features) < 2 * features.shape[1]:
             say(
-                f"warning: {name}: {count} images for {features.shape[1]} features; fewer than twice as many make fd and kid unreliable"
+                f"warning: {name}: {len(features)} images for {features.shape[1]} features; fewer than twice as many make fd and kid unreliable"
             )
-        row |= compare(features, extract(reference[:count]), extract.name, args.seed)
-        if extract.name == "digits":
-            row |= digit_statistics(images, accelerator.device)
+        row |= compare(features, reference.features(extract, how, len(features)), extract.name, args.seed)
+        probabilities = np.concatenate(probabilities) if probabilities else None
+        if probabilities is not None:
+            row |= digit_statistics(probabilities)
         if asked:
-            by_class[name] = asked.by_class(images, extract, extract.name, accelerator.device)
+            by_class[name] = asked.by_class(features, probabilities)
             if "class_accuracy" in by_class[name]:
                 row["class_accuracy"] = by_class[name]["class_accuracy"]
-        copies, pairs[name] = real.copies(images)
-        row |= {} if copies is None else {"copies": copies}
+        rate, pairs[name] = copies.result()
+        row |= {} if rate is None else {"copies": rate}
         rows.append(row)
-        grids[name] = images[:8]
-
-    # Models are called by the last part of their names, where that tells them apart
-    lasts = [Path(model).resolve().name for model in args.models]
-    called = {model: model if lasts.count(last) > 1 else last for model, last in zip(args.models, lasts, strict=True)}
+        grids[name] = shown
+        return row
 
     # Real images that the models have not seen, in the place of samples: nothing can be expected to be better
-    if real.held_out_split:
-        measure("floor: held-out images", real.held_out[: args.num_samples])
+    for how in hows if reference.held_out_split else ():
+        size = "" if len(hows) == 1 else f" ({describe(how)})"
+        found = reference.blocks(how, count, reference.held_out_split)
+        row = measure(f"floor: held-out images{size}", (block[:2] for block in found), how)
+        if row and row["N"] < 0.9 * count:
+            say(
+                f"warning: the floor has N={row['N']}, for there are no more held-out images. Its fd is higher than with "
+                f"{count}, as that of all small sets; its kid is not"
+            )
 
     # Samples
-    for model in args.models:
-        if is_folder_of_images(model):
-            measure(model, load_folder(model, accelerator, real.image_range))
+    for plan in plans:
+        model = plan.model
+        warn_of_differences(args, plan, reference, say)
+        if plan.folder:
+            number = min(count, len(plan.folder))
+            measure(model, plan.folder.blocks(number, plan.how.image_range), plan.how)
             continue
         unet, own, space = load_pipeline(model, args.trust_remote_code)
-        flags = read_arguments(model).get("arguments", {})
-        trained_on, ema = flags.get("dataset_split"), flags.get("use_ema")
-        if trained_on not in (None, args.reference_split):
-            say(
-                f"warning: {model} was trained on {trained_on}, not on --reference_split {args.reference_split}: copies and floor mislead"
-            )
-        known, trained_range = scaled_from(model)
-        if known and trained_range != real.image_range:
-            said = ",".join(f"{value:g}" for value in trained_range) if trained_range else "full"
-            say(
-                f"warning: {model} was trained with --image_range {said}, the reference is read otherwise; say the same"
-            )
+        ema = plan.record.get("arguments", {}).get("use_ema")
         files = sorted(Path(model).glob("unet/*.safetensors"))
         weights, kind = file_hash(*files)[:12] if files else None, settings_of(unet)
         digest = weights or weights_digest(unet)
-        unet, shape = accelerator.prepare_model(unet, evaluation_mode=True), space.image_shape
+        unet = accelerator.prepare_model(unet, evaluation_mode=True)
         space.to(accelerator.device)
-        asked, options = asked_classes(unet.config, real, shape, args.num_samples), {}
         if args.validation_loss and is_few_step(own):
             say(f"{model} has no denoising loss: it does without the small steps that it is of")
         elif args.validation_loss:
-            splits = {"--reference_split": args.reference_split, "--held_out_split": real.held_out_split}
+            splits = {"--reference_split": args.reference_split, "--held_out_split": reference.held_out_split}
             for flag, split in ((flag, split) for flag, split in splits.items() if split):
-                images = from_uint8(real.resized(shape, split)[: args.num_validation_images])
-                images, inputs = encode_in_batches(space, images, accelerator.device), {}
-                if asked:  # by name, for the classes of strings are those that occur in the split
-                    _, found, names = real.labelled(shape, flag, split)
-                    labels = torch.from_numpy(translate_labels(found, names, asked.names))
-                    inputs["class_labels"] = labels.where(labels >= 0, len(asked.names))
+                found = [*reference.blocks(plan.how, args.num_validation_images, split)]
+                images, numbers = (np.concatenate([block[k] for block in found]) for k in (0, 1))
+                images, inputs = encode_in_batches(space, from_uint8(images), accelerator.device), {}
+                if plan.classes:  # by name, for the classes of strings are those that occur in the split
+                    labels, names = reference.labels(split, flag)
+                    labels = torch.from_numpy(translate_labels(labels[numbers], names, plan.classes))
+                    inputs["class_labels"] = labels.where(labels >= 0, len(plan.classes))
                 loss = DenoisingLoss(images, training_scheduler(own), args.seed, inputs)
-                losses.append(dict(model=called[model], images=split, **loss.measure(unet, accelerator)))
-        if asked:
-            options["model_inputs"] = labels_in_turn(asked.labels, accelerator.device)
+                losses.append(dict(model=plan.name, images=split, **loss.measure(unet, accelerator)))
+        asked = asked_classes(plan.classes, reference, extract, plan.how, count)
+        options = dict(model_inputs=labels_in_turn(asked.labels, accelerator.device)) if asked else {}
         tried = []  # samplers' names, and their rows
-        for (name, steps), scale in itertools.product(
-            settings(args, model, own, say), args.guidance_scale if asked else [None]
-        ):
-            sampler = choose_sampler(own, name, steps)
-            drawn_by = unet if scale is None else GuidedModel(unet, scale)
-            title = " ".join(
-                [called[model], *([name, str(steps)] if name else []), *([f"guidance {scale:g}"] if asked else [])]
-            )
-            facts = dict(sampler=type(sampler).__name__, steps=steps, ema=ema, weights=weights)
-            if asked:
-                facts["guidance_scale"] = scale
-            if "algorithm_type" in sampler.config:
-                facts["algorithm"] = sampler.config.algorithm_type
-            depends_on = dict(
-                weights=digest, model=kind, sampler=settings_of(sampler), steps=steps, guidance=scale,
-                labels=asked and asked.labels.tolist(), seed=args.seed, precision=accelerator.mixed_precision,
-                randomness=randomness.VERSION, **({"autoencoder": space.fingerprint} if space.fingerprint else {}),
-            )  # fmt: skip
-            images, facts["images_per_second"] = draw(
-                args, accelerator, drawn_by, sampler, space, steps, title, depends_on, **options
-            )
-            measure(title, images, asked, **facts)
-            tried.append((name, rows[-1:]))
+        for name, steps in plan.settings:
+            for scale in args.guidance_scale if asked else [None]:
+                sampler = choose_sampler(own, name, steps)
+                drawn_by = unet if scale is None else GuidedModel(unet, scale)
+                title = [plan.name, *([name, str(steps)] if name else []), *([f"guidance {scale:g}"] if asked else [])]
+                facts = dict(sampler=type(sampler).__name__, steps=steps, ema=ema, weights=weights)
+                if asked:
+                    facts["guidance_scale"] = scale
+                if "algorithm_type" in sampler.config:
+                    facts["algorithm"] = sampler.config.algorithm_type
+                depends_on = dict(
+                    weights=digest, model=kind, sampler=settings_of(sampler), steps=steps, guidance=scale,
+                    labels=asked and asked.labels.tolist(), seed=args.seed, precision=accelerator.mixed_precision,
+                    randomness=randomness.VERSION, **({"autoencoder": space.fingerprint} if space.fingerprint else {}),
+                )  # fmt: skip
+                kept = drawing(
+                    args, accelerator, drawn_by, sampler, space, steps, count, " ".join(title), depends_on, **options
+                )
+                row = measure(" ".join(title), kept.blocks(), plan.how, asked, **facts)
+                if row:
+                    row["images_per_second"] = kept.images_per_second
+                    tried.append((name, [row]))
         if args.write_best and accelerator.is_main_process:
             name, steps = best_setting(tried)
             sampler = saved_scheduler(name, own)
@@ -208,30 +258,58 @@ def main(args):
             say(f"{model} carries {type(sampler).__name__} now, at its best with {steps} steps")
         accelerator.free_memory()
 
-    # Noise: anything should be better
-    measure("ceiling: noise", real.noise(args.num_samples))
+    # Noise: no floor and no limit, but a number to compare with
+    for shape in dict.fromkeys(how.shape for how in hows):
+        how = next(how for how in hows if how.shape == shape)
+        size = "" if len({how.shape for how in hows}) == 1 else f" ({describe(how)})"
+        measure(f"noise, for comparison{size}", reference.noise(shape, count), how)
     if accelerator.is_main_process:
         facts = dict(features=extract.name, features_hash=extract.hash, reference=args.reference)
         facts |= dict(public_reference=public_data(args.reference))  # while it can be seen whether it is a path
-        facts |= dict(reference_split=args.reference_split, held_out_split=real.held_out_split, seed=args.seed)
+        facts |= dict(reference_split=args.reference_split, held_out_split=reference.held_out_split, seed=args.seed)
         write_report(Path(args.output_dir), rows, losses, grids, pairs, by_class, bool(args.sweep), **facts)
         say(f"peak memory {peak_memory(accelerator.device) / 2**30:.2f} GiB")
 
 
-def draw(args, accelerator, model, sampler, space, steps, title, depends_on, **options):
-    """Samples of one setting, kept in OUTPUT_DIR/drawn, and images per second; see ``draw_kept``."""
+def describe(how):
+    """Shape and cut of real images, where rows of one table have several."""
+    channels, height, width = how.shape
+    return f"{height}x{width}{' grey' * (channels == 1)}{', centre' * how.center_crop}{', mirrored' * bool(how.random_flip)}"
+
+
+def warn_of_differences(args, plan, reference, say):
+    """Say where a run had other images than it is compared with."""
+    flags, model = plan.record.get("arguments", {}), plan.model
+    if flags.get("dataset_split") not in (None, args.reference_split):
+        say(
+            f"warning: {model} was trained on {flags['dataset_split']}, not on --reference_split {args.reference_split}: copies and floor mislead"
+        )
+    trained_range = plan.record.get("scaled_from")
+    if "scaled_from" in plan.record and tuple(trained_range or ()) != tuple(plan.how.image_range or ()):
+        said = ",".join(f"{value:g}" for value in trained_range) if trained_range else "full"
+        say(f"warning: {model} was trained with --image_range {said}, the reference is read otherwise; say the same")
+    _, *size = plan.how.shape
+    shape = reference.size or (1, 1)
+    if not plan.record and reference.size and shape[0] * size[1] != shape[1] * size[0] and args.center_crop is None:
+        say(
+            f"{model}: it is not known how its images were cut: random parts of the reference are compared with, as training takes them; or say --center_crop"
+        )
+
+
+def drawing(args, accelerator, model, sampler, space, steps, count, title, depends_on, **options):
+    """Samples of one setting, kept in OUTPUT_DIR/drawn, see ``KeptSamples``."""
     from utils.diffusion.pipelines import estimate_seconds
     from utils.diffusion.sampling import sample_images
-    from utils.evaluation.kept_samples import draw_kept
+    from utils.evaluation.kept_samples import KeptSamples
 
-    def setting(count):
-        return model, sampler, accelerator, count, space.shape, steps, args.sample_batch_size, args.seed
+    def setting(number):
+        return model, sampler, accelerator, number, space.shape, steps, args.sample_batch_size, args.seed
 
     def announce(missing):
         text = f"{title}: {type(sampler).__name__}, {steps} steps: "
         if missing:
             minutes = estimate_seconds(*setting(missing), **options) / 60
-            kept = f" for {missing} of {args.num_samples} images, the others are kept" * (missing < args.num_samples)
+            kept = f" for {missing} of {count} images, the others are kept" * (missing < count)
             text += f"about {minutes:.1f} minutes{kept}"
         else:
             text += f"kept in {folder}"
@@ -239,9 +317,9 @@ def draw(args, accelerator, model, sampler, space, steps, title, depends_on, **o
 
     folder = Path(args.output_dir) / "drawn"
     options["decode"] = space.decode
-    return draw_kept(
-        folder, accelerator, args.num_samples, space.image_shape, args.sample_batch_size, depends_on,
-        lambda first, count: sample_images(*setting(count), first=first, **options), announce,
+    return KeptSamples(
+        folder, accelerator, count, args.sample_batch_size, depends_on,
+        lambda first, number: sample_images(*setting(number), first=first, **options), announce,
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def main(args):
     from utils.diffusion.sampling import sample_images
     from utils.diffusion.schedulers import make_noise_scheduler, make_sampler, pipeline_scheduler
     from utils.diffusion.unets import prepare_unet
-    from utils.pictures import make_grid, to_uint8
+    from utils.pictures import make_grid
     from utils.randomness import sample_noise, uniform
     from utils.training.ema import EMA
     from utils.training.loop import Run
@@ -108,13 +108,13 @@ def main(args):
         )  # fmt: skip
 
     base_samples = draw(min(8, args.num_samples))  # what the pretrained model draws, to compare with
-    training_images = to_uint8(train_data.examples(1000)["images"])
+    training_parts = train_data.crops(1000)
 
     def sample():
         run.log({"optimizer/distance_to_base": adapters.distance_to_base(unet, base)})
         images = draw(args.num_samples)
         first = images[: len(base_samples)]
-        pictures = {"samples": make_grid(images), "nearest": show_nearest(first, training_images)}
+        pictures = {"samples": make_grid(images), "nearest": show_nearest(first, training_parts)}
         both = np.concatenate([base_samples, first])
         pictures["before_after"] = make_grid(both, captions=["base", "adapted"])
         if guidance:

@@ -30,10 +30,9 @@ def parse_args(argv=None):
 
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
-    import json
     from pathlib import Path
 
-    from utils import UserError
+    from utils import UserError, read_record
     from utils.publishing.hub import Hub
     from utils.publishing.model_card import write_card
     from utils.publishing.space import Space
@@ -50,9 +49,9 @@ def main(args):
     card = dict(license=args.hub_license, dataset_name=args.hub_dataset_name)
     if args.evaluation:
         try:
-            card["evaluation"] = json.loads(Path(args.evaluation).read_text(encoding="utf-8"))
+            card["evaluation"] = read_record(Path(args.evaluation))
             write_card(folder, folder, **card)
-        except (OSError, ValueError, KeyError) as error:
+        except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--evaluation {args.evaluation}: {error}; expected results.json of evaluate.py") from error
     start_process(None)
     hub = Hub(

@@ -18,9 +18,9 @@ from test_images import encode
 import evaluate
 from utils import UserError
 from utils.data.train_data import load_train_data
-from utils.evaluation.class_statistics import asked_classes
-from utils.evaluation.image_folder import load_folder as load_images_of
-from utils.evaluation.image_folder import load_image
+from utils.evaluation.class_statistics import asked_classes, check_classes
+from utils.evaluation.features import load_extractor
+from utils.evaluation.image_folder import SampleFolder, load_image
 from utils.evaluation.reference import Reference
 from utils.sources.sources import ImageSource, load_source
 from utils.training import checkpoints
@@ -241,7 +241,7 @@ def test_tables_of_paths_and_several_files(accelerator, tmp_path):
     with pytest.raises(UserError, match=r"2 columns of images: a, b\. Name one with --image_column"):
         evaluate.main(evaluate.parse_args(flags))
     source = evaluate.parse_args([*flags, "--image_column=b", "--label_column=kind"])
-    assert Reference(source, accelerator).labelled((3, 8, 8))[2] == ["x", "y"]
+    assert Reference(source, accelerator).labels()[1] == ["x", "y"]
     table = datasets.Dataset.from_dict({"image": pictures()})
     for k in range(2):
         table.shard(2, k).to_parquet(tmp_path / "parts [1]" / f"{k}.parquet")
@@ -465,7 +465,8 @@ def test_evaluation_reads_a_folder_as_training_does(accelerator, tmp_path):
     flags += ["--held_out_split=train[50%:]", "--features=pixels", f"--output_dir={tmp_path / 'e'}", "--num_samples=20"]
     evaluate.main(evaluate.parse_args(flags))
     floor, copies, _ = json.loads((tmp_path / "e" / "results.json").read_text())["results"]
-    assert copies["fd_pixels"] < 1e-3 < floor["fd_pixels"] and copies["copies"] == 0.5
+    assert copies["fd_pixels"] < 0.7 * floor["fd_pixels"]  # 20 of the 40, of both halves
+    assert 0.3 <= copies["copies"] <= 0.7
 
 
 # Found by trying more of the same
@@ -568,7 +569,7 @@ def test_integers_beside_missing_ones(accelerator, tmp_path):
 
 def test_evaluation_reads_every_split_of_a_folder_and_names_no_foreign_flag(accelerator, tmp_path):
     draw(*(tmp_path / part / f"{k}.png" for part in ("train", "test") for k in range(6)))
-    assert len(load_images_of(str(tmp_path), accelerator, None)) == 12
+    assert len(SampleFolder(str(tmp_path), accelerator, None, 0)) == 12
     flags = [str(tmp_path), f"--reference={tmp_path}", "--held_out_split=test[:1%]"]
     with pytest.raises(UserError, match=r"test\[:1%\]: 0 images; expected at least 6"):
         evaluate.main(evaluate.parse_args(flags))
@@ -581,8 +582,9 @@ def test_images_without_a_class_are_not_asked_for(accelerator, tmp_path):
     draw(tmp_path / "loose.png", *(tmp_path / name / f"{k}.png" for name in "ab" for k in range(6)))
     real = Reference(evaluate.parse_args(["x", f"--reference={tmp_path}"]), accelerator)
     config = {"num_class_embeds": 3, "_class_names": ["a", "b"]}
-    asked = asked_classes(config, real, (3, 16, 16), 30)
-    assert set(asked.labels) == {0, 1} and len(asked.real_images) == 12
+    assert check_classes(config, real) == ["a", "b"]
+    asked = asked_classes(["a", "b"], real, load_extractor("pixels"), real.preparation((3, 16, 16), {}), 30)
+    assert set(asked.labels) == {0, 1} and len(asked.real_features) == 12
 
 
 def test_a_started_picture_is_scaled_as_the_training_images_were(tmp_path):

@@ -45,12 +45,21 @@ def test_bootstrap_error_has_the_size_of_the_spread(normal):
 
 
 def test_kernel_distance_of_two_halves_is_about_zero_and_of_others_is_not(normal):
-    value, error = kernel_distance(normal(2000), normal(2000, seed=1), subsets=50, subset_size=500)
-    assert abs(value) < 5 * error and error < 0.01
-    other, _ = kernel_distance(normal(2000), normal(2000, seed=1) + 1, subsets=50, subset_size=500)
-    assert other > 100 * error
+    for block in (2000, 500):
+        value, error = kernel_distance(normal(2000), normal(2000, seed=1), block)
+        assert abs(value) < 5 * error and error < 0.01
+        other, _ = kernel_distance(normal(2000), normal(2000, seed=1) + 1, block)
+        assert other > 100 * error
     small = kernel_distance(normal(30), normal(30, seed=1))
-    assert small == kernel_distance(normal(30), normal(30, seed=1)) and small[1] > 1e-4  # subsets that differ
+    assert small == kernel_distance(normal(30), normal(30, seed=1)) and small[1] > 1e-4
+
+
+@pytest.mark.parametrize(("count", "block"), [(200, 2000), (400, 100)])
+def test_the_error_of_the_kernel_distance_is_its_spread_over_other_draws(normal, count, block):
+    real = normal(count, 16, seed=999) * 1.3
+    found = [kernel_distance(normal(count, 16, seed=k) + 0.3, real, block, seed=k) for k in range(40)]
+    values, errors = np.array(found).T
+    assert errors.mean() == pytest.approx(values.std(ddof=1), rel=0.35)
 
 
 def test_kernel_distance_is_the_unbiased_estimate(normal):
@@ -84,8 +93,12 @@ def test_nearest_distances(normal):
     points = normal(50, 3)
     distances, indices = nearest_distances(points + 1e-4, points)
     assert (indices == np.arange(50)).all() and (distances < 1e-3).all()
-    distances, indices = nearest_distances(points, points, skip_first=True)
+    own = np.stack([np.arange(50), np.arange(50) + 1], axis=1)
+    distances, indices = nearest_distances(points, points, own)
     assert (indices != np.arange(50)).all() and (distances > 0).all()
+    pairs = np.repeat(own[::2, :1], 2, axis=0) + np.array([0, 2])  # two rows belong together, and skip each other
+    _, indices = nearest_distances(points, points, pairs)
+    assert (indices // 2 != np.arange(50) // 2).all()
 
 
 def test_names_say_which_features(normal):

@@ -11,6 +11,7 @@ from diffusers import DDPMPipeline
 
 from utils import UserError
 from utils.evaluation.while_training import SampleQuality
+from utils.pictures import to_uint8
 from utils.training.checkpoints import CheckpointError
 
 FLAGS = ["--evaluate_steps=2", "--num_evaluation_samples=20", "--features=pixels", "--report_to=tensorboard"]
@@ -55,7 +56,7 @@ class FakeRun:
 
     def __init__(self, folder, accelerator, images):
         self.output_dir, self.accelerator, self.global_step = folder, accelerator, 0
-        self.args, self.train_data = SimpleNamespace(seed=0), SimpleNamespace(examples=lambda count: {"images": images})
+        self.args, self.train_data = SimpleNamespace(seed=0), SimpleNamespace(shown=lambda count: to_uint8(images))
         self.log = lambda values: None
 
     def measure(self, quality, step, draw, save):

@@ -320,7 +320,7 @@ def test_evaluate_asks_for_the_classes_of_the_reference(finished, tmp_path):
     flags += ["--validation_loss", "--num_validation_images=20"]
     assert exit_code(evaluate.main, evaluate.parse_args([str(finished), *flags])) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [row["images"] for row in results["denoising_losses"]] == ["train[:1500]", "a tenth of train[:1500]"]
+    assert [row["images"] for row in results["denoising_losses"]] == ["train[:1500]", "150 of train[:1500]"]
     rows = {row["model"]: row for row in results["results"]}
     assert {"run guidance 1", "run guidance 2"} <= set(rows) and (tmp_path / "guidance.png").is_file()
     for name in ("run guidance 1", "run guidance 2"):

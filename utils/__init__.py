@@ -25,6 +25,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_record(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is not there, broken, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        problem = f"it holds a {type(found).__name__}"
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError) as error:
+        problem = " ".join(str(error).split())
+    raise UserError(f"{path} cannot be read: {problem}; expected a JSON object. Restore or remove the file")
+
+
 def write_record(path: Path, content) -> None:
     """Write JSON so that the file is complete or as it was, whatever happens meanwhile."""
     temporary = path.with_name(f".tmp-{path.name}")

@@ -40,7 +40,8 @@ def size_of(resolution) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
-def _resolution(text: str) -> int | str:
+def resolution(text: str) -> int | str:
+    """An argparse type: a side in pixels, or HEIGHTxWIDTH."""
     sides = text.lower().split("x")
     if not (len(sides) <= 2 and all(side.isdecimal() and int(side) >= 4 for side in sides)):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels, from 4 up, nor HEIGHTxWIDTH: 32x64")
@@ -196,7 +197,7 @@ class Parser(argparse.ArgumentParser):
 def add_common_arguments(parser: Parser) -> None:
     """Add the flags of data, training, run and samples, and those of the optional folders, with their checks."""
     group = parser.group("data")
-    group.add_argument("--resolution", metavar="SIDE|HxW", type=_resolution, help="side of the training images, or height x width, pixels (default: the images' own size, with a shorter side of at most 64; for a pretrained model, its size)")
+    group.add_argument("--resolution", metavar="SIDE|HxW", type=resolution, help="side of the training images, or height x width, pixels (default: the images' own size, with a shorter side of at most 64; for a pretrained model, its size)")
     group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L), colour, or as the images are; for a pretrained model, as it expects")
     group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, for images with more than 8 bits: LOW,HIGH (--image_range=-1000,3000); full, that of the format; auto, that of the images looked at, unless they use half of the format's")
     parser.switch(group, "--center_crop", False, "the middle of images of another shape, instead of a random part")

@@ -3,8 +3,11 @@
 A row's second images and masks lie behind the channels of its image, so that they are cut, flipped and kept with it.
 """
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,9 +16,12 @@ from PIL import Image
 from .. import UserError
 from .columns import Layout
 from .own_images import Images, label_of
-from .pixels import GREY_MODES, BadImage, augment, prepare_image, to_eight_bits, used_range
+from .pixels import GREY_MODES, BadImage, all_crops, augment, prepare_image, to_eight_bits, used_range
 
 logger = logging.getLogger(__name__)
+
+CHUNK = 250  # images at once
+PARTS_LIMIT = 2**28  # bytes of parts of images to look for copies in
 
 
 def choose_range(text: str, deep: Sequence[tuple[str, np.ndarray]], say: bool = True) -> tuple[float, float] | None:
@@ -72,18 +78,60 @@ class PreparedImages(torch.utils.data.Dataset):
         Raises:
             BadImage: one cannot be read.
         """
-        images, values = [], []
-        for _, row in self.images.examples(count, self.seed):
-            try:
-                image = self.prepared(row, center_crop=True)
-                values.append(self.values(row))
-                images.append(image)
-            except BadImage as error:
-                if not self.images.max_bad_images:
-                    self.check(1, error)
-        if not images:
+        found = [(image, self.values(row)) for _, row, image in self._chosen(count, center_crop=True)]
+        if not found:
             raise UserError(f"{self.images.name}: no readable image found; expected a data set of images")
+        images, values = zip(*found, strict=True)
         return np.stack(images), {name: np.array([entry[name] for entry in values]) for name in values[0]}
+
+    def _chosen(self, count: int, center_crop: bool) -> Iterator[tuple[int, dict, np.ndarray]]:
+        """Yield some images at random, the same on every process, with index and row; bad ones may be left out."""
+        rows = iter(self.images.examples(count, self.seed))
+        with ThreadPoolExecutor() as pool:
+            while chunk := list(itertools.islice(rows, CHUNK)):
+                prepare = partial(self._attempt_image, center_crop=center_crop)
+                for (index, row), image in zip(chunk, pool.map(prepare, [row for _, row in chunk]), strict=True):
+                    if not isinstance(image, BadImage):
+                        yield index, row, image
+                    elif not self.images.max_bad_images:
+                        self.check(1, image)
+
+    def _attempt_image(self, row: dict, center_crop: bool) -> np.ndarray | BadImage:
+        try:
+            return self.prepared(row, center_crop)
+        except BadImage as error:
+            return error
+
+    def shown(self, count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield some of the images as training shows them, cut and mirrored at random, in blocks.
+
+        Yields:
+            uint8 (B, C, H, W); their indices (B,); their labels (B,), -1 for none.
+        """
+        chosen = self._chosen(count, center_crop=False)
+        while block := list(itertools.islice(chosen, CHUNK)):
+            images = [augment(image, index, self.size, self.seed, self.random_flip) for index, _, image in block]
+            indices, labels = zip(*((index, label_of(row)) for index, row, _ in block), strict=True)
+            yield np.stack(images), np.array(indices), np.array(labels)
+
+    def crops(self, count: int, most: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield the parts of some images that training may show: uint8 (P, C, H, W), with the image's index.
+
+        Args:
+            most: places in an image; of more, so many are taken that are evenly spread. With ``random_flip`` each part
+                comes a second time, mirrored.
+        """
+        for index, _, image in self._chosen(count, center_crop=False):
+            yield all_crops(image, self.size, most, self.random_flip), index
+
+    def all_parts(self, count: int, limit: int = PARTS_LIMIT) -> np.ndarray:
+        """Return the parts of some images that training may show, in so many bytes: uint8 (M, C, H, W)."""
+        most = max(1, limit // (2 * count * self.channels * self.size[0] * self.size[1]))
+        return np.concatenate([parts for parts, _ in self.crops(count, most)])
+
+    def parts(self, row: dict, most: int) -> np.ndarray:
+        """Return the parts of one row, see ``crops``."""
+        return all_crops(self.prepared(row), self.size, most, self.random_flip)
 
     def values(self, row: dict) -> dict[str, np.ndarray]:
         """Return what a row has besides images and masks: ``label``, int64, -1 for none, and its vectors, float32."""

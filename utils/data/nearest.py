@@ -9,18 +9,23 @@ from ..pictures import make_grid
 
 
 def nearest_distances(
-    points: np.ndarray, others: np.ndarray, skip_first: bool = False
+    points: np.ndarray, others: np.ndarray, own: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Euclidean distance of each point (N, D) to the nearest of the others (M, D): (N,), and its index (N,).
 
     Args:
-        skip_first: the points are among the others; each skips itself.
+        own: rows of ``others`` that a point skips, from and to: int (N, 2). Without it none.
     """
     from sklearn.neighbors import NearestNeighbors
 
-    neighbours = NearestNeighbors(n_neighbors=1 + skip_first, algorithm="brute").fit(others)
+    skipped = 0 if own is None else int((own[:, 1] - own[:, 0]).max())
+    neighbours = NearestNeighbors(n_neighbors=1 + skipped, algorithm="brute").fit(others)
     distances, indices = neighbours.kneighbors(points)
-    return distances[:, -1], indices[:, -1]
+    first = np.zeros(len(points), int)
+    if own is not None:
+        first = ((indices < own[:, :1]) | (indices >= own[:, 1:])).argmax(1)
+    rows = np.arange(len(points))
+    return distances[rows, first], indices[rows, first]
 
 
 def shrink(images: torch.Tensor, side: int) -> torch.Tensor:
@@ -32,13 +37,13 @@ def shrink(images: torch.Tensor, side: int) -> torch.Tensor:
 def show_nearest(samples: np.ndarray, training_images: np.ndarray) -> Image.Image:
     """Draw samples and, below each, its nearest training image by the pixels, averaged down to 32x32 at most.
 
-    Each training image is compared as it is and mirrored, for that is how ``--random_flip`` has shown it.
-
     Args:
-        samples, training_images: uint8 (N, C, H, W) and (M, C, H, W).
+        samples: uint8 (N, C, H, W).
+        training_images: the parts of them that training shows, see ``TrainData.crops``; uint8 (M, C, H, W).
     """
-    both = np.concatenate([training_images, training_images[..., ::-1]])
-    first, second = (shrink(torch.from_numpy(images).float(), 32).flatten(1).numpy() for images in (samples, both))
+    first, second = (
+        np.concatenate([shrink(torch.from_numpy(images[k : k + 250]).float(), 32).flatten(1).numpy() for k in starts])
+        for images, starts in ((group, range(0, len(group), 250)) for group in (samples, training_images))
+    )
     _, indices = nearest_distances(first, second)
-    captions = ["samples", f"nearest of {len(training_images)}"]
-    return make_grid(np.concatenate([samples, both[indices]]), captions=captions)
+    return make_grid(np.concatenate([samples, training_images[indices]]), captions=["samples", "nearest"])

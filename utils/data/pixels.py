@@ -160,6 +160,26 @@ def augment(image: np.ndarray, sample_id: int, size: tuple[int, int], seed: int,
     return np.ascontiguousarray(image)
 
 
+def all_crops(image: np.ndarray, size: tuple[int, int], most: int, mirrored: bool) -> np.ndarray:
+    """Return the parts of an image that ``augment`` may return.
+
+    Args:
+        image: uint8 (C, h, w), see ``prepare_image``.
+        size: (H, W).
+        most: places; of more, so many that are evenly spread.
+        mirrored: return each a second time, mirrored.
+
+    Returns:
+        uint8 (P, C, H, W).
+    """
+    room = max(image.shape[1] - size[0], image.shape[2] - size[1])
+    places = sorted({round(place) for place in np.linspace(0, room, min(most, room + 1))})
+    tall = image.shape[1] > size[0]
+    parts = [image[:, p : p + size[0]] if tall else image[:, :, p : p + size[1]] for p in places]
+    parts += [part[:, :, ::-1] for part in parts] if mirrored else []
+    return np.stack(parts)
+
+
 def flips(seed: int, sample_ids: np.ndarray) -> np.ndarray:
     """Whether each sample is mirrored: bool, the shape of ``sample_ids``."""
     return randomness.uniform(seed, "flip", sample_ids) < 0.5

@@ -257,6 +257,25 @@ class TrainData:
         values = {name: torch.from_numpy(value) for name, value in values.items()}
         return self._batch(torch.from_numpy(found), values, torch.device("cpu"))
 
+    def crops(self, count: int) -> np.ndarray:
+        """Return the parts of some images that training may show, to find copies of them: uint8 (M, C, H, W)."""
+        args = self.args
+        prepared = PreparedImages(
+            self.images,
+            self.mode,
+            self.size,
+            args.center_crop,
+            args.random_flip,
+            args.seed,
+            image_range=self.image_range,
+        )
+        return prepared.all_parts(count)
+
+    def shown(self, count: int) -> np.ndarray:
+        """Return some images as training shows them, cut and mirrored at random: uint8 (N, C, H, W)."""
+        blocks = [images[:, : self.channels] for images, _, _ in self._prepared.shown(count)]
+        return np.concatenate(blocks) if blocks else np.zeros((0, *self.image_shape), np.uint8)
+
     def _sample_ids(self, numbers: Iterable[int]) -> Iterator[np.ndarray]:
         """Sample ids of each micro-batch of these global batches: number x size + place in it."""
         size = self.args.train_batch_size

@@ -1,7 +1,6 @@
 """Any trained model as something to draw with: its UNet, its scheduler, and the sampler that was asked for."""
 
 import inspect
-import json
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from huggingface_hub import snapshot_download
 
-from .. import UserError
+from .. import UserError, read_record
 from ..args import SAMPLERS
 from . import flow, schedulers
 from .basic_unet import BasicUNet
@@ -54,7 +53,7 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
             patterns = dict(allow_patterns=kinds, ignore_patterns="checkpoint-*")
             folder = Path(snapshot_download(name_or_path, **patterns))
         if (folder / "model_index.json").is_file():
-            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            index = read_record(folder / "model_index.json")
             if others := other_parts(index, ("unet", "scheduler", *AUTOENCODERS)):
                 raise UserError(f"{name_or_path}: a pipeline with {others} besides; {expected}")
             classes = [index.get(part, [None, None])[1] for part in ("unet", "scheduler")]

@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
 
 def add_features_arguments(group) -> None:
     """Add the flag that says what images are compared by."""
-    group.add_argument("--features", metavar="NAME[=MODEL]", type=_features_type, default="digits", help="what images are compared by: digits (for digits only), pixels, dinov2, clip or inception; of dinov2 and clip also a model: dinov2=ID_OR_FOLDER")
+    group.add_argument("--features", metavar="NAME[=MODEL]", type=_features_type, help="what images are compared by: digits, efficientnet, pixels, dinov2, clip or inception; of dinov2 and clip also a model: dinov2=ID_OR_FOLDER (default: digits where the images are digits, else efficientnet)")
 # fmt: on
 
 
@@ -30,10 +30,9 @@ def _features_type(text: str) -> str:
     import argparse
 
     name, equals, _ = text.partition("=")
-    if name not in ("digits", "pixels", "dinov2", "clip", "inception") or (equals and name not in ("dinov2", "clip")):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is none of digits, pixels, dinov2, clip and inception, nor dinov2=MODEL, nor clip=MODEL"
-        )
+    known = ("digits", "efficientnet", "pixels", "dinov2", "clip", "inception")
+    if name not in known or (equals and name not in ("dinov2", "clip")):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}, nor dinov2=MODEL, nor clip=MODEL")
     return text
 
 

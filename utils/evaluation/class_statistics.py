@@ -23,64 +23,76 @@ class AskedClasses:
     Attributes:
         labels: int64 (N,), of sample k.
         names: of the classes.
-        real_images, real_labels: what they are compared with, uint8 (M, C, H, W) and (M,).
+        real_features, real_labels: what they are compared with, (M, D) and (M,).
     """
 
     labels: np.ndarray
     names: Sequence[str]
-    real_images: np.ndarray
+    real_features: np.ndarray
     real_labels: np.ndarray
 
-    def by_class(self, images: np.ndarray, extract: Extractor, features: str, device) -> dict:
+    def by_class(self, features: np.ndarray, probabilities: np.ndarray | None) -> dict:
         """The Fréchet distance within each class, with its number of samples.
 
-        For digits, and with features of digits, also a confusion table, a row for each class asked for and a column for
-        each that was recognised, and ``class_accuracy``, the share of images that are recognised as asked.
+        For digits also a confusion table, a row for each class asked for and a column for each that was recognised, and
+        ``class_accuracy``, the share of images that are recognised as asked.
+
+        Args:
+            features: of the samples, (N, D).
+            probabilities: of the digits that they show, (N, 10); None to leave that out.
         """
-        found, result = extract(images), {"fd_by_class": {}, "N_by_class": {}}
-        real = extract(self.real_images)
+        result, labels = {"fd_by_class": {}, "N_by_class": {}}, self.labels[: len(features)]
         for code, name in enumerate(self.names):
-            mine, theirs = found[self.labels == code], real[self.real_labels == code]
+            mine, theirs = features[labels == code], self.real_features[self.real_labels == code]
             if min(len(mine), len(theirs)) > 1:
                 result["fd_by_class"][name] = frechet_distance(mine, theirs[: len(mine)])
                 result["N_by_class"][name] = len(mine)
-        if features == "digits" and list(self.names) == [str(k) for k in range(10)]:
+        if probabilities is not None and list(self.names) == [str(k) for k in range(10)]:
             table = np.zeros((10, 10), int)
-            np.add.at(table, (self.labels, digit_probabilities(images, device).argmax(1)), 1)
-            result |= {"confusion": table.tolist(), "class_accuracy": float(table.trace() / len(images))}
+            np.add.at(table, (labels, probabilities.argmax(1)), 1)
+            result |= {"confusion": table.tolist(), "class_accuracy": float(table.trace() / len(labels))}
         return result
 
 
-def asked_classes(config, real: Reference, shape: tuple[int, int, int], count: int) -> AskedClasses | None:
-    """The classes to ask a model for, as often as the reference has them; None for a model that knows no classes.
+def check_classes(config, real: Reference) -> list[str]:
+    """Return the classes that a model can be asked for; none for one that knows no classes.
 
     Raises:
         UserError: the reference has no class labels, or other classes.
     """
     if not config.get("num_class_embeds"):
-        return None
-    names = class_names(config)
-    images, labels, real_names = real.labelled(shape)
-    images, labels = images[labels >= 0], labels[labels >= 0]  # what has no class cannot be asked for
+        return []
+    names, real_names = class_names(config), real.labels()[1]
     if names != real_names:
         raise UserError(
             f"the model knows the classes {', '.join(names)[:200]}; --reference has {', '.join(real_names)[:200]}. "
             "Compare it with images of the same classes"
         )
+    return names
+
+
+def asked_classes(names: list[str], real: Reference, extract: Extractor, how, count: int) -> AskedClasses | None:
+    """The classes to ask a model for, as often as the reference has them; None for a model that knows no classes."""
+    if not names:
+        return None
+    features, labels, _ = real.labelled(extract, how, len(real.images(real.args.reference_split)))
+    features, labels = features[labels >= 0], labels[labels >= 0]  # what has no class cannot be asked for
     if len(labels) < count:
         logger.warning(f"the reference has {len(labels)} images: their classes are asked for again and again")
-    return AskedClasses(labels[np.arange(count) % len(labels)], names, images, labels)
+    return AskedClasses(labels[np.arange(count) % len(labels)], names, features, labels)
 
 
-def digit_statistics(images: np.ndarray, device: str | torch.device = "cpu") -> dict[str, float]:
-    """What the classifier of digits says of images, uint8 (N, C, H, W).
+def digit_statistics(probabilities: np.ndarray) -> dict[str, float]:
+    """What the classifier of digits says of images.
+
+    Args:
+        probabilities: of each digit, (N, 10), see ``digit_probabilities``.
 
     Returns:
         ``confidence``, its mean probability of the likeliest class; ``class_distance``, the total variation distance of
         the classes' frequencies from 1/10 each, in [0, 0.9]: 0.03 or so is what MNIST itself has.
     """
-    probabilities = digit_probabilities(images, device)
-    frequencies = np.bincount(probabilities.argmax(1), minlength=10) / len(images)
+    frequencies = np.bincount(probabilities.argmax(1), minlength=10) / len(probabilities)
     return {"confidence": float(probabilities.max(1).mean()), "class_distance": float(abs(frequencies - 0.1).sum() / 2)}
 
 

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from .. import UserError
-from ..data.images import choose_range
+from .. import UserError, read_record
+from ..data.images import PreparedImages, choose_range
 from ..data.pixels import GREY_MODES, deep_values, prepare_image, to_eight_bits
 from ..diffusion.unets import weights_digest
 from ..pictures import from_uint8, make_grid
 from ..sources import folders
-from ..sources.decoding import decode_image
+from ..sources.decoding import decode_image, locate, size_and_mode
 from ..sources.named_images import NamedImages
 from ..sources.sources import ImageSource
 from ..training.checkpoints import file_hash
@@ -62,7 +64,7 @@ class ImageFolder:
             settings["interpolate"] = [*self.args.interpolate, f"in {self.args.num_samples} images"]
         path = self.folder / SETTINGS
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_record(path)
             names = sorted({*found, *settings})
             changed = [
                 f"{n} was {found.get(n)!r}, is {settings.get(n)!r}" for n in names if found.get(n) != settings.get(n)
@@ -100,15 +102,30 @@ class ImageFolder:
     def export(self, kind: str) -> None:
         """Write all images into ``images.npz`` (``images``, uint8 (N, H, W, C)) or ``images.parquet`` (a data set)."""
         if kind == "npz":
-            np.savez_compressed(
-                self.folder / "images.npz", images=self.load(self.args.num_samples).transpose(0, 2, 3, 1)
-            )
+            self._write_npz()
             return
         import datasets
+        import pyarrow
+        from pyarrow.parquet import ParquetWriter
 
-        paths = [{"bytes": self._path(k).read_bytes(), "path": None} for k in range(self.args.num_samples)]
-        features = datasets.Features({"image": datasets.Image()})
-        datasets.Dataset.from_dict({"image": paths}, features=features).to_parquet(self.folder / "images.parquet")
+        schema = datasets.Features({"image": datasets.Image()}).arrow_schema
+        with ParquetWriter(self.folder / "images.parquet", schema) as writer:
+            for first in range(0, self.args.num_samples, 250):  # all of them may be more than memory holds
+                numbers = range(first, min(first + 250, self.args.num_samples))
+                rows = [{"bytes": self._path(k).read_bytes(), "path": None} for k in numbers]
+                writer.write_table(pyarrow.Table.from_pydict({"image": rows}, schema=schema))
+
+    def _write_npz(self) -> None:
+        """One image after another, for all of them may be more than memory holds."""
+        staging, count = self.folder / ".tmp-images.npy", self.args.num_samples
+        shape = (count, *self.load(1).transpose(0, 2, 3, 1).shape[1:])
+        images = np.lib.format.open_memmap(staging, "w+", np.uint8, shape)
+        for k in range(count):
+            images[k] = np.atleast_3d(Image.open(self._path(k)))
+        images.flush()
+        with zipfile.ZipFile(self.folder / "images.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(staging, "images.npy")
+        staging.unlink()
 
     def print_stopped(self) -> None:
         """How to go on after a signal."""
@@ -150,30 +167,59 @@ def scaled_from(model: str) -> tuple[bool, tuple[float, float] | None]:
     return "scaled_from" in found, found.get("scaled_from") and tuple(found["scaled_from"])
 
 
-def load_folder(folder: str, accelerator, image_range: tuple[float, float] | None, limit: int = 100_000) -> np.ndarray:
-    """The images of a folder, of all its splits, uint8 (N, C, H, W).
+class SampleFolder:
+    """Samples in a folder, of all its splits: as many as are asked for, at random.
 
     Args:
-        image_range: see ``data.pixels.to_eight_bits``.
+        folder: of images, or what sample.py made.
+        resolution: (H, W) to resize them to; None for their own size.
+        seed: of the choice.
+
+    Attributes:
+        shape: (C, H, W).
+        record: of the run that the samples are of, as far as it is known, see ``output_dir.read_arguments``.
 
     Raises:
-        UserError: there are none, some cannot be read, or they differ in size.
+        UserError: there are too few, one cannot be opened, or they differ in size.
     """
-    if (Path(folder) / "images").is_dir():  # what sample.py made
-        folder = str(Path(folder) / "images")
-    splits = "+".join(folders.load_folder(Path(folder))) or "train"
-    source = ImageSource(folder, splits, is_folder=True, flags={"name": "folder", "split": "split"})
-    found = NamedImages(source, accelerator)
-    decoded = [found[index]["image"]() for index in range(min(limit, len(found)))]
-    sizes = sorted({image.size for image, _ in decoded})
-    if len(sizes) > 1:
-        raise UserError(f"{folder}: images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[1]}; expected one size")
-    mode, clipped = "L" if all(image.mode in GREY_MODES for image, _ in decoded) else "RGB", []
-    images = [to_eight_bits(image, mode, where, image_range, clipped.append) for image, where in decoded]
-    if clipped:
-        logger.warning(f"{folder}: clipped in {len(clipped)} of {len(images)} images; {clipped[0]}")
-    check_count(len(images), folder)
-    return np.stack([np.atleast_3d(np.asarray(image)) for image in images]).transpose(0, 3, 1, 2)
+
+    def __init__(self, folder: str, accelerator, resolution: tuple[int, int] | None, seed: int):
+        self.record, self.seed = {}, seed
+        settings = Path(folder) / SETTINGS
+        if settings.is_file():
+            self.record = read_arguments(read_record(settings).get("model", ""))
+        if (Path(folder) / "images").is_dir():  # what sample.py made
+            folder = str(Path(folder) / "images")
+        splits = "+".join(folders.load_folder(Path(folder))) or "train"
+        source = ImageSource(folder, splits, is_folder=True, flags={"name": "folder", "split": "split"})
+        self.images = NamedImages(source, accelerator)
+        check_count(len(self.images), folder)
+        sizes, modes = set(), set()
+        for index, row in enumerate(self.images.dataset):
+            size, mode = size_and_mode(*locate(row, folder, index))
+            sizes.add(size)
+            modes.add(mode)
+        if len(sizes) > 1 and not resolution:
+            first, second = sorted(sizes)[:2]
+            found = f"images of {len(sizes)} sizes, such as {first} and {second}"
+            raise UserError(f"{folder}: {found}; expected one size. --resolution resizes them")
+        self.mode = "L" if modes <= set(GREY_MODES) else "RGB"
+        self.shape = (len(self.mode), *(resolution or sizes.pop()[::-1]))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def blocks(self, count: int, image_range: tuple[float, float] | None) -> Iterator[np.ndarray]:
+        """Yield so many, uint8 (B, C, H, W), cut in the middle where they are resized.
+
+        Args:
+            image_range: see ``data.pixels.to_eight_bits``.
+        """
+        prepared = PreparedImages(
+            self.images, self.mode, self.shape[1:], center_crop=True, seed=self.seed, image_range=image_range
+        )
+        for images, _, _ in prepared.shown(count):
+            yield images
 
 
 def save_walk(frames: list[list[np.ndarray]], path: Path) -> None:

@@ -5,7 +5,8 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,50 +17,68 @@ from .. import sync
 BLOCK = 250  # images of a file, or somewhat more
 
 
-def draw_kept(
-    folder: Path, accelerator, count: int, shape: tuple[int, int, int], batch_size: int, facts: dict,
-    draw: Callable[[int, int], np.ndarray], announce: Callable[[int], None] = lambda missing: None,
-) -> tuple[np.ndarray, float]:  # fmt: skip
-    """The samples that ``folder`` holds, and the others of ``count`` drawn. Call it on all processes.
+class KeptSamples:
+    """Samples that a folder holds, and the others drawn. Use it on all processes.
 
     Args:
         folder: for files of some hundred images each, complete or not there.
-        shape: (C, H, W) of one image.
+        count: number of samples.
         batch_size: images that are drawn at once, by each process.
         facts: all that a sample depends on beside its number; samples of other facts are not touched.
         draw: called on all processes with a first number and how many; returns uint8 (N, C, H, W) on the main one.
         announce: called before anything is drawn with the number of images that are missing.
 
-    Returns:
-        uint8 (count, C, H, W), filled on the main process only; and images per second of the drawing, now or earlier.
+    Attributes:
+        images_per_second: of the drawing, now or earlier; known after ``blocks``.
     """
-    place = folder / digest_of(facts)[:16]
-    images, seconds = np.empty((count, *shape), np.uint8), 0.0
-    at_once = batch_size * accelerator.num_processes
-    size = at_once * -(-BLOCK // at_once)
-    ranges = [(first, min(first + size, count)) for first in range(0, count, size)]
-    missing = []
-    for first, last in ranges if accelerator.is_main_process else ():
+
+    def __init__(
+        self, folder: Path, accelerator, count: int, batch_size: int, facts: dict,
+        draw: Callable[[int, int], np.ndarray], announce: Callable[[int], None] = lambda missing: None,
+    ):  # fmt: skip
+        self.folder, self.accelerator, self.count = folder / digest_of(facts)[:16], accelerator, count
+        at_once = batch_size * accelerator.num_processes
+        self.size = at_once * -(-BLOCK // at_once)
+        self.draw, self.announce, self.images_per_second = draw, announce, 0.0
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield the samples in order, uint8 (B, C, H, W); empty arrays on other processes than the main one."""
+        ranges = [(first, min(first + self.size, self.count)) for first in range(0, self.count, self.size)]
+        main, seconds = self.accelerator.is_main_process, 0.0
+        missing = [place for place in ranges if self._read(*place) is None] if main else []
+        missing = broadcast_object_list([missing])[0]
+        self.announce(sum(last - first for first, last in missing))
+        for first, last in ranges:
+            images = np.zeros((0,), np.uint8)
+            if (first, last) in missing:
+                start = time.perf_counter()
+                images = self.draw(first, last - first)
+                spent = time.perf_counter() - start
+                if main:
+                    self._write(first, last, images, spent)
+            elif main:
+                images, spent = self._read(first, last)
+            if main:
+                seconds += spent
+                yield images
+        self.images_per_second = self.count / max(seconds, 1e-9)
+
+    def _file(self, first: int, last: int) -> Path:
+        return self.folder / f"{first:07}-{last:07}.npz"
+
+    def _read(self, first: int, last: int) -> tuple[np.ndarray, float] | None:
         try:
-            with np.load(place / f"{first:07}-{last:07}.npz") as file:
-                images[first:last] = file["images"]
-                seconds += float(file["seconds"])
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-            missing.append((first, last))
-    missing = broadcast_object_list([missing])[0]
-    announce(sum(last - first for first, last in missing))
-    for first, last in missing:
-        start = time.perf_counter()
-        drawn = draw(first, last - first)
-        if accelerator.is_main_process:
-            images[first:last] = drawn
-            seconds += (spent := time.perf_counter() - start)
-            place.mkdir(parents=True, exist_ok=True)
-            file = place / f"{first:07}-{last:07}.npz"
-            np.savez(staging := file.with_suffix(".tmp.npz"), images=drawn, seconds=spent)
-            sync(staging)
-            os.replace(staging, file)
-    return images, count / max(seconds, 1e-9)
+            with np.load(self._file(first, last)) as file:
+                return file["images"], float(file["seconds"])
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+            return None
+
+    def _write(self, first: int, last: int, images: np.ndarray, seconds: float) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self._file(first, last)
+        np.savez(staging := file.with_suffix(".tmp.npz"), images=images, seconds=seconds)
+        sync(staging)
+        os.replace(staging, file)
 
 
 def digest_of(facts) -> str:

@@ -29,12 +29,18 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """
     first, second = first.astype(np.float64), second.astype(np.float64)
     means = first.mean(0) - second.mean(0)
-    c1, c2 = np.atleast_2d(np.cov(first, rowvar=False)), np.atleast_2d(np.cov(second, rowvar=False))
-    # (C1 C2)^(1/2) has the trace of (C1^(1/2) C2 C1^(1/2))^(1/2), which is symmetric
-    values, vectors = np.linalg.eigh(c1)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ c2 @ root).clip(0)).sum()
-    return float(means @ means + np.trace(c1) + np.trace(c2) - 2 * cross)
+    # With C = A'A, (C1 C2)^(1/2) has the trace of (A1 A2' A2 A1')^(1/2): the sum of the singular values of A1 A2'
+    a1, a2 = ((points - points.mean(0)) / np.sqrt(len(points) - 1) for points in (first, second))
+    if min(len(first), len(second)) > first.shape[1]:  # of the roots of C in place of A, which are smaller then
+        a1, a2 = map(_root, (a1, a2))
+    cross = np.linalg.svd(a1 @ a2.T, compute_uv=False).sum()
+    return float(means @ means + (a1**2).sum() + (a2**2).sum() - 2 * cross)
+
+
+def _root(points: np.ndarray) -> np.ndarray:
+    """The symmetric root of A'A."""
+    values, vectors = np.linalg.eigh(points.T @ points)
+    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
 def distance_name(features: str) -> str:
@@ -44,24 +50,44 @@ def distance_name(features: str) -> str:
 
 def squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
     """Unbiased squared maximum mean discrepancy of equally many points, with the kernel (x y / D + 1)^3."""
+    return _squared_mmd(*_kernels(first, second))
+
+
+def _kernels(first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:
     x, y = first.astype(np.float64), second.astype(np.float64)
-    kernels = [(a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
-    within = sum((kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)) for kernel in kernels[:2])
-    return float(within - 2 * kernels[2].mean())
+    return [(a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+
+
+def _squared_mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
+    within = sum((kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1)) for kernel in (xx, yy))
+    return float(within - 2 * xy.mean())
 
 
 def kernel_distance(
-    first: np.ndarray, second: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    first: np.ndarray, second: np.ndarray, block: int = 2000, repeats: int = 50, seed: int = 0
 ) -> tuple[float, float]:
-    """KID: the mean of ``squared_mmd`` over random subsets (arXiv:1801.01401, Sec. 4).
+    """KID: ``squared_mmd`` (arXiv:1801.01401, Sec. 4), of large sets the mean over blocks that do not overlap.
+
+    Args:
+        block: points at once.
+        repeats: of the bootstrap.
 
     Returns:
-        Mean over random subsets, and its standard error.
+        Its value and its standard error over other draws of ``first``: by bootstrap, of several blocks each by itself.
     """
-    rng = np.random.default_rng(seed)
-    size = min(subset_size, len(first) // 2, len(second) // 2)  # or the subsets would be the same
-    estimates = []
-    for _ in range(subsets):
-        rows = (rng.choice(len(group), size, replace=False) for group in (first, second))
-        estimates.append(squared_mmd(first[next(rows)], second[next(rows)]))
-    return float(np.mean(estimates)), float(np.std(estimates, ddof=1) / np.sqrt(subsets))
+    size = min(len(first), len(second))
+    starts = range(0, max(1, size // block) * block, block)
+    rng, values, variances = np.random.default_rng(seed), [], []
+    for start in starts:
+        count = min(block, size)
+        xx, yy, xy = _kernels(first[start : start + count], second[start : start + count])
+        values.append(_squared_mmd(xx, yy, xy))
+        drawn = []
+        for _ in range(repeats):
+            weights = np.bincount(rng.integers(count, size=count), minlength=count).astype(np.float64)
+            # A point that is drawn twice is no pair of two: without such pairs the estimate stays unbiased
+            pairs = weights @ xx @ weights - (weights**2 * np.diag(xx)).sum()
+            number = weights.sum() ** 2 - (weights**2).sum()
+            drawn.append(pairs / number - 2 * (weights @ xy).sum() / (weights.sum() * count))
+        variances.append(np.var(drawn, ddof=1))
+    return float(np.mean(values)), float(np.sqrt(np.mean(variances) / len(values)))

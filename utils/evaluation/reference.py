@@ -1,63 +1,81 @@
 """The real images that samples are compared with: what a model was trained on, and what it has not seen."""
 
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from .. import randomness
 from ..data.images import PreparedImages, choose_range
-from ..data.nearest import nearest_distances
 from ..data.pixels import GREY_MODES, MODES, BadImage, deep_values
 from ..pictures import to_uint8
 from ..sources.named_images import NamedImages
 from ..sources.sources import ImageSource, NoSuchSplit, check_disjoint
-from .features import load_extractor
+from .copies import Copies
 from .metrics import check_count
 
 logger = logging.getLogger(__name__)
 
-MEMORY = 2**30  # bytes of a split's images at most
+BLOCK = 250  # images
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How real images become what a model was trained on.
+
+    Attributes:
+        shape: (C, H, W).
+        center_crop: whether the middle was cut out of images of another shape, instead of a random part.
+        random_flip: whether half of them were mirrored; None where that is not known.
+        image_range: values that became black and white, see ``data.pixels.to_eight_bits``.
+    """
+
+    shape: tuple[int, int, int]
+    center_crop: bool = False
+    random_flip: bool | None = None
+    image_range: tuple[float, float] | None = None
 
 
 class Reference:
-    """Both splits of the reference, at the size and in the mode of whatever they are compared with.
+    """Both splits of the reference, prepared as the images were that a model was trained on.
 
-    Without ``held_out_split``, what is held out is the split ``test``; where there is none, a tenth of the reference,
-    always the same, which is not compared with then; and of fewer than 100 images nothing.
+    Without ``held_out_split``, what is held out is the split ``test``; where there is none, half of the reference, at
+    most as many as samples, always the same, which is not compared with then; and of fewer than 100 images nothing.
 
     Args:
         args: ``reference``, ``reference_split``, ``held_out_split``, ``image_column``, ``label_column``,
-            ``image_range``, ``seed``.
+            ``image_range``, ``center_crop``, ``random_flip``, ``num_samples``, ``seed``.
 
     Attributes:
-        image_range: values that become black and white, see ``data.pixels.to_eight_bits``.
+        image_range: values that become black and white where a model's run does not say.
+        mode: ``L`` or ``RGB``, by the images.
         held_out_split: its name, or None where nothing is held out.
-        held_out: uint8 (N, C, H, W), at the images' own size, or None.
 
     Raises:
         UserError: a split is not there, has too few images, or shares some with the other; they cannot be read.
     """
 
     def __init__(self, args, accelerator):
-        self.args, self.accelerator, self._prepared, self._baselines, self._parts = args, accelerator, {}, {}, {}
+        self.args, self.accelerator, self._parts, self._features = args, accelerator, {}, {}
+        self._copies = {}
         self._sources = {args.reference_split: self._open(args.reference_split, "--reference_split")}
         self.held_out_split = self._find_held_out()
         for split, images in self._sources.items():
             check_count(len(images), f"{args.reference}, {split}")
-        shown = _look(self._sources[args.reference_split])
-        self.image_range = choose_range(args.image_range, deep_values(shown))
-        first = next(_look(self._sources[self.held_out_split or args.reference_split]))
-        mode = "L" if first.mode in GREY_MODES else "RGB"
-        self._shape = (len(mode), first.height, first.width)
-        self.held_out = self.resized(self._shape, self.held_out_split) if self.held_out_split else None
+        looked_at = [*_look(self._sources[args.reference_split])]
+        self.image_range = choose_range(args.image_range, deep_values(looked_at))
+        self.mode = "L" if all(image.mode in GREY_MODES for image in looked_at) else "RGB"
+        sizes = {image.size for image in looked_at}
+        self.size = sizes.pop()[::-1] if len(sizes) == 1 else None  # (H, W) of all of them
 
     def _find_held_out(self) -> str | None:
         split = self.args.held_out_split or "test"
         if self.args.held_out_split or split not in self._source(self.args.reference_split, "").split_names:
             try:
-                self._sources[split] = self._open(split, "--held_out_split")
-                compared = self._source(self.args.reference_split, "--reference_split")
-                check_disjoint(compared, self._source(split, "--held_out_split"), self.accelerator)
+                images = self._open(split, "--held_out_split")
+                check_disjoint(self._sources[self.args.reference_split], images)
+                self._sources[split] = images
                 return split
             except NoSuchSplit:
                 if self.args.held_out_split:
@@ -70,8 +88,8 @@ class Reference:
         return images if indices is None else images.select(indices, split)
 
     def _hold_out(self, split: str) -> str | None:
-        """Take a tenth of the reference away. Returns its name; None if there are too few images."""
-        name, length = f"a tenth of {split}", len(self._sources[split])
+        """Take half of the reference away, or as many as samples. Return its name; None if there are too few images."""
+        length = len(self._sources[split])
         start = f"{self.args.reference} has no other split test"
         if length < 100:
             logger.warning(
@@ -79,8 +97,11 @@ class Reference:
                 "copying. --held_out_split names images that were not trained on"
             )
             return None
-        order, count = randomness.shuffled_indices(0, np.arange(length), length), length // 10
-        whole = self._sources[split]
+        order, count = (
+            randomness.shuffled_indices(0, np.arange(length), length),
+            min(length // 2, self.args.num_samples),
+        )
+        whole, name = self._sources[split], f"{count} of {split}"
         self._parts = {split: (split, np.sort(order[count:])), name: (split, np.sort(order[:count]))}
         self._sources = {part: whole.select(indices, part) for part, (_, indices) in self._parts.items()}
         logger.warning(
@@ -93,82 +114,80 @@ class Reference:
         flags = {"name": "--reference", "split": flag}
         return ImageSource(self.args.reference, split, image_column=self.args.image_column, flags=flags, **options)
 
-    def _load(self, split: str, size: tuple[int, int], mode: str) -> np.ndarray:
-        if (split, size, mode) not in self._prepared:
-            images = self._sources[split]
-            prepared = PreparedImages(
-                images, mode, size, center_crop=True, seed=self.args.seed, image_range=self.image_range
-            )
-            limit = MEMORY // (size[0] * size[1] * len(mode))
-            if limit < len(images):
-                logger.warning(f"{self.args.reference}, {split}: of {len(images)} images, {limit} at random are used")
-            self._prepared[split, size, mode], _ = prepared.examples(limit)
-        return self._prepared[split, size, mode]
+    def preparation(self, shape: tuple[int, int, int], record: dict) -> Preparation:
+        """Return how the images of a run were prepared, by flags or else by its record; {} where there is none."""
+        flags, args = record.get("arguments", {}), self.args
+        center_crop = flags.get("center_crop", False) if args.center_crop is None else args.center_crop
+        random_flip = flags.get("random_flip") if args.random_flip is None else args.random_flip
+        known = "scaled_from" in record and args.image_range == "auto"
+        image_range = tuple(record["scaled_from"] or ()) or None if known else self.image_range
+        return Preparation(tuple(shape), center_crop, random_flip, image_range)
 
-    def resized(self, shape: tuple[int, int, int], split: str | None = None) -> np.ndarray:
-        """Images of a split (default: the reference), shuffled, of this (C, H, W); uint8 (N, C, H, W)."""
-        return self._load(split or self.args.reference_split, tuple(shape[1:]), MODES[shape[0]])
+    def images(self, split: str) -> NamedImages:
+        """Return the images of a split."""
+        return self._sources[split]
 
-    def labelled(
-        self, shape: tuple[int, int, int], flag: str = "--reference_split", split: str | None = None
-    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Images of a split (default: the reference) as by ``resized``, their labels (-1: none) and the classes' names.
+    def prepared(self, split: str, how: Preparation, mirrored: bool = False) -> PreparedImages:
+        """Return a split's images, prepared.
+
+        Args:
+            mirrored: mirror also where it is not known whether training did.
+        """
+        flip = bool(how.random_flip) or (mirrored and how.random_flip is None)
+        return PreparedImages(
+            self._sources[split], MODES[how.shape[0]], how.shape[1:], how.center_crop, flip, self.args.seed,
+            image_range=how.image_range,
+        )  # fmt: skip
+
+    def blocks(self, how: Preparation, count: int, split: str | None = None) -> Iterator[tuple]:
+        """Yield images of a split (default: the reference), shuffled, as training shows them, see ``shown``."""
+        return self.prepared(split or self.args.reference_split, how).shown(count)
+
+    def features(self, extract, how: Preparation, count: int) -> np.ndarray:
+        """Return features of so many images of the reference, or of all if there are fewer: float32 (N, D)."""
+        return self._extracted(extract, how, count)[0]
+
+    def labelled(self, extract, how: Preparation, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Return features as by ``features``, the images' labels (-1: none), and the classes' names.
+
+        Raises:
+            UserError: there are no class labels.
+        """
+        features, indices = self._extracted(extract, how, count)
+        labels, names = self.labels()
+        return features, labels[indices], names
+
+    def labels(self, split: str | None = None, flag: str = "--reference_split") -> tuple[np.ndarray, list[str]]:
+        """Return the labels of a split (default: the reference) by row, -1 for none, and the classes' names.
 
         Args:
             flag: what the user knows the split as.
 
         Raises:
-            UserError: it has no class labels.
+            UserError: there are no class labels.
         """
         split = split or self.args.reference_split
-        labelled = self._open(split, flag, label_column=self.args.label_column, find_labels=True)
-        drawn = randomness.shuffled_indices(self.args.seed, np.arange(len(labelled)), len(labelled))
-        images = self.resized(shape, split)
-        labels = np.array([-1 if label is None else label for label in labelled.labels()])
-        return images, labels[drawn][: len(images)], labelled.label_names
+        images = self._open(split, flag, label_column=self.args.label_column, find_labels=True)
+        return np.array([-1 if label is None else label for label in images.labels()]), images.label_names
 
-    def noise(self, count: int) -> np.ndarray:
-        """Uniform noise in the shape of the images, made in parts: what it is made from is 20 times as large."""
-        parts = np.array_split(np.arange(count), -(-count // 100))
-        noise = (randomness.sample_noise(self.args.seed, "ceiling", p, self._shape, "cpu", "uniform") for p in parts)
-        return np.concatenate([to_uint8(part) for part in noise])
+    def _extracted(self, extract, how: Preparation, count: int) -> tuple[np.ndarray, np.ndarray]:
+        count = min(count, len(self._sources[self.args.reference_split]))
+        found = self._features.get((extract.name, how))
+        if found is None or len(found[0]) < count:
+            blocks = [(extract(images), indices) for images, indices, _ in self.blocks(how, count)]
+            found = self._features[extract.name, how] = tuple(map(np.concatenate, zip(*blocks, strict=True)))
+        return found[0][:count], found[1][:count]
 
-    def copies(self, images: np.ndarray) -> tuple[float | None, tuple[np.ndarray, np.ndarray]]:
-        """How many of the images are nearer to a training image than real ones are.
+    def copies(self, how: Preparation) -> Copies:
+        """Return what finds copies of training images; their distances are measured once."""
+        if how not in self._copies:
+            self._copies = {how: Copies(self, how)}  # one at a time, for they are large
+        return self._copies[how]
 
-        An image's ratio is its distance to the nearest training image over that to the nearest held-out one. The rate
-        is the share of images whose ratio is below the lowest hundredth of that of the held-out images themselves:
-        about 0.01 is what real images have.
-
-        Returns:
-            The rate; the eight images with the lowest ratio and their nearest training images, uint8. If nothing is
-            held out, None and the eight that are nearest to training images.
-        """
-        train, pixels, trained, unseen, threshold = self._baseline(images)
-        to_train, indices = nearest_distances(pixels(images), trained)
-        if unseen is None:
-            closest = np.argsort(to_train)[:8]
-            return None, (images[closest], train[indices[closest]])
-        held_out = self.resized(images.shape[1:], self.held_out_split)
-        same = len(images) <= len(held_out) and np.array_equal(images, held_out[: len(images)])  # the floor
-        ratios = to_train / np.maximum(nearest_distances(pixels(images), unseen, skip_first=same)[0], 1e-12)
-        closest = np.argsort(ratios)[:8]
-        return float((ratios < threshold).mean()), (images[closest], train[indices[closest]])
-
-    def _baseline(self, images: np.ndarray) -> tuple:
-        """What images of this shape are compared with; the distances of all real images are measured once."""
-        if images.shape[1:] not in self._baselines:
-            shape = images.shape[1:]
-            train, pixels, unseen, threshold = self.resized(shape), load_extractor("pixels"), None, None
-            train = np.concatenate([train, train[..., ::-1]])  # as it may have been shown with --random_flip
-            trained = pixels(train)
-            if self.held_out_split:
-                unseen = pixels(self.resized(shape, self.held_out_split))
-                to_unseen = nearest_distances(unseen, unseen, skip_first=True)[0]
-                ratios = nearest_distances(unseen, trained)[0] / np.maximum(to_unseen, 1e-12)
-                threshold = np.quantile(ratios, 0.01)
-            self._baselines[shape] = train, pixels, trained, unseen, threshold
-        return self._baselines[images.shape[1:]]
+    def noise(self, shape: tuple[int, int, int], count: int) -> Iterator[np.ndarray]:
+        """Yield uniform noise of this shape, in blocks: what it is made from is 20 times as large."""
+        for ids in np.array_split(np.arange(count), -(-count // 100)):
+            yield to_uint8(randomness.sample_noise(self.args.seed, "ceiling", ids, shape, "cpu", "uniform"))
 
 
 def _look(images: NamedImages):

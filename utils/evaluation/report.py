@@ -10,15 +10,15 @@ from .sweep import plot_guidance, plot_sweep
 
 NOTE = """
 N: samples, and as many real images. Rows with the same N can be compared with each other, and with no other table. ema:
-whether the weights are averages, where that is known. The floor is what real, held-out images get, the ceiling what
-noise gets. Lower is better for fd, kid and class_distance (of the digits' frequencies from equal ones), higher for
-precision, recall, density, coverage and class_accuracy (the share of samples that are recognised as the digit that was
-asked for). confidence: how sure the classifier is; noise can make it sure, too. copies: the share of images nearer to a
-training image than 99 % of the held-out ones are. Errors: of fd by bootstrap over the generated images, of kid over its
-subsets. Pixels have no precision, recall, density and coverage: noise would be best by them.
+whether the weights are averages, where that is known. The floor is what real, held-out images get. Lower is better for
+fd, kid and class_distance (of the digits' frequencies from equal ones), higher for precision, recall, density, coverage
+and class_accuracy (the share of samples that are recognised as the digit that was asked for). confidence: how sure the
+classifier is; noise can make it sure, too. copies: the share of images nearer to a training image than 99 % of the
+held-out ones are. Errors: by bootstrap over the generated images. Pixels have no precision, recall, density and
+coverage: noise would be best by them.
 """
 SHORT = """
-Lower is better, of coverage and class_accuracy higher. Floor: real images in the place of samples; ceiling: noise.
+Lower is better, of coverage and class_accuracy higher. Floor: real images in the place of samples.
 copies: the share of samples suspiciously near to a training image; about 0.01 is what real images have.
 """
 LOSS_NOTE = """

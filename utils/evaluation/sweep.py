@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import SchedulerMixin
 from matplotlib.figure import Figure
 
-from .. import UserError, write_record
+from .. import UserError, read_record, write_record
 from ..pictures import label_log_axis
 from ..training.output_dir import ARGUMENTS, read_arguments
 
@@ -90,14 +90,14 @@ def check_writable(name: str) -> None:
         raise UserError(f"--write_best: {name} is not a folder with a pipeline; expected the output of train_ddpm.py")
     if (Path(name) / "manifest.json").exists():
         raise UserError(f"--write_best: {name} is a checkpoint, and stays as it was saved; give the run's folder")
-    pipeline_class = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    pipeline_class = read_record(index).get("_class_name")
     if pipeline_class != "DDPMPipeline":
         raise UserError(f"--write_best: {name} is a {pipeline_class}, which has one sampler; expected a DDPMPipeline")
 
 
 def write_scheduler(folder: Path, scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     """Put another scheduler into a saved DDPMPipeline, and the number of steps into its run's record."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_record(folder / "model_index.json")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     write_record(folder / "scheduler" / "scheduler_config.json", json.loads(scheduler.to_json_string()))
     write_record(folder / "model_index.json", index)

@@ -10,16 +10,16 @@ import numpy as np
 
 from .. import sync, write_record
 from ..diffusion.spaces import Pixels, encode_in_batches
-from ..pictures import to_uint8
 from ..training.checkpoints import on_all_processes
 from .denoising_loss import DenoisingLoss
-from .features import load_extractor
+from .features import choose_features, load_extractor
 from .metrics import check_count, distance_name, frechet_distance, kernel_distance
 
 logger = logging.getLogger(__name__)
 
 RECORD = "evaluation.json"
 NUM_VALIDATION_IMAGES = 64  # of each set
+LOOKED_AT = 64  # images by which features are chosen
 
 
 class Evaluation:
@@ -82,7 +82,7 @@ class SampleQuality:
 
     Args:
         run: that trains. A best model of a later step belongs to a run that this one does not continue.
-        features: see ``features.load_extractor``.
+        features: see ``features.choose_features``.
         count: samples, at most as many as there are training images.
         every: optimizer steps between evaluations, for a message.
 
@@ -90,11 +90,11 @@ class SampleQuality:
         count: N.
     """
 
-    def __init__(self, run, features: str, count: int, every: int):
+    def __init__(self, run, features: str | None, count: int, every: int):
         self.run, self.every, self.announced = run, every, False
-        self.extract = load_extractor(features, run.accelerator.device)
-        reference = to_uint8(run.train_data.examples(count)["images"])
+        reference = run.train_data.shown(count)
         check_count(len(reference), "--evaluate_steps")
+        self.extract = load_extractor(choose_features(features, reference[:LOOKED_AT]), run.accelerator.device)
         self.count, self.reference = len(reference), self.extract(reference)
         self._distance = f"{distance_name(self.extract.name)}_N{self.count}"
         self._kid = f"kid_{self.extract.name}_N{self.count}"

@@ -16,16 +16,23 @@ def draw_curves(folder: Path, logs: Path) -> None:
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of what a resumed run has written again
 
-    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss", yscale="log")
+    curves = {}
     for run in runs:
         events = EventAccumulator(str(run), size_guidance={"images": 1}).Reload()
         for tag in events.Tags()["scalars"]:
             points = events.Scalars(tag) if tag.startswith("loss/") else []
             if points:  # none may be left of a run that was begun again
-                steps, values = [point.step for point in points], [point.value for point in points]
-                axes.plot(steps, values, label=f"{tag.removeprefix('loss/')}: {values[-1]:.3g} at the end")
-    if axes.lines:
+                curves.setdefault(tag.startswith("loss/validation_"), []).append((tag.removeprefix("loss/"), points))
+    if not curves:
+        return
+    figure = Figure(figsize=(7 * len(curves), 4), dpi=110, layout="constrained")
+    # Two measures: in training timesteps are not equally likely, and the target may be guided
+    titles = {False: "training loss", True: "denoising loss: fixed noise, equal timesteps"}
+    for axes, fixed in zip(figure.subplots(1, len(curves), squeeze=False)[0], sorted(curves), strict=True):
+        for name, points in curves[fixed]:
+            steps, values = [point.step for point in points], [point.value for point in points]
+            axes.plot(steps, values, label=f"{name.removeprefix('validation_')}: {values[-1]:.3g} at the end")
+        axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title=titles[fixed])
         label_log_axis(axes)
         axes.legend()
-        figure.savefig(folder / "curves.png")
+    figure.savefig(folder / "curves.png")

@@ -15,11 +15,14 @@ from ..privacy import public
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = {  # TensorBoard's custom scalars: curves that belong together, in one chart
+# TensorBoard's custom scalars: what is the same measure, in one chart. The training loss is another one than those on
+# fixed noise: its timesteps are not equally likely, and its target may be guided
+LAYOUT = {
     "loss": {
-        "training and held out": ["Multiline", ["^loss/"]],
-        "by noise level": ["Multiline", ["^loss_by_timestep/"]],
-        "held out, by noise level": ["Multiline", ["^loss_by_timestep_validation/"]],
+        "training": ["Multiline", ["^loss/train$"]],
+        "fixed noise, equal timesteps: training and held-out images": ["Multiline", ["^loss/validation_"]],
+        "training, by noise level": ["Multiline", ["^loss_by_timestep/"]],
+        "fixed noise, by noise level": ["Multiline", ["^loss_by_timestep_validation/"]],
     }
 }
 ALWAYS = ("learning_rate", "train_batch_size", "seed")  # among TensorBoard's hyperparameters, defaults or not

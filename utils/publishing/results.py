@@ -41,7 +41,7 @@ def describe_results(folder: Path, results: dict) -> tuple[str, list[EvalResult]
             dataset_split=results["reference_split"],
             metric_type=metric,
             metric_name=", ".join([metric, *(f"{name} {row[name]}" for name in settings)]),
-            metric_value=round(value, 4),
+            metric_value=float(f"{value:.4g}"),
         )
         for row in rows
         for metric, value in row.items()

@@ -52,6 +52,21 @@ def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
         raise BadImage(f"{name}: {reason}. Expected a complete image file that Pillow reads") from error
 
 
+def size_and_mode(source: bytes | str | Image.Image, name: str) -> tuple[tuple[int, int], str]:
+    """Return width, height and mode of an image, from the first bytes of its file.
+
+    Raises:
+        BadImage: it cannot be opened.
+    """
+    try:
+        image = source if isinstance(source, Image.Image) else None
+        with image or Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            turned = opened.getexif().get(0x0112, 1) > 4  # the orientation exchanges width and height
+            return opened.size[::-1] if turned else opened.size, opened.mode
+    except Exception as error:  # as in ``decode_image``
+        raise BadImage(f"{name}: {type(error).__name__}. Expected a complete image file that Pillow reads") from error
+
+
 def left_out(source: bytes | str | Image.Image) -> list[str]:
     """What of a file is not in ``decode_image``'s picture: further pictures, and lower bits that Pillow drops."""
     if isinstance(source, Image.Image):

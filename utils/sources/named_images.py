@@ -188,8 +188,9 @@ class NamedImages(Images):
         find = bool(self.label_names) and self.source.label_column is None
         flags = {**self.source.flags, "split": flag}
         source = replace(self.source, split=split, max_samples=None, find_labels=find, flags=flags)
-        check_disjoint(self.source, source, self.accelerator)
-        return NamedImages(source, self.accelerator, self.max_bad_images)
+        images = NamedImages(source, self.accelerator, self.max_bad_images)
+        check_disjoint(self, images)
+        return images
 
     def another(self, name: str, flag: str) -> "NamedImages":
         """Load another data set.

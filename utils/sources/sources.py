@@ -5,8 +5,10 @@ Images are not decoded here, so that whoever decodes them can name the one that 
 
 import errno
 import glob
+import hashlib
 import logging
 import math
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -30,6 +32,10 @@ DEFAULT_DATASET = "ylecun/mnist"
 FILES = {  # builders of ``datasets``, by the extension of files
     ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json", ".tar": "webdataset",
 }  # fmt: skip
+
+
+LARGE = 2**30  # bytes of images in tables, of which rows are not compared
+LEAK = 0.5  # share of the held-out images that are training images from which a split is refused
 
 
 class NoSuchSplit(UserError):
@@ -113,12 +119,30 @@ def load_source(source: ImageSource, accelerator) -> tuple[datasets.Dataset | da
     return select_columns(add_partners(dataset, source), source), source.name
 
 
-def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) -> None:
+def check_disjoint(trained_on, held_out) -> None:
     """Refuse a held-out split that shares images with the training split of the same data set.
+
+    Slices are compared by their numbers, and rows by file or content, whatever the splits are called. A few rows in
+    both are duplicates within the data, and worth a warning.
+
+    Args:
+        trained_on, held_out: ``NamedImages``.
 
     Raises:
         UserError: says which.
     """
+    _check_slices(trained_on.source, held_out.source, trained_on.accelerator)
+    source, shared, count = held_out.source, shared_rows(trained_on.dataset, held_out.dataset), held_out.length
+    if shared and shared >= LEAK * count:
+        raise UserError(
+            f"{source.said('split')} shares images with {trained_on.source.said('split')}: {shared} of its {count}, so "
+            "it would not be held out. Take a split of other images"
+        )
+    if shared:
+        logger.warning(f"{source.said('split')}: {shared} of its {count} images are training images, too")
+
+
+def _check_slices(trained_on: ImageSource, held_out: ImageSource, accelerator) -> None:
     pair = (trained_on, held_out)
     names = [source.split_names for source in pair]
     if not names[0] & names[1]:
@@ -142,6 +166,33 @@ def check_disjoint(trained_on: ImageSource, held_out: ImageSource, accelerator) 
             f"Take parts that do not overlap, such as {trained_on.flags['split']} 'train[:90%]' and "
             f"{held_out.flags['split']} 'train[90%:]'"
         )
+
+
+def shared_rows(trained_on, held_out) -> int | None:
+    """Count the held-out images that are training images, by file or by content.
+
+    Args:
+        trained_on, held_out: data sets with the column ``image``, not decoded.
+
+    Returns:
+        None where it cannot be told: for streams, and for more than a gigabyte of images that are in no files.
+    """
+    if not all(isinstance(dataset, datasets.Dataset) for dataset in (trained_on, held_out)):
+        return None
+    if any(dataset.data.nbytes > LARGE for dataset in (trained_on, held_out)):
+        return None
+    known = {_row_key(record) for record in trained_on["image"]}
+    return sum(_row_key(record) in known for record in held_out["image"])
+
+
+def _row_key(record) -> str | bytes:
+    """What tells an image from others: its file, or a hash of its content."""
+    if isinstance(record, dict):
+        record = record.get("bytes") or record.get("path") or b""
+    if isinstance(record, str):
+        return os.path.realpath(record)
+    content = record if isinstance(record, bytes) else repr(record).encode()
+    return hashlib.sha256(content).digest()
 
 
 def data_license(dataset, name: str) -> str:

@@ -15,7 +15,7 @@ import diffusers
 import filelock
 import torch
 
-from .. import UserError, args, write_record
+from .. import UserError, args, read_record, write_record
 from ..hardware import device_name
 from ..privacy import OWN_IMAGES, public, public_data
 from .process import on_main_process
@@ -265,7 +265,7 @@ def describe_optimizers(accelerator) -> list[dict]:
 def read_arguments(folder: str | Path) -> dict:
     """Read what ``write_arguments`` has written of the run in this folder; nothing where there is none."""
     path = Path(folder) / ARGUMENTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_record(path) if path.is_file() else {}
 
 
 def check_finished(folder: Path, data_settings: dict) -> None:
