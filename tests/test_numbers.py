@@ -16,6 +16,7 @@ from utils.evaluation.features import choose_features, load_extractor
 from utils.evaluation.metrics import frechet_distance, squared_mmd
 
 DIGITS = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+TARGETS = load_digits().target
 RNG = np.random.default_rng(0)
 
 
@@ -100,13 +101,13 @@ def test_a_folder_of_classes_is_sampled_as_the_same_files_in_one(tmp_path):
     write(tmp_path / "reference" / "train", DIGITS[:400])
     write(tmp_path / "reference" / "test", DIGITS[900:1200])
     for k, index in enumerate(RNG.permutation(400)):
-        for folder in (tmp_path / "classes" / str(load_digits().target[index]), tmp_path / "flat"):
+        for folder in (tmp_path / "classes" / str(TARGETS[index]), tmp_path / "flat"):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(DIGITS[index]).save(folder / f"{k:04}.png")
     flags = [f"--reference={tmp_path}/reference", "--num_samples=200"]
     rows = evaluated(tmp_path / "out", tmp_path / "classes", tmp_path / "flat", *flags)
     for name in ("classes", "flat"):
-        assert rows[name]["N"] == 200 and rows[name]["class_distance"] < 0.1
+        assert rows[name]["N"] == 200 and rows[name]["class_distance"] < 0.2
     difference = rows["classes"]["fd_digits"] - rows["flat"]["fd_digits"]
     assert abs(difference) < 4 * (rows["classes"]["fd_digits_error"] + rows["flat"]["fd_digits_error"])
 

@@ -16,11 +16,13 @@ def nearest_distances(
     Args:
         own: rows of ``others`` that a point skips, from and to: int (N, 2). Without it none.
     """
+    from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
 
     skipped = 0 if own is None else int((own[:, 1] - own[:, 0]).max())
     neighbours = NearestNeighbors(n_neighbors=1 + skipped, algorithm="brute").fit(others)
-    distances, indices = neighbours.kneighbors(points)
+    with config_context(working_memory=128):  # MiB; a gigabyte is no faster
+        distances, indices = neighbours.kneighbors(points)
     first = np.zeros(len(points), int)
     if own is not None:
         first = ((indices < own[:, :1]) | (indices >= own[:, 1:])).argmax(1)

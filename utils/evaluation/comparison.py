@@ -5,17 +5,16 @@ Every function takes features (N, D) and (M, D), float, as those in ``metrics`` 
 
 import numpy as np
 
-from .metrics import distance_name, frechet_distance, kernel_distance
+from .metrics import distance_name, frechet_distance_to, kernel_distance
 
 BLOCK = 2**23  # distances at once
 
 
-def bootstrap(metric, first: np.ndarray, second: np.ndarray, repeats: int = 20, seed: int = 0) -> float:
-    """Standard error of ``metric(first, second)``: its deviation when ``first`` is drawn again with replacement."""
+def bootstrap(metric, points: np.ndarray, repeats: int = 20, seed: int = 0) -> float:
+    """Standard error of ``metric(points)``: its deviation when they are drawn again with replacement."""
     rng = np.random.default_rng(seed)
-    return float(
-        np.std([metric(first[rng.integers(len(first), size=len(first))], second) for _ in range(repeats)], ddof=1)
-    )
+    drawn = (rng.integers(len(points), size=len(points)) for _ in range(repeats))
+    return float(np.std([metric(points[rows]) for rows in drawn], ddof=1))
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
@@ -61,10 +60,10 @@ def compare(generated: np.ndarray, real: np.ndarray, name: str, seed: int) -> di
     By pixels only distances: there the balls around images reach so far that noise is inside of them.
     """
     kid, kid_error = kernel_distance(generated, real, seed=seed)
-    distance = distance_name(name)
+    distance, measure = distance_name(name), frechet_distance_to(real)
     row = {
-        distance: frechet_distance(generated, real),
-        f"{distance}_error": bootstrap(frechet_distance, generated, real, seed=seed),
+        distance: measure(generated),
+        f"{distance}_error": bootstrap(measure, generated, seed=seed),
         f"kid_{name}": kid,
         f"kid_{name}_error": kid_error,
     }

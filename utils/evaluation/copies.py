@@ -9,7 +9,7 @@ from .features import load_extractor
 
 logger = logging.getLogger(__name__)
 
-VECTORS = 200_000  # parts of images of a split that are compared with, at most
+BYTES = 2**28  # of the features of parts of a split's images
 LOWEST_THRESHOLD = 0.01  # of the ratio: rounding alone stays below it
 SAME = 0.02  # share of the usual distance between images below which two are the same image
 SHOWN = 8
@@ -38,10 +38,9 @@ class Copies:
 
     def _vectors(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Features of the parts of a split's images (M, D); of each image index and rows, from and to (N, 3)."""
-        images = self.reference.images(split)
-        most = max(1, VECTORS // (2 * len(images)))
         vectors, groups, position = [], [], 0
-        for parts, index in self.reference.prepared(split, self.how, mirrored=True).crops(len(images), most):
+        prepared = self.reference.prepared(split, self.how, mirrored=True)
+        for parts, index in prepared.crops(len(self.reference.images(split)), self._most(split)):
             vectors.append(self.pixels(parts))
             groups.append((index, position, position := position + len(parts)))
         return np.concatenate(vectors), np.array(groups)
@@ -112,5 +111,10 @@ class Copies:
         split = self.reference.args.reference_split
         index, start, _ = self.trained_groups[np.searchsorted(self.trained_groups[:, 1], row, side="right") - 1]
         prepared = self.reference.prepared(split, self.how, mirrored=True)
-        most = max(1, VECTORS // (2 * len(self.reference.images(split))))
-        return prepared.parts(self.reference.images(split)[int(index)], most)[row - start]
+        return prepared.parts(self.reference.images(split)[int(index)], self._most(split))[row - start]
+
+    def _most(self, split: str) -> int:
+        """How many places of an image are compared with: in ``BYTES``, mirrored or not."""
+        channels, height, width = self.how.shape
+        size = 4 * channels * min(height, 16) * min(width, 16)
+        return max(1, BYTES // (2 * size * len(self.reference.images(split))))

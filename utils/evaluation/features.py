@@ -32,6 +32,7 @@ DIGITS_WEIGHTS = Path(__file__).parent / "digits_net.safetensors"
 DIGIT_DISTANCE = (
     4.5  # digits are nearer to embedded ones, in the features of digits, than anything else was found to be
 )
+BATCH_LIMIT = 2**24  # values of images at once
 DEFAULT_MODELS = {"dinov2": "facebook/dinov2-base", "clip": "openai/clip-vit-base-patch32"}
 
 
@@ -70,9 +71,10 @@ class Extractor:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """float32 (N, D) for uint8 images (N, C, H, W)."""
         found = []
-        for start in range(0, len(images), self.batch_size):
+        size = max(1, min(self.batch_size, BATCH_LIMIT // max(1, images[0].size))) if len(images) else 1
+        for start in range(0, len(images), size):
             progress("evaluation")
-            batch = torch.from_numpy(images[start : start + self.batch_size])
+            batch = torch.from_numpy(images[start : start + size])
             found.append(self.function(batch).float().cpu().numpy())
         return np.concatenate(found)
 

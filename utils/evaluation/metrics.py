@@ -4,6 +4,8 @@ Every function takes features (N, D) and (M, D), float. None of them knows what 
 their extractor, such as ``fd_digits``.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .. import UserError
@@ -27,20 +29,36 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017, arXiv:1706.08500, Eq. 6. It is biased upwards for
     small sets: compare only results of the same N, and give a floor.
     """
-    first, second = first.astype(np.float64), second.astype(np.float64)
-    means = first.mean(0) - second.mean(0)
-    # With C = A'A, (C1 C2)^(1/2) has the trace of (A1 A2' A2 A1')^(1/2): the sum of the singular values of A1 A2'
-    a1, a2 = ((points - points.mean(0)) / np.sqrt(len(points) - 1) for points in (first, second))
-    if min(len(first), len(second)) > first.shape[1]:  # of the roots of C in place of A, which are smaller then
-        a1, a2 = map(_root, (a1, a2))
-    cross = np.linalg.svd(a1 @ a2.T, compute_uv=False).sum()
-    return float(means @ means + (a1**2).sum() + (a2**2).sum() - 2 * cross)
+    return frechet_distance_to(second)(first)
 
 
-def _root(points: np.ndarray) -> np.ndarray:
-    """The symmetric root of A'A."""
-    values, vectors = np.linalg.eigh(points.T @ points)
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+def frechet_distance_to(second: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Return ``frechet_distance`` to one set, of which what takes time is computed once."""
+    mean, deviations = _centred(second)
+    root, dimensions = None, second.shape[1]
+
+    def distance(first: np.ndarray) -> float:
+        nonlocal root
+        other_mean, others = _centred(first)
+        if min(len(first), len(second)) <= dimensions:
+            # With C = A'A, (C1 C2)^(1/2) has the trace of (A1 A2' A2 A1')^(1/2): singular values of a small matrix
+            cross = np.linalg.svd(others @ deviations.T, compute_uv=False).sum()
+        else:  # and that of (C2^(1/2) C1 C2^(1/2))^(1/2), which is symmetric
+            if root is None:
+                values, vectors = np.linalg.eigh(deviations.T @ deviations)
+                root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+            cross = np.sqrt(np.linalg.eigvalsh(root @ (others.T @ others) @ root).clip(0)).sum()
+        difference = mean - other_mean
+        return float(difference @ difference + (others**2).sum() + (deviations**2).sum() - 2 * cross)
+
+    return distance
+
+
+def _centred(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean, and A with the covariance A'A."""
+    points = points.astype(np.float64)
+    mean = points.mean(0)
+    return mean, (points - mean) / np.sqrt(len(points) - 1)
 
 
 def distance_name(features: str) -> str:

@@ -186,7 +186,8 @@ class Reference:
 
     def noise(self, shape: tuple[int, int, int], count: int) -> Iterator[np.ndarray]:
         """Yield uniform noise of this shape, in blocks: what it is made from is 20 times as large."""
-        for ids in np.array_split(np.arange(count), -(-count // 100)):
+        block = max(1, 2**22 // int(np.prod(shape)))
+        for ids in np.array_split(np.arange(count), -(-count // block)):
             yield to_uint8(randomness.sample_noise(self.args.seed, "ceiling", ids, shape, "cpu", "uniform"))
 
 
