@@ -162,35 +162,72 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
     def _read_config(self, path: str | None) -> list[str]:
-        """The flags in a YAML file as a list of arguments, so that they are checked as typed ones are."""
+        """The flags in a YAML file as a list of arguments, so that they are checked as typed ones are.
+
+        Values stay the text that stands there: 1.10, 007 and on are what a flag's own type makes of them. Of the record
+        of a run, ``training_args.json``, its flags are taken.
+        """
         if path is None:
             return []
         import yaml
 
         try:
-            entries = yaml.safe_load(text := Path(path).read_text(encoding="utf-8")) or {}
+            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}")
-        if not isinstance(entries, dict):
-            self.error(f"--config {path}: expected lines of `flag: value`, got {type(entries).__name__}")
+        entries = self._entries(path, root)
+        if {"script", "arguments"} <= {*entries}:
+            entries = self._entries(path, entries["arguments"])
+            entries.pop("config", None)
         actions = {action.dest: action for action in self._actions}
         argv = []
-        for name, value in entries.items():
+        for name, node in entries.items():
             if name not in actions or name in ("help", "config") or not actions[name].option_strings:
-                self.error(f"--config {path}: there is no flag --{name}; --help lists them")
-            if value is None and re.search(rf"^{name}: *#\S", text, re.M):
-                self.error(f"--config {path}: {name} has no value; put quotes around one that begins with #")
-            if isinstance(actions[name], _Switch):
-                if not isinstance(value, bool):
-                    self.error(f"--config {path}: {name} is {value!r}; expected true or false")
-                argv.append(f"--{name}" if value else f"--no-{name}")
-            elif value is False and "no" in (actions[name].choices or ()):
-                argv.append(f"--{name}=no")  # YAML reads a bare `no` as false
-            elif isinstance(value, list):
-                argv += [f"--{name}", *map(str, value)]
-            elif value is not None:
-                argv.append(f"--{name}={value}")
+                close = difflib.get_close_matches(name, actions, n=1, cutoff=0.8)
+                hint = f"did you mean {close[0]}?" if close else "--help lists them"
+                self.error(f"--config {path}: there is no flag --{name}; {hint}")
+            argv += self._typed(path, name, node, actions[name])
         return argv
+
+    def _entries(self, path: str, node) -> dict:
+        """The entries of a YAML mapping, by name."""
+        import yaml
+
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            kind = "a list" if isinstance(node, yaml.SequenceNode) else "text"
+            self.error(f"--config {path}: expected lines of `flag: value`, got {kind}")
+        entries = {}
+        for key, value in node.value:
+            if key.value in entries:
+                self.error(f"--config {path}: {key.value} is given twice, again in line {key.start_mark.line + 1}")
+            entries[key.value] = value
+        return entries
+
+    def _typed(self, path: str, name: str, node, action) -> list[str]:
+        """What would be typed for an entry."""
+        import yaml
+
+        values = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if not all(isinstance(value, yaml.ScalarNode) for value in values):
+            self.error(f"--config {path}: {name} is neither a value nor a list of values")
+        if isinstance(node, yaml.SequenceNode):
+            if action.nargs not in ("+", "*") and not isinstance(action.nargs, int):
+                self.error(f"--config {path}: {name} is a list; expected one value")
+            return [f"--{name}", *(value.value for value in values)]
+        if node.tag.endswith(":null"):
+            line = node.start_mark.buffer and Path(path).read_text(encoding="utf-8").splitlines()[node.start_mark.line]
+            if line and re.search(rf"^\s*{name}: *#\S", line):
+                self.error(f"--config {path}: {name} has no value; put quotes around one that begins with #")
+            return []
+        if isinstance(action, _Switch):
+            if node.value.lower() not in ("true", "false"):
+                self.error(f"--config {path}: {name} is {node.value!r}; expected true or false")
+            return [f"--{name}" if node.value.lower() == "true" else f"--no-{name}"]
+        if node.value.lower() == "false" and "no" in (action.choices or ()):
+            return [f"--{name}=no"]
+        return [f"--{name}={node.value}"]
 
 
 # fmt: off

@@ -16,7 +16,7 @@ from PIL import Image
 from .. import UserError
 from .columns import Layout
 from .own_images import Images, label_of
-from .pixels import GREY_MODES, BadImage, all_crops, augment, prepare_image, to_eight_bits, used_range
+from .pixels import GREY_MODES, BadImage, all_crops, augment, float_range, prepare_image, to_eight_bits, used_range
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def choose_range(text: str, deep: Sequence[tuple[str, np.ndarray]], say: bool = 
             f"The images have more than 8 bits and values from {used[0]:g} to {used[1]:g}: these become black and "
             f"white. --image_range {given} does the same; --image_range full takes the range of their format"
         )
-    return used
+    return used or float_range(deep)  # which one image alone does not tell
 
 
 class PreparedImages(torch.utils.data.Dataset):

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .. import UserError, randomness
 from .columns import Column, check_columns, scale_to_eight_bits
@@ -30,6 +30,7 @@ class Images:
     Attributes:
         name: for messages.
         columns: further tensors of each row, by name, see ``columns``.
+        sample: how some of the images were chosen; None for all.
         length: number of images; None for a stream.
         label_names: names of the classes; empty without labels.
         license: of the images, as far as it is known.
@@ -39,7 +40,7 @@ class Images:
     """
 
     name, length, label_names, license, fingerprint = "own images", 0, [], "not stated", None
-    max_bad_images, advice, columns = 0, "", {}
+    max_bad_images, advice, columns, sample = 0, "", {}, None
 
     def __len__(self) -> int:
         return self.length
@@ -166,11 +167,15 @@ class OwnImages(Images):
         where = f"{self.name.removesuffix('s')} {index}"
         try:
             image = self.get(index)
-        except OSError as error:  # a file that cannot be read; what else goes wrong is not about one image
+        except (OSError, SyntaxError) as error:  # a file that cannot be read; what else goes wrong is of no one image
             raise BadImage(f"{where}: {type(error).__name__}: {error}") from error
         image = image["image"] if isinstance(image, dict) else image[0] if isinstance(image, tuple) else image
         if isinstance(image, Image.Image):
-            return image, where
+            try:
+                image.load()
+            except Exception as error:  # Pillow's decoders raise anything; the file is opened before it is read
+                raise BadImage(f"{where}: {type(error).__name__}: {error}") from error
+            return ImageOps.exif_transpose(image), where
         array = channels_last(np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image), where)
         if array.dtype != np.uint8:
             array = scale_to_eight_bits(array, where, self.value_range)

@@ -60,7 +60,7 @@ def to_eight_bits(
 def _full_range(mode: str, high: float) -> tuple[float, float]:
     """The range of a format with more than 8 bits, given the largest value of an image or several."""
     if mode == "F":
-        return 0, 1 if high <= 1 else 255
+        return 0, 1 if high <= 1.001 else 255  # 1.0000001 is a rounded 1
     return 0, 65535 if high <= 65535 else 2**31 - 1
 
 
@@ -76,6 +76,15 @@ def deep_values(images: Iterable[Image.Image]) -> list[tuple[str, np.ndarray]]:
                 values = np.concatenate([values[::step], [values.min(), values.max()]])
             found.append((image.mode, values))
     return found
+
+
+def float_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:
+    """The range of the format of images of floats, found from several of them; None if there are none, or others."""
+    values = [values for mode, values in deep if mode == "F" and values.size]
+    if len(values) < len(deep) or not values or min(map(np.min, values)) < 0:
+        return None
+    low, high = _full_range("F", max(map(np.max, values)))
+    return float(low), float(high)
 
 
 def used_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:

@@ -27,7 +27,7 @@ from .cache import Cache
 from .columns import Column, Layout
 from .images import PreparedImages, choose_range
 from .own_images import INSPECTED, MAX_CLASSES, Images, embedded_digits, translate_labels
-from .pixels import GREY_MODES, MODES, BadImage, covering, deep_values
+from .pixels import GREY_MODES, MODES, BadImage, covering, deep_values, float_range
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,8 @@ class TrainData:
                 f"({args.train_batch_size} x {factor} micro-steps and processes); {fitting} add images"
             )
         self.settings = dict(data=self.name, images=self.length, global_batch_size=self.global_batch_size)
+        if images.sample:
+            self.settings["sample"] = images.sample
         self._inspect(size, image_mode)
         self.sample_size = self.size[0] if self.size[0] == self.size[1] else self.size
         self.image_shape = (self.channels, *self.size)
@@ -150,7 +152,8 @@ class TrainData:
         self._choose_mode(modes, image_mode)
         self._choose_size(sizes, size)
         self.image_range = choose_range(self.args.image_range, deep)
-        self.settings["scaled_from"] = list(self.image_range) if self.image_range and deep else None
+        chosen = self.image_range and deep and self.image_range != float_range(deep)
+        self.settings["scaled_from"] = list(self.image_range) if chosen else None
 
     def _choose_mode(self, modes: set[str], image_mode: str | None) -> None:
         grey = modes <= set(GREY_MODES)

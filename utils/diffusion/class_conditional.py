@@ -64,7 +64,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int | str],
+        class_labels: int | str | Sequence[int | str],
         guidance_scale: float = 1.0,
         num_inference_steps: int = 25,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -74,7 +74,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Draw one image for each label.
 
         Args:
-            class_labels: names or numbers of classes.
+            class_labels: names or numbers of classes, or one of them.
             guidance_scale: how firmly: 1 is the model as it is, 0 draws any class, more is purer and less varied.
             num_inference_steps: steps; guidance takes two calls of the model each.
             generator: one, or one for each image.
@@ -84,17 +84,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
             ValueError: there is no such class.
         """
         config, device = self.unet.config, self._execution_device
-        labels = torch.tensor(class_numbers(class_labels, config), device=device)
+        single = isinstance(class_labels, (int, str))
+        labels = torch.tensor(class_numbers([class_labels] if single else class_labels, config), device=device)
         size = config.sample_size
         shape = (len(labels), config.in_channels, *((size, size) if isinstance(size, int) else size))
-        images = randn_tensor(shape, generator, device, self.unet.dtype) * self.scheduler.init_noise_sigma
+        images = randn_tensor(shape, generator, device, torch.float32) * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            noisy = self.scheduler.scale_model_input(images, timestep)
+            noisy = self.scheduler.scale_model_input(images, timestep).to(self.unet.dtype)
             output = guided_output(
                 self.unet, noisy, timestep.expand(len(labels)), labels, guidance_scale, config.num_class_embeds - 1
             )
-            images = self.scheduler.step(output, timestep, images, generator=generator).prev_sample
+            images = self.scheduler.step(output.float(), timestep, images, generator=generator).prev_sample
         images = (images / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()

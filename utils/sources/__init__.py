@@ -15,7 +15,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--train_data_dir", metavar="DIR", help="folder of image files, instead of --dataset_name")
     group.add_argument("--image_column", help="column with the images (default: the only one of type Image)")
     group.add_argument("--label_column", help="column with class labels; adds a loss curve for each class")
-    group.add_argument("--max_train_samples", metavar="N", type=integer(1), help="only the first N images")
+    group.add_argument("--max_train_samples", metavar="N", type=integer(1), help="only N images, at random by --seed; of a stream the first")
     parser.switch(group, "--streaming", False, "read the data set as it goes, for sets that fit on no disk")
     parser.checks.append(_check)
 
@@ -43,12 +43,20 @@ def load(args, accelerator, conditional: bool, columns: dict):
         UserError: see ``sources.load_source``.
     """
     from dataclasses import replace
+    from pathlib import Path
 
+    from .. import read_record
     from .named_images import NamedImages
     from .sources import ImageSource
 
     source = replace(ImageSource.from_args(args), find_labels=conditional, columns=columns)
-    return NamedImages(source, accelerator, args.max_bad_images)
+    record = Path(args.output_dir) / "training_args.json"
+    if args.max_train_samples and record.is_file():  # a run that was begun when it took the first images has them still
+        source = replace(source, take_first="sample" not in read_record(record))
+    images = NamedImages(source, accelerator, args.max_bad_images)
+    if args.image_range not in ("auto", "full"):
+        images.white = tuple(map(float, args.image_range.split(",")))
+    return images
 
 
 def refuse_for_own_images(args) -> None:

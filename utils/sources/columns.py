@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import datasets
+import numpy as np
 
-from .. import UserError
+from .. import UserError, randomness
 from ..data.own_images import MAX_CLASSES
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def select_columns(dataset, source):
         label_column = found[0]
     if label_column is not None:
         wanted[label_column] = "label"
+    if label_column is not None and label_column == image_column:
+        raise UserError(f"--label_column {label_column}: it is the column of images, too; its columns are {listing}")
     for name, column in source.columns.items():
         key = f"column:{name}" if isinstance(column.source, Path) else column.source
         if key not in columns:
@@ -58,14 +61,43 @@ def select_columns(dataset, source):
         if key in wanted:
             raise UserError(f"columns: {key!r} of {source.name} is {wanted[key]} already, so it cannot be {name}, too")
         wanted[key] = f"column:{name}"
-    dataset = dataset.select_columns([key for key in wanted if key in columns])
+    classes = {key: kind for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)}
+    dataset = dataset.select_columns([key for key in {**wanted, **classes} if key in columns])
     for key in wanted:
         if isinstance(columns.get(key), datasets.Image):
             dataset = dataset.cast_column(key, datasets.Image(decode=False))
-    dataset = dataset if source.max_samples is None else dataset.take(source.max_samples)
+    if source.max_samples is not None:
+        dataset = _sample(dataset, source)
+    if not source.streaming and ("[" in source.split or source.max_samples is not None):
+        _say_lacking_classes(classes, dataset, source)
     if label_column is not None and not isinstance(columns.get(label_column), datasets.ClassLabel):
         dataset = _encode_labels(dataset, columns.get(label_column), label_column, source, listing)
+    if label_column is not None and not source.streaming:
+        without = sum(label in (None, -1) for label in dataset[label_column])
+        if without:
+            logger.warning(f"{source.name}: {without} of {len(dataset)} images have no class in {label_column}")
+    dataset = dataset.select_columns([*wanted])
     return dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
+
+
+def _sample(dataset, source):
+    """So many rows at random, in their order; of a stream, and of a run that did so before, the first ones."""
+    if source.streaming or source.take_first or source.max_samples >= len(dataset):
+        return dataset.take(source.max_samples)
+    chosen = randomness.shuffled_indices(source.seed, np.arange(source.max_samples), len(dataset))
+    return dataset.select(np.sort(chosen))
+
+
+def _say_lacking_classes(classes: dict, dataset, source) -> None:
+    """Warn of classes of which a slice or a sample has no image: sorted data are cut so."""
+    for key, kind in classes.items():
+        present = {*dataset.with_format(None)[key]}
+        lacking = [name for code, name in enumerate(kind.names) if code not in present]
+        if lacking and len(lacking) < len(kind.names):
+            logger.warning(
+                f"{source.said('split')}: no image of {len(lacking)} of the {len(kind.names)} classes in {key}: "
+                f"{', '.join(lacking[:5])}. Sorted data are cut so; take other parts"
+            )
 
 
 def add_partners(dataset, source):
@@ -106,6 +138,8 @@ def add_partners(dataset, source):
 def _encode_labels(dataset, kind, column: str, source, listing: str):
     """A column of integers or strings as a ClassLabel column; a missing one is -1."""
     values = [] if source.streaming or kind is None else dataset[column][:]
+    if isinstance(kind, datasets.Value) and kind.dtype == "bool":
+        values, kind = [None if value is None else str(value) for value in values], datasets.Value("string")
     integers = isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint"))
     if isinstance(kind, datasets.Value) and kind.dtype.startswith("float"):  # whole numbers, beside missing ones
         values = [None if value is None or math.isnan(value) else value for value in values]
@@ -115,6 +149,11 @@ def _encode_labels(dataset, kind, column: str, source, listing: str):
         asked = "of type ClassLabel, for a stream" if source.streaming else "of class labels, integers or strings"
         raise UserError(f"--label_column {column}: not a column {asked}. {source.name} has {listing}")
     names = sorted({value for value in values if value is not None and value != -1})
+    if -1 in values and len(names) == 1:
+        raise UserError(
+            f"--label_column {column}: the values are -1 and {names[0]!r}, and -1 means that an image has no class. If "
+            "both are classes, write other values"
+        )
     if len(names) > MAX_CLASSES:
         raise UserError(f"--label_column {column}: {len(names)} different values; expected at most {MAX_CLASSES}")
     codes = {value: code for code, value in enumerate(names)}

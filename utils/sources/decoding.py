@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from ..data.pixels import DEEP_MODES, BadImage, channels_last
 
 MAX_ASPECT = 100  # longer side over shorter
+OVERSHOOT = 0.5  # how far a resize may have gone beyond the range of floats, as a share of it
 
 
 def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
@@ -77,16 +78,19 @@ def left_out(source: bytes | str | Image.Image) -> list[str]:
         return several + ["of 16 bits a colour, Pillow keeps the upper 8: scale the files to 8 bits"] * wide
 
 
-def locate(row: dict, source: str, index: int) -> tuple[bytes | str | Image.Image, str]:
+def locate(
+    row: dict, source: str, index: int, white: float | tuple[float, float] | None = None
+) -> tuple[bytes | str | Image.Image, str]:
     """Bytes or path of a row's image, or the image itself, and its name for messages.
 
     Args:
         row: its ``image`` is {bytes, path}, bytes, a path (also relative to the table that is ``source``), or an array.
+        white: of arrays of floats in colour, see ``from_values``.
     """
     record, where = row["image"], f"image {index} of {source}"
     if isinstance(record, (list, np.ndarray)):
         try:
-            return from_values(np.asarray(record), where), where
+            return from_values(np.asarray(record), where, white), where
         except ValueError as error:  # rows of different lengths
             raise BadImage(f"{where}: {error}. Expected an array (H, W), (H, W, 3) or (3, H, W)") from error
     if not isinstance(record, dict):
@@ -111,8 +115,12 @@ def find_file(file: str, source: str) -> str:
     return str(beside) if beside.exists() else file
 
 
-def from_values(array: np.ndarray, where: str) -> Image.Image:
+def from_values(array: np.ndarray, where: str, white: float | tuple[float, float] | None = None) -> Image.Image:
     """A picture of the numbers in a table: whole ones, or floats in [0, 1] or [0, 255]; of masks, black and white.
+
+    Args:
+        white: of floats in colour, the value that becomes white, 1 or 255; or the values of black and white. None to
+            find it from this image alone.
 
     Raises:
         BadImage: it has another shape or, in colour, other values.
@@ -123,8 +131,26 @@ def from_values(array: np.ndarray, where: str) -> Image.Image:
     array = array * np.uint8(255) if array.dtype.kind == "b" else array
     whole, low, high = array.dtype.kind != "f", array.min(), array.max()
     if array.ndim == 2 and array.dtype != np.uint8:  # scaled as files with more than 8 bits are
+        if whole and not -(2**31) <= low <= high < 2**31:
+            raise BadImage(f"{where} has values from {low} to {high}; expected such as 32 bits hold")
         return Image.fromarray(array.astype(np.int32 if whole else np.float32))
-    if not (low >= 0 and high <= 255):  # also refuses NaN
-        raise BadImage(f"{where} has values from {low:g} to {high:g}; expected 0 to 255, or floats from 0 to 1")
-    scale = 1 if whole or high > 1 else 255
-    return Image.fromarray(np.rint(array * np.float64(scale)).astype(np.uint8))
+    black = 0.0
+    if isinstance(white, tuple):
+        black, white = white
+    elif whole or white is None:
+        white = 255.0 if whole or not is_unit(high) else 1.0
+    tolerance = white * OVERSHOOT if not whole else 0
+    explicit = black != 0 or white not in (1.0, 255.0)
+    if not (np.isfinite(low) and np.isfinite(high)) or (
+        not explicit and not -tolerance <= low <= high <= white + tolerance
+    ):
+        raise BadImage(
+            f"{where} has values from {low:g} to {high:g}; expected 0 to {white:g}, or --image_range LOW,HIGH"
+        )
+    array = (array.astype(np.float64).clip(black, white) - black) * (255 / (white - black))
+    return Image.fromarray(np.rint(array).astype(np.uint8))
+
+
+def is_unit(high: float) -> bool:
+    """Whether floats up to this value are meant to lie in [0, 1], and not in [0, 255]."""
+    return high <= 1 + OVERSHOOT

@@ -22,7 +22,10 @@ from .. import UserError
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}  # folders, and splits
+SPLITS = {  # names of folders, and what datasets calls these splits
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 HEIC = {".heic", ".heif", ".hif"}
 LITTER = ("__MACOSX", "__pycache__")
@@ -49,6 +52,7 @@ def walk(folder: Path) -> tuple[list[str], list[str], Counter]:
     Links are followed, and no folder is entered twice. What begins with a dot is a system's own.
     """
     extensions, images, metadata, others = image_extensions(), [], [], Counter()
+    special = []
     folders, links, entered = [os.fspath(folder)], [], set()
     while folders or links:  # links last: a folder is called by its own name
         place = folders.pop() if folders else links.pop(0)
@@ -63,20 +67,25 @@ def walk(folder: Path) -> tuple[list[str], list[str], Counter]:
             if os.path.isdir(entry.path):  # which a link in a circle is not
                 if entry.name not in LITTER:
                     (links if entry.is_symlink() else folders).append(entry.path)
+            elif not os.path.isfile(entry.path):  # a pipe would be waited for; a link may lead nowhere
+                special.append(entry.path)
             elif entry.name.lower() in METADATA:
                 metadata.append(entry.path)
             elif extension in extensions:
                 images.append(entry.path)
             else:
                 others[extension or entry.name] += 1
+    if special:
+        logger.warning(f"{folder}: passed over {len(special)} that are no files: {', '.join(special[:3])}")
     return sorted(images), sorted(metadata), others
 
 
 def load_folder(folder: Path, label_column: str | None = None) -> dict[str, datasets.Dataset]:
     """The images below a folder, by split.
 
-    Where every image lies in folders called train, val or validation, and test, these are the splits; otherwise there
-    is the split train. Below them, the first folders whose names differ are the classes: the column ``label``.
+    Where every image lies in folders that ``SPLITS`` names, perhaps within others that hold all of them, these are the
+    splits, and images beside them are left out; otherwise there is the split train. Below them, the first folders whose
+    names differ are the classes: the column ``label``.
 
     Args:
         label_column: a column of metadata.csv, .jsonl or .parquet to keep, if one of them has it.
@@ -98,10 +107,7 @@ def load_folder(folder: Path, label_column: str | None = None) -> dict[str, data
     if bad := [file for file in files if not file.isprintable() and "\\udc" in ascii(file)]:
         raise UserError(f"{folder}: the file name {bad[0]!a} is not UTF-8; rename the file")
     parts = [PurePath(os.path.relpath(file, folder)).parent.parts for file in files]
-    tops = [above[0].lower() if above else "" for above in parts]
-    splits = ["train"] * len(files)
-    if set(tops) <= {*SPLITS}:
-        splits, parts = [SPLITS[top] for top in tops], [above[1:] for above in parts]
+    files, parts, splits = _find_splits(folder, files, parts)
     classes = [None] * len(files)
     for split in {*splits}:
         rows = [row for row, other in enumerate(splits) if other == split]
@@ -127,6 +133,31 @@ def load_folder(folder: Path, label_column: str | None = None) -> dict[str, data
         return {"train": dataset}
     rows = {split: [row for row, other in enumerate(splits) if other == split] for split in dict.fromkeys(splits)}
     return {split: dataset.select(chosen) for split, chosen in rows.items()}
+
+
+def _find_splits(folder: Path, files: list[str], parts: list[tuple]) -> tuple[list[str], list[tuple], list[str]]:
+    """Return the files that are used, the folders below the splits that each lies in, and its split."""
+    wrappers = 0  # folders around all images but those that lie loose
+    inside = [above for above in parts if above]
+    while len({above[: wrappers + 1] for above in inside if len(above) > wrappers}) == 1 and all(
+        len(above) > wrappers and above[wrappers].lower() not in SPLITS for above in inside
+    ):
+        wrappers += 1
+    tops = [above[wrappers].lower() if len(above) > wrappers else None for above in parts]
+    found = {top for top in tops if top in SPLITS}
+    others = {above[wrappers] for above, top in zip(parts, tops, strict=True) if top and top not in SPLITS}
+    loose = [file for file, top in zip(files, tops, strict=True) if top is None]
+    if not found or others:
+        if found:
+            logger.warning(
+                f"{folder}: the folders {', '.join(sorted(found))} lie beside {', '.join(sorted(others)[:5])}, so they "
+                "are taken for classes and not for splits"
+            )
+        return files, parts, ["train"] * len(files)
+    if loose:
+        logger.warning(f"{folder}: {len(loose)} images beside the splits are left out: {', '.join(loose[:3])}")
+    kept = [k for k, top in enumerate(tops) if top is not None]
+    return [files[k] for k in kept], [parts[k][wrappers + 1 :] for k in kept], [SPLITS[tops[k]] for k in kept]
 
 
 def _metadata_labels(files: list[str], metadata: list[str], column: str | None) -> list | None:
@@ -169,10 +200,10 @@ def _metadata_labels(files: list[str], metadata: list[str], column: str | None) 
 
 
 def _read_rows(path: str) -> list[dict]:
-    if path.endswith(".parquet"):
+    if path.lower().endswith(".parquet"):
         return pyarrow.parquet.read_table(path).to_pylist()
     with open(path, newline="", encoding="utf-8-sig") as file:
-        if path.endswith(".csv"):
+        if path.lower().endswith(".csv"):
             header = file.readline()
             file.seek(0)
             delimiter = max(",;\t", key=header.count)

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import numpy as np
 from PIL import Image
 
 from ..data.columns import check_columns
 from ..data.own_images import INSPECTED, Images, content_of, spread_over
 from ..data.pixels import BadImage
-from .decoding import decode_image, find_file, left_out, locate
+from .decoding import decode_image, find_file, is_unit, left_out, locate
 from .sources import ImageSource, check_disjoint, data_license, load_source
 from .streams import SHUFFLE_BUFFER_SIZE, Stream, read_ahead
 
@@ -40,6 +41,7 @@ class NamedImages(Images):
     """
 
     advice = "--max_bad_images N skips up to N such images"
+    white = None  # in colour images of floats, see ``decoding.from_values``
 
     def __init__(self, source: ImageSource, accelerator, max_bad_images: int = 0):
         self.source, self.accelerator, self.max_bad_images = source, accelerator, max_bad_images
@@ -47,6 +49,8 @@ class NamedImages(Images):
         label = self.dataset.features.get("label")
         self.label_names, self.columns = label.names if label else [], source.columns
         check_columns(self.columns)
+        if source.max_samples and not (source.take_first or source.streaming):
+            self.sample = f"at random, seed {source.seed}"
         self.length = None if source.streaming else len(self.dataset)
         self.license = data_license(self.dataset, "" if source.is_folder else self.name)
         self._stamp = None
@@ -72,7 +76,7 @@ class NamedImages(Images):
         return located
 
     def _decoded(self, record, index: int) -> tuple[Image.Image, str]:
-        source, where = locate({"image": record}, self.name, index)
+        source, where = locate({"image": record}, self.name, index, self.white)
         return decode_image(source, where), where
 
     def __getitem__(self, key: int | slice) -> dict:
@@ -89,11 +93,12 @@ class NamedImages(Images):
 
     def look(self) -> Iterator[Image.Image | BadImage]:
         """Yield some of the images, and take their fingerprint; warn about what of their files is not used."""
+        self.white = self._find_white()
         digest, stamp = self._digests_of_names()
         unused, count = {}, 0
         for index, row in self._spread_rows():
             try:
-                source, where = locate(row, self.name, index)
+                source, where = locate(row, self.name, index, self.white)
                 image = decode_image(source, where)
             except BadImage as error:
                 yield error
@@ -114,6 +119,15 @@ class NamedImages(Images):
         if stamp:
             stamp.update(digest.digest())
             self._stamp = stamp.hexdigest()
+
+    def _find_white(self) -> float | tuple[float, float] | None:
+        """What becomes white in colour images of floats, decided once for all of them; None where there are none."""
+        if isinstance(self.white, tuple):
+            return self.white
+        records = [row["image"] for _, row in self._spread_rows() if isinstance(row["image"], (list, np.ndarray))]
+        arrays = [array for array in map(np.asarray, records) if array.dtype.kind == "f" and array.size]
+        highs = [float(array.max()) for array in arrays if np.isfinite(array).all()]
+        return (1.0 if is_unit(max(highs)) else 255.0) if highs else None
 
     def _spread_rows(self) -> Iterator[tuple[int, dict]]:
         if self.length is None:

@@ -24,7 +24,7 @@ from .. import UserError
 from ..data.columns import Column
 from ..data.own_images import OwnImages, embedded_digits, embedded_faces
 from .columns import add_partners, select_columns
-from .folders import has_tables, load_folder
+from .folders import SPLITS, has_tables, load_folder
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class ImageSource:
         label_column: a column to keep as ``label``: of type ClassLabel, or of integers or strings, which become classes
             in their order.
         find_labels: take the only column of type ClassLabel where ``label_column`` is None; refuse none or several.
-        max_samples: only the first of the images.
+        max_samples: so many of the images, at random by ``seed``; the first ones with ``take_first``, or of a stream.
         streaming: read them as they are needed.
         columns: further tensors of each row, by name.
         flags: what the user knows ``name`` and ``split`` as.
@@ -68,6 +68,8 @@ class ImageSource:
     image_column: str | None = None
     label_column: str | None = None
     max_samples: int | None = None
+    seed: int = 0
+    take_first: bool = False
     streaming: bool = False
     find_labels: bool = False
     columns: dict[str, Column] = field(default_factory=dict)
@@ -78,7 +80,8 @@ class ImageSource:
         """The training images that the flags of ``args.add_common_arguments`` name."""
         source = cls(
             args.train_data_dir or args.dataset_name, args.dataset_split, args.train_data_dir is not None,
-            args.dataset_config_name, args.image_column, args.label_column, args.max_train_samples, args.streaming,
+            args.dataset_config_name, args.image_column, args.label_column, args.max_train_samples,
+            seed=args.seed, streaming=args.streaming,
         )  # fmt: skip
         return replace(source, flags={**source.flags, "name": "--train_data_dir"}) if source.is_folder else source
 
@@ -116,7 +119,9 @@ def load_source(source: ImageSource, accelerator) -> tuple[datasets.Dataset | da
         raise failure
     for problem in problems:  # of another process: this one's images are of no use without it
         raise UserError(problem)
-    return select_columns(add_partners(dataset, source), source), source.name
+    dataset = dataset.with_format(None)  # one that hides columns, or makes tensors of them, may have been saved with it
+    dataset = select_columns(add_partners(dataset, source), source)
+    return dataset, source.name
 
 
 def check_disjoint(trained_on, held_out) -> None:
@@ -154,7 +159,7 @@ def _check_slices(trained_on: ImageSource, held_out: ImageSource, accelerator) -
             entire = replace(source, split=whole, label_column=None, max_samples=None)
             lengths[whole] = 1 if source.streaming else len(load_source(entire, accelerator)[0])
         parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
-        left = source.max_samples or math.inf
+        left = (source.take_first and source.max_samples) or math.inf  # a sample may be of any rows
         ranges.append([])
         for part in parts:
             ranges[-1].append((part.splitname, part.from_, min(part.to, part.from_ + left)))
@@ -240,7 +245,7 @@ def _open_source(source: ImageSource):
                     logger.info(f"{source.said('name')} is a folder of image files, read as by --train_data_dir.")
                 return _choose(parts, source)
             if source.is_folder:
-                return load("imagefolder", data_dir=str(path))  # perhaps archives of images
+                return _load_archives(path, source, load)
         if name == "mnist":
             name = DEFAULT_DATASET
         if path.is_file() or (glob.has_magic(name) and glob.glob(str(path))):
@@ -254,7 +259,7 @@ def _open_source(source: ImageSource):
     except UserError:
         raise
     except Exception as error:  # as above, there is no common class
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = _innermost(error)
         if "Unknown split" in reason:
             raise NoSuchSplit(f"{source.said('split')}: {source.name}: {reason}") from error
         if "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError):
@@ -266,6 +271,26 @@ def _open_source(source: ImageSource):
         raise UserError(f"{source.said('name')} cannot be loaded, {source.said('split')!r}: {reason}") from error
 
 
+def _innermost(error: BaseException) -> str:
+    """Name the error at the bottom: what datasets raises says that reading has failed, and that one says why."""
+    told = error
+    while isinstance(told, datasets.exceptions.DatasetGenerationError) and (told.__cause__ or told.__context__):
+        told = told.__cause__ or told.__context__
+    return f"{type(told).__name__}: {' '.join(str(told).split())}"
+
+
+def _load_archives(path: Path, source: ImageSource, load):
+    """Archives of images, all zip files or all tar files, below a folder."""
+    files = [file for file in sorted(path.rglob("*")) if re.fullmatch(r".*\.(zip|tar|tar\.gz|tgz)", file.name.lower())]
+    zips = [file for file in files if file.suffix.lower() == ".zip"]
+    if zips and len(zips) < len(files):
+        raise UserError(f"{source.said('name')} holds zip files and tar files; expected one kind, or image files")
+    if not files:
+        raise UserError(f"{source.said('name')}: it holds no image files")
+    escaped = [glob.escape(str(file)) for file in files]
+    return load("imagefolder" if zips else "webdataset", data_files=escaped)
+
+
 def _load_files(files: list[str], source: ImageSource, load):
     """Tables, or archives in the form of WebDataset, all of one kind."""
     suffixes = {Path(file).suffix.lower() for file in files}
@@ -273,15 +298,17 @@ def _load_files(files: list[str], source: ImageSource, load):
     if kind is None:
         raise UserError(f"{source.said('name')}: expected {', '.join(FILES)} files of one kind, a folder or a Hub id")
     escaped = [glob.escape(file) for file in files]  # a name is no pattern
+    # "None", "NA" and "null" are words; an empty cell is what is missing
+    options = dict(keep_default_na=False, na_values=[""]) if kind == "csv" else {}
     if source.streaming:
-        return load(kind, data_files=escaped)
-    return _choose({"train": datasets.load_dataset(kind, data_files=escaped, split="train")}, source)
+        return load(kind, data_files=escaped, **options)
+    return _choose({"train": datasets.load_dataset(kind, data_files=escaped, split="train", **options)}, source)
 
 
 def _choose(parts: Mapping[str, datasets.Dataset], source: ImageSource):
     """What ``source.split`` names, such as train[:80%] or train+test, of the splits that there are."""
     try:
-        spec = re.sub(r"\bval\b", "validation", source.split) if "validation" in parts else source.split
+        spec = re.sub(r"[a-z]+", lambda word: _split_called(word[0], parts), source.split)
         wanted = datasets.ReadInstruction.from_spec(spec)
         ranges = wanted.to_absolute({split: len(dataset) for split, dataset in parts.items()})
     except (ValueError, AssertionError) as error:
@@ -292,6 +319,11 @@ def _choose(parts: Mapping[str, datasets.Dataset], source: ImageSource):
     chosen = [parts[part.splitname].select(range(part.from_, part.to)) for part in ranges]
     dataset = datasets.concatenate_datasets(chosen)
     return dataset.to_iterable_dataset() if source.streaming else dataset
+
+
+def _split_called(name: str, parts: Mapping) -> str:
+    """The split that is there under this name, or under the one that datasets has for it."""
+    return SPLITS[name] if name not in parts and SPLITS.get(name) in parts else name
 
 
 def _embedded_digits() -> datasets.Dataset:
