@@ -111,7 +111,7 @@ def main(args):
             steps = queue.Queue()
             with ThreadPoolExecutor(1) as pool:
                 drawn = pool.submit(
-                    sample_batch, model, chosen, ids, space.shape, int(calls), int(seed), accelerator.device,
+                    sample_batch, model, chosen, ids, space.shape, int(calls), int(seed or 0), accelerator.device,
                     watch=lambda _, predicted: steps.put(predicted), **options,
                 )  # fmt: skip
                 drawn.add_done_callback(lambda _: steps.put(None))
@@ -126,7 +126,7 @@ def main(args):
         """Draws on the way from the noise of one seed to that of the other, with a sampler that adds none."""
         if sampler in (samplers[0], "ddpm", "sde-dpmsolver++"):
             sampler = pipelines.sampler_for_walks(own) or samplers[0]
-        ends = [starting_noise(own, int(end), np.zeros(1, int), space.shape, "cpu") for end in (seed, other_seed)]
+        ends = [starting_noise(own, int(end or 0), np.zeros(1, int), space.shape, "cpu") for end in (seed, other_seed)]
         way = pipelines.noise_between(own, *ends, torch.linspace(0, 1, int(count)))
         yield from draw(seed, count, calls, sampler, *rest, noise=lambda ids: way)
 

@@ -20,6 +20,8 @@ from .pixels import BadImage, augment, flips
 
 logger = logging.getLogger(__name__)
 
+ROWS = 128  # encoded images at once: of photographs about a gigabyte
+
 
 class Cache:
     """All prepared images, decoded once: in memory, or in a file that all processes of this machine map.
@@ -63,8 +65,8 @@ class Cache:
         nothing = images.blank([])["values"]
         progress = tqdm(total=total, desc="Decoding images", unit="image", delay=2, disable=not show)
         with ThreadPoolExecutor() as pool, progress:
-            for first in range(0, total, 1024):
-                rows = images.images[first : first + 1024]
+            for first in range(0, total, ROWS):
+                rows = images.images[first : first + ROWS]
                 jobs = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
                 for k, found in enumerate(pool.map(images.attempt, jobs)):
                     starts.append(position)

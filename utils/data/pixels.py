@@ -54,7 +54,10 @@ def to_eight_bits(
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+    try:
+        return image.convert("LA" if image.mode == "La" else image.mode).convert(mode)
+    except ValueError as error:
+        raise BadImage(f"{name}: mode {image.mode} cannot be converted to {mode}; convert the file") from error
 
 
 def _full_range(mode: str, high: float) -> tuple[float, float]:

@@ -167,6 +167,12 @@ class TrainData:
     def _choose_size(self, sizes: list[tuple[int, int]], size: tuple[int, int] | None) -> None:
         shorter = min(min(width_height) for width_height in sizes)
         self.size = size_of(self.args.resolution) or size
+        if size and self.size != size:
+            logger.warning(
+                f"The pretrained model was trained on {size[0]} x {size[1]} pixels, these are {self.size[0]} x "
+                f"{self.size[1]}. Its noise schedule is kept; larger images hide less behind the same noise "
+                "(train_flow.py: --flow_shift)"
+            )
         if self.size is None:
             # Multiples of 4, so that a UNet that halves twice fits; larger nets ask for more and say so.
             side, ratio = max(4, min(shorter, MAX_DEFAULT_RESOLUTION) // 4 * 4), 1.0

@@ -1,5 +1,7 @@
 """Classes for a UNet, and a model with guidance to sample from."""
 
+import csv
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,14 +13,17 @@ from .. import UserError
 from .class_conditional import class_names, class_numbers, guided_output
 from .sampling import in_turn
 
+logger = logging.getLogger(__name__)
+
 
 def give_classes(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
     """A trained UNet that can be told one of these classes, or nothing.
 
-    One that was unconditional gets an embedding of zeros, so that at first it draws what it drew before.
+    One that was unconditional gets an embedding of zeros, so that at first it draws what it drew before. Of other
+    classes than it was trained on, those that it knows keep their rows, and new ones begin as the null class.
 
     Raises:
-        UserError: it was trained on other classes.
+        UserError: it has no null class, or knows none of these classes.
     """
     if unet.class_embedding is None:
         width = unet.time_embedding.linear_2.out_features
@@ -27,11 +32,28 @@ def give_classes(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
         unet.register_to_config(num_class_embeds=len(names) + 1)
         unet.register_to_config(_class_names=list(names))
     known = class_names(unet.config)
-    if known != list(names) or unet.config.num_class_embeds != len(names) + 1:
+    if unet.config.num_class_embeds != len(known) + 1:
+        raise UserError(
+            f"the pretrained model has {unet.config.num_class_embeds} classes, and none of them means that no class is "
+            "given; expected one trained with a null class"
+        )
+    if known == list(names):
+        return unet
+    if not {*known} & {*names}:
         raise UserError(
             f"the pretrained model knows {len(known)} classes ({', '.join(known)[:200]}), the images have {len(names)} "
-            f"({', '.join(names)[:200]}); expected the same, and that it was trained to be told nothing, too"
+            f"others ({', '.join(names)[:200]}); expected some of the same"
         )
+    new, left_out = [[name for name in a if name not in b] for a, b in ((names, known), (known, names))]
+    logger.warning(
+        f"classes go by name: {len(new)} are new and begin as the null class ({', '.join(new[:5])}), {len(left_out)} "
+        f"are left out ({', '.join(left_out[:5])})"
+    )
+    rows = [known.index(name) if name in known else len(known) for name in names]
+    table = unet.class_embedding.weight.detach()[[*rows, len(known)]]
+    unet.class_embedding = torch.nn.Embedding.from_pretrained(table.clone(), freeze=False)
+    unet.register_to_config(num_class_embeds=len(names) + 1)
+    unet.register_to_config(_class_names=list(names))
     return unet
 
 
@@ -69,7 +91,7 @@ def choose_classes(config, asked: str | None) -> list[int] | None:
 
     Args:
         config: of the model.
-        asked: names or numbers, separated by commas; ``all`` or None for all classes.
+        asked: names or numbers, separated by commas, a name with a comma in quotes; ``all`` or None for all classes.
 
     Returns:
         Their numbers; None for a model that knows no classes.
@@ -85,7 +107,8 @@ def choose_classes(config, asked: str | None) -> list[int] | None:
     if asked in (None, "all"):
         return list(range(count))
     try:
-        return class_numbers(asked.split(","), config)
+        names = [asked] if asked in class_names(config) else next(csv.reader([asked], skipinitialspace=True))
+        return class_numbers(names, config)
     except ValueError as error:
         raise UserError(f"--class_labels {asked}: {error}") from None
 

@@ -25,6 +25,7 @@ from .pretrained import (
     other_parts,
     refuse_missing,
     shorten,
+    variant_of,
 )
 from .sampling import sample_images
 from .spaces import Latents, Pixels
@@ -76,7 +77,7 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
             raise UserError(f"{name_or_path}: its parts are {' and '.join(map(str, classes))}; {expected}")
         # As in DiffusionPipeline: a part without a folder of its own lies beside model_index.json
         places = [folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")]
-        unet = unet_class.from_pretrained(places[0])
+        unet = unet_class.from_pretrained(places[0], variant=variant_of(places[0]))
         check_embeddings(unet.config, name_or_path)
         scheduler = scheduler_class.from_pretrained(places[1]) if scheduler_class else DDPMScheduler()
         leave_out_variance(unet, scheduler, name_or_path)

@@ -28,7 +28,7 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
         others = other_parts(DDPMPipeline.load_config(name_or_path))
         if others:
             raise UserError(f"{flag}: a pipeline with {others} besides; expected one of unet and scheduler alone")
-        pipeline = DDPMPipeline.from_pretrained(name_or_path)
+        pipeline = DDPMPipeline.from_pretrained(name_or_path, variant=variant_of(Path(name_or_path) / "unet"))
     except UserError:
         raise
     except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors
@@ -53,6 +53,12 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
         raise UserError(f"{flag}: its unet takes {channels} channels; expected 1 or 3")
     leave_out_variance(unet, pipeline.scheduler, flag)
     return pipeline
+
+
+def variant_of(folder: Path) -> str | None:
+    """``fp16`` where a folder has weights of that variant only; None otherwise."""
+    files = [path.name for path in folder.glob("*.safetensors")]
+    return "fp16" if files and all(".fp16." in name for name in files) else None
 
 
 def other_parts(index: dict, known: tuple[str, ...] = ("unet", "scheduler")) -> str:

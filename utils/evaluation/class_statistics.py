@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .. import UserError
+from ..data.own_images import translate_labels
 from ..diffusion.class_conditional import class_names
 from .features import Extractor, as_digits, digits_net
 from .metrics import frechet_distance
@@ -58,12 +59,12 @@ def check_classes(config, real: Reference) -> list[str]:
     """Return the classes that a model can be asked for; none for one that knows no classes.
 
     Raises:
-        UserError: the reference has no class labels, or other classes.
+        UserError: the reference has classes that the model does not know.
     """
     if not config.get("num_class_embeds"):
         return []
     names, real_names = class_names(config), real.labels()[1]
-    if names != real_names:
+    if not {*real_names} <= {*names}:
         raise UserError(
             f"the model knows the classes {', '.join(names)[:200]}; --reference has {', '.join(real_names)[:200]}. "
             "Compare it with images of the same classes"
@@ -72,10 +73,16 @@ def check_classes(config, real: Reference) -> list[str]:
 
 
 def asked_classes(names: list[str], real: Reference, extract: Extractor, how, count: int) -> AskedClasses | None:
-    """The classes to ask a model for, as often as the reference has them; None for a model that knows no classes."""
+    """The classes to ask a model for, as often as the reference has them; None for a model that knows no classes.
+
+    Where the reference has no labels, all classes are asked for equally often.
+    """
     if not names:
         return None
-    features, labels, _ = real.labelled(extract, how, len(real.images(real.args.reference_split)))
+    if not real.labels()[1]:
+        return AskedClasses(np.arange(count) % len(names), names, np.zeros((0, 1)), np.zeros(0, int))
+    features, labels, real_names = real.labelled(extract, how, len(real.images(real.args.reference_split)))
+    labels = translate_labels(labels, real_names, names)
     features, labels = features[labels >= 0], labels[labels >= 0]  # what has no class cannot be asked for
     if len(labels) < count:
         logger.warning(f"the reference has {len(labels)} images: their classes are asked for again and again")

@@ -10,6 +10,7 @@ from .. import randomness
 from ..data.images import PreparedImages, choose_range
 from ..data.pixels import GREY_MODES, MODES, BadImage, deep_values
 from ..pictures import to_uint8
+from ..sources.columns import NoLabels
 from ..sources.named_images import NamedImages
 from ..sources.sources import ImageSource, NoSuchSplit, check_disjoint
 from .copies import Copies
@@ -148,11 +149,7 @@ class Reference:
         return self._extracted(extract, how, count)[0]
 
     def labelled(self, extract, how: Preparation, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Return features as by ``features``, the images' labels (-1: none), and the classes' names.
-
-        Raises:
-            UserError: there are no class labels.
-        """
+        """Return features as by ``features``, the images' labels (-1: none), and the classes' names."""
         features, indices = self._extracted(extract, how, count)
         labels, names = self.labels()
         return features, labels[indices], names
@@ -160,14 +157,19 @@ class Reference:
     def labels(self, split: str | None = None, flag: str = "--reference_split") -> tuple[np.ndarray, list[str]]:
         """Return the labels of a split (default: the reference) by row, -1 for none, and the classes' names.
 
+        Where no column holds labels, all are -1 and there are no names.
+
         Args:
             flag: what the user knows the split as.
 
         Raises:
-            UserError: there are no class labels.
+            UserError: several columns might be meant, or ``--label_column`` is not there.
         """
         split = split or self.args.reference_split
-        images = self._open(split, flag, label_column=self.args.label_column, find_labels=True)
+        try:
+            images = self._open(split, flag, label_column=self.args.label_column, find_labels=True)
+        except NoLabels:
+            return np.full(len(self._sources[split]), -1), []
         return np.array([-1 if label is None else label for label in images.labels()]), images.label_names
 
     def _extracted(self, extract, how: Preparation, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -33,10 +33,11 @@ logger = logging.getLogger(__name__)
 
 PUSH_FAILED = 75  # exit code, EX_TEMPFAIL of sysexits.h: try again
 REQUEST_TIMEOUT = 60.0  # seconds without an answer; the client's default is to wait for ever
-ALLOWED = (
-    "model_index.json", "README.md", "*.py", "unet/config.json", "unet/*.safetensors", "unet/*.safetensors.index.json",
-    "unet/*.py", "vqvae/config.json", "vqvae/*.safetensors", "vae/config.json", "vae/*.safetensors",
-    "scheduler/scheduler_config.json", "scheduler/*.py", "adapter/*.json", "adapter/*.safetensors",
+ALLOWED = (  # of the code only what these scripts write
+    "model_index.json", "README.md", "pipeline.py", "linear_mix.py", "unet/config.json", "unet/*.safetensors",
+    "unet/*.safetensors.index.json", "unet/basic_unet.py", "unet/own_net_*.py", "vqvae/config.json",
+    "vqvae/*.safetensors", "vae/config.json", "vae/*.safetensors", "scheduler/scheduler_config.json",
+    "scheduler/linear_mix.py", "adapter/*.json", "adapter/*.safetensors",
 )  # fmt: skip
 PICTURES = ("samples.png", "curves.png", "walk.png", "before_after.png", "guided.png", "samples/*.png")
 
@@ -179,7 +180,7 @@ class Hub:
             raise ValueError(f"{self.folder}/unet has no weights (.safetensors)")
         files += [path for pattern in PICTURES for path in self.folder.glob(pattern)]
         files = [(path, path.relative_to(self.folder)) for path in files]
-        for path in logs.glob("**/events.out.*") if self.logs else ():
+        for path in logs.glob("**/events.out.*") if self.logs and not logs.is_symlink() else ():
             parts = path.name.split(".")  # events.out.tfevents.TIME.HOST.PID.NUMBER, without the name of this machine
             files.append((path, Path("logs", ".".join(parts[:4] + parts[-2:]))))
         for path, place in files:

@@ -14,6 +14,10 @@ from ..data.own_images import MAX_CLASSES
 logger = logging.getLogger(__name__)
 
 
+class NoLabels(UserError):
+    """The data set has no column of class labels."""
+
+
 def select_columns(dataset, source):
     """The columns of images and labels that ``source`` means, as ``image``, not decoded, and ``label``.
 
@@ -45,7 +49,7 @@ def select_columns(dataset, source):
     if label_column is None and source.find_labels:
         found = [key for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
         if len(found) != 1:
-            raise UserError(
+            raise (UserError if found else NoLabels)(
                 f"{source.name} has {len(found) or 'no'} columns of class labels. Name one with --label_column, of "
                 f"type ClassLabel, integers or strings; the columns are {listing}"
             )
@@ -76,6 +80,8 @@ def select_columns(dataset, source):
         without = sum(label in (None, -1) for label in dataset[label_column])
         if without:
             logger.warning(f"{source.name}: {without} of {len(dataset)} images have no class in {label_column}")
+    if label_column is not None and source.find_labels and not source.streaming:
+        dataset = _leave_out_empty_classes(dataset, label_column, source)
     dataset = dataset.select_columns([*wanted])
     return dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
 
@@ -98,6 +104,22 @@ def _say_lacking_classes(classes: dict, dataset, source) -> None:
                 f"{source.said('split')}: no image of {len(lacking)} of the {len(kind.names)} classes in {key}: "
                 f"{', '.join(lacking[:5])}. Sorted data are cut so; take other parts"
             )
+
+
+def _leave_out_empty_classes(dataset, column: str, source):
+    """The same with those classes only that have images: filtered data still name the others."""
+    names, values = dataset.features[column].names, dataset[column][:]
+    present = sorted({value for value in values if value not in (None, -1)})
+    if not present or len(present) == len(names):
+        return dataset
+    empty = [name for code, name in enumerate(names) if code not in present]
+    logger.warning(
+        f"{source.name}: {len(empty)} of the {len(names)} classes in {column} have no image and are left out: "
+        f"{', '.join(empty[:5])}"
+    )
+    codes = {code: new for new, code in enumerate(present)}
+    feature = datasets.ClassLabel(names=[names[code] for code in present])
+    return dataset.remove_columns(column).add_column(column, [codes.get(v, -1) for v in values], feature=feature)
 
 
 def add_partners(dataset, source):

@@ -195,7 +195,7 @@ def _metadata_labels(files: list[str], metadata: list[str], column: str | None) 
     labels = [None if values.get(file) in (None, "") else values[file] for file in files]
     if not {*map(type, labels)} & {int, float, str, bool} or {*map(type, labels)} & {list, dict}:
         raise UserError(f"{found}: {column} has no integers or strings for these images; expected one an image")
-    whole = all(label is None or re.fullmatch(r"-?\d{1,18}", str(label)) for label in labels)
+    whole = all(label is None or re.fullmatch(r"0|-?[1-9]\d{0,17}", str(label)) for label in labels)
     return [None if label is None else int(label) if whole else str(label) for label in labels]
 
 
