@@ -7,7 +7,6 @@ Rectified flow, Liu et al. 2022, arXiv:2209.03003, and Lipman et al. 2022, arXiv
 ``DPMSolverMultistepScheduler``, which a ``DDPMPipeline`` draws with.
 """
 
-import logging
 import math
 
 import numpy as np
@@ -17,11 +16,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
 from .. import UserError
-from ..args import SOLVERS, size_of
+from ..args import SOLVERS
 from .linear_mix import LinearMixScheduler
 from .schedulers import predicted_images
-
-logger = logging.getLogger(__name__)
 
 
 class FlowScheduler(LinearMixScheduler):
@@ -99,12 +96,5 @@ def make_flow(
     known = {"prediction_type": "flow_prediction", "flow_shift": max(1.0, math.sqrt(size[0] * size[1]) / 64)}
     if pretrained:
         known = {name: pretrained.scheduler.config[name] for name in known}
-    if pretrained and flow_shift is None and pretrained.unet.config.sample_size is not None:
-        before = math.sqrt(math.prod(size_of(pretrained.unet.config.sample_size)))
-        if round(before) != round(math.sqrt(size[0] * size[1])):
-            logger.warning(
-                f"--flow_shift stays at the pretrained model's {known['flow_shift']:g}, for images of {before:g} pixels; "
-                f"these have {math.sqrt(size[0] * size[1]):g}. Larger images need a larger one"
-            )
     given = {"velocity": "flow_prediction", "sample": "sample", None: known["prediction_type"]}
     return FlowScheduler(prediction_type=given[prediction_type], flow_shift=flow_shift or known["flow_shift"])
