@@ -99,7 +99,10 @@ def main(args):
         """Yields what is predicted at each step, and the nearest training images at the end."""
         try:
             name = None if sampler == samplers[0] else sampler
-            chosen, model = pipelines.choose_sampler(own, name, int(calls), steered=True), unet
+            try:
+                chosen, model, watched = pipelines.choose_sampler(own, name, int(calls), steered=True), unet, True
+            except UserError:  # noise of another kind: drawn, but neither steered nor shown as it arises
+                chosen, model, watched = pipelines.choose_sampler(own, name, int(calls), bool(color)), unet, False
             options = {"noise": noise}
             if names:
                 labels = [names.index(label) for label in classes] or list(range(len(names)))
@@ -112,7 +115,7 @@ def main(args):
             with ThreadPoolExecutor(1) as pool:
                 drawn = pool.submit(
                     sample_batch, model, chosen, ids, space.shape, int(calls), int(seed or 0), accelerator.device,
-                    watch=lambda _, predicted: steps.put(predicted), **options,
+                    watch=(lambda _, predicted: steps.put(predicted)) if watched else None, **options,
                 )  # fmt: skip
                 drawn.add_done_callback(lambda _: steps.put(None))
                 while (predicted := steps.get()) is not None:

@@ -327,3 +327,15 @@ def test_values_in_a_config_file_stay_what_stands_there(tmp_path, capsys):
 def test_the_record_of_a_run_is_a_config_file(finished_run):
     args = train_ddpm.parse_args([f"--config={finished_run / 'training_args.json'}"])
     assert args.max_train_steps == 6 and args.label_column == "label" and args.use_ema is True
+
+
+def test_a_stream_of_large_images_is_shuffled_in_a_smaller_buffer(accelerator, tmp_path, monkeypatch):
+    from utils.sources import named_images
+
+    write(tmp_path / "data", 12)
+    table = datasets.Dataset.from_dict({"image": [Image.open(path) for path in sorted((tmp_path / "data").iterdir())]})
+    table.to_parquet(tmp_path / "x.parquet")
+    flags = [f"--dataset_name={tmp_path}/x.parquet", "--streaming"]
+    assert load(accelerator, *flags).images.buffer_size == 10_000
+    monkeypatch.setattr(named_images, "SHUFFLE_BUFFER_BYTES", 200_000)
+    assert 100 <= load(accelerator, *flags).images.buffer_size < 2_000

@@ -17,7 +17,7 @@ from ..data.own_images import INSPECTED, Images, content_of, spread_over
 from ..data.pixels import BadImage
 from .decoding import decode_image, find_file, is_unit, left_out, locate
 from .sources import ImageSource, check_disjoint, data_license, load_source
-from .streams import SHUFFLE_BUFFER_SIZE, Stream, read_ahead
+from .streams import SHUFFLE_BUFFER_BYTES, SHUFFLE_BUFFER_SIZE, Stream, read_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class NamedImages(Images):
     """
 
     advice = "--max_bad_images N skips up to N such images"
+    buffer_size = SHUFFLE_BUFFER_SIZE  # of a stream; smaller if the images looked at are large
     white = None  # in colour images of floats, see ``decoding.from_values``
 
     def __init__(self, source: ImageSource, accelerator, max_bad_images: int = 0):
@@ -95,7 +96,7 @@ class NamedImages(Images):
         """Yield some of the images, and take their fingerprint; warn about what of their files is not used."""
         self.white = self._find_white()
         digest, stamp = self._digests_of_names()
-        unused, count = {}, 0
+        unused, count, encoded = {}, 0, 0
         for index, row in self._spread_rows():
             try:
                 source, where = locate(row, self.name, index, self.white)
@@ -104,6 +105,7 @@ class NamedImages(Images):
                 yield error
                 continue
             count += 1
+            encoded += len(source) if isinstance(source, bytes) else 0
             for loss in left_out(source):
                 unused.setdefault(loss, []).append(where)
             if isinstance(source, Image.Image):
@@ -113,6 +115,8 @@ class NamedImages(Images):
             for column in self.columns:
                 digest.update(content_of(self.located(row, index)[f"column:{column}"]()[0]))
             yield image
+        if encoded:
+            self.buffer_size = max(100, min(SHUFFLE_BUFFER_SIZE, SHUFFLE_BUFFER_BYTES * count // encoded))
         for loss, places in unused.items():
             logger.warning(f"{len(places)} of {count} images looked at, such as {places[0]}: {loss}")
         self.fingerprint = digest.hexdigest()[:16]
@@ -180,7 +184,7 @@ class NamedImages(Images):
         if self.length is not None:
             yield from super().examples(count, seed)
             return
-        shuffled = self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_SIZE)  # it may be sorted
+        shuffled = self.dataset.shuffle(seed=seed, buffer_size=self.buffer_size)  # it may be sorted
         for index, row in enumerate(shuffled.take(count)):
             yield index, self.located(row, index)
 

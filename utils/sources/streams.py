@@ -11,7 +11,7 @@ from .. import UserError
 from ..data.images import PreparedImages
 from ..data.pixels import BadImage
 
-SHUFFLE_BUFFER_SIZE = 10_000  # images
+SHUFFLE_BUFFER_SIZE, SHUFFLE_BUFFER_BYTES = 10_000, 2**30  # images, or fewer of large ones
 
 
 class Stream:
@@ -41,7 +41,7 @@ class Stream:
         self.used = self.number * images_per_step
 
     def _rows(self) -> Iterator[tuple[int, dict]]:
-        shard = self.shard.shuffle(seed=self.prepared.seed, buffer_size=SHUFFLE_BUFFER_SIZE)
+        shard = self.shard.shuffle(seed=self.prepared.seed, buffer_size=self.prepared.images.buffer_size)
         count, epoch = 0, 0
         while True:
             shard.set_epoch(epoch)
