@@ -333,7 +333,9 @@ def test_a_stream_of_large_images_is_shuffled_in_a_smaller_buffer(accelerator, t
     from utils.sources import named_images
 
     write(tmp_path / "data", 12)
-    table = datasets.Dataset.from_dict({"image": [Image.open(path) for path in sorted((tmp_path / "data").iterdir())]})
+    table = datasets.Dataset.from_dict(
+        {"image": [Image.open(path).copy() for path in sorted((tmp_path / "data").iterdir())]}
+    )
     table.to_parquet(tmp_path / "x.parquet")
     flags = [f"--dataset_name={tmp_path}/x.parquet", "--streaming"]
     assert load(accelerator, *flags).images.buffer_size == 10_000
