@@ -92,6 +92,8 @@ def main(args):
     classes = choose_classes(unet.config, args.class_labels)
     if classes is not None:  # the scale is that of the classes, unless samples are steered otherwise
         names = class_names(unet.config)
+        if args.interpolate and not hasattr(unet, "class_embedding"):
+            raise UserError("--interpolate: between classes only of a UNet2DModel; leave the flag out")
         if args.interpolate:
             options["model_inputs"] = between_classes(unet, classes, args.num_samples)
         else:

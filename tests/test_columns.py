@@ -162,7 +162,7 @@ def test_rows_without_a_value_are_bad_rows(accelerator, caplog):
     columns = {"vector": Column(broken, kind="vector")}
     for flags in ([], ["--cache_images=never", "--dataloader_num_workers=0"]):
         data = load_train_data(parse(*FLAGS, *flags), accelerator, own_images=OwnImages(PICTURES, columns=columns))
-        with pytest.raises(UserError, match=r"vector of own images 5: expected finite numbers of shape \(2,\)"):
+        with pytest.raises(UserError, match=r"column vector of own image 5: expected finite numbers of shape \(2,\)"):
             batches(data)
     data = load_train_data(
         parse(*FLAGS, "--max_bad_images=1"), accelerator, own_images=OwnImages(PICTURES, columns=columns)
@@ -173,3 +173,76 @@ def test_rows_without_a_value_are_bad_rows(accelerator, caplog):
 def test_a_column_of_another_length_is_refused():
     with pytest.raises(UserError, match="10 of mask for 24 images"):
         OwnImages(PICTURES, columns={"mask": Column(MASKS[:10], kind="mask")})
+
+
+def test_the_range_of_deep_partners_is_said_kept_and_may_be_given(tmp_path, accelerator, caplog):
+    folder_of(tmp_path / "images", PICTURES)
+    folder_of(tmp_path / "deep", (PICTURES.astype(np.uint16) * 4))  # up to 1020
+    args = parse(*FLAGS, f"--train_data_dir={tmp_path}/images", "--center_crop")
+    data = load_train_data(args, accelerator, columns={"twin": Column(tmp_path / "deep")})
+    assert "twin: values from 0 to 1020 become -1 and 1" in caplog.text
+    assert data.settings["columns"]["twin"] == ["image", 1, [0.0, 1020.0]]
+    given = load_train_data(
+        args, accelerator, columns={"twin": Column(tmp_path / "deep", value_range=(0, 2040))}
+    ).examples(8)
+    assert (given["twin"] - (data.examples(8)["twin"] - 1) / 2).abs().max() < 0.02
+
+
+def test_a_cache_is_renewed_for_other_partners(tmp_path, accelerator):
+    folder_of(tmp_path / "images", PICTURES.repeat(4, axis=0))  # 96: not all are looked at
+    folder_of(tmp_path / "partners", PICTURES.repeat(4, axis=0))
+    args = parse(*FLAGS, f"--train_data_dir={tmp_path}/images", f"--cache_images={tmp_path}/cache")
+    columns = {"twin": Column(tmp_path / "partners")}
+    for k in range(96):
+        batches(load_train_data(args, accelerator, columns=columns), range(1))
+        Image.fromarray(255 - PICTURES[k // 4]).save(tmp_path / "partners" / f"{k:03}.png")
+        if k == 2:
+            break
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 3
+
+
+def test_partners_that_are_ambiguous_are_refused_and_other_files_are_none(tmp_path, accelerator):
+    folder_of(tmp_path / "images" / "cats", PICTURES[:12])
+    folder_of(tmp_path / "images" / "dogs", PICTURES[12:])
+    flat = folder_of(tmp_path / "flat", PICTURES)
+    args = parse(*FLAGS, f"--train_data_dir={tmp_path}/images")
+    with pytest.raises(UserError, match="no partner for 24 of 24 images"):
+        load_train_data(args, accelerator, columns={"twin": Column(flat)})
+    args = parse(*FLAGS, f"--train_data_dir={flat}")
+    partners = folder_of(tmp_path / "partners", PICTURES)
+    (partners / "004.txt").write_text("a caption")
+    check_twin = batches(load_train_data(args, accelerator, columns={"twin": Column(partners)}))
+    assert all(torch.equal(batch["twin"], batch["images"]) for batch in check_twin)
+    Image.fromarray(PICTURES[0]).save(partners / "004.bmp")
+    with pytest.raises(UserError, match="1 names are of several files, such as 004"):
+        load_train_data(args, accelerator, columns={"twin": Column(partners)})
+
+
+def test_arrays_of_a_table_may_have_any_number_of_channels(tmp_path, accelerator):
+    five = RNG.integers(0, 256, (24, 5, 12, 17), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image(), "many": datasets.Array3D((5, 12, 17), "uint8")})
+    columns = {"image": [Image.fromarray(picture) for picture in PICTURES], "many": list(five)}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "table")
+    data = load_train_data(
+        parse(*FLAGS, f"--dataset_name={tmp_path}/table"), accelerator, columns={"m": Column("many")}
+    )
+    assert batches(data)[0]["m"].shape == (8, 5, 8, 8)
+    last = OwnImages(PICTURES, columns={"m": Column(lambda k: five[k].transpose(1, 2, 0)), "first": Column(five)})
+    batch = batches(load_train_data(parse(*FLAGS), accelerator, own_images=last))[0]
+    assert torch.equal(batch["m"], batch["first"])
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ("seg", "'m' is 'seg'; expected a Column"),
+        (Column(Path("x"), kind="vector"), "'m' is a vector from a folder"),
+        (Column(Path("x")), "m comes from x; expected an array, Dataset or function"),
+        (Column(lambda index: None), "column m of own image 0: expected a value, got None|expected a value, got None"),
+        (Column(["a"] * 24, kind="vector"), "expected numbers of shape"),
+    ],
+)
+def test_columns_that_cannot_be_are_refused_in_words(accelerator, column, said):
+    with pytest.raises(UserError, match=said):
+        own = OwnImages(PICTURES, columns={"m": column})
+        batches(load_train_data(parse(*FLAGS), accelerator, own_images=own))

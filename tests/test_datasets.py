@@ -121,7 +121,7 @@ def test_local_parquet_arrow_and_saved_sets(accelerator, tmp_path):
     digits.to_parquet(tmp_path / "digits.parquet")
     digits.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": digits, "test": digits.select(range(16))}).save_to_disk(tmp_path / "splits")
-    expected = batches(accelerator, "--max_train_samples=64")[1]
+    expected = batches(accelerator, "--dataset_split=train[:64]")[1]
     for path in (tmp_path / "digits.parquet", tmp_path / "saved", tmp_path / "splits"):
         assert same(expected, batches(accelerator, "--dataset_name", path)[1])
     data, _ = batches(accelerator, "--dataset_name", tmp_path / "splits", "--dataset_split=test")
@@ -157,7 +157,7 @@ def test_a_split_that_an_unnamed_source_does_not_have_is_said_of_it(accelerator,
         (["--train_data_dir={tmp}/notes.txt"], "is a file; expected a folder"),
         (["--dataset_name={tmp}/notes.txt"], "expected .parquet, .arrow, .csv, .json, .jsonl, .tar files of one kind"),
         (["--image_column=picture"], r"--image_column picture: .*image \(Image\), label \(ClassLabel\)"),
-        (["--label_column=image"], r"--label_column image: not a column of class labels"),
+        (["--label_column=image"], r"--label_column image: it is the column of images, too"),
         (["--dataset_split=test"], "--dataset_split test: digits has the one split train"),
         (["--max_train_samples=5"], "digits has 5 images, fewer than one global batch of 8 .*try --train_batch_size 5"),
     ],

@@ -109,7 +109,7 @@ def test_classes_of_a_model_that_was_never_told_nothing(tmp_path):
         draw(tmp_path / "model", tmp_path / "b", "--guidance_scale=2")
     with pytest.raises(UserError, match="there is no class '4'"):
         draw(tmp_path / "model", tmp_path / "c", "--class_labels=4")
-    with pytest.raises(UserError, match="knows 4 classes"):
+    with pytest.raises(UserError, match="has 4 classes, and none of them means that no class is given"):
         start = f"--pretrained_model_name_or_path={tmp_path / 'model'}"
         train(tmp_path / "run", start, script=train_conditional)
     with pytest.raises(UserError, match="wants class labels"):

@@ -280,7 +280,7 @@ def test_classes_go_by_name_when_a_model_is_adapted_to_others(caplog):
     after = give_classes(unet, ["b", "new", "a"]).class_embedding.weight
     assert torch.equal(after, before[[1, 3, 0, 3]]) and after.requires_grad and unet.config.num_class_embeds == 4
     assert "1 are new and begin as the null class (new), 1 are left out (c, d)" in caplog.text
-    with pytest.raises(UserError, match=r"knows 3 classes .* the images have 2 others"):
+    with pytest.raises(UserError, match=r"knows 3 classes .*, none of those of the images \(x, y\)"):
         give_classes(conditional(), ["x", "y"])
 
 

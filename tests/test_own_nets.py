@@ -113,7 +113,7 @@ def test_other_code_in_the_same_folder_takes_the_place_of_the_first(tmp_path, ne
     ("text", "said"),
     [
         (NET.replace("sample_size, ", ""), "Net does not take sample_size; expected them as arguments of its __init__"),
-        ("import blocks\n" + NET, "a_net.py imports blocks, which lies beside it"),
+        ("import blocks\n" + NET, "a_net.py imports blocks, which is no installed package"),
     ],
 )
 def test_what_cannot_be_saved_is_refused(tmp_path, net, text, said):
@@ -135,3 +135,38 @@ def test_a_module_that_diffusers_cannot_save_is_found_out_before_the_first_step(
     with pytest.raises(UserError, match=r"pipeline of a Raw cannot be saved: .*own_nets\.py makes one"):
         train_ddpm.main(args)
     assert not [*(tmp_path / "run").glob("checkpoint-*")] and not [*(tmp_path / "run").glob(".tmp-*")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("return self.last(", "return self.last.weight.sum() + 0 * torch.tanh(", "returned"),
+        ("return self.last(torch.tanh(", "return (self.last(torch.tanh(", None),
+        ("self.last = nn.Conv2d(width, out_channels", "self.last = nn.Conv2d(width, 3", r"returned \(2, 3, 8, 8\)"),
+    ],
+)
+def test_an_output_of_another_shape_is_refused(net, old, new, said):
+    text = NET.replace(old, new)
+    if said is None:  # a tuple
+        text = text.replace("/ 1000))", "/ 1000)), 0)")
+    model = as_diffusers_model(net(text))(**SHAPE)
+    with pytest.raises(ValueError, match=said or "returned tuple; expected a tensor of shape"):
+        model(torch.ones(2, 1, 8, 8), torch.tensor([5, 5]))
+
+
+def test_a_net_of_a_package_beside_the_script_is_refused(tmp_path, net, monkeypatch):
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "__init__.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"imports nets, which is no installed package"):
+        as_diffusers_model(net("import nets\n" + NET))
+    with pytest.raises(UserError, match="takes a class, such as Net, not a Raw"):
+        as_diffusers_model(Raw())
+
+
+def test_to_start_from_an_own_net_says_how(tmp_path, net):
+    DDPMPipeline(as_diffusers_model(net())(**SHAPE), DDPMScheduler()).save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"its net is code .* as_diffusers_model\(Net\)\.from_pretrained"):
+        train_ddpm.main(parse("--output_dir", tmp_path / "run", f"--pretrained_model_name_or_path={tmp_path}/saved"))
+    again = as_diffusers_model(net()).from_pretrained(tmp_path / "saved" / "unet")
+    assert again.config.width == 8

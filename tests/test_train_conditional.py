@@ -201,7 +201,7 @@ def test_an_unconditional_model_gets_classes_and_draws_what_it_drew(finished_run
     again = [f"--pretrained_model_name_or_path={tmp_path}/run", "--max_train_steps=2"]
     assert train(tmp_path / "again", *again, script=train_conditional) == 0
     faces = [*again, "--dataset_name=faces", "--image_mode=L"]
-    with pytest.raises(UserError, match=r"knows 10 classes .*, the images have 1 \(face\); expected the same"):
+    with pytest.raises(UserError, match=r"knows 10 classes .*, none of those of the images \(face\)"):
         train(tmp_path / "faces", *faces, script=train_conditional)
 
 
@@ -238,11 +238,6 @@ def test_integers_and_strings_become_classes(accelerator, tmp_path, labels, kind
     [
         (lambda t: table(t, ["a"] * 9), [], "has no columns of class labels. Name one with --label_column"),
         (lambda t: table(t, ["a"] * 9), ["--label_column=sort"], "--label_column sort: not a column of class"),
-        (
-            lambda t: table(t, [0, 2] * 5, datasets.ClassLabel(names=["a", "b", "c"])),
-            [],
-            "has no image of 1 of its 3 classes: b",
-        ),
     ],
 )
 def test_labels_that_cannot_be_learned_are_refused(tmp_path, make, flags, message):

@@ -7,6 +7,7 @@ A batch then has ``batch["depth"]`` and ``batch["text"]``. Second images and mas
 the image of their row. With images that are in Python: ``OwnImages(array, columns={"depth": Column(other)})``.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from .. import UserError
 from ..pictures import from_uint8
 from .pixels import GREY_MODES, MODES, BadImage, deep_values, to_eight_bits, used_range
 
+logger = logging.getLogger(__name__)
+
 KINDS = ("image", "mask", "vector")
-TAKEN = ("images", "labels", "sample_ids")  # by the batch itself
+TAKEN = ("images", "label", "labels", "sample_ids")  # by the batch itself
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,15 @@ class Column:
         source: name of a column of the data set; a ``Path``, of a folder of files with the same names as the images; in
             ``OwnImages`` an array or tensor, a ``Dataset`` or a function from an index to a value.
         kind: ``image``: float32 (B, C, H, W) in [-1, 1], of any number of channels; ``mask``: int64 (B, H, W), values
-            from 0 to 255 that are neither scaled nor mixed; ``vector``: float32 (B, ...) as it is.
-        value_range: black and white in arrays of floats, for the kind ``image``.
+            from 0 to 255 that are neither scaled nor mixed; ``vector``: float32 (B, ...) as it is. Images are kept in 8
+            bits a value.
+        value_range: values that become -1 and 1, for the kind ``image`` in more than 8 bits. By default 0 and 1 in
+            arrays of floats, and in files what those looked at use.
     """
 
     source: str | Path | np.ndarray | torch.Tensor | torch.utils.data.Dataset | Callable
     kind: str = "image"
-    value_range: tuple[float, float] = (0.0, 1.0)
+    value_range: tuple[float, float] | None = None
 
     @property
     def resample(self) -> Image.Resampling:
@@ -45,16 +50,20 @@ class Column:
 
 
 def check_columns(columns: dict[str, Column]) -> None:
-    """Refuse names that a batch has anyway, and kinds that there are not.
+    """Refuse what is no ``Column``, names that a batch has anyway, and kinds that there are not.
 
     Raises:
         UserError: says which.
     """
     for name, column in columns.items():
+        if not isinstance(column, Column):
+            raise UserError(f"columns: {name!r} is {column!r:.80}; expected a Column, such as Column({column!r:.80})")
         if name in TAKEN:
             raise UserError(f"columns: {name!r} is what every batch has; choose another name")
         if column.kind not in KINDS:
             raise UserError(f"columns: {name!r} is of kind {column.kind!r}; expected {', '.join(KINDS)}")
+        if column.kind == "vector" and isinstance(column.source, Path):
+            raise UserError(f"columns: {name!r} is a vector from a folder; expected a column of numbers, or an array")
 
 
 class Layout:
@@ -75,7 +84,7 @@ class Layout:
     def __init__(self, columns: dict[str, Column], rows: list[dict]):
         self.columns, self.channels, self.shapes, self.ranges = columns, {}, {}, {}
         for name, column in columns.items():
-            values = [row[f"column:{name}"]() for row in rows]
+            values = [self._value(row, name) for row in rows]
             if column.kind == "vector":
                 self.shapes[name] = np.asarray(values[0][0]).shape
             elif column.kind == "mask":
@@ -87,27 +96,41 @@ class Layout:
                         f"{values[0][1]}: {name} has {sorted(found)} channels; expected as many in each row"
                     )
                 self.channels[name] = max(found)
-                self.ranges[name] = used_range(deep_values(v for v, _ in values if isinstance(v, Image.Image)))
+                deep = deep_values(v for v, _ in values if isinstance(v, Image.Image))
+                self.ranges[name] = column.value_range or used_range(deep)
+                if deep and self.ranges[name] and not column.value_range:
+                    low, high = self.ranges[name]
+                    logger.warning(
+                        f"{name}: values from {low:g} to {high:g} become -1 and 1. Column(..., value_range=({low:g}, "
+                        f"{high:g})) says the same"
+                    )
 
     @property
     def settings(self) -> dict:
         """What a resumed run must not find changed."""
         shapes = {**self.channels, **{name: list(shape) for name, shape in self.shapes.items()}}
-        return {name: [column.kind, shapes[name]] for name, column in self.columns.items()}
+        ranges = {name: [list(found)] for name, found in self.ranges.items() if found}
+        return {name: [column.kind, shapes[name], *ranges.get(name, [])] for name, column in self.columns.items()}
 
-    def planes(self, row: dict, size: tuple[int, int]) -> list[tuple[Image.Image, Image.Resampling]]:
-        """Return each channel of a row's second images and masks, at its image's size (width, height)."""
+    def planes(
+        self, row: dict, size: tuple[int, int], on_clip: Callable[[str], None] = lambda message: None
+    ) -> list[tuple[Image.Image, Image.Resampling]]:
+        """Return each channel of a row's second images and masks, at its image's size (width, height).
+
+        Args:
+            on_clip: see ``pixels.to_eight_bits``.
+        """
         planes = []
         for name, channels in self.channels.items():
-            column, (value, where) = self.columns[name], row[f"column:{name}"]()
-            array = _eight_bits(value, where, column, channels, self.ranges.get(name))
+            column, (value, where) = self.columns[name], self._value(row, name)
+            array = _eight_bits(value, where, column, channels, self.ranges.get(name), on_clip)
             if len(array) != channels:
                 raise BadImage(f"{where} has {len(array)} channels; expected {channels}, as the others")
             height, width = array.shape[1:]
             if abs(round(width * size[1] / height) - size[0]) > 1:
                 raise BadImage(
                     f"{where} has {width} x {height} pixels beside an image of {size[0]} x {size[1]}; expected the "
-                    "same shape, so that both can be cut alike"
+                    "same shape, so that both can be cut alike (arrays are (C, H, W) or (H, W))"
                 )
             for plane in map(Image.fromarray, array):
                 planes.append((plane if plane.size == size else plane.resize(size, column.resample), column.resample))
@@ -121,11 +144,22 @@ class Layout:
         """
         found = {}
         for name, shape in self.shapes.items():
-            value, where = row[f"column:{name}"]()
-            found[name] = np.asarray(value, np.float32)
+            value, where = self._value(row, name)
+            try:
+                found[name] = np.asarray(value, np.float32)
+            except (TypeError, ValueError) as error:
+                raise BadImage(f"{where}: expected numbers of shape {shape}, got {value!r:.80}") from error
             if value is None or found[name].shape != shape or not np.isfinite(found[name]).all():
                 raise BadImage(f"{where}: expected finite numbers of shape {shape}, got {value!r:.80}")
         return found
+
+    def _value(self, row: dict, name: str) -> tuple:
+        """A column's value in a row, and its name for messages."""
+        try:
+            value, where = row[f"column:{name}"]()
+        except BadImage as error:
+            raise BadImage(f"column {name}: {error}") from error
+        return value, f"column {name} of {where}"
 
     def split(self, stacked: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the tensors of a batch, uint8 (B, sum of channels, H, W), that begins with the images."""
@@ -140,27 +174,29 @@ class Layout:
 def _channels(value) -> int:
     if isinstance(value, Image.Image):
         return 1 if value.mode in GREY_MODES else 3
-    return 1 if value.ndim == 2 else len(value)
+    value = np.asarray(value)
+    return 1 if value.ndim == 2 else len(value) if value.ndim == 3 else 0
 
 
-def _eight_bits(value, where: str, column: Column, channels: int, image_range) -> np.ndarray:
+def _eight_bits(value, where: str, column: Column, channels: int, image_range, on_clip) -> np.ndarray:
     """Return a second image or a mask as uint8 (C, H, W)."""
     if column.kind == "mask":
         array = np.asarray(value)
         if array.ndim != 2 or array.dtype.kind not in "iub" or array.min() < 0 or array.max() > 255:
-            raise BadImage(
-                f"{where}: a mask of shape {array.shape}, {array.dtype}; expected (H, W), integers from 0 to 255"
-            )
+            values = f", from {array.min()} to {array.max()}" if array.size and array.dtype.kind in "iufb" else ""
+            found = f"shape {array.shape}, {array.dtype}{values}"
+            raise BadImage(f"{where}: a mask of {found}; expected (H, W), integers from 0 to 255")
         return array.astype(np.uint8)[None]
     if isinstance(value, Image.Image):
         if channels == 1 and value.mode not in GREY_MODES:
             raise BadImage(f"{where} has colour (mode {value.mode}), those looked at before training were all grey")
-        array = np.asarray(to_eight_bits(value, MODES[channels], where, image_range))
+        array = np.asarray(to_eight_bits(value, MODES[channels], where, image_range, on_clip))
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    array = value[None] if value.ndim == 2 else value
+    array = np.asarray(value)
+    array = array[None] if array.ndim == 2 else array
     if array.ndim != 3 or not array.size:
         raise BadImage(f"{where} has the shape {array.shape}; expected (C, H, W) or (H, W)")
-    return array if array.dtype == np.uint8 else scale_to_eight_bits(array, where, column.value_range)
+    return array if array.dtype == np.uint8 else scale_to_eight_bits(array, where, column.value_range or (0.0, 1.0))
 
 
 def scale_to_eight_bits(array: np.ndarray, where: str, value_range: tuple[float, float]) -> np.ndarray:

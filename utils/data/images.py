@@ -147,7 +147,7 @@ class PreparedImages(torch.utils.data.Dataset):
             )
         size, center_crop = image.size, center_crop or self.center_crop
         image = to_eight_bits(image, self.mode, where, self.image_range, self._count_clipped)
-        planes = [(image, Image.Resampling.BICUBIC), *self.layout.planes(row, size)]
+        planes = [(image, Image.Resampling.BICUBIC), *self.layout.planes(row, size, self._count_clipped)]
         prepared = [prepare_image(plane, self.size, center_crop, resample) for plane, resample in planes]
         return np.concatenate(prepared) if len(prepared) > 1 else prepared[0]
 

@@ -9,6 +9,7 @@ An array, a torch ``Dataset`` or a function of an index. Order, crops, cache, ch
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -134,6 +135,8 @@ class OwnImages(Images):
         self.value_range, self.columns = value_range, columns or {}
         check_columns(self.columns)
         for key, column in self.columns.items():
+            if isinstance(column.source, (str, Path)):
+                raise UserError(f"own images: {key} comes from {column.source}; expected an array, Dataset or function")
             if hasattr(column.source, "__len__") and len(column.source) != self.length:
                 raise UserError(f"own images: {len(column.source)} of {key} for {self.length} images; expected as many")
         if labels is not None:
@@ -159,9 +162,13 @@ class OwnImages(Images):
 
     def _value(self, name: str, index: int):
         source = self.columns[name].source
+        where = f"{self.name.removesuffix('s')} {index}"
         value = source[index] if hasattr(source, "__getitem__") else source(index)
+        value = value["image"] if isinstance(value, dict) else value[0] if isinstance(value, tuple) else value
+        if value is None:
+            raise BadImage(f"{where}: expected a value, got None")
         value = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
-        return value if isinstance(value, Image.Image) else np.asarray(value), f"{name} of {self.name} {index}"
+        return value if isinstance(value, Image.Image) else np.asarray(value), where
 
     def _image(self, index: int) -> tuple[Image.Image, str]:
         where = f"{self.name.removesuffix('s')} {index}"

@@ -41,8 +41,8 @@ def give_classes(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
         return unet
     if not {*known} & {*names}:
         raise UserError(
-            f"the pretrained model knows {len(known)} classes ({', '.join(known)[:200]}), the images have {len(names)} "
-            f"others ({', '.join(names)[:200]}); expected some of the same"
+            f"the pretrained model knows {len(known)} classes ({', '.join(known)[:200]}), none of those of the images "
+            f"({', '.join(names)[:200]}); expected some of the same"
         )
     new, left_out = [[name for name in a if name not in b] for a, b in ((names, known), (known, names))]
     logger.warning(

@@ -4,7 +4,8 @@
 
 The net is built from keyword arguments that JSON can hold, with ``sample_size``, ``in_channels``, ``out_channels``
 among them. It is called with noisy images (B, C, H, W) and timesteps (B,), and returns a tensor (B, C, H, W). Its class
-stands in a file of its own that imports installed packages only. That file is saved with the weights:
+stands in a file of its own that imports installed packages only, and sets no ``config``, ``device`` or ``dtype``, which
+diffusers has. That file is saved with the weights:
 
     DDPMPipeline.from_pretrained(folder, trust_remote_code=True)
 """
@@ -12,6 +13,7 @@ stands in a file of its own that imports installed packages only. That file is s
 import ast
 import hashlib
 import inspect
+import sys
 from pathlib import Path
 
 import torch
@@ -43,6 +45,10 @@ def model_class(net: type) -> type:
             timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
             output = super().forward(sample, timesteps, *inputs, **options)
             output = getattr(output, "sample", output)
+            expected = (len(sample), self.config.out_channels, *sample.shape[2:])
+            if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
+                found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+                raise ValueError(f"{net.__name__} returned {found}; expected a tensor of shape {expected}")
             return UNet2DOutput(sample=output) if return_dict else (output,)
 
     Model.__name__ = Model.__qualname__ = net.__name__
@@ -54,8 +60,10 @@ def as_diffusers_model(net: type) -> type:
 
     Raises:
         UserError: it does not take the shape of images, or its code cannot be saved: it is not in a file, or that
-            imports what lies beside it.
+            imports what is not installed.
     """
+    if not isinstance(net, type):
+        raise UserError(f"as_diffusers_model takes a class, such as Net, not a {type(net).__name__} made of it")
     taken = inspect.signature(net.__init__).parameters
     if missing := [name for name in ("sample_size", "in_channels", "out_channels") if name not in taken]:
         raise UserError(
@@ -87,11 +95,16 @@ def _code_of(net: type) -> str:
     if HEAD in text:  # of a model that was loaded
         return text
     for name in sorted(_imported(text)):
-        if name.startswith(".") or any((file.parent / path).exists() for path in (f"{name}.py", name)):
-            raise UserError(
-                f"{net.__name__} cannot be saved: {file.name} imports {name}, which lies beside it; {expected}"
-            )
+        if name.startswith(".") or _is_here(name, file.parent):
+            found = f"{file.name} imports {name}, which is no installed package"
+            raise UserError(f"{net.__name__} cannot be saved: {found}; {expected}")
     return f"{text.rstrip()}{HEAD}{inspect.getsource(model_class)}\n\n{net.__name__} = model_class({net.__name__})\n"
+
+
+def _is_here(name: str, folder: Path) -> bool:
+    """Whether a module lies beside the net, or beside the script, so that it would be missing elsewhere."""
+    places = {folder.resolve(), Path.cwd().resolve(), Path(sys.path[0] or ".").resolve()}
+    return any((place / path).exists() for place in places for path in (f"{name}.py", name))
 
 
 def _imported(text: str) -> set[str]:

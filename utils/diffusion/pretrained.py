@@ -25,7 +25,13 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
     flag = f"--pretrained_model_name_or_path {name_or_path}"
     refuse_missing(flag, name_or_path)
     try:
-        others = other_parts(DDPMPipeline.load_config(name_or_path))
+        index = DDPMPipeline.load_config(name_or_path)
+        if str((index.get("unet") or [""])[0]).startswith("own_net_"):
+            raise UserError(
+                f"{flag}: its net is code of its author's own. In a script that has the class, "
+                "as_diffusers_model(Net).from_pretrained(FOLDER/unet) starts from its weights, see docs/extending.md"
+            )
+        others = other_parts(index)
         if others:
             raise UserError(f"{flag}: a pipeline with {others} besides; expected one of unet and scheduler alone")
         pipeline = DDPMPipeline.from_pretrained(name_or_path, variant=variant_of(Path(name_or_path) / "unet"))
@@ -50,7 +56,8 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
         raise UserError(f"{flag}: its unet wants class labels; expected an unconditional one")
     channels = unet.config.in_channels
     if channels not in (1, 3):
-        raise UserError(f"{flag}: its unet takes {channels} channels; expected 1 or 3")
+        more = " A model that is given a condition is continued by the script that trained it." * (channels == 2)
+        raise UserError(f"{flag}: its unet takes {channels} channels; expected 1 or 3.{more}")
     leave_out_variance(unet, pipeline.scheduler, flag)
     return pipeline
 
@@ -229,10 +236,10 @@ def check_fit(
     channels, height, width = shape
     taken = config.get("in_channels") or channels
     if in_channels is None and taken != channels:
-        raise UserError(
-            f"the images have {channels} channels, the model takes {taken}; --image_mode "
-            f"{ {1: 'L', 3: 'RGB'}.get(taken, '?') } converts them"
+        convert = {1: "--image_mode L converts them", 3: "--image_mode RGB converts them"}.get(
+            taken, "where it is given a condition beside them, say so by in_channels="
         )
+        raise UserError(f"the images have {channels} channels, the model takes {taken}; {convert}")
     given = config.get("out_channels") or channels
     if in_channels not in (None, taken) or given != channels:
         raise UserError(
@@ -248,8 +255,8 @@ def check_fit(
     if height % factor or width % factor:
         near = [max(factor, round(side / factor) * factor) for side in (height, width)]
         raise UserError(
-            f"images of {height} x {width} pixels: this model {does}, so it needs multiples of {factor}; try "
-            f"--resolution {near[0] if near[0] == near[1] else '{}x{}'.format(*near)}"
+            f"images, or latents, of {height} x {width} pixels: this model {does}, so it needs multiples of {factor}; "
+            f"try --resolution {near[0] if near[0] == near[1] else '{}x{}'.format(*near)}"
         )
 
 

@@ -1,5 +1,6 @@
 """The sizes of UNet2DModel that ``--unet`` knows, and the UNet that the flags ask for."""
 
+from .. import UserError
 from ..args import Parser
 
 # fmt: off
@@ -66,6 +67,8 @@ def prepare_unet(unet, device, gradient_checkpointing: bool, compile: bool):
     import torch
 
     if gradient_checkpointing:
+        if not getattr(unet, "_supports_gradient_checkpointing", False):
+            raise UserError(f"--gradient_checkpointing: a {type(unet).__name__} does not have it; leave the flag out")
         unet.enable_gradient_checkpointing()
     if device.type == "cuda":
         unet.to(memory_format=torch.channels_last)  # on a CPU it costs time
@@ -80,15 +83,24 @@ def concatenate_condition(unet):
     As in SR3 (Saharia et al. 2021, arXiv:2104.07636). Its config has K more ``in_channels`` than ``out_channels``.
 
     Returns:
-        The same model. Without ``condition=`` it raises TypeError.
+        The same model. Without ``condition=`` it raises TypeError, with one of another shape ValueError.
     """
     import torch
 
     def concatenate(model, inputs, options):
         if options.get("condition") is None:
-            raise TypeError("the model takes condition=, a tensor (B, K, H, W); give it as one of model_inputs")
+            raise TypeError(
+                "the model takes condition=, a tensor (B, K, H, W): in training model(..., **model_inputs(batch)), in "
+                "sampling sample_images(..., model_inputs=...), in validation run.steps(..., model_inputs=...)"
+            )
         noisy, *others = inputs
         condition = options["condition"].to(noisy)
+        shapes, expected = (tuple(noisy.shape), tuple(condition.shape)), model.config.in_channels
+        if condition.shape[2:] != noisy.shape[2:] or noisy.shape[1] + condition.shape[1] != expected:
+            raise ValueError(
+                f"noisy images and condition of shapes {shapes[0]} and {shapes[1]}; expected the same height and width, "
+                f"and {expected} channels together (in_channels of the model)"
+            )
         others_by_name = {name: value for name, value in options.items() if name != "condition"}
         return (torch.cat([noisy, condition], dim=1), *others), others_by_name
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,7 @@ import numpy as np
 
 from .. import UserError, randomness
 from ..data.own_images import MAX_CLASSES
+from .folders import SPLITS, image_extensions
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ def select_columns(dataset, source):
     for name, column in source.columns.items():
         key = f"column:{name}" if isinstance(column.source, Path) else column.source
         if key not in columns:
-            raise UserError(f"columns: {source.name} has no {key!r} for {name}; its columns are {listing}")
+            folder = f". The folder is Column(Path({key!r}))" * Path(key).is_dir()
+            raise UserError(f"columns: {source.name} has no {key!r} for {name}; its columns are {listing}{folder}")
         if key in wanted:
             raise UserError(f"columns: {key!r} of {source.name} is {wanted[key]} already, so it cannot be {name}, too")
         wanted[key] = f"column:{name}"
@@ -134,7 +137,10 @@ def add_partners(dataset, source):
         said = f"columns: the folder {column.source} of {name}"
         if not column.source.is_dir():
             raise UserError(f"{said} is not there; expected files with the names of the images")
-        files = {path.relative_to(column.source).with_suffix(""): path for path in sorted(column.source.rglob("*.*"))}
+        known, files = image_extensions(), {}
+        for path in sorted(column.source.rglob("*.*")):
+            if path.suffix.lower() in known:
+                files.setdefault(path.relative_to(column.source).with_suffix(""), []).append(path)
         key = source.image_column or "image"
         if source.streaming or key not in dataset.features:
             raise UserError(f"{said}: only for images in a folder, not streamed; name a column of the data set instead")
@@ -145,14 +151,19 @@ def add_partners(dataset, source):
             raise UserError(f"{said}: the images of {source.name} are no files; name a column of the data set instead")
         root = Path(source.name).expanduser()
         names = [Path(os.path.relpath(record, root)).with_suffix("") for record in records]
-        partners = [files.get(place) or files.get(Path(*place.parts[1:])) for place in names]  # perhaps without split
+        if {*names} & {*files} == set():  # perhaps it has no folders for the splits
+            names = [Path(*name.parts[1:]) if name.parts[0].lower() in SPLITS else name for name in names]
+        if several := [name for name, count in Counter(names).items() if count > 1 or len(files.get(name, [])) > 1]:
+            raise UserError(
+                f"{said}: {len(several)} names are of several files, such as {several[0]}; expected one image and one "
+                "partner of a name, in folders of the same names"
+            )
+        partners = [files.get(name, [None])[0] for name in names]
         if missing := [record for record, partner in zip(records, partners, strict=True) if not partner]:
             raise UserError(
                 f"{said} has no partner for {len(missing)} of {len(records)} images: {', '.join(missing[:3])}. "
                 "Expected files of the same names, in folders of the same names"
             )
-        if len(files) > len({*partners}):
-            logger.warning(f"{said}: {len(files) - len({*partners})} of its {len(files)} files have no image")
         dataset = dataset.add_column(f"column:{name}", [str(partner) for partner in partners])
     return dataset
 

@@ -67,7 +67,7 @@ def walk(folder: Path) -> tuple[list[str], list[str], Counter]:
             if os.path.isdir(entry.path):  # which a link in a circle is not
                 if entry.name not in LITTER:
                     (links if entry.is_symlink() else folders).append(entry.path)
-            elif not os.path.isfile(entry.path):  # a pipe would be waited for; a link may lead nowhere
+            elif os.path.exists(entry.path) and not os.path.isfile(entry.path):  # a pipe would be waited for
                 special.append(entry.path)
             elif entry.name.lower() in METADATA:
                 metadata.append(entry.path)
@@ -147,10 +147,11 @@ def _find_splits(folder: Path, files: list[str], parts: list[tuple]) -> tuple[li
     found = {top for top in tops if top in SPLITS}
     others = {above[wrappers] for above, top in zip(parts, tops, strict=True) if top and top not in SPLITS}
     loose = [file for file, top in zip(files, tops, strict=True) if top is None]
-    if not found or others:
+    if not found or others or (loose and "train" not in map(SPLITS.get, found)):
         if found:
+            beside = ", ".join(sorted(others)[:5]) or f"{len(loose)} images"
             logger.warning(
-                f"{folder}: the folders {', '.join(sorted(found))} lie beside {', '.join(sorted(others)[:5])}, so they "
+                f"{folder}: the folders {', '.join(sorted(found))} lie beside {beside}, so they "
                 "are taken for classes and not for splits"
             )
         return files, parts, ["train"] * len(files)

@@ -1,5 +1,6 @@
 """Images that flags name, as training takes them: decoded by row, with a fingerprint."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -72,9 +73,23 @@ class NamedImages(Images):
         for name, column in self.columns.items():
             key, decode = f"column:{name}", self._decoded
             if column.kind == "vector":
-                decode = lambda value, index, name=name: (value, f"{name} of row {index} of {self.name}")  # noqa: E731
+                decode = self._as_it_is
+            elif isinstance(row[key], (list, np.ndarray)):  # of any number of channels
+                decode = self._as_array
             located[key] = partial(decode, row[key], index)
         return located
+
+    def _as_it_is(self, value, index: int):
+        return value, f"row {index} of {self.name}"
+
+    def _as_array(self, value, index: int) -> tuple[np.ndarray, str]:
+        where = f"row {index} of {self.name}"
+        try:
+            array = np.asarray(value)
+        except ValueError as error:  # rows of different lengths
+            raise BadImage(f"{where}: {error}") from error
+        whole = array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255
+        return array.astype(np.uint8) if whole else array, where
 
     def _decoded(self, record, index: int) -> tuple[Image.Image, str]:
         source, where = locate({"image": record}, self.name, index, self.white)
@@ -129,8 +144,12 @@ class NamedImages(Images):
         if isinstance(self.white, tuple):
             return self.white
         records = [row["image"] for _, row in self._spread_rows() if isinstance(row["image"], (list, np.ndarray))]
-        arrays = [array for array in map(np.asarray, records) if array.dtype.kind == "f" and array.size]
-        highs = [float(array.max()) for array in arrays if np.isfinite(array).all()]
+        highs = []
+        for record in records:
+            with contextlib.suppress(ValueError):  # rows of different lengths: ``locate`` says so
+                array = np.asarray(record)
+                if array.dtype.kind == "f" and array.size and np.isfinite(array).all():
+                    highs.append(float(array.max()))
         return (1.0 if is_unit(max(highs)) else 255.0) if highs else None
 
     def _spread_rows(self) -> Iterator[tuple[int, dict]]:
@@ -152,6 +171,12 @@ class NamedImages(Images):
         if self.length is None:
             return digest, None
         stamp = hashlib.sha256(self.dataset._fingerprint.encode())
+        for name, column in self.columns.items():
+            if isinstance(column.source, Path):
+                for file in self.dataset[f"column:{name}"]:
+                    status = os.stat(file)
+                    digest.update(f"{name} {os.path.relpath(file, column.source)} {status.st_size}\n".encode())
+                    stamp.update(f"{file} {status.st_size, status.st_mtime_ns}\n".encode())
         first = self.dataset[0]["image"]
         if isinstance(first, str) or (isinstance(first, dict) and not first.get("bytes")):
             records = [row if isinstance(row, str) else (row or {}).get("path") for row in self.dataset["image"][:]]

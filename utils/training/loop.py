@@ -133,6 +133,12 @@ class Run:
                 "the noise scheduler has clip_sample=True: samplers would clip latents to [-1, 1]. Give it "
                 "clip_sample=False, in NOISE or wherever it is made"
             )
+        channels = getattr(getattr(self.unet, "config", None), "out_channels", None)
+        if not space and channels not in (None, self.train_data.channels):
+            raise UserError(
+                f"the model returns {channels} channels, the images have {self.train_data.channels}. Where it denoises "
+                "something else than images, say run.steps(..., space=...), see utils/diffusion/spaces.py"
+            )
         self.noise_scheduler, self.num_train_timesteps = noise_scheduler, noise_scheduler.config.num_train_timesteps
         data = self.train_data
         self.facts = {
@@ -144,7 +150,7 @@ class Run:
             self.facts["denoises"] = f"{type(space).__name__}, {' x '.join(map(str, space.shape))}"
         self.settings = {
             **self.flags, **data.settings, **(compare or {}), "constants": self.constants,
-            "space": space and space.fingerprint,
+            "autoencoder": space and space.fingerprint, "net_code": type(self.unet).__module__,
             "noise_scheduler": output_dir.config_of(noise_scheduler), "model_config": output_dir.config_of(self.unet),
             "optimizer_settings": output_dir.describe_optimizers(self.accelerator),
         }  # fmt: skip
@@ -266,6 +272,10 @@ class Run:
             self.global_step = state["global_step"]
             self._saved_at = self.global_step if path.parent.resolve() == self.output_dir.resolve() else None
             self.losses.load_state(state)
+            if state["settings"].get("net_code") not in (None, self.settings["net_code"]):
+                logger.warning(
+                    f"{path}: the file of the net is another one since; weights and optimizer are taken as is"
+                )
             self.tell("load_state", state)
             logger.info(f"Resuming from {path}, {self.global_step} optimizer steps done.")
         self.repeats = Repeats(self.accelerator, self.output_dir, self.global_step)
@@ -290,8 +300,12 @@ class Run:
         )  # fmt: skip
         if not self.global_step:
             on_main_process(accelerator, self._try_to_save)
-        with self.pause(), contextlib.suppress(Interrupted):
-            self.draw(1, num_inference_steps=1)
+        try:
+            with self.pause(), contextlib.suppress(Interrupted):
+                self.draw(1, num_inference_steps=1)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            error.add_note("One image was to be drawn before the first step, to see whether draw() and the model work.")
+            raise
         self.repeats.write()
         self._do_what_is_due(self.global_step == self.max_train_steps)
 
@@ -300,6 +314,13 @@ class Run:
             with tempfile.TemporaryDirectory(prefix=".tmp-", dir=self.output_dir) as folder:
                 self._save_pipeline(Path(folder))
                 how_to_load(Path(folder), folder)  # which reads what a pipeline has
+                if hasattr(self.space, "autoencoder") and not any(
+                    Path(folder, name).is_dir() for name in ("vqvae", "vae")
+                ):
+                    raise UserError(
+                        "the script denoises latents, and saves a pipeline without their autoencoder; expected "
+                        "LDMPipeline(autoencoder, unet, scheduler)"
+                    )
         except UserError:
             raise
         except Exception as error:  # the script's own code, diffusers and the file system
@@ -404,6 +425,10 @@ class Run:
         """Write the script's pictures; ``samples`` to this path, the others beside the model."""
         with self.ema_model.swapped_in(self.unet):
             pictures = self._sample()
+        if "samples" not in (pictures or {}):
+            raise UserError(
+                f"sample() returned {sorted(pictures or {})}; expected pictures by name, samples among them"
+            )
         for name, picture in pictures.items():
             caption = ", ".join([f"step {self.global_step}", self.caption] if self.caption else [])
             self.save_picture(name, picture, path if name == "samples" else self.output_dir / f"{name}.png", caption)

@@ -36,7 +36,7 @@ FREE_ON_RESUME = {
     "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config", "constants", "data",
     "dataloader_num_workers", "dataset_name", "evaluate_steps", "features", "fingerprint",
     "gradient_accumulation_steps", "gradient_checkpointing", "hang_timeout", "hub_model_id", "hub_private_repo",
-    "image_range", "logging_steps", "max_bad_images", "max_rollbacks", "max_train_steps", "mixed_precision",
+    "net_code", "image_range", "logging_steps", "max_bad_images", "max_rollbacks", "max_train_steps", "mixed_precision",
     "num_evaluation_samples", "num_train_epochs", "output_dir", "prior_dataset_name", "push_to_hub", "report_to",
     "resume_from_checkpoint", "sample_batch_size", "sample_steps", "train_batch_size", "train_data_dir",
     "validation_split", "validation_steps", *DRAWING,
@@ -217,7 +217,10 @@ def _differences(name: str, old, new) -> list[str]:
         return [line for key in shared for line in _differences(f"{name}[{key!r}]", old[key], new[key])]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and name == "optimizer_settings":
         return [line for pair in zip(old, new, strict=True) for line in _differences("optimizer", *pair)]
-    return [] if repr(old) == repr(new) or old == new else [f"{name} was {old!r}, is {new!r}"]  # NaN is not NaN
+    if repr(old) == repr(new) or old == new:  # NaN is not NaN
+        return []
+    shown = [text if len(text) <= 200 else f"{text[:200]} ..." for text in map(repr, (old, new))]
+    return [f"{name} was {shown[0]}, is {shown[1]}"]
 
 
 def own_constants(names: dict) -> dict:
@@ -226,8 +229,15 @@ def own_constants(names: dict) -> dict:
     for key, value in names.items():
         if key.isupper() and getattr(args, key, names) is not value:
             with contextlib.suppress(TypeError, ValueError):
-                own[key] = json.loads(json.dumps(value))
+                own[key] = json.loads(json.dumps(value, default=_numbers))
     return own
+
+
+def _numbers(value) -> list:
+    """The numbers of an array or tensor, for JSON, which has none."""
+    if not hasattr(value, "tolist"):
+        raise TypeError
+    return value.tolist()
 
 
 def plain(value):
