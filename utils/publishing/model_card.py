@@ -22,7 +22,7 @@ from ..diffusion.class_conditional import class_names
 from ..diffusion.unets import add_unet_arguments
 from ..hardware import device_name
 from ..privacy import OWN_IMAGES, is_hub_id, public
-from ..training.last_lines import condition_channels, how_to_load
+from ..training.last_lines import how_to_load, inputs_beside
 from ..training.output_dir import ARGUMENTS, read_arguments
 from .results import describe_results
 
@@ -153,7 +153,8 @@ def write_card(
     }
     links = "\n".join(f"* [{name}](https://arxiv.org/abs/{number})" for name, number in sorted(papers))
     steps = record.get("num_inference_steps", flags["num_inference_steps"])
-    snippet = _snippet(folder, name or run_folder.resolve().name, steps, classes, flags.get("guidance_scale"), final)
+    named, given = name or run_folder.resolve().name, record.get("model_inputs")
+    snippet = _snippet(folder, named, steps, classes, flags.get("guidance_scale"), final, given)
     text = f"""---
 {metadata.to_yaml()}
 ---
@@ -256,14 +257,17 @@ def _said_of(classes) -> str:
 
 
 def _snippet(
-    folder: Path, name: str, steps: int, classes: list[str], guidance_scale: float | None, final: bool
+    folder: Path, name: str, steps: int, classes: list[str], guidance_scale: float | None, final: bool,
+    given: str | None,
 ) -> str:  # fmt: skip
     """Show how to load and draw, as Markdown; of a finished model nothing if that fails here."""
     load = how_to_load(folder, name)
-    if channels := condition_channels(folder):
+    if beside := inputs_beside(folder, given):
         code = f"from diffusers import {load.split('.')[0]}\n\nunet = {load}.unet"
-        said = f"Beside the noisy images the net takes a condition, {channels} channel{'s' * (channels > 1)}. "
-        said += "No pipeline of diffusers gives it one: the script that trained it draws."
+        said = (
+            f"Beside the noisy images the net takes {beside}. No pipeline of diffusers gives it that: the script that "
+        )
+        said += "trained it draws."
         return f"```python\n{code}\n```\n\n{said}\n\n"
     custom = load.startswith("DiffusionPipeline") and "custom_pipeline" in load
     asked = f", class_labels={[k % len(classes) for k in range(4)]}" if classes else ""

@@ -22,27 +22,35 @@ def how_to_load(folder: Path, name: str | Path) -> str:
     return f"{kind}.from_pretrained({str(name)!r}{options})"
 
 
-def condition_channels(folder: Path) -> int:
-    """Return how many channels of a condition the model in ``folder`` takes beside the noisy images: 0 for most."""
+def inputs_beside(folder: Path, given: str | None) -> str:
+    """Name what the model in ``folder`` takes beside noisy images and timesteps, and no pipeline gives it; "" for most.
+
+    Args:
+        given: names of what its script gives it, as its run has recorded them.
+    """
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     taken = unet.get("in_channels") or 0
-    return max(0, taken - (unet.get("out_channels") or taken))
+    channels = taken - (unet.get("out_channels") or taken)
+    if channels > 0:
+        return f"a condition of {channels} channel{'s' * (channels > 1)}"
+    return "" if given == "class_labels" and (folder / "pipeline.py").is_file() else given or ""
 
 
-def last_lines(folder: Path, num_inference_steps: int, continued: str | None) -> list[str]:
+def last_lines(folder: Path, num_inference_steps: int, continued: str | None, given: str | None) -> list[str]:
     """Describe a finished run's folder, a line for each thing.
 
     Args:
         num_inference_steps: sampling steps of its samples.
         continued: flags with which the same script trains on the user's own images; None to leave that out.
+        given: see ``inputs_beside``.
     """
     pictures = sorted(path.name for path in folder.glob("*.png") if path.name != "samples.png")
     lines = {"samples": ", ".join([str(folder / "samples.png"), *pictures])}
     load = how_to_load(folder, folder)
     labels = "[0], " if "custom_pipeline" in load else ""  # it must be told which
     lines["pipeline"] = f"{load}({labels}num_inference_steps={num_inference_steps})"
-    if condition_channels(folder):
-        lines["pipeline"] = f"{load}.unet: no pipeline of diffusers gives it the condition that it takes"
+    if beside := inputs_beside(folder, given):
+        lines["pipeline"] = f"{load}.unet takes {beside}, too, which no pipeline of diffusers gives it"
     if any(folder.glob("logs/**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {folder}"
     lines["train longer"] = "the same command with a larger --max_train_steps"

@@ -103,7 +103,7 @@ class Run:
     def steps(
         self, model: torch.nn.Module, ema_model: EMA, noise_scheduler, draw: Callable, sample: Callable,
         save_pipeline: Callable[[Path], None], caption: str = "", compare: dict | None = None,
-        model_inputs: Callable[[dict], dict] = lambda batch: {}, space=None, **facts,
+        model_inputs: Callable[[dict], dict] | None = None, space=None, **facts,
     ) -> Iterator[dict]:  # fmt: skip
         """Resume, and yield the micro-batches of the steps that are left, see ``TrainData.batches``.
 
@@ -127,7 +127,7 @@ class Run:
         """
         self.model, self.unet, self.ema_model = model, self.accelerator.unwrap_model(model), ema_model
         self.draw, self._sample, self._save_pipeline, self.caption = draw, sample, save_pipeline, caption
-        self.model_inputs, self.space = model_inputs, space
+        self.model_inputs, self.space = model_inputs or (lambda batch: {}), space
         if space and noise_scheduler.config.get("clip_sample") and not space.in_unit_range:
             raise UserError(
                 "the noise scheduler has clip_sample=True: samplers would clip latents to [-1, 1]. Give it "
@@ -146,6 +146,8 @@ class Run:
             "data_license": data.license, "max_train_steps": self.max_train_steps,
             "parameters": facts.get("parameters", sum(weight.numel() for weight in self.unet.parameters())),
         }  # fmt: skip
+        if model_inputs and data.length:
+            self.facts["model_inputs"] = ", ".join(sorted(model_inputs(data.examples(1)))) or None
         if space:
             self.facts["denoises"] = f"{type(space).__name__}, {' x '.join(map(str, space.shape))}"
         self.settings = {
@@ -272,7 +274,8 @@ class Run:
             self.global_step = state["global_step"]
             self._saved_at = self.global_step if path.parent.resolve() == self.output_dir.resolve() else None
             self.losses.load_state(state)
-            if state["settings"].get("net_code") not in (None, self.settings["net_code"]):
+            code = str(state["settings"].get("net_code"))
+            if code.startswith("own_net_") and code != self.settings["net_code"]:
                 logger.warning(
                     f"{path}: the file of the net is another one since; weights and optimizer are taken as is"
                 )
@@ -477,7 +480,8 @@ class Run:
                 continued = "--train_data_dir DIR --output_dir outputs/mine"
                 if base := vars(args).get("pretrained_model_name_or_path"):
                     continued += f" --pretrained_model_name_or_path {base} --learning_rate {args.learning_rate:g}"
-            lines = last_lines(self.output_dir, args.num_inference_steps, continued)
+            given = output_dir.read_arguments(self.output_dir).get("model_inputs")
+            lines = last_lines(self.output_dir, args.num_inference_steps, continued, given)
             print(f"\n{said}, after {self.global_step} optimizer steps.", *lines, sep="\n", flush=True)
         self.tell("released")
 
