@@ -341,3 +341,52 @@ def test_a_stream_of_large_images_is_shuffled_in_a_smaller_buffer(accelerator, t
     assert load(accelerator, *flags).images.buffer_size == 10_000
     monkeypatch.setattr(named_images, "SHUFFLE_BUFFER_BYTES", 200_000)
     assert 100 <= load(accelerator, *flags).images.buffer_size < 2_000
+
+
+# ------------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_a_pipe_is_not_waited_for(accelerator, tmp_path, caplog):
+    import os
+
+    write(tmp_path / "data", 6)
+    os.mkfifo(tmp_path / "data" / "pipe.png")
+    assert load(accelerator, f"--train_data_dir={tmp_path}/data").length == 6
+    assert "passed over 1 that are no files" in caplog.text and "pipe.png" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "METADATA.CSV"])
+def test_labels_that_differ_in_a_zero_are_two_and_capitals_are_read(accelerator, tmp_path, name):
+    write(tmp_path / "data", 6)
+    rows = "".join(f"{k:03}.png,{'01' if k % 2 else '1'}\n" for k in range(6))
+    (tmp_path / "data" / name).write_text(f"file_name,kind\n{rows}")
+    data = load(accelerator, f"--train_data_dir={tmp_path}/data", "--label_column=kind")
+    assert classes(data) == {"01": 3, "1": 3}
+
+
+def test_a_model_with_classes_is_asked_for_all_where_the_reference_has_no_labels(tmp_path):
+    import json
+
+    from conftest import exit_code
+
+    import evaluate
+
+    ClassConditionalPipeline(conditional(), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    write(tmp_path / "reference" / "train", 40)
+    write(tmp_path / "reference" / "test", 40)
+    flags = [str(tmp_path / "model"), f"--reference={tmp_path}/reference", "--features=pixels", "--num_samples=12"]
+    args = evaluate.parse_args([*flags, "--num_inference_steps=1", f"--output_dir={tmp_path}/out"])
+    assert exit_code(evaluate.main, args) == 0
+    rows = {row["model"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["results"]}
+    assert rows["model guidance 1"]["N"] == 12
+
+
+def test_only_code_that_the_run_wrote_is_published(tmp_path):
+    from fnmatch import fnmatch
+
+    from utils.publishing.hub import ALLOWED
+
+    for name in ("notes.py", "unet/other.py", "scheduler/other.py"):
+        assert not any(fnmatch(name, pattern) for pattern in ALLOWED), name
+    for name in ("pipeline.py", "unet/own_net_0123456789ab.py", "unet/basic_unet.py", "scheduler/linear_mix.py"):
+        assert any(fnmatch(name, pattern) for pattern in ALLOWED), name

@@ -295,7 +295,8 @@ def saved_step(folder):
     return int(saved.name.split("-")[1])
 
 
-@pytest.mark.parametrize("processes", [1, slow(2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_slurm_job_saves_and_queues_itself_again(tmp_path, processes):
     """Protection: ``trap`` in configs/slurm.sbatch."""
     (tmp_path / "bin").mkdir()

@@ -68,7 +68,8 @@ def straight(tmp_path_factory):
     return train
 
 
-@pytest.mark.parametrize("kills, steps", [(3, 16), slow(20, 90)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills, steps", [(3, 16), (20, 90)])
 def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch, straight, kills, steps):
     """Protection: ``process._rendezvous``, without which a restarted process looks for one that is gone; the lock on
     the folder, which ends with its process; ``resilience.LOST`` of the others."""
@@ -177,6 +178,7 @@ UNet2DModel.forward = forward
 """
 
 
+@pytest.mark.slow
 def test_slow_is_not_hung(tmp_path):
     """Sampling that takes twice the limit and more, each of its model calls less. Protection: ``progress``."""
     flags = [*flags_of(tmp_path / "run", 3), "--hang_timeout=2", "--sample_steps=2", "--num_inference_steps=8"]

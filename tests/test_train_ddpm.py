@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from children import ROOT
-from conftest import equal_weights, events, interrupt, parse, scalars, slow, train
+from conftest import equal_weights, events, interrupt, parse, scalars, train
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -602,7 +602,8 @@ def test_a_stream_trains_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert equal_weights(tmp_path / "straight" / WEIGHTS, tmp_path / "cut" / WEIGHTS)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])  # the default compiles C++ for a minute
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # the default compiles C++ for a minute
 def test_a_compiled_model_learns_the_same_and_is_saved_the_same(tmp_path, monkeypatch, backend):
     if backend != "inductor":
         original = UNet2DModel.compile

@@ -255,7 +255,7 @@ def check_fit(
     if height % factor or width % factor:
         near = [max(factor, round(side / factor) * factor) for side in (height, width)]
         raise UserError(
-            f"images, or latents, of {height} x {width} pixels: this model {does}, so it needs multiples of {factor}; "
+            f"images of {height} x {width} pixels: this model {does}, so it needs multiples of {factor}; "
             f"try --resolution {near[0] if near[0] == near[1] else '{}x{}'.format(*near)}"
         )
 
