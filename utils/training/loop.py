@@ -327,11 +327,11 @@ class Run:
         except UserError:
             raise
         except Exception as error:  # the script's own code, diffusers and the file system
-            raise UserError(
-                f"the pipeline of a {type(self.unet).__name__} cannot be saved: {type(error).__name__}: {error}. "
-                "Expected a model of diffusers, with save_pretrained and config. Of an nn.Module "
-                "utils/diffusion/own_nets.py makes one"
-            ) from error
+            problem = f"the pipeline of a {type(self.unet).__name__} cannot be saved: {type(error).__name__}: {error}"
+            if getattr(error, "errno", None) not in exits.DISK_ERRORS:
+                problem += ". Expected a model of diffusers, with save_pretrained and config. Of an nn.Module "
+                problem += "utils/diffusion/own_nets.py makes one"
+            raise UserError(problem) from error
 
     def _global_batches(self) -> Iterator[int]:
         numbers, *_ = [*self.tell("global_batches"), itertools.count()]
