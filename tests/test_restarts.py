@@ -145,8 +145,7 @@ def test_a_hang_ends_says_where_and_the_run_goes_on_by_itself(tmp_path, launch, 
 
 
 DATA = """
-from utils.data.train_data import TrainData
-import utils.data.train_data as m
+import utils.data.columns as m
 original = m.from_uint8
 calls = []
 m.from_uint8 = lambda images: calls.append(time.sleep(99 * (len(calls) == 3))) or original(images)

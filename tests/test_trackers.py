@@ -52,7 +52,7 @@ def test_tensorboard_in_a_browser(tmp_path, finished_run, browser):
             page.get_by_text("loss/train", exact=True).first.wait_for()
             assert page.get_by_text(f"logs/{finished_run.name}", exact=True).first.is_visible()
             page.screenshot(path=tmp_path / "time_series.png")
-            shown = {"images": "step 6", "custom_scalars": "training and held out", "hparams": "loss/train"}
+            shown = {"images": "step 6", "custom_scalars": "training, by noise level", "hparams": "loss/train"}
             for tab, wanted in shown.items():
                 page.goto(f"{address}#{tab}")
                 page.reload()
