@@ -78,29 +78,23 @@ class PreparedImages(torch.utils.data.Dataset):
         Raises:
             BadImage: one cannot be read.
         """
-        found = [(image, self.values(row)) for _, row, image in self._chosen(count, center_crop=True)]
+        found = [(image, values) for _, image, values in self._chosen(count, center_crop=True)]
         if not found:
             raise UserError(f"{self.images.name}: no readable image found; expected a data set of images")
         images, values = zip(*found, strict=True)
         return np.stack(images), {name: np.array([entry[name] for entry in values]) for name in values[0]}
 
-    def _chosen(self, count: int, center_crop: bool) -> Iterator[tuple[int, dict, np.ndarray]]:
-        """Yield some images at random, the same on every process, with index and row; bad ones may be left out."""
+    def _chosen(self, count: int, center_crop: bool) -> Iterator[tuple[int, np.ndarray, dict]]:
+        """Yield index, image and values of some rows at random, the same on every process; bad ones may be left out."""
         rows = iter(self.images.examples(count, self.seed))
         with ThreadPoolExecutor() as pool:
             while chunk := list(itertools.islice(rows, CHUNK)):
-                prepare = partial(self._attempt_image, center_crop=center_crop)
-                for (index, row), image in zip(chunk, pool.map(prepare, [row for _, row in chunk]), strict=True):
-                    if not isinstance(image, BadImage):
-                        yield index, row, image
+                attempt = partial(self.attempt, center_crop=center_crop)
+                for (index, _), found in zip(chunk, pool.map(attempt, [row for _, row in chunk]), strict=True):
+                    if not isinstance(found, BadImage):
+                        yield index, *found
                     elif not self.images.max_bad_images:
-                        self.check(1, image)
-
-    def _attempt_image(self, row: dict, center_crop: bool) -> np.ndarray | BadImage:
-        try:
-            return self.prepared(row, center_crop)
-        except BadImage as error:
-            return error
+                        self.check(1, found)
 
     def shown(self, count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield some of the images as training shows them, cut and mirrored at random, in blocks.
@@ -110,8 +104,8 @@ class PreparedImages(torch.utils.data.Dataset):
         """
         chosen = self._chosen(count, center_crop=False)
         while block := list(itertools.islice(chosen, CHUNK)):
-            images = [augment(image, index, self.size, self.seed, self.random_flip) for index, _, image in block]
-            indices, labels = zip(*((index, label_of(row)) for index, row, _ in block), strict=True)
+            images = [augment(image, index, self.size, self.seed, self.random_flip) for index, image, _ in block]
+            indices, labels = zip(*((index, values["label"]) for index, _, values in block), strict=True)
             yield np.stack(images), np.array(indices), np.array(labels)
 
     def crops(self, count: int, most: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -121,7 +115,7 @@ class PreparedImages(torch.utils.data.Dataset):
             most: places in an image; of more, so many are taken that are evenly spread. With ``random_flip`` each part
                 comes a second time, mirrored.
         """
-        for index, _, image in self._chosen(count, center_crop=False):
+        for index, image, _ in self._chosen(count, center_crop=False):
             yield all_crops(image, self.size, most, self.random_flip), index
 
     def all_parts(self, count: int, limit: int = PARTS_LIMIT) -> np.ndarray:
@@ -156,10 +150,10 @@ class PreparedImages(torch.utils.data.Dataset):
         if self.clipped in (1, 10, 100) or self.clipped % 1000 == 0:
             logger.warning(f"clipped in {self.clipped} images read so far; {message}")
 
-    def attempt(self, row: dict) -> tuple[np.ndarray, dict[str, np.ndarray]] | BadImage:
+    def attempt(self, row: dict, center_crop: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]] | BadImage:
         """``prepared`` and ``values`` for a pool of threads: a bad image is returned as the error that names it."""
         try:
-            return self.prepared(row), self.values(row)
+            return self.prepared(row, center_crop), self.values(row)
         except BadImage as error:
             return error
 

@@ -42,14 +42,13 @@ class KeptSamples:
         self.draw, self.announce, self.images_per_second = draw, announce, 0.0
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yield the samples in order, uint8 (B, C, H, W); empty arrays on other processes than the main one."""
+        """Yield the samples in order, uint8 (B, C, H, W); other processes than the main one draw, and yield nothing."""
         ranges = [(first, min(first + self.size, self.count)) for first in range(0, self.count, self.size)]
         main, seconds = self.accelerator.is_main_process, 0.0
         missing = [place for place in ranges if self._read(*place) is None] if main else []
         missing = broadcast_object_list([missing])[0]
         self.announce(sum(last - first for first, last in missing))
         for first, last in ranges:
-            images = np.zeros((0,), np.uint8)
             if (first, last) in missing:
                 start = time.perf_counter()
                 images = self.draw(first, last - first)

@@ -59,7 +59,7 @@ class Reference:
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self._parts, self._features = args, accelerator, {}, {}
-        self._copies = {}
+        self._copies, self._labels = {}, {}
         self._sources = {args.reference_split: self._open(args.reference_split, "--reference_split")}
         self.held_out_split = self._find_held_out()
         for split, images in self._sources.items():
@@ -166,11 +166,14 @@ class Reference:
             UserError: several columns might be meant, or ``--label_column`` is not there.
         """
         split = split or self.args.reference_split
-        try:
-            images = self._open(split, flag, label_column=self.args.label_column, find_labels=True)
-        except NoLabels:
-            return np.full(len(self._sources[split]), -1), []
-        return np.array([-1 if label is None else label for label in images.labels()]), images.label_names
+        if split not in self._labels:  # opened once, for each model asks
+            try:
+                images = self._open(split, flag, label_column=self.args.label_column, find_labels=True)
+                labels = np.array([-1 if label is None else label for label in images.labels()])
+                self._labels[split] = labels, images.label_names
+            except NoLabels:
+                self._labels[split] = np.full(len(self._sources[split]), -1), []
+        return self._labels[split]
 
     def _extracted(self, extract, how: Preparation, count: int) -> tuple[np.ndarray, np.ndarray]:
         count = min(count, len(self._sources[self.args.reference_split]))

@@ -470,18 +470,12 @@ class Run:
         """Print the last lines: where the samples and the pipeline are, and what to do next."""
         self.close()
         if self.accelerator.is_main_process:
-            args, continued = self.args, None
-            if output_dir.read_arguments(self.output_dir).get("public_data") in (
-                "mnist",
-                "ylecun/mnist",
-                "digits",
-                "faces",
-            ):
+            args, continued, record = self.args, None, output_dir.read_arguments(self.output_dir)
+            if record.get("public_data") in ("mnist", "ylecun/mnist", "digits", "faces"):
                 continued = "--train_data_dir DIR --output_dir outputs/mine"
                 if base := vars(args).get("pretrained_model_name_or_path"):
                     continued += f" --pretrained_model_name_or_path {base} --learning_rate {args.learning_rate:g}"
-            given = output_dir.read_arguments(self.output_dir).get("model_inputs")
-            lines = last_lines(self.output_dir, args.num_inference_steps, continued, given)
+            lines = last_lines(self.output_dir, args.num_inference_steps, continued, record.get("model_inputs"))
             print(f"\n{said}, after {self.global_step} optimizer steps.", *lines, sep="\n", flush=True)
         self.tell("released")
 
