@@ -20,6 +20,7 @@ from utils.diffusion.class_conditional import ClassConditionalPipeline
 from utils.diffusion.classes import choose_classes, give_classes
 from utils.diffusion.pretrained import load_pretrained
 from utils.diffusion.unets import UNETS
+from utils.sources.sources import shared_rows
 
 RNG = np.random.default_rng(0)
 
@@ -390,3 +391,67 @@ def test_only_code_that_the_run_wrote_is_published(tmp_path):
         assert not any(fnmatch(name, pattern) for pattern in ALLOWED), name
     for name in ("pipeline.py", "unet/own_net_0123456789ab.py", "unet/basic_unet.py", "scheduler/linear_mix.py"):
         assert any(fnmatch(name, pattern) for pattern in ALLOWED), name
+
+
+# ------------------------------------------------------------------------------------------------- greys, rows, arrays
+
+
+def test_gif_files_with_a_grey_palette_are_grey(accelerator, tmp_path):
+    (tmp_path / "grey").mkdir()
+    palette = bytes(value for level in (7, 200, 90, 255) for value in (level, level, level))
+    for k in range(6):
+        image = Image.fromarray(RNG.integers(0, 4, (8, 8), dtype=np.uint8), "P")
+        image.putpalette(palette)
+        options = {"transparency": 1} if k % 2 else {}
+        image.save(tmp_path / "grey" / f"{k}.gif", **options)
+        assert Image.open(tmp_path / "grey" / f"{k}.gif").mode == "P"
+    files = sorted((tmp_path / "grey").iterdir())
+    data = load(accelerator, f"--train_data_dir={tmp_path}/grey")
+    assert data.mode == "L"
+    expected = Image.open(files[0]).convert("L")
+    assert np.array_equal(data._prepared[(0, 0)]["image"][0], np.asarray(expected))
+    own = OwnImages(lambda k: Image.open(files[k]), length=6)
+    assert load(accelerator, own_images=own).mode == "L"
+    coloured = Image.open(files[0])
+    coloured.putpalette(palette[:9] + b"\xff\x00\x00")
+    coloured.save(files[0])
+    assert load(accelerator, f"--train_data_dir={tmp_path}/grey").mode == "RGB"
+
+
+def test_an_image_with_two_classes_in_the_metadata_is_refused(accelerator, tmp_path):
+    write(tmp_path / "data", 6)
+    rows = "".join(f"{k:03}.png,{'ab'[k % 2]}\n" for k in range(6))
+    table = tmp_path / "data" / "metadata.csv"
+    table.write_text(f"file_name,kind\n{rows}000.png,a\n")
+    flags = (f"--train_data_dir={tmp_path}/data", "--label_column=kind")
+    assert classes(load(accelerator, *flags)) == {"a": 3, "b": 3}
+    table.write_text(f"file_name,kind\n{rows}000.png,b\n")
+    with pytest.raises(UserError, match=r"000.png has two rows, with the kind 'a' and 'b'; expected one"):
+        load(accelerator, *flags)
+
+
+def test_metadata_of_the_training_split_leave_the_test_split_without_classes(accelerator, tmp_path, caplog):
+    write(tmp_path / "data" / "train", 6)
+    write(tmp_path / "data" / "test" / "a", 3)
+    rows = "".join(f"{k:03}.png,{'ab'[k % 2]}\n" for k in range(6))
+    (tmp_path / "data" / "train" / "metadata.csv").write_text(f"file_name,kind\n{rows}")
+    data = load(accelerator, f"--train_data_dir={tmp_path}/data", "--label_column=kind")
+    assert classes(data) == {"a": 3, "b": 3}
+    held_out = data.images.held_out("test", "--validation_split")
+    assert held_out.labels() == [-1] * 3 and "3 of 3 images have no class in kind" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
+def test_arrays_in_a_table_do_not_become_lists(accelerator, tmp_path, dtype):
+    array = RNG.random((12, 8, 8, 3))
+    array = (array * 255).astype(dtype) if dtype == "uint8" else array.astype(dtype)
+    features = datasets.Features({"image": datasets.Array3D((8, 8, 3), dtype), "kind": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"image": list(array), "kind": ["a", "b"] * 6}, features=features)
+    table.to_parquet(tmp_path / "x.parquet")
+    flags = [f"--dataset_name={tmp_path}/x.parquet", "--image_column=image", "--label_column=kind"]
+    data = load(accelerator, *flags)
+    record = data.images.dataset[5]["image"]
+    assert isinstance(record, np.ndarray) and (record == array[5]).all() and classes(data) == {"a": 6, "b": 6}
+    expected = np.rint(array[5] if dtype == "uint8" else array[5].astype(np.float64) * 255).transpose(2, 0, 1)
+    assert np.array_equal(data._prepared[(5, 0)]["image"], expected)
+    assert shared_rows(data.images.dataset, data.images.dataset.select(range(3))) == 3

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import train_ddpm
 import train_flow
 from utils.privacy import without_path
 from utils.publishing.hub import PUSH_FAILED
+from utils.publishing.model_card import write_card
 from utils.training.checkpoints import verify_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -77,8 +79,6 @@ def run(hub, folder, *flags, script="train_ddpm.py", processes=1, **changes):
 @pytest.fixture
 def finished(finished_run, tmp_path):
     """A copy of a finished run: what push.py is for."""
-    import shutil
-
     shutil.copytree(finished_run, tmp_path / "digits")
     return tmp_path / "digits"
 
@@ -171,6 +171,17 @@ def test_the_card(hub, finished, tmp_path):
     code, said = children.run(snippet, folder=place, environment=environment(hub, place / "home"))
     assert code == 0, said
     assert Image.open(place / "sample.png").size == (8, 8)
+
+
+@pytest.mark.parametrize("name", ['it\'s "custom_pipeline"', "DiffusionPipeline.from_pretrained, trust_remote_code"])
+def test_the_snippet_runs_whatever_the_folder_is_called(finished, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "outputs" / name)
+    write_card(tmp_path / "outputs" / name, tmp_path / "outputs" / name)
+    code = (tmp_path / "outputs" / name / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert f"{'outputs/' + name!r}" in code
+    exec(code, {})
+    assert (tmp_path / "sample.png").is_file()
 
 
 def test_the_first_stages_push_their_code(hub, tmp_path):

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from .. import UserError, randomness
 from .columns import Column, check_columns, scale_to_eight_bits
-from .pixels import BadImage, channels_last
+from .pixels import BadImage, channels_last, grey_if_palette_is
 
 INSPECTED = 64  # images that are looked at to find out what a data set is like
 MAX_CLASSES = 1000
@@ -182,7 +182,7 @@ class OwnImages(Images):
                 image.load()
             except Exception as error:  # Pillow's decoders raise anything; the file is opened before it is read
                 raise BadImage(f"{where}: {type(error).__name__}: {error}") from error
-            return ImageOps.exif_transpose(image), where
+            return grey_if_palette_is(ImageOps.exif_transpose(image)), where
         array = channels_last(np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image), where)
         if array.dtype != np.uint8:
             array = scale_to_eight_bits(array, where, self.value_range)

@@ -60,6 +60,17 @@ def to_eight_bits(
         raise BadImage(f"{name}: mode {image.mode} cannot be converted to {mode}; convert the file") from error
 
 
+def grey_if_palette_is(image: Image.Image) -> Image.Image:
+    """Return an image with a palette of greys, as GIF has, as a grey one; others as they are."""
+    if image.mode != "P" or image.palette is None:
+        return image
+    mode, palette = image.palette.mode, np.frombuffer(image.palette.tobytes(), np.uint8)
+    colours = palette.reshape(-1, len(mode))[:, :3] if mode in ("RGB", "RGBA") else np.arange(3)[None]
+    if (colours != colours[:, :1]).any():
+        return image
+    return image.convert("LA" if image.has_transparency_data else "L")
+
+
 def _full_range(mode: str, high: float) -> tuple[float, float]:
     """The range of a format with more than 8 bits, given the largest value of an image or several."""
     if mode == "F":

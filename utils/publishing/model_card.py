@@ -22,7 +22,7 @@ from ..diffusion.class_conditional import class_names
 from ..diffusion.unets import add_unet_arguments
 from ..hardware import device_name
 from ..privacy import OWN_IMAGES, is_hub_id, public
-from ..training.last_lines import how_to_load, inputs_beside
+from ..training.last_lines import Loading, how_to_load, inputs_beside
 from ..training.output_dir import ARGUMENTS, read_arguments
 from .results import describe_results
 
@@ -153,7 +153,7 @@ def write_card(
     }
     links = "\n".join(f"* [{name}](https://arxiv.org/abs/{number})" for name, number in sorted(papers))
     steps = record.get("num_inference_steps", flags["num_inference_steps"])
-    named, given = name or run_folder.resolve().name, record.get("model_inputs")
+    named, given = name or _place(run_folder), record.get("model_inputs")
     snippet = _snippet(folder, named, steps, classes, flags.get("guidance_scale"), final, given)
     text = f"""---
 {metadata.to_yaml()}
@@ -205,6 +205,12 @@ def _shows_people(base: str | None) -> bool:
     """Whether the model that training started from may have been trained on images of people."""
     card = Path(base or "") / "README.md"
     return bool(base) and not (card.is_file() and "## People" not in card.read_text(encoding="utf-8"))
+
+
+def _place(folder: Path) -> str:
+    """Return the path from here, which the snippet is tried from; of a folder elsewhere its name."""
+    folder = folder.resolve()
+    return folder.relative_to(Path.cwd()).as_posix() if folder.is_relative_to(Path.cwd()) else folder.name
 
 
 def _section(title: str, text: str) -> str:
@@ -263,16 +269,15 @@ def _snippet(
     """Show how to load and draw, as Markdown; of a finished model nothing if that fails here."""
     load = how_to_load(folder, name)
     if beside := inputs_beside(folder, given):
-        code = f"from diffusers import {load.split('.')[0]}\n\nunet = {load}.unet"
+        code = f"from diffusers import {load.pipeline}\n\nunet = {load.call}.unet"
         said = (
             f"Beside the noisy images the net takes {beside}. No pipeline of diffusers gives it that: the script that "
         )
         said += "trained it draws."
         return f"```python\n{code}\n```\n\n{said}\n\n"
-    custom = load.startswith("DiffusionPipeline") and "custom_pipeline" in load
     asked = f", class_labels={[k % len(classes) for k in range(4)]}" if classes else ""
-    how = repr(list(classes[:4])) if custom else f"batch_size=4{asked}"
-    code = f"from diffusers import {load.split('.')[0]}\n\npipeline = {load}\n"
+    how = repr(list(classes[:4])) if load.own_pipeline else f"batch_size=4{asked}"
+    code = f"from diffusers import {load.pipeline}\n\npipeline = {load.call}\n"
     code += f"images = pipeline({how}, num_inference_steps={steps}).images\n"
     code += 'images[0].save("sample.png")'
     guided = bool(classes) and guidance_scale is not None  # a model that was distilled has learnt its teacher's
@@ -283,11 +288,13 @@ def _snippet(
         more += f"pipeline = DiffusionPipeline.from_pretrained({where})\n"
         more += f"images = pipeline([{classes[0]!r}, {classes[-1]!r}], guidance_scale={scale}).images"
         code = (
-            more if custom else f"{code}\n\n# With guidance, two calls of the model a step, and classes by name\n{more}"
+            more
+            if load.own_pipeline
+            else f"{code}\n\n# With guidance, two calls of the model a step, and classes by name\n{more}"
         )
     if final:
         try:
-            _try(folder, load, custom, guided, classes)
+            _try(folder, load, guided, classes)
         except Exception as error:  # the model is saved: a card without the snippet is better than none
             logger.warning(
                 f"{folder}: the saved pipeline could not be loaded and called: {type(error).__name__}: {error}"
@@ -296,15 +303,15 @@ def _snippet(
     return f"```python\n{code}\n```\n\n"
 
 
-def _try(folder: Path, load: str, custom: bool, guided: bool, classes: list[str]) -> None:
+def _try(folder: Path, load: Loading, guided: bool, classes: list[str]) -> None:
     """Load the pipeline as the snippet does, and draw with one step; the libraries raise what does not work."""
     place, options = str(folder.resolve()), {"num_inference_steps": 1}
-    trusted = {"trust_remote_code": True} if "trust_remote_code" in load else {}
+    trusted = {"trust_remote_code": True} if load.runs_code else {}
     with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # a progress bar
-        if not custom:
-            pipeline = getattr(diffusers, load.split(".")[0]).from_pretrained(place, **trusted)
+        if not load.own_pipeline:
+            pipeline = getattr(diffusers, load.pipeline).from_pretrained(place, **trusted)
             pipeline(batch_size=1, **({"class_labels": [0]} if classes else {}), **options)
-        if custom or guided:
+        if load.own_pipeline or guided:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(place, custom_pipeline=place, trust_remote_code=True)
             pipeline([classes[0]], **({"guidance_scale": 1.5} if guided else {}), **options)
 

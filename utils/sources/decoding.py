@@ -8,7 +8,7 @@ import numpy as np
 from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps
 
-from ..data.pixels import DEEP_MODES, BadImage, channels_last
+from ..data.pixels import DEEP_MODES, BadImage, channels_last, grey_if_palette_is
 
 MAX_ASPECT = 100  # longer side over shorter
 OVERSHOOT = 0.5  # how far a resize may have gone beyond the range of floats, as a share of it
@@ -38,7 +38,7 @@ def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
             size = f"{image.width} x {image.height} pixels"
             raise BadImage(f"{name}: {size}; expected sides that differ by a factor of {MAX_ASPECT} at most")
         image.load()
-        return ImageOps.exif_transpose(image)
+        return grey_if_palette_is(ImageOps.exif_transpose(image))
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -63,7 +63,8 @@ def size_and_mode(source: bytes | str | Image.Image, name: str) -> tuple[tuple[i
         image = source if isinstance(source, Image.Image) else None
         with image or Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             turned = opened.getexif().get(0x0112, 1) > 4  # the orientation exchanges width and height
-            return opened.size[::-1] if turned else opened.size, opened.mode
+            mode = grey_if_palette_is(opened).mode
+            return opened.size[::-1] if turned else opened.size, mode
     except Exception as error:  # as in ``decode_image``
         raise BadImage(f"{name}: {type(error).__name__}. Expected a complete image file that Pillow reads") from error
 

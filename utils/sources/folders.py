@@ -186,7 +186,12 @@ def _metadata_labels(files: list[str], metadata: list[str], column: str | None) 
             file = os.path.abspath(os.path.join(os.path.dirname(path), name))
             if file not in known:
                 missing.append(name)
-            values[file] = row.get(column)
+            elif has_column:
+                value = row.get(column)
+                if values.setdefault(file, value) != value:
+                    raise UserError(
+                        f"{path}: {name} has two rows, with the {column} {values[file]!r} and {value!r}; expected one"
+                    )
         if missing:
             logger.warning(
                 f"{path}: {len(missing)} of its {len(rows)} rows name no image that is there: {', '.join(missing[:5])}"

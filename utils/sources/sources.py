@@ -18,11 +18,12 @@ from pathlib import Path
 
 import datasets
 import datasets.data_files
+import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 
 from .. import UserError
 from ..data.columns import Column
-from ..data.own_images import OwnImages, embedded_digits, embedded_faces
+from ..data.own_images import OwnImages, content_of, embedded_digits, embedded_faces
 from .columns import add_partners, select_columns
 from .folders import SPLITS, has_tables, load_folder
 
@@ -34,6 +35,7 @@ FILES = {  # builders of ``datasets``, by the extension of files
 }  # fmt: skip
 
 
+ARRAYS = (datasets.Array2D, datasets.Array3D, datasets.Array4D, datasets.Array5D)
 LARGE = 2**30  # bytes of images in tables, of which rows are not compared
 LEAK = 0.5  # share of the held-out images that are training images from which a split is refused
 
@@ -120,8 +122,22 @@ def load_source(source: ImageSource, accelerator) -> tuple[datasets.Dataset | da
     for problem in problems:  # of another process: this one's images are of no use without it
         raise UserError(problem)
     dataset = dataset.with_format(None)  # one that hides columns, or makes tensors of them, may have been saved with it
-    dataset = select_columns(add_partners(dataset, source), source)
-    return dataset, source.name
+    return _arrays_as_numpy(select_columns(add_partners(dataset, source), source)), source.name
+
+
+def _arrays_as_numpy(dataset):
+    """The data set with columns of arrays in NumPy: as lists of Python they take 30 times the memory.
+
+    NumPy's format has one type for all: a float64 column beside others stays as it is.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset
+    kinds = {key: kind.dtype for key, kind in dataset.features.items() if isinstance(kind, ARRAYS)}
+    double = {dtype == "float64" for dtype in kinds.values()}
+    if len(double) != 1:
+        return dataset
+    options = {"dtype": np.float64} if double.pop() else {}
+    return dataset.with_format("numpy", columns=[*kinds], output_all_columns=True, **options)
 
 
 def check_disjoint(trained_on, held_out) -> None:
@@ -196,7 +212,7 @@ def _row_key(record) -> str | bytes:
         record = record.get("bytes") or record.get("path") or b""
     if isinstance(record, str):
         return os.path.realpath(record)
-    content = record if isinstance(record, bytes) else repr(record).encode()
+    content = record if isinstance(record, bytes) else content_of(record)
     return hashlib.sha256(content).digest()
 
 

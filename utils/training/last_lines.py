@@ -4,22 +4,37 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 
-def how_to_load(folder: Path, name: str | Path) -> str:
-    """Return the expression that loads the pipeline saved in ``folder`` as ``name``: a path, or an id on the Hub."""
+@dataclass(frozen=True)
+class Loading:
+    """Code that loads a saved pipeline.
+
+    Attributes:
+        pipeline: class of diffusers.
+        call: expression that returns the pipeline.
+        own_pipeline: whether the folder's ``pipeline.py`` draws.
+        runs_code: whether code of the folder runs.
+    """
+
+    pipeline: str
+    call: str
+    own_pipeline: bool
+    runs_code: bool
+
+
+def how_to_load(folder: Path, name: str | Path) -> Loading:
+    """Return the code that loads the pipeline saved in ``folder`` as ``name``: a path, or an id on the Hub."""
     kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    options = ", trust_remote_code=True" if any((folder / "unet").glob("*.py")) else ""
-    if (folder / "pipeline.py").is_file() and not isinstance(unet.get("sample_size"), int):
-        kind = [kind]
-        options = (
-            f", custom_pipeline={str(name)!r}, trust_remote_code=True"  # ConsistencyModelPipeline draws squares only
-        )
-    if isinstance(kind, list):  # its code is in the folder
-        kind, options = "DiffusionPipeline", options or ", trust_remote_code=True"
-    return f"{kind}.from_pretrained({str(name)!r}{options})"
+    # ConsistencyModelPipeline draws squares only
+    own_pipeline = (folder / "pipeline.py").is_file() and not isinstance(unet.get("sample_size"), int)
+    kind = "DiffusionPipeline" if own_pipeline or isinstance(kind, list) else kind  # a list names a file of the folder
+    runs_code = kind == "DiffusionPipeline" or any((folder / "unet").glob("*.py"))
+    options = f", custom_pipeline={str(name)!r}" * own_pipeline + ", trust_remote_code=True" * runs_code
+    return Loading(kind, f"{kind}.from_pretrained({str(name)!r}{options})", own_pipeline, runs_code)
 
 
 def inputs_beside(folder: Path, given: str | None) -> str:
@@ -47,10 +62,10 @@ def last_lines(folder: Path, num_inference_steps: int, continued: str | None, gi
     pictures = sorted(path.name for path in folder.glob("*.png") if path.name != "samples.png")
     lines = {"samples": ", ".join([str(folder / "samples.png"), *pictures])}
     load = how_to_load(folder, folder)
-    labels = "[0], " if "custom_pipeline" in load else ""  # it must be told which
-    lines["pipeline"] = f"{load}({labels}num_inference_steps={num_inference_steps})"
+    labels = "[0], " * load.own_pipeline or "class_labels=[0], " * (given == "class_labels")
+    lines["pipeline"] = f"{load.call}({labels}num_inference_steps={num_inference_steps})"
     if beside := inputs_beside(folder, given):
-        lines["pipeline"] = f"{load}.unet takes {beside}, too, which no pipeline of diffusers gives it"
+        lines["pipeline"] = f"{load.call}.unet takes {beside}, too, which no pipeline of diffusers gives it"
     if any(folder.glob("logs/**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {folder}"
     lines["train longer"] = "the same command with a larger --max_train_steps"
