@@ -1,4 +1,4 @@
-"""Play with a model in the browser: seeds, calls, samplers, classes, colours, and a walk between two seeds.
+"""Play with a model in the browser: seeds, sampling steps, samplers, classes, colours, interpolation between two seeds.
 
     pip install -r requirements-demo.txt
     python demo.py outputs/digits
@@ -15,18 +15,20 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub id of a pipeline, or of a UNet2DModel")
     parser.switch(
-        parser,
-        "--trust_remote_code",
-        False,
-        "run the code that a model brings whose net is its author's own; read it first",
+        parser, "--trust_remote_code", False, "run the code of a net that comes with the model; read it first"
     )
-    parser.add_argument("--port", type=integer(1, 65535), help="of the page (default: the first free one from 7860)")
-    parser.switch(parser, "--share", False, "also a public address, through Gradio's servers")
+    parser.add_argument(
+        "--port", type=integer(1, 65535), help="port of the page (default: the first free one from 7860)"
+    )
+    parser.switch(
+        parser, "--share", False, "public address through Gradio's servers; training images are not shown there"
+    )
     return parser.parse(argv)
 
 
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
+    import itertools
     import os
     import queue
     from concurrent.futures import ThreadPoolExecutor
@@ -67,18 +69,26 @@ def main(args):
     space.to(accelerator.device)
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
     shape, names = space.image_shape, class_names(unet.config)
-    samplers = [f"the model's own ({type(own).__name__})"]
-    if not isinstance(own, LinearMixScheduler) and not is_few_step(own):
-        suited = SOLVERS if pipelines.is_flow(own) else SAMPLERS
-        samplers += suited
+    samplers = ["the model's own" + " (adds noise)" * pipelines.adds_noise(own)]
+    most_steps = 100
+    if is_few_step(own):
+        most_steps = min(most_steps, own.config.original_inference_steps)
+    elif not isinstance(own, LinearMixScheduler):
+        samplers += SOLVERS if pipelines.is_flow(own) else SAMPLERS
+
+    # Gradio reads the same variable; a Space sets it
+    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    is_public = args.share or host not in ("127.0.0.1", "localhost", "::1")
 
     # Training images, where the run's folder says which they are, and they are there
     training_images, record = None, read_arguments(args.model)
-    if record:
-        flags = SimpleNamespace(**record["arguments"])
-        if not flags.train_data_dir and not flags.dataset_name:
-            flags.dataset_name = record["data"]  # what was found where none was named; images of a program have no name
+    if record and is_public:
+        print("Others can open this page, so that it shows no training images")
+    elif record:
         try:
+            flags = SimpleNamespace(**record["arguments"])
+            if not flags.train_data_dir and not flags.dataset_name:
+                flags.dataset_name = record["data"]  # found where none was named; images of a program have no name
             images = NamedImages(ImageSource.from_args(flags), accelerator)
             if images.length != record["images"]:
                 raise UserError(f"{images.name} has not the {record['images']} images that this was trained on")
@@ -87,22 +97,32 @@ def main(args):
                 image_range=scaled_from(args.model)[1],
             )  # fmt: skip
             training_images = prepared.all_parts(1000)
-        except (UserError, KeyError, AttributeError) as error:  # or the record is of a run that did not say
+        except UserError as error:
             print(f"Without the nearest training images: {error}")
+        except (KeyError, AttributeError, TypeError):
+            print(f"Without the nearest training images: {args.model} has no training_args.json of these scripts")
+
+    numbers = itertools.count()
 
     @torch.no_grad()
-    def decoded(samples):
-        return to_uint8(space.decode(samples))
+    def grid(samples):
+        picture = make_grid(to_uint8(space.decode(samples)), 96)
+        # Gradio names files by content, and would write one again while another visitor loads it
+        picture.info["number"] = str(next(numbers))
+        return picture
 
     # What the page does
-    def draw(seed, count, calls, sampler, guidance_scale, classes=(), color=None, noise=None):
-        """Yields what is predicted at each step, and the nearest training images at the end."""
+    def draw(seed, count, steps, sampler, guidance_scale, classes=(), steer=False, color=None, noise=None, text=""):
+        """Yield the prediction at each sampling step, and at the end the samples, how, and the nearest images."""
+        if steer and shape[0] == 1:
+            color = "#" + 3 * f"{int(color):02x}"
+        color = color if steer else None
         try:
             name = None if sampler == samplers[0] else sampler
             try:
-                chosen, model, watched = pipelines.choose_sampler(own, name, int(calls), steered=True), unet, True
+                chosen, model, watched = pipelines.choose_sampler(own, name, int(steps), steered=True), unet, True
             except UserError:  # noise of another kind: drawn, but neither steered nor shown as it arises
-                chosen, model, watched = pipelines.choose_sampler(own, name, int(calls), bool(color)), unet, False
+                chosen, model, watched = pipelines.choose_sampler(own, name, int(steps), bool(color)), unet, False
             options = {"noise": noise}
             if names:
                 labels = [names.index(label) for label in classes] or list(range(len(names)))
@@ -110,61 +130,80 @@ def main(args):
                 model = GuidedModel(unet, guidance_scale)
             elif color:
                 options["guidance"] = Guidance(color_loss(color), guidance_scale, space=space)
-            ids = np.zeros(int(count), int) if noise else np.arange(int(count))  # on a walk all else is the first's
-            steps = queue.Queue()
+            # Along an interpolation all else is as for the first image
+            ids = np.zeros(int(count), int) if noise else np.arange(int(count))
+            predictions = queue.Queue()
             with ThreadPoolExecutor(1) as pool:
                 drawn = pool.submit(
-                    sample_batch, model, chosen, ids, space.shape, int(calls), int(seed or 0), accelerator.device,
-                    watch=(lambda _, predicted: steps.put(predicted)) if watched else None, **options,
+                    sample_batch, model, chosen, ids, space.shape, int(steps), int(seed or 0), accelerator.device,
+                    watch=(lambda _, predicted: predictions.put(predicted)) if watched else None, **options,
                 )  # fmt: skip
-                drawn.add_done_callback(lambda _: steps.put(None))
-                while (predicted := steps.get()) is not None:
-                    yield make_grid(decoded(predicted), 96), None
-            images = decoded(drawn.result())
+                drawn.add_done_callback(lambda _: predictions.put(None))
+                while (predicted := predictions.get()) is not None:
+                    yield grid(predicted), None, None
+            samples = drawn.result()
         except (UserError, ValueError) as error:
             raise gr.Error(str(error)) from error
-        yield make_grid(images, 96), None if training_images is None else show_nearest(images[:8], training_images)
+        steps_taken = f"{int(steps)} sampling step{'s' * (steps > 1)}"
+        text = text or f"Seed {int(seed or 0)}, {steps_taken}, {name or type(own).__name__}"
+        nearest = None
+        if training_images is not None:
+            nearest = show_nearest(to_uint8(space.decode(samples[:8])), training_images)
+        yield grid(samples), text, nearest
 
-    def walk(other_seed, seed, count, calls, sampler, *rest):
-        """Draws on the way from the noise of one seed to that of the other, with a sampler that adds none."""
-        if sampler in (samplers[0], "ddpm", "sde-dpmsolver++"):
-            sampler = pipelines.sampler_for_walks(own) or samplers[0]
+    def interpolate(other_seed, seed, count, steps, sampler, *rest):
+        """Draw from noise between that of two seeds, with a sampler that adds none."""
+        text = f"From seed {int(seed or 0)} to seed {int(other_seed or 0)}"
+        if sampler in (samplers[0], "ddpm", "sde-dpmsolver++") and pipelines.sampler_for_walks(own):
+            asked, sampler = sampler, pipelines.sampler_for_walks(own)
+            text += f", drawn by {sampler}: {asked} adds noise at each step, so its own image of a seed is another"
         ends = [starting_noise(own, int(end or 0), np.zeros(1, int), space.shape, "cpu") for end in (seed, other_seed)]
-        way = pipelines.noise_between(own, *ends, torch.linspace(0, 1, int(count)))
-        yield from draw(seed, count, calls, sampler, *rest, noise=lambda ids: way)
+        between = pipelines.noise_between(own, *ends, torch.linspace(0, 1, int(count)))
+        yield from draw(seed, count, steps, sampler, *rest, noise=lambda ids: between, text=text)
 
-    # The page
+    # The page; on a phone the second column lies below the first
     usual, title = min(25, pipelines.usual_calls(own)), Path(args.model).name
+    seed_input = partial(gr.Number, precision=0, minimum=0, maximum=2**53 - 1)  # which a browser can tell apart
+    image = partial(gr.Image, type="pil", format="png", interactive=False, show_label=False)
     with gr.Blocks(title=title) as page:
         gr.Markdown(f"# {title}\n{shape[1]} x {shape[2]} pixels; the same seed draws the same images.")
         with gr.Row():
-            with gr.Column(scale=1):
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-                count = gr.Slider(1, 64, 16, step=1, label="Images")
-                calls = gr.Slider(1, 100, usual, step=1, label="Calls of the model an image")
-                sampler = gr.Dropdown(samplers, value=samplers[0], label="Sampler")
-                label = "Classes, in turn (a walk: the first)"
-                extra = gr.Dropdown(names, multiselect=True, label=label, visible=bool(names))
-                color = gr.ColorPicker(None, label="Steer towards a colour", visible=not names)
-                scale = gr.Slider(0, 5, 1, step=0.1, label="Guidance towards it: how firmly")
-                start = gr.Button("Draw", variant="primary")
-                other = gr.Number(1, label="Another seed", precision=0, minimum=0)
-                between = gr.Button("Walk from seed to seed")
             with gr.Column(scale=2):
-                image = partial(gr.Image, type="pil", format="png", interactive=False, show_label=False)
                 picture = image(label="Samples", elem_id="picture")
-                known = training_images is not None
-                gr.Markdown("The first ones, and the training images nearest to them", visible=known)
-                nearest = image(label="Nearest training images", elem_id="nearest", visible=known)
-        inputs = [seed, count, calls, sampler, scale, extra, color]
-        one = dict(outputs=[picture, nearest], concurrency_id="model")  # one at a time, for the scheduler has a state
+                how = gr.Markdown(elem_id="how")
+            with gr.Column(scale=1):
+                start = gr.Button("Draw", variant="primary")
+                seed = seed_input(0, label="Seed")
+                count = gr.Slider(1, 64, 16, step=1, label="Images")
+                steps = gr.Slider(1, most_steps, usual, step=1, label="Sampling steps")
+                sampler = gr.Dropdown(samplers, value=samplers[0], label="Sampler")
+                classes = gr.Dropdown(names, multiselect=True, label="Classes (empty: all)", visible=bool(names))
+                steer = gr.Checkbox(False, label="Guide towards a colour", visible=not names)
+                if shape[0] == 1:
+                    color = gr.Slider(0, 255, 128, step=1, label="Grey level", visible=False)
+                else:
+                    color = gr.ColorPicker("#ff8000", label="Colour", visible=False)
+                scale = gr.Slider(0, 5, 1, step=0.1, label="Guidance strength", visible=bool(names))
+                other = seed_input(1, label="Second seed")
+                between = gr.Button("Interpolate from seed to seed")
+        known = training_images is not None
+        gr.Markdown("The first samples, and the training images nearest to them", visible=known)
+        nearest = image(label="Nearest training images", elem_id="nearest", visible=known)
+        inputs = [seed, count, steps, sampler, scale, classes, steer, color]
+        # One at a time, because the scheduler has a state
+        one = dict(outputs=[picture, how, nearest], concurrency_id="model")
+        steer.change(lambda on: [gr.update(visible=on)] * 2, steer, [color, scale])
         start.click(draw, inputs, **one)
-        between.click(walk, [other, *inputs], **one)
+        between.click(interpolate, [other, *inputs], **one)
         page.load(partial(draw, 0, 16, usual, samplers[0], 1), None, **one)
     try:
-        _, here, public = page.launch(server_port=args.port, share=args.share, quiet=True, prevent_thread_lock=True)
+        _, here, public = page.launch(
+            server_name=host, server_port=args.port, share=args.share, quiet=True, prevent_thread_lock=True
+        )
     except OSError as error:
         raise UserError(f"--port {args.port}: {error}. Leave the flag out, and a free one is found") from error
+    if is_public and not args.share:
+        print(f"GRADIO_SERVER_NAME={host}: other machines of the network can open this page, too")
     print(f"Open {public or here}", flush=True)
     page.block_thread()
 

@@ -12,11 +12,14 @@ from types import SimpleNamespace
 import pytest
 from children import ROOT, free_port
 from conftest import train
+from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
 from fake_hub import FakeHub
 
 import demo
 import train_conditional
 from utils import UserError
+from utils.diffusion.few_steps import make_few_step_sampler
+from utils.evaluation.sweep import write_scheduler
 from utils.publishing.space import Space
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -70,15 +73,55 @@ def test_a_browser_draws_and_the_picture_changes_with_the_seed(finished_run, ser
     model = os.environ.get("DEMO_MODEL")
     page.goto(serve("demo.py", model or finished_run))
     first = drawn(page)
-    assert page.locator("#nearest img").is_visible()  # the run's folder knows its training images
+    page.locator("#nearest img").wait_for()  # the run's folder names its training images
     assert not page.get_by_label("Classes", exact=False).is_visible()
+    assert "Seed 0, 25 sampling steps, DPMSolverMultistepScheduler" in page.locator("#how").inner_text()
     if model:
-        page.screenshot(path=ROOT / "assets" / "demo.png")
+        page.screenshot(path=ROOT / "assets" / "demo.png", full_page=True)
     page.get_by_label("Seed", exact=True).fill("7")
     page.get_by_role("button", name="Draw").click()
     second = drawn(page, first)
-    page.get_by_role("button", name="Walk").click()
-    assert len({first, second, drawn(page, second)}) == 3
+    page.get_by_role("button", name="Interpolate").click()
+    third = drawn(page, second)
+    assert "From seed 7 to seed 1, drawn by dpmsolver++" in page.locator("#how").inner_text()
+    page.get_by_label("Guide towards a colour").check()
+    page.get_by_label("Seed", exact=True).fill("")  # counts as 0
+    page.get_by_role("button", name="Draw").click()
+    assert len({first, second, third, drawn(page, third)}) == 4
+    page.get_by_label("Seed", exact=True).fill("9223372036854775808")
+    page.get_by_role("button", name="Draw").click()
+    page.get_by_text("is greater than maximum value 9007199254740991").wait_for()
+
+
+def test_on_a_phone_the_picture_is_above_the_buttons(finished_run, serve, browser):
+    page = browser.new_page(viewport={"width": 390, "height": 844}, is_mobile=True)
+    page.goto(serve("demo.py", finished_run, GRADIO_SERVER_NAME="0.0.0.0"))
+    drawn(page)
+    picture, button = (page.locator(name).bounding_box() for name in ("#picture", "button:has-text('Draw')"))
+    assert picture["y"] + picture["height"] <= button["y"] < 844
+    assert not page.locator("#nearest img").is_visible()  # others can open this page
+    page.close()
+
+
+@pytest.mark.parametrize("kind", ["few steps", "other noise", "of another program"])
+def test_models_of_other_kinds_are_drawn(tmp_path, finished_run, serve, page, kind):
+    shutil.copytree(finished_run, tmp_path / "run")
+    config = DDPMPipeline.from_pretrained(finished_run).scheduler.config
+    (tmp_path / "run" / "training_args.json").write_text(
+        '{"learning_rate": 1}' if kind == "of another program" else "{}"
+    )
+    if kind == "few steps":
+        sampler = make_few_step_sampler(DDPMScheduler(prediction_type="v_prediction"), 4)
+        write_scheduler(tmp_path / "run", sampler, 2)
+    elif kind == "other noise":
+        write_scheduler(tmp_path / "run", EulerDiscreteScheduler(prediction_type=config.prediction_type), 4)
+    page.goto(serve("demo.py", tmp_path / "run"))
+    first = drawn(page)
+    if kind == "few steps":
+        assert page.get_by_label("number input for Sampling steps").get_attribute("max") == "4"
+    page.get_by_label("Seed", exact=True).fill("3")
+    page.get_by_role("button", name="Draw").click()
+    assert drawn(page, first) != first
 
 
 def test_a_model_with_classes_is_asked_for_them(tmp_path, serve, page):
@@ -90,7 +133,7 @@ def test_a_model_with_classes_is_asked_for_them(tmp_path, serve, page):
     page.get_by_label("Classes", exact=False).click()
     page.get_by_role("option", name="7").click()
     page.get_by_role("button", name="Draw").click()
-    assert drawn(page, first) != first and not page.get_by_text("colour").is_visible()
+    assert drawn(page, first) != first and not page.get_by_label("Guide towards a colour").is_visible()
 
 
 def test_the_space_draws_with_its_own_files_and_the_model_of_the_hub(tmp_path, finished_run, serve, page):

@@ -190,8 +190,12 @@ def sampler_for_walks(own: SchedulerMixin) -> str | None:
     One that adds noise at every step forgets where it came from: images on the way would have nothing in common. So
     does the one of few-step models between its calls, and they have no other: with one call it does not.
     """
-    adds_noise = isinstance(own, DDPMScheduler) or str(own.config.get("algorithm_type")).startswith("sde")
-    return "dpmsolver++" if adds_noise else None
+    return "dpmsolver++" if adds_noise(own) else None
+
+
+def adds_noise(scheduler: SchedulerMixin) -> bool:
+    """Whether a sampler adds noise at every step."""
+    return isinstance(scheduler, DDPMScheduler) or str(scheduler.config.get("algorithm_type")).startswith("sde")
 
 
 def noise_between(scheduler, first: torch.Tensor, second: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
