@@ -73,7 +73,7 @@ def main(args):
     from utils.diffusion.schedulers import make_noise_scheduler, make_sampler
     from utils.diffusion.unets import prepare_unet, weights_digest
     from utils.pictures import make_grid
-    from utils.randomness import sample_noise, uniform
+    from utils.randomness import discretize, sample_noise, uniform
     from utils.training.ema import EMA
     from utils.training.loop import Run
     from utils.training.optimizer import make_optimizer
@@ -180,7 +180,7 @@ def main(args):
         # Points of the trajectories, one from each part, parts shorter near noise
         fractions = uniform(args.seed, "timesteps", sample_ids)
         fractions = (sample_ids % POINTS_PER_TRAJECTORY + fractions) / POINTS_PER_TRAJECTORY
-        places = torch.from_numpy(fractions**NOISY_POINTS * args.solver_steps).long().to(accelerator.device)
+        places = discretize(fractions**NOISY_POINTS, args.solver_steps, accelerator.device)
         trajectories = torch.arange(len(sample_ids), device=accelerator.device) // POINTS_PER_TRAJECTORY
         noisy_images = torch.stack(passed)[places, trajectories]  # (B, C, H, W)
         timesteps = teacher_sampler.timesteps[places]  # (B,)

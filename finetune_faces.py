@@ -43,7 +43,6 @@ def parse_args(argv=None):
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
     import numpy as np
-    import torch
     import torch.nn.functional as F
     from diffusers import DDPMPipeline
     from diffusers.optimization import get_scheduler
@@ -57,7 +56,7 @@ def main(args):
     from utils.diffusion.schedulers import make_noise_scheduler, make_sampler, pipeline_scheduler
     from utils.diffusion.unets import prepare_unet
     from utils.pictures import make_grid
-    from utils.randomness import sample_noise, uniform
+    from utils.randomness import discretize, sample_noise, uniform
     from utils.training.ema import EMA
     from utils.training.loop import Run
     from utils.training.optimizer import make_optimizer
@@ -141,7 +140,7 @@ def main(args):
         fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
         places = sample_ids % train_data.global_batch_size
         fractions = (places + fractions) / train_data.global_batch_size  # one from each equal part
-        timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)
+        timesteps = discretize(fractions, num_train_timesteps, accelerator.device)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
         with accelerator.accumulate(model):

@@ -59,7 +59,7 @@ def main(args):
     from utils.diffusion.schedulers import make_noise_scheduler, make_sampler, min_snr_weights, pipeline_scheduler
     from utils.diffusion.unets import make_unet, prepare_unet
     from utils.pictures import make_grid
-    from utils.randomness import logit_normal, sample_noise, uniform
+    from utils.randomness import discretize, logit_normal, sample_noise, uniform
     from utils.training.ema import EMA
     from utils.training.loop import Run
     from utils.training.optimizer import make_optimizer
@@ -143,7 +143,7 @@ def main(args):
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
         if args.time_density == "logit_normal":
             fractions = logit_normal(fractions, LOGIT_MEAN, LOGIT_STD)
-        timesteps = torch.from_numpy(fractions * num_train_timesteps).long().to(accelerator.device, non_blocking=True)
+        timesteps = discretize(fractions, num_train_timesteps, accelerator.device)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
         # The class that the model is told, or the null class

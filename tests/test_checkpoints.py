@@ -1,12 +1,16 @@
 """utils/checkpoints.py: a checkpoint is complete or does not count, and an older one is never lost for a newer one."""
 
+import errno
 import json
+import os
 import shutil
+import stat
 
 import numpy as np
 import pytest
 import torch
 
+from utils import sync
 from utils.training import checkpoints
 from utils.training.checkpoints import (
     CheckpointError,
@@ -85,6 +89,51 @@ def test_any_damage_is_found_and_latest_falls_back(accelerator, save, tmp_path, 
         shutil.rmtree(newest)
         copy.rename(newest)
     verify_checkpoint(newest)
+
+
+def test_a_newest_checkpoint_that_cannot_be_read_is_passed_over(accelerator, save, tmp_path, monkeypatch, caplog):
+    save(1), save(2)
+    original = checkpoints.file_hash
+
+    def file_hash(*files):
+        if "checkpoint-2" in str(files[0]):
+            raise OSError(errno.EIO, "Input/output error", str(files[0]))
+        return original(*files)
+
+    monkeypatch.setattr(checkpoints, "file_hash", file_hash)
+    assert find_checkpoint(accelerator, tmp_path, None).name == "checkpoint-1"
+    assert "checkpoint-2 cannot be read: [Errno 5]" in caplog.text
+    with pytest.raises(CheckpointError, match="checkpoint-2 cannot be read"):
+        find_checkpoint(accelerator, tmp_path, str(tmp_path / "checkpoint-2"))
+
+
+def test_files_can_be_read_as_the_umask_says(save, tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoint = save(1)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in checkpoint.rglob("*") if path.is_file()} == {0o640}
+
+
+def test_a_folder_that_cannot_be_synced_is_no_fault(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    sync(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync(tmp_path / "file")
+
+
+def test_another_number_of_threads_is_said(accelerator, save, caplog):
+    checkpoint = save(1)
+    state = checkpoints.read_state(checkpoint)
+    checkpoints.load_checkpoint(accelerator, checkpoint, state)
+    assert "this run has" not in caplog.text
+    checkpoints.load_checkpoint(accelerator, checkpoint, {**state, "device": "CPU, 64 threads"})
+    assert "was saved on CPU, 64 threads, this run has CPU, 1 thread: sums in another order" in caplog.text
 
 
 def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_else(save, tmp_path):

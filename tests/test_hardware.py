@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.hardware import LAUNCHER_SETS, is_launched, use_all_cores
+from utils import hardware
+from utils.hardware import LAUNCHER_SETS, is_launched, usable_cores, use_all_cores, waiting_seconds
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PROC = Path("/proc/self/environ").exists()
@@ -86,3 +87,35 @@ def test_a_variable_that_a_shell_has_exported_is_no_launcher(monkeypatch, progra
         monkeypatch.setattr(os, "getppid", lambda: parent.pid)
         assert is_launched() is launched
         parent.kill()
+
+
+@pytest.mark.parametrize("quota, cores", [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 64)])
+def test_the_quota_of_a_container_counts(threads, monkeypatch, tmp_path, quota, cores):
+    monkeypatch.setattr(hardware, "affinity", lambda: 64)
+    (tmp_path / "cgroup" / "pod" / "container").mkdir(parents=True)
+    (tmp_path / "own").write_text("12:cpu:/other\n0::/pod/container\n")
+    (tmp_path / "cgroup" / "pod" / "cpu.max").write_text(f"{quota}\n")  # of a group around it
+    assert usable_cores(tmp_path / "cgroup", tmp_path / "own") == cores
+    assert usable_cores(tmp_path / "cgroup", tmp_path / "nothing") == 64
+    monkeypatch.setattr(hardware, "usable_cores", lambda: cores)
+    assert threads() == (min(cores, OTHER) if cores < 64 else OTHER)
+    assert threads(OMP_NUM_THREADS="3") == OTHER  # the user's choice
+
+
+@pytest.mark.skipif(not PROC, reason="only Linux says how long threads wait")
+def test_threads_that_wait_for_a_core_are_noticed():
+    before = waiting_seconds()
+    core = min(os.sched_getaffinity(0))
+    busy = [subprocess.Popen([sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: 1"])]
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {core})
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            pass
+    finally:
+        os.sched_setaffinity(0, allowed)
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert waiting_seconds() - before > 0.2

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import math
+import shutil
 import signal
 import sys
 import threading
@@ -13,7 +15,8 @@ import children
 import filelock
 import pytest
 import torch
-from conftest import equal_weights, parse, reset_accelerate, scalars, slow, tiny, train
+from conftest import equal_weights, exit_code, parse, reset_accelerate, scalars, slow, tiny, train
+from safetensors.torch import load_file
 
 import distill_few_steps
 import finetune_faces
@@ -22,10 +25,13 @@ import train_conditional
 import train_ddpm
 import train_flow
 import train_unet2d
-from utils import UserError
+from utils import UserError, signals
 from utils.evaluation import while_training
+from utils.resilience.watchdog import Watchdog
 from utils.signals import STOP_SIGNALS, StopSignal
 from utils.training.loop import Run
+from utils.training.losses import RecentLosses
+from utils.training.output_dir import check_settings
 
 ROOT = Path(train_ddpm.__file__).parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -256,6 +262,98 @@ def test_an_error_and_an_interrupt_leave_nothing_behind(tmp_path, error):
         run_edited(names, tmp_path / "run", "--hang_timeout=20")
     nothing_is_left(tmp_path / "run", handlers)
     assert train(tmp_path / "run") == 0
+
+
+def test_what_fails_after_a_signal_is_a_stop(tmp_path, capsys):
+    """A signal to a process group ends a compiler's helpers, too, and what waits for those fails first."""
+    body = "if run.global_step == 4:\n                run.stop_signal.received = 15\n                raise RuntimeError"
+    names = edited((UPDATE, UPDATE + f"            {body}\n"))
+    assert exit_code(names["main"], names["parse_args"](tiny("--output_dir", tmp_path / "run"))) == 143
+    assert "Stopped by SIGTERM after 4 optimizer steps, with a RuntimeError" in capsys.readouterr().err
+    assert train(tmp_path / "run") == 0
+
+
+def test_a_run_shorter_than_the_distance_of_points_has_one(tmp_path):
+    assert train(tmp_path / "run", "--report_to=tensorboard", "--logging_steps=50") == 0
+    assert list(scalars(tmp_path / "run", "loss/train")) == [6] and (tmp_path / "run" / "curves.png").is_file()
+
+
+def test_a_refused_run_leaves_the_folder_to_others(tmp_path, finished_run):
+    shutil.copytree(finished_run, tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        train(tmp_path / "run", "--seed=1")
+    with filelock.FileLock(tmp_path / "run" / ".lock", timeout=0, is_singleton=False):
+        pass
+
+
+def test_a_run_without_a_checkpoint_starts_afresh_with_other_settings(tmp_path, capsys):
+    with pytest.raises(UserError, match="start afresh with a lower --learning_rate"):
+        train(tmp_path / "run", "--learning_rate=1e30", "--max_rollbacks=1", "--max_grad_norm=0")
+    assert (tmp_path / "run" / "rollbacks.json").is_file()
+    assert train(tmp_path / "run", "--learning_rate=1e-4") == 0
+    assert "starts afresh, for learning_rate was 1e+30, is 0.0001" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "rollbacks.json").exists()
+    assert train(tmp_path / "straight", "--learning_rate=1e-4") == 0
+    assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "straight" / WEIGHTS)
+    with pytest.raises(UserError, match=r"learning_rate was 0\.0001, is 0\.1"):
+        train(tmp_path / "run", "--learning_rate=0.1")
+
+
+@pytest.mark.parametrize(
+    "size, processes, advice",
+    [
+        (4, 2, "with 2 processes, --train_batch_size 2 --gradient_accumulation_steps 1 makes it 4"),
+        (24, 2, "with 2 processes, --train_batch_size 4 --gradient_accumulation_steps 3 makes it 24"),
+        (4, 3, "by 3 processes, which cannot share 4 evenly"),
+    ],
+)
+def test_another_number_of_processes_is_told_the_flags_that_fit(size, processes, advice):
+    new = {"train_batch_size": 4, "gradient_accumulation_steps": 1, "global_batch_size": 4 * processes}
+    with pytest.raises(UserError, match=advice):
+        check_settings("the folder", {"global_batch_size": size}, new, {})
+
+
+def test_a_step_that_fp16_skips_moves_neither_rate_nor_average(tmp_path, monkeypatch):
+    """With the scaler of a GPU, on a CPU: the gradient of one step and the loss of another overflow."""
+    original = Run.__init__
+
+    def init(run, *arguments, **options):
+        original(run, *arguments, **options)
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        monkeypatch.setattr(type(run.accelerator), "mixed_precision", "fp16")
+
+    monkeypatch.setattr(Run, "__init__", init)
+    backward, end = "            accelerator.backward(loss)\n", "    run.finish()\n"
+    overflow = "            loss = loss * {2: math.inf, 4: math.nan}.get(run.global_step, 1)\n"
+    seen = "    seen.update(rate=lr_scheduler.scheduler.last_epoch, average=ema_model.optimization_step)\n"
+    names = edited((backward, overflow + backward), (end, seen + end))
+    names.update(seen={}, math=math)
+    run_edited(names, tmp_path / "run", "--max_train_steps=6")
+    assert names["seen"] == {"rate": 4, "average": 4}
+    assert all(torch.isfinite(weight).all() for weight in load_file(tmp_path / "run" / WEIGHTS).values())
+
+
+def test_losses_that_overflow_again_and_again_end_a_run_of_fp16():
+    fake = SimpleNamespace(mixed_precision="fp16", reduce=lambda values, how: values)
+    recent = RecentLosses(fake)
+    for _ in range(11):
+        recent.add(torch.full((4,), math.inf))
+        recent.step(torch.tensor(math.nan))
+    assert [fine for *_, fine in recent.unseen(11)] == [True] * 9 + [False] * 2
+
+
+def test_compiling_may_take_longer(monkeypatch):
+    monkeypatch.setattr(signals, "compiling", 1)
+    ended = []
+    monkeypatch.setattr(Watchdog, "_give_up", lambda self: (ended.append(time.monotonic()), self.end()))
+    dog = Watchdog(SimpleNamespace(process_index=0, num_processes=1), 0.2)
+    dog.feed(1)
+    time.sleep(0.6)
+    assert not ended
+    signals.compiling = 0
+    time.sleep(0.5)
+    dog.end()
+    assert len(ended) == 1
 
 
 def test_every_so_many_steps_of_ones_own_come_before_the_checkpoint(tmp_path):

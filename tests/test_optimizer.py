@@ -10,7 +10,7 @@ import train_ddpm
 from utils import UserError
 from utils.diffusion.basic_unet import BasicUNet
 from utils.diffusion.unets import UNETS
-from utils.training.optimizer import Muon, as_matrix, make_optimizer, orthogonal_factors
+from utils.training.optimizer import Muon, as_matrix, make_optimizer, memory_order, orthogonal_factors
 
 OPTIONS = dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8)
 
@@ -63,9 +63,22 @@ def test_a_matrix_is_a_view_in_every_memory_format(shape):
         if layout == torch.channels_last and len(shape) < 4:
             continue
         weight = torch.randn(shape).to(memory_format=layout)
-        matrix = as_matrix(weight)
+        matrix = as_matrix(weight, memory_order(weight))
         assert matrix.shape == (shape[0], weight[0].numel()) and matrix.data_ptr() == weight.data_ptr()
         assert torch.equal(matrix.sort(1).values, weight.flatten(1).sort(1).values)
+
+
+def test_gradients_in_another_memory_format_move_the_weights_alike():
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(32, 16, 3, 3).to(memory_format=torch.channels_last))
+        optimizer = Muon([weight], [torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+        for _ in range(2):
+            weight.grad = torch.randn(32, 16, 3, 3).to(memory_format=layout)
+            optimizer.step()
+        results.append(weight.detach())
+    assert torch.allclose(*results, atol=1e-6)
 
 
 def test_hidden_matrices_get_muon_and_all_other_weights_adamw():

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from utils.diffusion.pipelines import slerp
-from utils.randomness import logit_normal, random_bits, sample_noise, shuffled_indices, uniform
+from utils.randomness import discretize, logit_normal, random_bits, sample_noise, shuffled_indices, uniform
 
 
 def test_uniform_is_uniform_and_uncorrelated():
@@ -112,3 +112,10 @@ def test_spherical_interpolation_keeps_noise_normal():
     middle = slerp(first, second, 0.5)
     assert abs(middle.std() - 1) < 0.02  # a straight line would give 0.71
     assert torch.allclose(slerp(first, first, 0.3), first, atol=1e-3)
+
+
+def test_shares_that_are_rounded_to_one_are_in_the_last_part():
+    fractions = logit_normal(np.array([0.0, 0.5, 1 - 2**-53]), 0.0, 10.0)
+    assert fractions[-1] == 1
+    assert discretize(fractions, 1000).tolist() == [0, 500, 999]
+    assert discretize(np.array([-0.1, 1.7]), 25).tolist() == [0, 24]

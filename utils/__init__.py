@@ -1,5 +1,6 @@
 """Chores that the training scripts share. The files here know nothing of the folders beside them."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,11 @@ from pathlib import Path
 
 class UserError(Exception):
     """A mistake that the user can correct: what was given, what is expected, what to do. Shown without a traceback."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Return the number with its noun in the singular or plural: "1 thread", "2 threads"."""
+    return f"{number} {noun}{('es' if noun.endswith('s') else 's') * (number != 1)}"
 
 
 def printable(text: str) -> str:
@@ -21,6 +27,10 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # CIFS and vboxsf cannot sync folders; a file that cannot be synced is an error
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+            raise
     finally:
         os.close(descriptor)
 

@@ -7,13 +7,14 @@ import errno
 import functools
 import gc
 import os
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from . import UserError, optional, printable
+from . import UserError, counted, optional, printable
 
 UPLOAD = "upload"  # name of a thread that the end of the process does not wait for
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -55,6 +56,18 @@ def training_script(main: Callable) -> Callable:
             except Again:
                 close_runs(again=True)
                 _restarts += 1
+            except Exception as error:
+                stopped = [run for run in _runs if run.stop_signal and run.stop_signal.requested()]
+                if not stopped or explain(error, args)[1]:
+                    raise
+                # The signal went to the whole process group, and a helper such as a compiler has ended first
+                number, step = stopped[0].stop_signal.received, stopped[0].global_step
+                print(
+                    f"\nStopped by {signal.Signals(number).name} after {counted(step, 'optimizer step')}, with a "
+                    f"{type(error).__name__} instead of a checkpoint. The same command resumes from the newest one.",
+                    file=sys.stderr,
+                )
+                raise SystemExit(128 + number) from error
             finally:
                 close_runs()
             gc.collect()  # the model of the attempt that ended

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from . import counted
+
 LAUNCHER_SETS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # by `accelerate launch`, by torchrun
 
 
@@ -42,9 +44,45 @@ def use_all_cores(device: torch.device) -> None:
 
     A number of threads that the user has set stays.
     """
-    if device.type == "cpu" and _launcher_chose_one_thread():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if device.type != "cpu":
+        return
+    cores = usable_cores()
+    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # torch takes all cores, whatever the quota of a container
+    in_container = cores < affinity() and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > threads
+    if in_container or _launcher_chose_one_thread():
+        torch.set_num_threads(threads)
+
+
+def affinity() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Return the number of cores that this process may use: by affinity and the quota of its container (cgroup v2)."""
+    cores = affinity()
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+        group = next(line.split(":", 2)[2] for line in lines if line.startswith("0::")).strip("/")
+    except (OSError, StopIteration):  # not Linux, or an older kernel
+        return cores
+    for folder in (root / group, *(root / group).parents):
+        with contextlib.suppress(OSError, ValueError):  # "max 100000" where there is no quota
+            quota, period = map(int, (folder / "cpu.max").read_text(encoding="utf-8").split())
+            cores = min(cores, max(1, -(-quota // period)))
+        if folder == root:
+            break
+    return cores
+
+
+def waiting_seconds() -> float | None:
+    """Seconds that the threads of this process have waited for a core so far; None where the system does not say."""
+    try:
+        files = [task / "schedstat" for task in Path("/proc/self/task").iterdir()]
+        return sum(int(file.read_text(encoding="utf-8").split()[1]) for file in files) / 1e9
+    except (OSError, IndexError, ValueError):  # not Linux, or a thread has ended meanwhile
+        return None
 
 
 def _launcher_chose_one_thread() -> bool:
@@ -61,7 +99,7 @@ def _launcher_chose_one_thread() -> bool:
 def device_name(device: torch.device) -> str:
     """For example "NVIDIA H100", "MPS" or "CPU, 2 threads"."""
     if device.type == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads"
+        return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 

@@ -17,6 +17,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 count = 0  # of signs of life
 activity = "starting"
+compiling = 0  # compilations of --compile that have begun and not ended
 
 
 def progress(doing: str) -> None:
@@ -27,6 +28,20 @@ def progress(doing: str) -> None:
     """
     global count, activity
     count, activity = count + 1, doing
+
+
+def watch_compilations() -> None:
+    """Count compilations while they last, which give no signs of life."""
+    from torch._dynamo.callback import callback_handler
+
+    def change(by: int) -> None:
+        global compiling
+        compiling += by
+        progress("compiling")
+
+    if not callback_handler.start_callbacks:
+        callback_handler.register_start_callback(lambda _: change(1))
+        callback_handler.register_end_callback(lambda _: change(-1))
 
 
 class Interrupted(Exception):

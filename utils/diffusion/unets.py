@@ -66,6 +66,8 @@ def prepare_unet(unet, device, gradient_checkpointing: bool, compile: bool):
     """Set up a UNet for training on a device, before an average or an optimizer is made of its weights."""
     import torch
 
+    from ..signals import watch_compilations
+
     if gradient_checkpointing:
         if not getattr(unet, "_supports_gradient_checkpointing", False):
             raise UserError(f"--gradient_checkpointing: a {type(unet).__name__} does not have it; leave the flag out")
@@ -73,6 +75,7 @@ def prepare_unet(unet, device, gradient_checkpointing: bool, compile: bool):
     if device.type == "cuda":
         unet.to(memory_format=torch.channels_last)  # on a CPU it costs time
     if compile:
+        watch_compilations()
         unet.compile()
     return unet
 

@@ -7,17 +7,21 @@ Losses stay on the device between two points of the curves, so that no step wait
 """
 
 import logging
+import math
 import time
 
 import torch
 
+from .. import counted
 from ..diffusion.schedulers import NOISE_LEVELS, noise_levels
-from ..hardware import peak_memory
+from ..hardware import peak_memory, usable_cores, waiting_seconds
 from .plot import draw_curves
 from .trackers import check_trackers, show_picture, start_trackers
 
 logger = logging.getLogger(__name__)
 
+LOAD_SECONDS = 20  # in which it is seen whether others compete for the cores
+LOAD_SHARE = 0.25  # of the time in which threads wait for a core
 LOGS = "logs"  # folder of TensorBoard's files, in the output folder
 
 
@@ -34,6 +38,7 @@ class Curves:
     def __init__(self, report_to: str):
         self.trackers, self.skipped, self.restored = check_trackers(report_to), 0, None
         self.began = self.forward_ended = self.alone = 0.0  # seconds, see ``_forward_ended``
+        self.load_seen_at = None  # time, and seconds that threads had waited for a core
 
     def started(self, run) -> None:
         start_trackers(run, self.trackers, run.output_dir / LOGS)
@@ -57,9 +62,11 @@ class Curves:
         indices = [bins]
         if labels is not None and self.label_names:
             indices.append(labels.where(labels >= 0, len(self.label_names)) + NOISE_LEVELS)
+        finite = losses.isfinite()  # in fp16 not all are
+        losses = losses.where(finite, 0)
         for index in indices:
             self.sums[0].index_add_(0, index, losses)
-            self.sums[1].index_add_(0, index, torch.ones_like(losses))
+            self.sums[1].index_add_(0, index, finite.float())
 
     def _forward_ended(self, *_) -> None:
         """Note when this process begins to wait for the others, which it does in the backward pass."""
@@ -72,19 +79,22 @@ class Curves:
             losses, grad_norms: of the steps since the last point, over all processes, (steps,) on the CPU.
         """
         accelerator, values = run.accelerator, {"learning_rate": run.learning_rate, "ema_decay": run.ema_decay}
-        overflows = int((~grad_norms.isfinite()).sum())  # only in fp16, whose scaler has skipped these steps
+        skipped = ~(grad_norms.isfinite() & losses.isfinite())  # only in fp16, by its scaler
+        overflows = int(skipped.sum())
         if overflows:
             self.skipped += overflows
             logger.warning(
                 f"step {run.global_step}: fp16 overflowed in {overflows} of the last {len(grad_norms)} steps, which "
                 f"were skipped; {self.skipped} so far. A few are normal; if it continues, try --mixed_precision bf16"
             )
-            grad_norms = grad_norms[grad_norms.isfinite()]
+        losses, grad_norms = losses[~skipped], grad_norms[~skipped]
         if len(grad_norms):
             values["grad_norm"] = grad_norms.mean().item()
         if accelerator.mixed_precision == "fp16":
             values["skipped_steps"] = self.skipped
-        curves = {"loss/train": losses.mean().item(), **{f"optimizer/{name}": v for name, v in values.items()}}
+        self._look_at_the_load()
+        curves = {"loss/train": losses.mean().item()} if len(losses) else {}
+        curves |= {f"optimizer/{name}": value for name, value in values.items()}
         curves["system/images_per_second"] = run.images_per_second
         curves["system/peak_memory_gib"] = peak_memory(accelerator.device) / 2**30
         if accelerator.num_processes > 1:  # of each process until it waits for the others: data and forward pass
@@ -99,6 +109,24 @@ class Curves:
         curves |= {name: mean for name, mean in zip(names, means[:-1], strict=True) if mean is not None}
         run.log(curves)
         self.sums.zero_()
+
+    def _look_at_the_load(self) -> None:
+        """Say once that other programs use the cores, too: threads that wait for each other then wait for those."""
+        waited, now = waiting_seconds(), time.perf_counter()
+        if self.load_seen_at is None:  # the first point has what comes once
+            self.load_seen_at = now, waited
+            return
+        since, before = self.load_seen_at
+        if waited is None or before is None or now - since < LOAD_SECONDS:
+            return
+        threads, self.load_seen_at = torch.get_num_threads(), (math.inf, None)
+        share = (waited - before) / ((now - since) * threads)
+        if threads > 1 and share > LOAD_SHARE:
+            logger.warning(
+                f"{threads} threads on {counted(usable_cores(), 'core')}, and others compete for them: the threads "
+                f"waited for a core {share:.0%} of the time. Several trainings on the same cores slow each other down "
+                "many times over: give each fewer threads, OMP_NUM_THREADS=1"
+            )
 
     def pictured(self, run, name: str, picture, caption: str) -> None:
         show_picture(run.accelerator.trackers, name, picture, run.global_step, caption)

@@ -31,7 +31,12 @@ def draw_curves(folder: Path, logs: Path) -> None:
     for axes, fixed in zip(figure.subplots(1, len(curves), squeeze=False)[0], sorted(curves), strict=True):
         for name, points in curves[fixed]:
             steps, values = [point.step for point in points], [point.value for point in points]
-            axes.plot(steps, values, label=f"{name.removeprefix('validation_')}: {values[-1]:.3g} at the end")
+            axes.plot(
+                steps,
+                values,
+                marker="o" if len(points) == 1 else None,
+                label=f"{name.removeprefix('validation_')}: {values[-1]:.3g} at the end",
+            )
         axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title=titles[fixed])
         label_log_axis(axes)
         axes.legend()

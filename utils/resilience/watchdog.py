@@ -19,6 +19,8 @@ from .. import signals
 from ..training import process
 from . import LOST
 
+COMPILING = 10  # times as long may nothing move while --compile compiles
+
 
 class Watchdog:
     """Two threads: one tells the other processes of progress and hears of theirs, one looks at the clock.
@@ -57,7 +59,7 @@ class Watchdog:
             if count != signals.count or now - woken_at > self.interval + self.seconds / 2:  # it was suspended itself
                 count, self.moved_at = signals.count, now
             woken_at = now
-            if now - self.moved_at > self.seconds:
+            if now - self.moved_at > self.seconds * (COMPILING if signals.compiling else 1):
                 self._give_up()
 
     def _talk(self) -> None:

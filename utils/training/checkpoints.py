@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file
 
 from .. import UserError, randomness, sync
+from ..hardware import device_name
 from ..signals import progress
 from .process import on_main_process
 
@@ -62,7 +63,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             save_pipeline(staging)
             facts = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
-            facts["randomness"] = randomness.VERSION
+            facts |= {"randomness": randomness.VERSION, "device": device_name(accelerator.device)}
             _write_json(staging / STATE, {**state, **facts, "global_step": step})
             _write_manifest(staging)
             if final.exists():  # a damaged one
@@ -112,7 +113,7 @@ def _find(output_dir: Path, request: str | None, prefer_newest: bool) -> Path | 
             verify_checkpoint(path)
             return path
         except CheckpointError as error:
-            logger.warning(f"Skipping a damaged checkpoint. {error}")
+            logger.warning(f"Skipping a checkpoint that is damaged or cannot be read. {error}")
     if request == "latest":
         logger.info(f"--resume_from_checkpoint latest: {output_dir} has no complete checkpoint.")
     return None
@@ -128,8 +129,15 @@ def verify_checkpoint(path: Path) -> None:
     """Compare a checkpoint with its manifest.
 
     Raises:
-        CheckpointError: names the first file that is missing or damaged.
+        CheckpointError: names the first file that is missing or damaged, or cannot be read.
     """
+    try:
+        _verify(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _verify(path: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(f"--resume_from_checkpoint {path}: there is no such folder; expected .../checkpoint-N")
     try:
@@ -177,6 +185,11 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
         logger.warning(
             f"{path} was saved with mixed precision {state['mixed_precision']!r}, this run has "
             f"{accelerator.mixed_precision!r}: it goes on, but not bit for bit as before"
+        )
+    if state.get("device") not in (None, device_name(accelerator.device)):
+        logger.warning(
+            f"{path} was saved on {state['device']}, this run has {device_name(accelerator.device)}: sums in another "
+            "order"
         )
     scaler = accelerator.scaler
     if not (path / "training_state" / "scaler.pt").exists():
@@ -285,6 +298,8 @@ def _check_finite(accelerator) -> None:
 
 def _write_manifest(folder: Path) -> None:
     def seal(path: Path) -> list | None:
+        if path.is_file():
+            shutil.copymode(folder / STATE, path)  # safetensors makes files that nobody else can read
         entry = [path.stat().st_size, file_hash(path)] if path.is_file() else None
         sync(path)
         return entry

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import logging
 import math
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import UserError, exits, optional, randomness
+from .. import UserError, counted, exits, optional, randomness
 from ..args import defaults_of
 from ..hardware import device_name
 from ..pictures import with_caption
@@ -182,7 +183,7 @@ class Run:
             labels: classes (B,), -1 where there is none; None without classes.
 
         Returns:
-            Whether the optimizer has made a step, and not only accumulated gradients.
+            Whether the optimizer has made a step: gradients are not only accumulated, and fp16 has not overflowed.
 
         Raises:
             ValueError: there is not one loss for each sample, or no norm where the optimizer has made a step.
@@ -201,7 +202,7 @@ class Run:
         self.learning_rate = self.accelerator._optimizers[0].param_groups[0]["lr"]
         self.global_step += 1
         self._step_is_open = True
-        return True
+        return not self.accelerator.optimizer_step_was_skipped  # fp16 has overflowed: weights, rate, average stay
 
     def every(self, steps: int) -> bool:
         """Whether an optimizer step has just been made that is one in so many.
@@ -280,7 +281,7 @@ class Run:
                     f"{path}: the file of the net is another one since; weights and optimizer are taken as is"
                 )
             self.tell("load_state", state)
-            logger.info(f"Resuming from {path}, {self.global_step} optimizer steps done.")
+            logger.info(f"Resuming from {path}, {counted(self.global_step, 'optimizer step')} done.")
         self.repeats = Repeats(self.accelerator, self.output_dir, self.global_step)
 
     def _start(self) -> None:
@@ -345,7 +346,8 @@ class Run:
         self.ema_decay = self.ema_model.cur_decay_value or 0
         self.bar.update(step - self.bar.n)
         self.tell("stepped")
-        if step % args.logging_steps == 0 and self.losses.losses:
+        due = step % args.logging_steps == 0 or (is_last and step < args.logging_steps)  # a short run has one point
+        if due and self.losses.losses:
             self._log_point()
         stop = self.stop_signal.check(step)
         if stop or is_last or step % args.checkpointing_steps == 0:
@@ -407,6 +409,8 @@ class Run:
         """Write the pipeline with the averaged weights into a folder."""
         with self.ema_model.swapped_in(self.unet):
             self._save_pipeline(folder)
+        for file in folder.glob("*/*.safetensors"):  # which safetensors lets nobody else read
+            shutil.copymode(folder / "model_index.json", file)
         self.tell("saved", folder)
 
     def _do_what_is_due(self, is_last: bool) -> None:
@@ -476,7 +480,7 @@ class Run:
                 if base := vars(args).get("pretrained_model_name_or_path"):
                     continued += f" --pretrained_model_name_or_path {base} --learning_rate {args.learning_rate:g}"
             lines = last_lines(self.output_dir, args.num_inference_steps, continued, record.get("model_inputs"))
-            print(f"\n{said}, after {self.global_step} optimizer steps.", *lines, sep="\n", flush=True)
+            print(f"\n{said}, after {counted(self.global_step, 'optimizer step')}.", *lines, sep="\n", flush=True)
         self.tell("released")
 
     def close(self, again: bool = False) -> None:

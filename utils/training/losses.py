@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
+OVERFLOWS = 10  # losses in a row that are not finite in fp16
+
 
 class RecentLosses:
     """Collects one loss and one gradient norm for each optimizer step, so that no step waits for the device.
@@ -15,6 +17,7 @@ class RecentLosses:
 
     def __init__(self, accelerator):
         self.accelerator, self.micro, self.losses, self.norms, self.looked_at = accelerator, [], [], [], 0
+        self.overflows = 0  # losses in a row, in fp16
 
     def add(self, losses: torch.Tensor) -> None:
         """Collect the losses of a micro-step, (B,)."""
@@ -36,12 +39,15 @@ class RecentLosses:
     def unseen(self, global_step: int) -> Iterator[tuple[int, float, float, bool]]:
         """Yield step, loss and gradient norm of each step not yielded before, and whether they are finite.
 
-        In fp16 a gradient may overflow, and counts as finite: the scaler skips that step.
+        In fp16 a gradient or a loss may overflow, and counts as finite: the scaler skips that step. So many losses in a
+        row do not: a smaller scale helps gradients only.
         """
         losses, norms = self.means()
         for index in range(self.looked_at, len(losses)):
             loss, norm = losses[index].item(), norms[index].item()
-            fine = math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.mixed_precision == "fp16")
+            self.overflows = 0 if math.isfinite(loss) else self.overflows + 1
+            fine = math.isfinite(loss) and math.isfinite(norm)
+            fine |= self.accelerator.mixed_precision == "fp16" and self.overflows < OVERFLOWS
             self.looked_at = index + 1
             yield global_step - len(losses) + 1 + index, loss, norm, fine
 

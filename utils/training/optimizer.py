@@ -67,18 +67,25 @@ class Muon(torch.optim.AdamW):
             updates, momenta = [w.grad for w in weights], [self.state[w]["momentum"] for w in weights]
             torch._foreach_lerp_(momenta, updates, 1 - group["momentum"])
             torch._foreach_lerp_(updates, momenta, group["momentum"])  # Nesterov's
-            updates = [as_matrix(update) for update in updates]
-            for weight, update, factor in zip(weights, updates, orthogonal_factors(updates), strict=True):
+            orders = [memory_order(weight) for weight in weights]
+            updates = [as_matrix(update, order) for update, order in zip(updates, orders, strict=True)]
+            factors = orthogonal_factors(updates)
+            for weight, order, update, factor in zip(weights, orders, updates, factors, strict=True):
                 step, decay = 0.2 * group["lr"] * max(update.shape) ** 0.5, 1 - group["lr"] * group["weight_decay"]
                 left, right = (factor, update) if len(factor) == len(update) else (update, factor)
-                as_matrix(weight).addmm_(left, right, beta=decay, alpha=-step)
+                as_matrix(weight, order).addmm_(left, right, beta=decay, alpha=-step)
                 weight.grad = None  # AdamW passes it over
         return super().step(closure)
 
 
-def as_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """(out channels) x (all others), without a copy in any memory format: the columns are in the order of memory."""
-    return weight.permute(0, *sorted(range(1, weight.ndim), key=weight.stride, reverse=True)).flatten(1)
+def memory_order(weight: torch.Tensor) -> list[int]:
+    """Return the dimensions of a weight but the first, as they lie in memory, outermost first."""
+    return sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
+
+
+def as_matrix(weight: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """(out channels) x (all others in this order), without a copy where it is that of memory."""
+    return weight.permute(0, *order).flatten(1)
 
 
 def orthogonal_factors(matrices: list[torch.Tensor]) -> list[torch.Tensor]:

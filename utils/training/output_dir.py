@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import diffusers
 import filelock
 import torch
 
-from .. import UserError, args, read_record, write_record
+from .. import UserError, args, counted, read_record, write_record
 from ..hardware import device_name
 from ..privacy import OWN_IMAGES, public, public_data
 from .process import on_main_process
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 ARGUMENTS = "training_args.json"
 # What may be in an output folder before its first run: a lock, and the log of that very command (`... | tee DIR/log`)
 OUR_FILES = re.compile(r"\.lock|\.tmp-.*|log|nohup\.out|.*\.(log|out|err)")
+OF_A_RUN = (ARGUMENTS, "done.json", "rollbacks.json", "evaluation.json")  # records that another run does not continue
+LOCK_SECONDS = 120  # NFSv4 gives back the locks of a machine that is gone after 90
 DRAWING = {  # a finished run with other values draws, and writes its page, again
     "num_samples", "sampler", "num_inference_steps", "guidance_color", "guidance_prompt", "guidance_scale",
     "guidance_mode", "clip_model_name_or_path",
@@ -77,7 +80,11 @@ def claim_output_dir(accelerator, flags: dict, defaults: dict, script: str, cons
         UserError: the folder cannot be written, holds something else, or a run with other settings.
     """
     folder, settings = Path(flags["output_dir"]), {**flags, "constants": constants}
-    return folder, inspect_together(accelerator, folder, lambda: _inspect(folder, settings, defaults, script))
+    try:
+        return folder, inspect_together(accelerator, folder, lambda: _inspect(folder, settings, defaults, script))
+    except UserError:
+        release_output_dir(folder)  # a notebook's kernel lives on
+        raise
 
 
 def inspect_together(accelerator, folder: Path, inspect: Callable[[], Any]) -> Any:
@@ -114,7 +121,15 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
             f"--output_dir {folder} holds a run of another script, {found['script']}. Choose another --output_dir"
         )
     old = {**found["arguments"], "constants": found.get("constants", {})}
-    check_settings(f"--output_dir {folder}", old, settings, defaults)
+    where = f"--output_dir {folder}"
+    models = [folder / "model_index.json", folder / "best", *folder.glob("checkpoint-*"), *folder.glob("abandoned-*")]
+    changed = setting_changes(where, old, settings, defaults)
+    if changed and not any(path.exists() for path in models):
+        logger.warning(f"{where} holds a run without a checkpoint; it starts afresh, for {'; '.join(changed)}")
+        for name in OF_A_RUN:
+            (folder / name).unlink(missing_ok=True)
+        return None
+    _refuse(where, changed)
     redraw = any(old.get(flag) != settings.get(flag) for flag in DRAWING)
     complete = (folder / "model_index.json").is_file() and (folder / "samples.png").is_file()
     if not complete or redraw or "finished_at_step" not in found:
@@ -135,8 +150,8 @@ def _lock(folder: Path) -> None:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            logger.warning(f"Another run is writing to {folder}; waiting up to a minute for it to end.")
-            lock.acquire(timeout=60, poll_interval=1)
+            logger.warning(f"Another run is writing to {folder}; waiting up to {LOCK_SECONDS} s for it to end.")
+            lock.acquire(timeout=LOCK_SECONDS, poll_interval=1)
     except filelock.Timeout:
         raise UserError(
             f"--output_dir {folder}: another run is writing to it. Wait for it, or choose another folder"
@@ -157,6 +172,26 @@ def release_output_dir(folder: Path) -> None:
 def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
     """Refuse to resume a run whose results would depend on when the settings changed.
 
+    Args:
+        where, old, new, defaults: see ``setting_changes``.
+
+    Raises:
+        UserError: lists what differs.
+    """
+    _refuse(where, setting_changes(where, old, new, defaults))
+
+
+def _refuse(where: str, changed: list[str]) -> None:
+    if changed:
+        raise UserError(
+            f"{where} holds a run with other settings: {'; '.join(changed)}. Give the old values to go on with it, or "
+            "another --output_dir to start afresh"
+        )
+
+
+def setting_changes(where: str, old: dict, new: dict, defaults: dict) -> list[str]:
+    """Return what differs between the settings of two runs, for a message, an entry for each.
+
     A flag that the old run did not know counts as having had its default, or what is in ``BEFORE``. A flag that exists
     no more counts if it had another value than the script's constant of its name, or than ``EARLIER``.
 
@@ -164,9 +199,6 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
         where: the folder, for the message.
         old, new: settings by name; those in ``FREE_ON_RESUME`` may differ. ``constants`` are those of the script.
         defaults: of today's flags, by name.
-
-    Raises:
-        UserError: lists what differs.
     """
     constants = new.get("constants", {})
     if new.get("fingerprint") and not old.get("fingerprint"):
@@ -196,6 +228,8 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
             changed.append("--image_range was {}, is {}".format(*ranges))
         elif name in old:
             changed += _differences(name, old[name], new[name])
+            if name == "global_batch_size" and old[name] != new[name]:
+                changed[-1] += _batch_advice(old[name], new)
     before = old.get("constants", {})
     for name in sorted({*before} & {*constants}):
         changed += _differences(name, before[name], constants[name])
@@ -203,11 +237,19 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
         logger.warning(f"{where} holds a run of a script with other constants than this: {', '.join(others)}")
     if old.get("fingerprint") != new.get("fingerprint") and "fingerprint" in new:
         changed.append(f"the images are others than those of {old.get('data')}, or named otherwise")
-    if changed:
-        raise UserError(
-            f"{where} holds a run with other settings: {'; '.join(changed)}. Give the old values to go on with it, or "
-            "another --output_dir to start afresh"
-        )
+    return changed
+
+
+def _batch_advice(size: int, new: dict) -> str:
+    """Say which flags give a run with another number of processes the same images in an optimizer step."""
+    batch, steps = new["train_batch_size"], new["gradient_accumulation_steps"]
+    processes = new["global_batch_size"] // (batch * steps)
+    if size % processes:
+        return f" (by {counted(processes, 'process')}, which cannot share {size} evenly)"
+    share = size // processes
+    batch = math.gcd(batch, share)  # no larger than what fits the memory
+    flags = f"--train_batch_size {batch} --gradient_accumulation_steps {share // batch}"
+    return f" (here, with {counted(processes, 'process')}, {flags} makes it {size})"
 
 
 def _differences(name: str, old, new) -> list[str]:
@@ -325,10 +367,10 @@ def _what_ran(accelerator) -> dict[str, str]:
     def described(thing, settings):
         simple = {name: v for name, v in settings.items() if name[0] != "_" and isinstance(v, (int, float, str, tuple))}
         shown = ", ".join(f"{name}={v}" for name, v in simple.items() if v is not False and name != "last_epoch")
-        return f"{type(thing).__name__}({shown})"
+        return f"{type(thing).__name__}({shown})" if shown else ""  # a LambdaLR does not say what it does
 
     ran = {"model": [type(accelerator.unwrap_model(model)).__name__ for model in accelerator._models]}
     ran["optimizer"] = [described(wrapped.optimizer, wrapped.optimizer.defaults) for wrapped in accelerator._optimizers]
     schedules = [wrapped.scheduler for wrapped in accelerator._schedulers]
     ran["schedule"] = [described(schedule, schedule.state_dict()) for schedule in schedules]
-    return {part: ", ".join(names) for part, names in ran.items() if names}
+    return {part: ", ".join(names) for part, names in ran.items() if any(names)}
