@@ -83,6 +83,9 @@ def add_to_record(folder: Path, args, title: str, caption: str, state) -> None:
     where = f"{state.num_processes} x {device_name(state.device)}, Python {platform.python_version()}"
     command = _command(record["public_arguments"], defaults_of(args), record["file"], state)
     text = f"    {command}\n\n{_commit()}{versions}; {where}"
+    shown = record["public_arguments"]
+    if cut := [flag for flag, value in record["arguments"].items() if flag in shown and shown[flag] != value]:
+        text += f". Of what --{', --'.join(cut)} named on that machine, the command has no path"
     write_record(folder / ARGUMENTS, {**record, "card": {"title": title, "caption": caption, "reproduce": text}})
 
 
@@ -139,6 +142,7 @@ def write_card(
     found = {key: value for key, value in record.items() if key not in known and value is not None}
     settings = public(found) | {"data": data} | record.get("ran", {})
     own = {*flags} - _common_flags() - {*settings} - SHOWN_OTHERWISE  # of the script
+    own -= {"label_dropout"} if not classes else set()  # the flag of a script for both
     settings |= {key: flags[key] for key in (*TRAINING_FLAGS, *sorted(own)) if flags.get(key) is not None}
     settings |= public(record.get("constants", {}))
     code = [
