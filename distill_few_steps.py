@@ -180,7 +180,7 @@ def main(args):
         # Points of the trajectories, one from each part, parts shorter near noise
         fractions = uniform(args.seed, "timesteps", sample_ids)
         fractions = (sample_ids % POINTS_PER_TRAJECTORY + fractions) / POINTS_PER_TRAJECTORY
-        places = discretize(fractions**NOISY_POINTS, args.solver_steps, accelerator.device)
+        places = torch.from_numpy(discretize(fractions**NOISY_POINTS, args.solver_steps)).to(accelerator.device)
         trajectories = torch.arange(len(sample_ids), device=accelerator.device) // POINTS_PER_TRAJECTORY
         noisy_images = torch.stack(passed)[places, trajectories]  # (B, C, H, W)
         timesteps = teacher_sampler.timesteps[places]  # (B,)

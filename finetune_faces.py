@@ -31,7 +31,7 @@ def parse_args(argv=None):
     group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="scheduler that draws samples")
     add_guidance_arguments(parser, group)
     add_common_arguments(parser)
-    parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, learning_rate=1e-5, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, num_samples=16, sample_batch_size=8)
+    parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, num_samples=16, sample_batch_size=8)
     args = parser.parse(argv)
     if {"train_data_dir", "dataset_name"} & {*vars(args)} and not (args.train_data_dir or args.dataset_name):
         parser.error("give the images to adapt to: --train_data_dir DIR, or --dataset_name")
@@ -43,6 +43,7 @@ def parse_args(argv=None):
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
     import numpy as np
+    import torch
     import torch.nn.functional as F
     from diffusers import DDPMPipeline
     from diffusers.optimization import get_scheduler
@@ -59,7 +60,7 @@ def main(args):
     from utils.randomness import discretize, sample_noise, uniform
     from utils.training.ema import EMA
     from utils.training.loop import Run
-    from utils.training.optimizer import make_optimizer
+    from utils.training.optimizer import choose_learning_rate, make_optimizer
 
     run = Run(args, "finetune_faces", title="Adapted DDPM", constants=globals())
     accelerator = run.accelerator
@@ -91,8 +92,9 @@ def main(args):
     guidance = make_guidance(args, accelerator.device)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
+    learning_rate = choose_learning_rate(args.learning_rate, unet, args.method)
     optimizer = make_optimizer(  # or any of torch.optim
-        args.optimizer, unet, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8
+        args.optimizer, unet, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=run.max_train_steps
@@ -140,7 +142,8 @@ def main(args):
         fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
         places = sample_ids % train_data.global_batch_size
         fractions = (places + fractions) / train_data.global_batch_size  # one from each equal part
-        timesteps = discretize(fractions, num_train_timesteps, accelerator.device)
+        timesteps = torch.from_numpy(discretize(fractions, num_train_timesteps))
+        timesteps = timesteps.to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
         with accelerator.accumulate(model):

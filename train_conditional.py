@@ -62,7 +62,7 @@ def main(args):
     from utils.randomness import discretize, logit_normal, sample_noise, uniform
     from utils.training.ema import EMA
     from utils.training.loop import Run
-    from utils.training.optimizer import make_optimizer
+    from utils.training.optimizer import choose_learning_rate, make_optimizer
 
     run = Run(args, "train_conditional", title="Class-conditional DDPM", constants=globals())
     accelerator = run.accelerator
@@ -98,8 +98,9 @@ def main(args):
     sampler = make_sampler(args.sampler, noise_scheduler)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
+    learning_rate = choose_learning_rate(args.learning_rate, unet)
     optimizer = make_optimizer(  # or any of torch.optim
-        args.optimizer, unet, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8
+        args.optimizer, unet, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=run.max_train_steps
@@ -143,7 +144,8 @@ def main(args):
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
         if args.time_density == "logit_normal":
             fractions = logit_normal(fractions, LOGIT_MEAN, LOGIT_STD)
-        timesteps = discretize(fractions, num_train_timesteps, accelerator.device)
+        timesteps = torch.from_numpy(discretize(fractions, num_train_timesteps))
+        timesteps = timesteps.to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
         # The class that the model is told, or the null class

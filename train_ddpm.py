@@ -42,6 +42,7 @@ def parse_args(argv=None):
 @training_script
 def main(args):
     # Imports that take seconds come after parsing, so that --help answers at once
+    import torch
     import torch.nn.functional as F
     from diffusers import DDPMPipeline
     from diffusers.optimization import get_scheduler
@@ -55,7 +56,7 @@ def main(args):
     from utils.randomness import discretize, logit_normal, sample_noise, uniform
     from utils.training.ema import EMA
     from utils.training.loop import Run
-    from utils.training.optimizer import make_optimizer
+    from utils.training.optimizer import choose_learning_rate, make_optimizer
 
     run = Run(args, "train_ddpm", title="DDPM", constants=globals())
     accelerator = run.accelerator
@@ -88,8 +89,9 @@ def main(args):
     sampler = make_sampler(args.sampler, noise_scheduler)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
+    learning_rate = choose_learning_rate(args.learning_rate, unet)
     optimizer = make_optimizer(  # or any of torch.optim
-        args.optimizer, unet, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8
+        args.optimizer, unet, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=run.max_train_steps
@@ -124,7 +126,8 @@ def main(args):
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
         if args.time_density == "logit_normal":
             fractions = logit_normal(fractions, LOGIT_MEAN, LOGIT_STD)
-        timesteps = discretize(fractions, num_train_timesteps, accelerator.device)
+        timesteps = torch.from_numpy(discretize(fractions, num_train_timesteps))
+        timesteps = timesteps.to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
         with accelerator.accumulate(model):

@@ -51,7 +51,7 @@ def main(args):
     from utils.randomness import logit_normal, sample_noise, uniform
     from utils.training.ema import EMA
     from utils.training.loop import Run
-    from utils.training.optimizer import make_optimizer
+    from utils.training.optimizer import choose_learning_rate, make_optimizer
 
     run = Run(args, "train_flow", title="Flow-matching model", constants=globals())
     accelerator = run.accelerator
@@ -82,8 +82,9 @@ def main(args):
     sampler = make_sampler(args.sampler, noise_scheduler)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
+    learning_rate = choose_learning_rate(args.learning_rate, unet)
     optimizer = make_optimizer(  # or any of torch.optim
-        args.optimizer, unet, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8
+        args.optimizer, unet, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=run.max_train_steps

@@ -26,9 +26,25 @@ SLOW += ["torch.distributed.elastic.multiprocessing"]
 READERS = ["accelerate", "datasets", "diffusers.optimization", "diffusers.pipelines.ddpm.pipeline_ddpm"]
 READERS += [f"diffusers.schedulers.scheduling_{name}" for name in ("ddpm", "ddim", "dpmsolver_multistep", "lcm")]
 READ = re.compile("HF_|HUGGINGFACE|XDG_|HOME$|DIFFUSERS|TRANSFORMERS")  # by them, of the environment
-SERVERS = {"bare": forkserver.ForkServer(), "warm": forkserver.ForkServer()}
-SERVERS["bare"].set_forkserver_preload(SLOW)
-SERVERS["warm"].set_forkserver_preload(SLOW + READERS)
+
+
+def _server(libraries):
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(libraries)
+    return server
+
+
+def _read_by_libraries(environment):
+    return frozenset((name, value) for name, value in environment.items() if READ.match(name))
+
+
+BARE = _server(SLOW)
+SERVERS = {_read_by_libraries(os.environ): _server(SLOW + READERS)}  # by what its libraries have read
+
+
+def keep_server(environment):
+    """Have the next children in this environment start as fast as those in this process's."""
+    SERVERS.setdefault(_read_by_libraries(environment), _server(SLOW + READERS))
 
 
 def start(what, *arguments, log, folder=None, environment=None, file_limit=None, machine=None):
@@ -51,9 +67,14 @@ def start(what, *arguments, log, folder=None, environment=None, file_limit=None,
         machine,
     )
     child = multiprocessing.get_context("forkserver").Process(target=_child, args=arguments)
-    read = [{name: value for name, value in values.items() if READ.match(name)} for values in (os.environ, environment)]
-    server = SERVERS["warm" if read[0] == read[1] else "bare"]
-    with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+    read = _read_by_libraries(environment)
+    server, unread = SERVERS.get(read, BARE), {key: value for key, value in os.environ.items() if not READ.match(key)}
+    with (
+        mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process),
+        mock.patch.dict(
+            os.environ, {**unread, **dict(read if server is not BARE else ())}, clear=True
+        ),  # if it starts now
+    ):
         child.start()
     child.log = Path(log)
     return child

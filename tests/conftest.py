@@ -1,7 +1,10 @@
 """Every test runs offline, on a CPU, with a fresh accelerate state."""
 
 import os
+import tempfile
 
+# Caches of the libraries: children have the same, so that one server has imported for all
+os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="tests-home-")}
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""}
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in every child, with pytest's workers and without: the same results
@@ -11,6 +14,7 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -18,6 +22,7 @@ from safetensors.torch import load_file
 from tensorboard.summary.writer import event_file_writer
 
 import train_ddpm
+from utils.data.cache import Cache
 from utils.signals import STOP_SIGNALS
 from utils.sources import named_images, sources
 
@@ -32,7 +37,29 @@ TINY = [
 sources._embedded_digits = functools.cache(sources._embedded_digits)
 # TensorBoard reads files in the order of their names: by second, process, number. Several are made here in a second
 event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
+_decode, _decoded = Cache._decode, {}
+
+
+def _decode_once(self, images, show, write):
+    """As ``Cache._decode``; the embedded digits, which most tests train on, once for each way to prepare them."""
+    how = (images.images.fingerprint, len(images.images), images.mode, images.size, images.center_crop)
+    if images.images.name != "digits" or images.images.columns:
+        return _decode(self, images, show, write)
+    if how not in _decoded:
+        parts = []
+        table = _decode(self, images, show, parts.append)
+        _decoded[how] = table, np.concatenate(parts)
+    table, pixels = _decoded[how]
+    write(pixels)
+    return table
+
+
+Cache._decode = _decode_once
 named_images.QUICK = float("inf")  # decoded images stay in memory, out of the user's cache
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 def reset_accelerate():

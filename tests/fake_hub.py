@@ -22,10 +22,10 @@ class FakeHub:
         faults: [pattern, action, how often]; an action is a status, "drop", "hang", or (status, headers).
     """
 
-    def __init__(self):
+    def __init__(self, port=0):
         self.repos, self.objects, self.requests, self.faults = {}, {}, [], []
         handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

@@ -83,8 +83,8 @@ def test_merged_weights_do_what_the_adapters_do_and_leave_them_in_place():
     assert merged(unet()).config == unet().config
 
 
-def test_the_saved_adapter_loads_into_the_base_with_peft(tmp_path):
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+def test_both_loaders_of_peft_add_the_saved_adapter_to_any_base(tmp_path):
+    from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 
     model, images = unet(), torch.randn(2, 1, 8, 8)
     choose_trainable(model, "lora", 4, TARGETS, 0)
@@ -94,6 +94,15 @@ def test_the_saved_adapter_loads_into_the_base_with_peft(tmp_path):
     inject_adapter_in_model(LoraConfig.from_pretrained(tmp_path / "adapter"), other)
     set_peft_model_state_dict(other, load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     assert torch.allclose(other(images, 5).sample, model(images, 5).sample, atol=1e-6)
+    loaded = PeftModel.from_pretrained(unet(), tmp_path / "adapter")
+    assert torch.allclose(loaded(images, 5).sample, merged(model)(images, 5).sample, atol=1e-5)
+    another = unet()
+    with torch.no_grad():
+        another.conv_in.weight.mul_(2)
+    plain = another(images, 5).sample
+    loaded = PeftModel.from_pretrained(another, tmp_path / "adapter")(images, 5).sample
+    model.conv_in.weight.data.mul_(2)
+    assert torch.allclose(loaded, model(images, 5).sample, atol=1e-5) and not torch.allclose(loaded, plain, atol=1e-2)
     save_adapter(unet(), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

@@ -150,6 +150,7 @@ mount -o remount,size=90m none "$(dirname "$FOLDER")"
 
 
 @pytest.mark.skipif(not TMPFS, reason="needs a kernel that lets this user mount a tmpfs")
+@pytest.mark.slow
 def test_a_full_disk_and_the_same_command_when_there_is_space(tmp_path):
     """Protection: ``_space`` in ``checkpoints.save_checkpoint``."""
     folder = tmp_path / "disk" / "run"

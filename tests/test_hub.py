@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import children
 import numpy as np
@@ -48,16 +47,27 @@ numpy.save(sys.argv[2], pipeline(2, generator=generator, num_inference_steps=3, 
 """
 
 
+@pytest.fixture(scope="session")
+def port_and_home(tmp_path_factory):
+    """Port of the server and home of the libraries, the same for all tests: then these are imported once for all."""
+    port, home = children.free_port(), tmp_path_factory.mktemp("home")
+    children.keep_server(environment(SimpleNamespace(url=f"http://127.0.0.1:{port}", home=home)))
+    return port, home
+
+
 @pytest.fixture
-def hub():
-    server = FakeHub()
+def hub(port_and_home):
+    port, home = port_and_home
+    shutil.rmtree(home, ignore_errors=True)
+    server = FakeHub(port)
+    server.home = home
     yield server
     server.close()
 
 
-def environment(hub, home):
+def environment(hub):
     plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    ours = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
+    ours = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(hub.home)}
     return {**plain, **ours, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
@@ -69,7 +79,7 @@ def run(hub, folder, *flags, script="train_ddpm.py", processes=1, **changes):
         flags = [*TINY, *unet, f"--output_dir={folder}", "--push_to_hub", *flags]
     else:
         flags = [str(folder), *flags]
-    values = {**environment(hub, folder.parent / "home"), **changes}
+    values = {**environment(hub), **changes}
     values = {name: value for name, value in values.items() if value is not None}
     code, said = children.run(ROOT / script, *flags, processes=processes, folder=folder.parent, environment=values)
     assert TOKEN not in said
@@ -111,8 +121,8 @@ def test_a_run_is_pushed_and_a_stranger_draws_the_same_pixels(hub, tmp_path):
     results = []
     for name in ("me/digits", str(folder)):
         target = tmp_path / f"{len(results)}.npy"
-        strange = environment(hub, tmp_path / "stranger")
-        code, said = children.run(DRAW, name, target, folder=tmp_path, environment=strange)
+        shutil.rmtree(hub.home, ignore_errors=True)
+        code, said = children.run(DRAW, name, target, folder=tmp_path, environment=environment(hub))
         assert code == 0, said
         results.append(np.load(target))
     assert np.array_equal(*results) and results[0].std() > 0
@@ -168,7 +178,7 @@ def test_the_card(hub, finished, tmp_path):
     snippet = card.split("```python\n")[1].split("```")[0]
     place = tmp_path / "stranger"
     place.mkdir()
-    code, said = children.run(snippet, folder=place, environment=environment(hub, place / "home"))
+    code, said = children.run(snippet, folder=place, environment=environment(hub))
     assert code == 0, said
     assert Image.open(place / "sample.png").size == (8, 8)
 
@@ -360,19 +370,17 @@ def test_what_cannot_be_copied_is_said(hub, tmp_path):
     verify_checkpoint(tmp_path / "run" / "checkpoint-6")
 
 
-def test_ctrl_c_while_pushing(hub, finished):
+def test_ctrl_c_while_pushing(hub, finished, tmp_path):
     hub.fail("preupload", "hang")
-    command = [sys.executable, str(ROOT / "push.py"), str(finished), "--hub_timeout=100"]
-    process = subprocess.Popen(
-        command, env=environment(hub, finished.parent / "home"), stdout=subprocess.PIPE, text=True
-    )
+    options = dict(log=tmp_path / "log", environment=environment(hub))
+    process = children.start(ROOT / "push.py", finished, "--hub_timeout=100", **options)
     deadline = time.monotonic() + 60
     while not any("preupload" in request for request in hub.requests):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == PUSH_FAILED and "stopped by a signal" in said and "python push.py" in said
+    os.kill(process.pid, signal.SIGINT)
+    code, said = children.finish(process, 30)
+    assert code == PUSH_FAILED and "stopped by a signal" in said and "python push.py" in said
 
 
 # --------------------------------------------------------------------------------------------------- without a server

@@ -12,7 +12,6 @@ from PIL import Image
 from utils import UserError, exits
 from utils.data.train_data import TrainData
 from utils.resilience import guard
-from utils.resilience.guard import WINDOW
 from utils.resilience.rollbacks import RECORD, global_batches, read
 from utils.signals import StopSignal
 
@@ -88,15 +87,17 @@ def test_rollbacks_come_to_an_end(tmp_path, poisoned):
 def test_a_gradient_that_is_much_larger_than_those_before_is_left_out(tmp_path, monkeypatch, poisoned):
     """The norms that it is compared with are in the checkpoint: a resumed run decides as the other one does."""
     monkeypatch.setattr(guard, "GRAD_NORM_DEVIATIONS", 8)
-    steps, bad = WINDOW + 12, WINDOW + 8
+    window = 30
+    monkeypatch.setattr(guard, "WINDOW", window)
+    steps, bad = window + 12, window + 8
     flags = [*FLAGS, f"--max_train_steps={steps}", "--train_batch_size=2", "--resolution=4"]
     flags += ["--logging_steps=10", "--gradient_accumulation_steps=2"]  # a checkpoint between two points
-    flags += [f"--checkpointing_steps={WINDOW + 4}", "--checkpoints_total_limit=9", "--lr_scheduler=constant"]
+    flags += [f"--checkpointing_steps={window + 4}", "--checkpoints_total_limit=9", "--lr_scheduler=constant"]
     poisoned(bad, factor=5000)
     assert train_again(tmp_path / "run", *flags) == 1
     (entry,) = json.loads((tmp_path / "run" / RECORD).read_text())
     assert entry["global_batch"] == bad and entry["step"] == bad + 1 and "a norm of at most" in entry["expected"]
-    interrupt(tmp_path / "run", f"checkpoint-{WINDOW + 4}")
+    interrupt(tmp_path / "run", f"checkpoint-{window + 4}")
     weights = (tmp_path / "run" / WEIGHTS).rename(tmp_path / "weights.safetensors")
     (tmp_path / "run" / RECORD).rename(tmp_path / RECORD)  # as if killed before it happened
     assert train_again(tmp_path / "run", *flags) == 1

@@ -293,7 +293,7 @@ def test_a_script_can_be_used_from_a_notebook(tmp_path, capsys):
     assert train_ddpm.main(parse(f"--output_dir={tmp_path}/cell", "--max_train_steps=1")) is None
     reset_accelerate()
     notebook_launcher(train_ddpm.main, (parse(f"--output_dir={tmp_path}/launched", "--max_train_steps=1"),), 1)
-    assert capsys.readouterr().out.count("Finished, after 1 optimizer steps") == 2
+    assert capsys.readouterr().out.count("Finished, after 1 optimizer step.") == 2
     assert equal_weights(tmp_path / "cell" / WEIGHTS, tmp_path / "launched" / WEIGHTS)
 
 

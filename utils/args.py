@@ -152,6 +152,8 @@ class Parser(argparse.ArgumentParser):
         values.config = config.config
         if vars(values).get("optimizer", "") is None:  # what ran is recorded and compared, not "the default"
             values.optimizer = "adamw" if vars(values).get("pretrained_model_name_or_path") else "muon"
+        if vars(values).get("learning_rate", "") is None and not vars(values).get("pretrained_model_name_or_path"):
+            values.learning_rate = 1e-3
         for name, value in vars(values).items():  # no shell does it behind an =, nor in a file
             given = value if isinstance(value, list) else [value]
             given = [os.path.expanduser(part) if isinstance(part, str) else part for part in given]
@@ -248,7 +250,7 @@ def add_common_arguments(parser: Parser) -> None:
     group.add_argument("--gradient_accumulation_steps", type=integer(1), default=1, help="micro-steps per optimizer step")
     group.add_argument("--num_train_epochs", type=integer(1), default=40, help="passes over the data")
     group.add_argument("--max_train_steps", type=integer(1), help="optimizer steps; overrides --num_train_epochs")
-    group.add_argument("--learning_rate", type=real(0), default=1e-3, help="peak learning rate")
+    group.add_argument("--learning_rate", type=real(0), help="peak learning rate (default: 1e-3 from random weights; from trained ones by the number of weights that learn, see utils/training/optimizer.py)")
     group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="muon for matrices learns faster from random weights; adamw8bit keeps a quarter of the state, with bitsandbytes on a GPU or torchao (default: muon; adamw where pretrained weights are trained on, but not where they are distilled)")
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="shape of the learning rate over the run; constant has no warm-up")
     group.add_argument("--lr_warmup_steps", type=integer(0), default=50, help="optimizer steps from 0 to the peak learning rate")

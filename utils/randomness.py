@@ -54,13 +54,12 @@ def logit_normal(fractions: np.ndarray, mean: float = 0.0, deviation: float = 1.
     return torch.sigmoid(mean + deviation * torch.special.ndtri(torch.from_numpy(fractions))).numpy()
 
 
-def discretize(fractions: np.ndarray, count: int, device="cpu") -> torch.Tensor:
-    """Which of so many equal parts of [0, 1] each number is in: int64 from 0 to count - 1, of the same shape.
+def discretize(fractions: np.ndarray, count: int) -> np.ndarray:
+    """Return the number of the part that each share is in, of equal parts of [0, 1): int64, 0 to count - 1.
 
     A share that was rounded to 1 is in the last part, one below 0 in the first.
     """
-    parts = torch.from_numpy(np.asarray(fractions) * count).long().clamp(0, count - 1)
-    return parts.to(device, non_blocking=True)
+    return np.clip((fractions * count).astype(np.int64), 0, count - 1)
 
 
 def shuffled_indices(seed: int, sample_ids: np.ndarray, length: int) -> np.ndarray:

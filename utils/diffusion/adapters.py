@@ -16,6 +16,8 @@ from .. import UserError
 
 logger = logging.getLogger(__name__)
 
+PEFT_PREFIX = "base_model.model."  # before the names of a PeftModel's weights
+
 
 def choose_trainable(unet: UNet2DModel, method: str, lora_rank: int, lora_targets: list[str], seed: int) -> None:
     """Set ``requires_grad`` of each weight, and for ``lora`` put adapters into the UNet.
@@ -110,14 +112,18 @@ def merged(unet: UNet2DModel) -> UNet2DModel:
 
 
 def save_adapter(unet: UNet2DModel, folder: Path) -> None:
-    """Write the low-rank matrices alone, as peft does: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+    """Write the low-rank matrices alone, as peft does: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    ``PeftModel.from_pretrained`` adds them to any UNet of the same shape. So does ``set_peft_model_state_dict``.
+    """
     if not _adapters(unet):
         return
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().contiguous().cpu() for name, value in get_peft_model_state_dict(unet).items()}
+    state = get_peft_model_state_dict(unet)
+    state = {PEFT_PREFIX + name: value.detach().contiguous().cpu() for name, value in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     unet.peft_config["default"].save_pretrained(folder)
 

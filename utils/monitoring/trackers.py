@@ -25,7 +25,8 @@ LAYOUT = {
         "fixed noise, by noise level": ["Multiline", ["^loss_by_timestep_validation/"]],
     }
 }
-ALWAYS = ("learning_rate", "train_batch_size", "seed")  # among TensorBoard's hyperparameters, defaults or not
+ALWAYS = ("train_batch_size", "seed")  # among TensorBoard's hyperparameters, defaults or not
+FACTS = ("parameters", "learning_rate")  # there, too
 
 
 def check_trackers(report_to: str) -> list[str]:
@@ -76,7 +77,7 @@ def start_trackers(run, names: list[str], logs: Path) -> None:
 
                 defaults = {**defaults_of(args), **dict.fromkeys(ALWAYS)}
                 shown = {flag: value for flag, value in flags.items() if value != defaults.get(flag)}
-                _, session, _ = hparams(_plain({**shown, "parameters": run.facts.get("parameters")}), {})
+                _, session, _ = hparams(_plain({**shown, **{name: run.facts.get(name) for name in FACTS}}), {})
                 tracker.writer.file_writer.add_summary(session)
                 tracker.writer.add_custom_scalars(LAYOUT)
             else:

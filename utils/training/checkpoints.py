@@ -254,7 +254,7 @@ def averaged_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read the averaged weights of a checkpoint: its pipeline holds them, and its low-rank adapter if there is one."""
     averaged = {}
     for file in [*path.glob("unet/*.safetensors"), *path.glob("adapter/*.safetensors")]:
-        averaged |= load_file(file)
+        averaged |= {name.removeprefix("base_model.model."): value for name, value in load_file(file).items()}
     return averaged
 
 

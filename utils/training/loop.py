@@ -142,8 +142,10 @@ class Run:
             )
         self.noise_scheduler, self.num_train_timesteps = noise_scheduler, noise_scheduler.config.num_train_timesteps
         data = self.train_data
+        group = self.accelerator._optimizers[0].param_groups[0]
+        learning_rate = group.get("initial_lr", group["lr"])  # as given, or as the model has it by default
         self.facts = {
-            **output_dir.describe_noise(noise_scheduler), **facts, **data.settings,
+            **output_dir.describe_noise(noise_scheduler), "learning_rate": learning_rate, **facts, **data.settings,
             "data_license": data.license, "max_train_steps": self.max_train_steps,
             "parameters": facts.get("parameters", sum(weight.numel() for weight in self.unet.parameters())),
         }  # fmt: skip
@@ -152,8 +154,9 @@ class Run:
         if space:
             self.facts["denoises"] = f"{type(space).__name__}, {' x '.join(map(str, space.shape))}"
         self.settings = {
-            **self.flags, **data.settings, **(compare or {}), "constants": self.constants,
-            "autoencoder": space and space.fingerprint, "net_code": type(self.unet).__module__,
+            **self.flags, "learning_rate": learning_rate, **data.settings, **(compare or {}),
+            "constants": self.constants, "autoencoder": space and space.fingerprint,
+            "net_code": type(self.unet).__module__,
             "noise_scheduler": output_dir.config_of(noise_scheduler), "model_config": output_dir.config_of(self.unet),
             "optimizer_settings": output_dir.describe_optimizers(self.accelerator),
         }  # fmt: skip
@@ -478,7 +481,9 @@ class Run:
             if record.get("public_data") in ("mnist", "ylecun/mnist", "digits", "faces"):
                 continued = "--train_data_dir DIR --output_dir outputs/mine"
                 if base := vars(args).get("pretrained_model_name_or_path"):
-                    continued += f" --pretrained_model_name_or_path {base} --learning_rate {args.learning_rate:g}"
+                    continued += f" --pretrained_model_name_or_path {base}"
+                    if args.learning_rate is not None:
+                        continued += f" --learning_rate {args.learning_rate:g}"
             lines = last_lines(self.output_dir, args.num_inference_steps, continued, record.get("model_inputs"))
             print(f"\n{said}, after {counted(self.global_step, 'optimizer step')}.", *lines, sep="\n", flush=True)
         self.tell("released")

@@ -1,12 +1,18 @@
 """The optimizer: AdamW, with moments of 32 or 8 bits, or Muon for matrices and AdamW for all other weights."""
 
 import importlib.util
+import logging
 from collections import defaultdict
 
 import torch
 from accelerate import PartialState
 
 from .. import UserError
+
+logger = logging.getLogger(__name__)
+
+SMALL = 1.2e6  # weights of --unet small, for which RATES were measured: docs/faces.md
+RATES = {"full": 3e-4, "attention": 1e-3, "norm": 3e-3, "lora": 1e-3}  # of trained models, by what learns
 
 
 def make_optimizer(name: str, model: torch.nn.Module, **options) -> torch.optim.Optimizer:
@@ -32,6 +38,22 @@ def make_optimizer(name: str, model: torch.nn.Module, **options) -> torch.optim.
     raise UserError(
         "--optimizer adamw8bit needs bitsandbytes (on a GPU) or torchao: pip install torchao, or choose adamw"
     )
+
+
+def choose_learning_rate(given: float | None, model: torch.nn.Module, method: str = "full") -> float:
+    """Return the peak learning rate: as it is given, or the default for adapting a trained model, which is logged.
+
+    Args:
+        given: ``--learning_rate``.
+        model: with adapters where ``method`` puts them in; the more weights, the lower the rate.
+        method: ``full``, ``attention``, ``norm`` or ``lora``, see ``diffusion.adapters``.
+    """
+    if given is not None:
+        return given
+    size = sum(weight.numel() for name, weight in model.named_parameters() if ".lora_" not in name)
+    rate = float(f"{RATES[method] * min(1, SMALL / size) ** 0.5:.1g}")
+    logger.info(f"--learning_rate {rate:g}: the default for a trained model of {size / 1e6:.1f} M weights, {method}")
+    return rate
 
 
 def is_hidden_matrix(name: str, weight: torch.Tensor) -> bool:

@@ -121,6 +121,8 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
             f"--output_dir {folder} holds a run of another script, {found['script']}. Choose another --output_dir"
         )
     old = {**found["arguments"], "constants": found.get("constants", {})}
+    if settings.get("learning_rate", "") is None:  # that of the model, which is compared with the checkpoint's
+        old, settings = ({key: values[key] for key in values if key != "learning_rate"} for values in (old, settings))
     where = f"--output_dir {folder}"
     models = [folder / "model_index.json", folder / "best", *folder.glob("checkpoint-*"), *folder.glob("abandoned-*")]
     changed = setting_changes(where, old, settings, defaults)
