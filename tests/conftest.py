@@ -42,9 +42,9 @@ _decode, _decoded = Cache._decode, {}
 
 def _decode_once(self, images, show, write):
     """As ``Cache._decode``; the embedded digits, which most tests train on, once for each way to prepare them."""
-    how = (images.images.fingerprint, len(images.images), images.mode, images.size, images.center_crop)
     if images.images.name != "digits" or images.images.columns:
         return _decode(self, images, show, write)
+    how = (images.images.dataset._fingerprint, images.mode, images.size, images.center_crop)
     if how not in _decoded:
         parts = []
         table = _decode(self, images, show, parts.append)

@@ -92,7 +92,7 @@ def test_samples_survive_a_stop_and_a_mistake(tmp_path, finished_run, capsys, mo
     assert pixels[finished_run.name]["images_per_second"] == again[finished_run.name]["images_per_second"] > 0
     whole, _ = run(tmp_path / "other", *flags)
     assert whole[finished_run.name]["fd_digits"] == again[finished_run.name]["fd_digits"]
-    for changed in ("--seed=1", "--num_inference_steps=2", "--sampler=unipc", "--mixed_precision=bf16"):
+    for changed in ("--sampler=unipc", "--mixed_precision=bf16"):
         drawn.clear()
         run(tmp_path / "out", *flags, changed, "--num_samples=10")
         assert drawn == [0], changed

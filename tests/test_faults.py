@@ -82,7 +82,7 @@ def flags_of(name, finished_run):
 @pytest.mark.parametrize(
     "name, kills, steps",
     [
-        ("ddpm", 6, 24),
+        ("ddpm", 4, 16),
         slow("ddpm", 20, 40),
         *(slow(name, 5, 40) for name in ("basic", "unet2d", "faces", "conditional", "flow", "few-steps")),
     ],
@@ -174,6 +174,7 @@ mount -t tmpfs none "$1" && mkdir "$1/run" && mount -o remount,ro none "$1" && s
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TMPFS, reason="needs a kernel that lets this user mount a tmpfs")
 def test_a_folder_that_cannot_be_written_to_is_said_before_training(tmp_path):
     """Protection: ``os.access`` in ``output_dir._inspect_output_dir``."""

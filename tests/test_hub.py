@@ -347,6 +347,7 @@ def test_a_fault_never_costs_the_model(hub, finished, where, action, times, succ
     assert hub.files("me/digits")[WEIGHTS] == (finished / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_without_a_network_training_goes_on(hub, tmp_path):
     code, said = run(hub, tmp_path / "run", HF_HUB_OFFLINE="1")
     assert code == PUSH_FAILED and "The Hub cannot be reached now" in said and "HF_HUB_OFFLINE is set" in said, said

@@ -228,7 +228,8 @@ def test_distilling_does_the_same_on_two_processes(tmp_path, finished_run):
 
 
 def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
-    code, output = run_anew([sys.executable, SCRIPT], tmp_path / "run", "--dataset_name=./missing")
+    flags = [f"--output_dir={tmp_path / 'run'}", "--dataset_name=./missing"]
+    code, output = children.run(Path(SCRIPT), *flags, folder=tmp_path)
     assert code == 1
     assert output.strip().splitlines()[-1] == "error: --dataset_name ./missing: there is no such file or folder"
     assert "Traceback" not in output

@@ -1,8 +1,8 @@
 """A net of one's own: an nn.Module that is saved and loaded as a model of diffusers, with its code."""
 
-import subprocess
 import sys
 
+import children
 import pytest
 import torch
 from conftest import exit_code, parse
@@ -75,8 +75,8 @@ def test_what_is_saved_loads_with_diffusers_alone_and_draws_the_same(tmp_path, n
         f"torch.save((pipeline.unet(torch.ones(2, 1, 8, 8), 5).sample, dict(pipeline.unet.config)), 'output')\n"
         "assert len(pipeline(batch_size=2, num_inference_steps=2).images) == 2\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    code, said = children.run(code, folder=tmp_path)
+    assert code == 0, said
     output, config = torch.load(tmp_path / "output", weights_only=True)
     assert torch.equal(output, model(torch.ones(2, 1, 8, 8), torch.tensor(5)).sample) and config["width"] == 4
     for folder in ("saved", "mixed"):

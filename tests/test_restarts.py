@@ -106,6 +106,7 @@ def test_a_mistake_burns_no_restarts(tmp_path, launch, flags, message):
     assert code not in (0, None) and said.count("error: ") == 1 and message in said, said
 
 
+@pytest.mark.slow
 def test_a_stop_and_a_finished_run_burn_none_either(tmp_path, launch, straight):
     """Slurm's job, for one, signals the processes, and not the launcher."""
     folder = tmp_path / "run"

@@ -165,8 +165,8 @@ OWN_EVERYTHING = [  # an array, a transformer, SGD, a schedule of torch's, and a
     ),
     (
         "    optimizer = make_optimizer(  # or any of torch.optim\n"
-        "        args.optimizer, unet, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8\n    )\n",
-        "    optimizer = torch.optim.SGD(unet.parameters(), lr=args.learning_rate, momentum=0.9, weight_decay=0.01)\n",
+        "        args.optimizer, unet, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8\n    )\n",
+        "    optimizer = torch.optim.SGD(unet.parameters(), lr=learning_rate, momentum=0.9, weight_decay=0.01)\n",
     ),
     ("lr_scheduler = get_scheduler(\n", "lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(\n"),
     (
