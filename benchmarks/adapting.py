@@ -1,82 +1,187 @@
-"""What adapting gains over training from scratch: held-out loss after the same steps, for each method.
+"""What adapting gains over training from scratch, by what learns, by learning rate, and by the number of pictures.
 
-    python benchmarks/adapting.py --dataset_name DATA --negative
+    python benchmarks/adapting.py faces --keep outputs/adapting
+    python benchmarks/adapting.py PORTRAITS --resolution 64 --base_steps 4000 --keep outputs/adapting-portraits
 
-A base is trained by train_ddpm.py on --base_split. finetune_faces.py adapts it to --train_split (with --negative to its
-negatives, so that there is something to learn) and measures the denoising loss on frozen triples of --test_split,
-treated alike. From scratch is the same on the same UNet with random weights, at train_ddpm.py's learning rate.
+A base is trained by train_ddpm.py on faces as they are. finetune_faces.py adapts it to pencil drawings of 30 faces. The
+held-out images are drawings of other faces, the prior images are those of the base. From scratch is the same net with
+random weights, trained as train_ddpm.py trains. --compare rates and --compare pictures make the other tables.
 """
 
 import argparse
-import subprocess
+import json
+import os
+import statistics
 import sys
-import tempfile
 from pathlib import Path
 
-import datasets
-from diffusers import DDPMPipeline, UNet2DModel
-from PIL import ImageOps
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
-RATES = {"scratch": 1e-3, "full": 3e-4, "attention": 1e-3, "norm": 3e-3, "lora": 1e-3}
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+METHODS = ("scratch", "full", "attention", "norm", "lora")
+RATES = {"full": (1e-4, 3e-4, 1e-3, 3e-3), "attention": (3e-4, 1e-3, 3e-3, 1e-2)}
+RATES |= {"norm": (1e-3, 3e-3, 1e-2, 3e-2), "lora": (3e-4, 1e-3, 3e-3, 1e-2)}
+PICTURES = (10, 30, 100)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset_name", required=True, help="images of one column, local or on the Hub")
-    parser.add_argument("--base_split", default="train[:700]")
-    parser.add_argument("--train_split", default="train[700:850]")
-    parser.add_argument("--test_split", default="train[850:]")
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--base_steps", type=int, default=1000)
+    parser.add_argument("data", help="faces, which are embedded, or a data set with one column of images")
+    parser.add_argument("--compare", choices=("methods", "rates", "pictures"), default="methods")
+    parser.add_argument("--resolution", type=int, default=24)
+    parser.add_argument("--base_images", type=int, default=100, help="first images of the data, for the base")
+    parser.add_argument("--base_steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--train_batch_size", type=int, default=16)
-    parser.add_argument("--negative", action="store_true", help="adapt to the negatives of the images")
-    parser.add_argument("--keep", metavar="DIR", help="keep the runs here (default: a temporary folder)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--keep", type=Path, required=True, metavar="DIR", help="folder of the runs; what is there is not trained again"
+    )
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.keep or temporary).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        new = {}
-        for part, split in (("train", options.train_split), ("test", options.test_split)):
-            images = datasets.load_dataset(options.dataset_name, split=split)
-            if options.negative:
-                images = images.map(lambda row: {"image": ImageOps.invert(row["image"].convert("RGB"))})
-            new[part] = images
-        datasets.DatasetDict(new).save_to_disk(folder / "new")
-        common = [f"--resolution={options.resolution}", f"--train_batch_size={options.train_batch_size}"]
-        common += ["--mixed_precision=bf16", "--checkpointing_steps=100000", "--sample_steps=100000"]
-        base = [f"--dataset_name={options.dataset_name}", f"--dataset_split={options.base_split}"]
-        run("train_ddpm.py", folder / "base", *common, *base, f"--max_train_steps={options.base_steps}")
-        pipeline = DDPMPipeline.from_pretrained(folder / "base")
-        pipeline.unet = UNet2DModel.from_config(pipeline.unet.config)  # random weights
-        pipeline.save_pretrained(folder / "random")
-        print(f"| {options.steps} steps | Held-out loss, before | after | Loss on the base's images, before | after |")
-        print("|---|---|---|---|---|")
-        for name, rate in RATES.items():
-            start = "random" if name == "scratch" else "base"
-            flags = [f"--method={name}"] if name != "scratch" else []
-            if name == "attention" and "Attn" not in str(pipeline.unet.config.down_block_types):
-                continue
-            run(
-                "finetune_faces.py", folder / name, *common, *flags, f"--max_train_steps={options.steps}",
-                f"--dataset_name={folder / 'new'}", "--validation_split=test", f"--learning_rate={rate}",
-                f"--pretrained_model_name_or_path={folder / start}", "--prior_dataset_name",
-                f"{options.dataset_name}:{options.base_split}",
-                "--lr_warmup_steps=20",
-            )  # fmt: skip
-            events = EventAccumulator(str(folder / name / "logs" / name)).Reload()
-            loss = [event.value for event in events.Scalars("loss/validation_held_out")]
-            prior = [event.value for event in events.Scalars("loss/validation_prior")]
-            print(f"| {name} | {loss[0]:.4f} | {loss[-1]:.4f} | {prior[0]:.4f} | {prior[-1]:.4f} |", flush=True)
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    write_drawings(options)
+    train_base(options)
+    names = [f"{value:g}" for value in sorted({rate for rates in RATES.values() for rate in rates})]
+    if options.compare == "rates":
+        print(f"| {options.steps} steps, held-out loss | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+        for method, rates in RATES.items():
+            found = {f"{rate:g}": adapt(options, method, 0, f"--learning_rate={rate}")["held_out"] for rate in rates}
+            print(
+                f"| {method} | {' | '.join(f'{found[name]:.4f}' if name in found else '' for name in names)} |",
+                flush=True,
+            )
+        return
+    print(f"| {options.steps} steps | pictures | held-out loss | prior loss | distance to base | nearest | s/step |")
+    print("|---|---|---|---|---|---|---|")
+    for method in METHODS if options.compare == "methods" else ("full", "lora"):
+        for pictures in (30,) if options.compare == "methods" else PICTURES:
+            rows = [adapt(options, method, seed, pictures=pictures) for seed in range(options.seeds)]
+            shown = [spread([row[key] for row in rows]) for key in ("held_out", "prior", "distance", "nearest")]
+            seconds = statistics.median(row["seconds"] for row in rows)
+            print(f"| {method} | {pictures} | {' | '.join(shown)} | {seconds:.2f} |", flush=True)
 
 
-def run(script, output_dir, *flags):
-    command = [sys.executable, str(ROOT / script), f"--output_dir={output_dir}", *flags]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        sys.exit(result.stdout + result.stderr)
+def spread(values):
+    """Return mean and range over the seeds."""
+    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def write_drawings(options):
+    """Write drawings of the faces: in train-N/ of N, in test/ of others, at twice the training size."""
+    from sketches import sketch
+
+    from utils.data.own_images import embedded_faces
+
+    if (options.keep / "test").is_dir():
+        return
+    if options.data == "faces":
+        faces = [row()[0] for row in embedded_faces()[:]["image"]]
+        parts, others = {30: faces[:30]}, faces[30:]
+    else:
+        import datasets
+
+        faces = [row["image"] for row in datasets.load_dataset("parquet", data_files=options.data, split="train")]
+        rest = faces[options.base_images :]
+        parts, others = {count: rest[:count] for count in PICTURES}, rest[max(PICTURES) :]
+    side = 2 * options.resolution
+    for name, images in {**{f"train-{count}": images for count, images in parts.items()}, "test": others}.items():
+        (options.keep / name).mkdir(parents=True)
+        for number, image in enumerate(images):
+            drawing = sketch(image.convert("L").resize((side, side)))
+            drawing.convert(image.mode).save(options.keep / name / f"{number:03}.png")
+
+
+def train_base(options):
+    """Train the base, a net with attention, so that each method has weights; and write one with random weights."""
+    from diffusers import DDPMPipeline, UNet2DModel
+
+    import train_ddpm
+    from utils.diffusion.unets import UNETS
+
+    blocks = dict(down_block_types=["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"], attention_head_dim=32)
+    config = {**UNETS["small"], **blocks, "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}
+    (options.keep / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config}))
+    run(
+        train_ddpm, options.keep / "base", f"--model_config_name_or_path={options.keep / 'config.json'}",
+        f"--dataset_split=train[:{options.base_images}]", f"--max_train_steps={options.base_steps}",
+        f"--dataset_name={options.data}", f"--resolution={options.resolution}", "--random_flip",
+        f"--train_batch_size={16 if options.resolution > 32 else 64}",
+    )  # fmt: skip
+    pipeline = DDPMPipeline.from_pretrained(options.keep / "base")
+    pipeline.unet = UNet2DModel.from_config(pipeline.unet.config)
+    pipeline.save_pretrained(options.keep / "random")
+
+
+def adapt(options, method, seed, *flags, pictures=30):
+    """Adapt the base, and return what the run measured."""
+    import finetune_faces
+
+    folder = options.keep / "-".join([method, str(pictures), str(options.steps), str(seed), *(f[17:] for f in flags)])
+    scratch = method == "scratch"
+    flags = [*flags, *(["--learning_rate=1e-3", "--optimizer=muon"] if scratch else [f"--method={method}"])]
+    run(
+        finetune_faces, folder, f"--pretrained_model_name_or_path={options.keep / ('random' if scratch else 'base')}",
+        f"--train_data_dir={data_folder(options, pictures)}", "--validation_split=test", f"--seed={seed}",
+        f"--prior_dataset_name={options.data}:train[:{options.base_images}]", f"--max_train_steps={options.steps}",
+        "--random_flip", "--lr_warmup_steps=20", *flags,
+    )  # fmt: skip
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((folder / "logs").glob("*/events*")).parent)).Reload()
+
+    def last(tag):
+        return events.Scalars(tag)[-1].value
+
+    speeds = [event.value for event in events.Scalars("system/images_per_second")]
+    return dict(
+        held_out=last("loss/validation_held_out"), prior=last("loss/validation_prior"),
+        distance=last("optimizer/distance_to_base"), nearest=nearest(options, folder, pictures, seed),
+        seconds=8 / statistics.median(speeds),
+    )  # fmt: skip
+
+
+def data_folder(options, pictures):
+    """Return a folder with these drawings as its splits train and test."""
+    folder = options.keep / f"data-{pictures}"
+    for split, name in (("train", f"train-{pictures}"), ("test", "test")):
+        folder.mkdir(exist_ok=True)
+        if not (folder / split).exists():
+            (folder / split).symlink_to((options.keep / name).resolve())
+    return folder
+
+
+def nearest(options, folder, pictures, seed):
+    """Return how near samples are to training images: their median distance over that of held-out images."""
+    from PIL import Image
+
+    from utils.data.nearest import nearest_distances
+    from utils.diffusion.pipelines import load_pipeline
+    from utils.diffusion.sampling import sample_images
+    from utils.evaluation.features import load_extractor
+    from utils.training.process import start_process
+
+    accelerator, extract = start_process("bf16"), load_extractor("pixels")
+    unet, sampler, space = load_pipeline(str(folder))
+    unet = accelerator.prepare_model(unet, evaluation_mode=True)
+    samples = sample_images(unet, sampler, accelerator, 32, space.shape, 20, 32, seed)
+
+    def vectors(part):
+        mode = "L" if space.shape[0] == 1 else "RGB"
+        images = [
+            Image.open(file).convert(mode).resize(space.shape[:0:-1])
+            for file in sorted((options.keep / part).iterdir())
+        ]
+        both = [np.array(image)[:, step] for image in images for step in (slice(None), slice(None, None, -1))]
+        return extract(np.stack([np.atleast_3d(image).transpose(2, 0, 1) for image in both]))
+
+    trained = vectors(f"train-{pictures}")
+    distances = [np.median(nearest_distances(found, trained)[0]) for found in (extract(samples), vectors("test"))]
+    return float(distances[0] / distances[1])
+
+
+def run(script, folder, *flags):
+    common = ["--mixed_precision=bf16", "--checkpointing_steps=100000", "--sample_steps=100000", "--num_samples=16"]
+    script.main(script.parse_args([f"--output_dir={folder}", *common, *flags]))
 
 
 if __name__ == "__main__":
