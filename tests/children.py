@@ -122,8 +122,8 @@ def _child(what, arguments, log, folder, environment, file_limit, machine):
     if file_limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
-    ours = {ROOT, ROOT / "tests"}
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in ours]
+    places = {path: Path(path).resolve() for path in sys.path}
+    sys.path[:] = [path for path, place in places.items() if place != ROOT and not place.is_relative_to(ROOT / "tests")]
     assert not {"utils", "conftest"} & set(sys.modules)
     if isinstance(what, Path):
         sys.argv = [str(what), *arguments]

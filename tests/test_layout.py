@@ -178,7 +178,8 @@ def test_every_flag_is_tested_or_documented(capsys, script):
     flags = set(re.findall(r"--([a-z][a-z_0-9]+)", capsys.readouterr().out)) - {"help"}
     flags = {flag for flag in flags if not flag.startswith("no-")}
     known = "\n".join(
-        path.read_text() for path in [*(ROOT / "tests").glob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+        path.read_text()
+        for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
     )
     missing = sorted(flag for flag in flags if f"--{flag}" not in known)
     assert len(flags) > 40 and not missing
@@ -246,7 +247,7 @@ def test_the_mistake_of_a_flag_is_found_without_torch(script):
 def test_the_fault_table_names_tests_that_exist():
     text = (ROOT / "docs" / "faults.md").read_text()
     table = text[text.index("| Fault |") :]
-    tests = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     named = 0
     for line in table.splitlines():
         current = "test_faults.py"

@@ -1,4 +1,4 @@
-"""utils/schedulers.py against diffusers, the papers and closed forms."""
+"""utils/diffusion/schedulers.py against diffusers, the papers and closed forms."""
 
 import numpy as np
 import pytest

@@ -2,7 +2,7 @@
 
 A change that is meant writes them anew, and what has changed in golden_losses.json is looked at:
 
-    WRITE_GOLDEN_LOSSES=1 .venv/bin/python -m pytest -n 0 tests/test_golden_losses.py
+    WRITE_GOLDEN_LOSSES=1 .venv/bin/python -m pytest -n 0 tests/scripts/test_golden_losses.py
 """
 
 import json

@@ -1,4 +1,4 @@
-"""utils/evaluation/sample_quality.py: evaluation while training, and the best model."""
+"""utils/evaluation/while_training.py: evaluation while training, and the best model."""
 
 import json
 from types import SimpleNamespace

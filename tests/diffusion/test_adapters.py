@@ -1,4 +1,4 @@
-"""utils/adapt.py: what learns, what stays, and adapters that become weights."""
+"""utils/diffusion/adapters.py: what learns, what stays, and adapters that become weights."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, interrupt, scalars, slow
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "train_ddpm.py")
 STAGES = pytest.mark.parametrize("script", ["train_basic.py", slow("train_unet2d.py")])
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 SECTIONS = {title: text for title, text in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)}
 CHANGED = {  # what a run that resumes must not find changed: the old text, the new one, and what the refusal says

@@ -136,7 +136,7 @@ def test_other_noise_is_never_taken_for_that_of_a_ddpm_scheduler(tmp_path, name)
         with pytest.raises(UserError, match=f"its {name} .* does not have the noise of a DDPMScheduler"):
             train(tmp_path / "run", start, **script)
     _, own, _ = load_pipeline(str(tmp_path / "model"))
-    if name == "DPMSolverMultistepScheduler":  # of straight paths: tests/test_train_flow.py
+    if name == "DPMSolverMultistepScheduler":  # of straight paths: tests/scripts/test_train_flow.py
         return
     with pytest.raises(UserError, match=f"its {name} .* is of no model that was trained on straight paths"):
         train(tmp_path / "run", start, script=train_flow)

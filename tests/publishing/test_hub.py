@@ -1,4 +1,4 @@
-"""utils/hub.py and push.py: the real client, as users start it, against a server that speaks the Hub's protocol."""
+"""utils/publishing/hub.py and push.py: the real client, as users start it, against a server with the Hub's protocol."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from utils.publishing.hub import PUSH_FAILED
 from utils.publishing.model_card import write_card
 from utils.training.checkpoints import verify_checkpoint
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PIPELINE = {
     "README.md",

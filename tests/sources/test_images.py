@@ -1,4 +1,4 @@
-"""utils/images.py: every kind of file comes out right, or is refused by name."""
+"""utils/data/images.py: every kind of file comes out right, or is refused by name."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""utils/guidance.py: steering goes where it says, by the gradient that it says."""
+"""utils/diffusion/guidance.py: steering goes where it says, by the gradient that it says."""
 
 import numpy as np
 import pytest

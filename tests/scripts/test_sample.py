@@ -21,7 +21,7 @@ import train_basic
 from utils import UserError
 from utils.diffusion.unets import UNETS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def draw(model, output_dir, *flags):

@@ -1,4 +1,4 @@
-"""utils/data/folders.py, sources.py and columns.py: whatever the data look like, every image counts, and as itself."""
+"""utils/sources/: folders, sources and columns: whatever the data look like, every image counts, and as itself."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """demo.py in a browser. The picture in the README:
 
-DEMO_MODEL=outputs/digits .venv/bin/python -m pytest -m slow tests/test_demo.py -k browser
+DEMO_MODEL=outputs/digits .venv/bin/python -m pytest -m slow tests/scripts/test_demo.py -k browser
 """
 
 import os

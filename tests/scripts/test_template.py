@@ -15,7 +15,7 @@ import train_ddpm
 from utils import UserError
 from utils.training.checkpoints import STATE, _write_manifest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPTS = (
     "train_basic.py",

@@ -1,4 +1,4 @@
-"""utils/metrics.py: against scipy, closed forms and sets whose answer is known."""
+"""utils/evaluation/metrics.py: against scipy, closed forms and sets whose answer is known."""
 
 import numpy as np
 import pytest

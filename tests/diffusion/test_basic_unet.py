@@ -1,4 +1,4 @@
-"""utils/basic_unet.py: the net that stage 1 trains."""
+"""utils/diffusion/basic_unet.py: the net that stage 1 trains."""
 
 import pytest
 import torch

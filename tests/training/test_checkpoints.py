@@ -1,4 +1,4 @@
-"""utils/checkpoints.py: a checkpoint is complete or does not count, and an older one is never lost for a newer one."""
+"""utils/training/checkpoints.py: a checkpoint is complete or does not count; no older one is lost for a newer one."""
 
 import errno
 import json

@@ -146,7 +146,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
 def test_a_slurm_job_on_two_machines_restarts_saves_and_queues_itself_again(tmp_path, machines):
     """configs/slurm.sbatch with --nodes=2 as it stands, Slurm's own programs aside."""
     programs = {
-        "srun": SRUN.format(python=sys.executable, tests=str(Path(__file__).parent), machines=machines),
+        "srun": SRUN.format(python=sys.executable, tests=str(Path(__file__).parents[1]), machines=machines),
         "scontrol": '#!/bin/bash\nif [ "$1" = show ]; then echo head; echo worker; else echo "$@" > requeued; fi\n',
         "accelerate": f'#!/bin/bash\nexec {sys.executable} -m accelerate.commands.launch "${{@:2}}"\n',
     }

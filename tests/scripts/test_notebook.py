@@ -1,6 +1,6 @@
 """notebooks/ladder.ipynb runs from top to bottom. To run it in full and keep its pictures:
 
-WRITE_NOTEBOOK=1 .venv/bin/python -m pytest -n 0 -m slow tests/test_notebook.py
+WRITE_NOTEBOOK=1 .venv/bin/python -m pytest -n 0 -m slow tests/scripts/test_notebook.py
 """
 
 import os

@@ -1,4 +1,4 @@
-"""utils/ema.py against a closed form, and swapping that cannot lose weights."""
+"""utils/training/ema.py against a closed form, and swapping that cannot lose weights."""
 
 import pytest
 import torch

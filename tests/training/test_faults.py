@@ -38,7 +38,7 @@ from utils.training.checkpoints import MANIFEST, CheckpointError, verify_checkpo
 from utils.training.loop import Run
 from utils.training.losses import RecentLosses
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPTS = {"basic": train_basic, "unet2d": train_unet2d, "ddpm": train_ddpm, "faces": finetune_faces}
 SCRIPTS |= {"conditional": train_conditional, "flow": train_flow, "few-steps": distill_few_steps}

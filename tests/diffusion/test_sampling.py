@@ -1,4 +1,4 @@
-"""utils/sampling.py: image k is image k, and training does not notice."""
+"""utils/diffusion/sampling.py: image k is image k, and training does not notice."""
 
 from types import SimpleNamespace
 
