@@ -14,13 +14,14 @@ mnist: .venv/installed  ## train on MNIST from the Hub, five minutes on 2 CPU co
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
 	  --dataset_name mnist --max_train_steps 1500 --output_dir outputs/mnist
 
-faces: .venv/installed  ## a base from the embedded digits, adapted to the embedded faces, with pictures of both
+faces: .venv/installed  ## a base of the embedded faces, adapted to pencil drawings of 30 of them, with pictures of both
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
-	  --dataset_name digits --resolution 24 --max_train_steps 700 --output_dir outputs/faces-base
+	  --dataset_name faces --resolution 24 --random_flip --max_train_steps 800 --output_dir outputs/faces-base
+	$(BIN)/python benchmarks/sketches.py outputs/sketches
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml finetune_faces.py \
 	  --pretrained_model_name_or_path outputs/faces-base --output_dir outputs/faces \
-	  --dataset_name faces --dataset_split 'train[:90%]' --validation_split 'train[90%:]' --random_flip \
-	  --prior_dataset_name digits --learning_rate 1e-3 --train_batch_size 32 --max_train_steps 1500
+	  --train_data_dir outputs/sketches --validation_split test --random_flip \
+	  --prior_dataset_name faces --train_batch_size 16 --max_train_steps 300
 
 conditional: .venv/installed  ## the embedded digits as asked for: a row each, in minutes
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_conditional.py \

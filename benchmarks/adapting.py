@@ -9,6 +9,7 @@ random weights, trained as train_ddpm.py trains. --compare rates and --compare p
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -100,7 +101,7 @@ def train_base(options):
 
     blocks = dict(down_block_types=["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"], attention_head_dim=32)
     config = {**UNETS["small"], **blocks, "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}
-    (options.keep / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config}))
+    (options.keep / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config}), "utf-8")
     run(
         train_ddpm, options.keep / "base", f"--model_config_name_or_path={options.keep / 'config.json'}",
         f"--dataset_split=train[:{options.base_images}]", f"--max_train_steps={options.base_steps}",
@@ -181,7 +182,8 @@ def nearest(options, folder, pictures, seed):
 
 def run(script, folder, *flags):
     common = ["--mixed_precision=bf16", "--checkpointing_steps=100000", "--sample_steps=100000", "--num_samples=16"]
-    script.main(script.parse_args([f"--output_dir={folder}", *common, *flags]))
+    with contextlib.redirect_stdout(sys.stderr):  # the tables alone are printed
+        script.main(script.parse_args([f"--output_dir={folder}", *common, *flags]))
 
 
 if __name__ == "__main__":

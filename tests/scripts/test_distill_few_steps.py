@@ -282,10 +282,10 @@ def test_a_sweep_compares_it_with_its_teacher(tmp_path, capsys, finished, teache
 
 
 def test_what_cannot_be_distilled_is_refused(tmp_path, capsys, finished, teachers):
-    with pytest.raises(UserError, match="does not have the noise of a DDPMScheduler"):
+    with pytest.raises(UserError, match="expected the noise of a DDPMScheduler"):
         run(tmp_path / "flow", teachers["flow"])
     for script in (distill_few_steps, train_ddpm, finetune_faces):
-        with pytest.raises(UserError, match="draws in a few calls already"):
+        with pytest.raises(UserError, match="draws in a few steps already; adapt its teacher"):
             train(tmp_path / "again", f"--pretrained_model_name_or_path={finished}", script=script)
     with pytest.raises(UserError, match="--solver_steps 7 does not divide the teacher's 1000 noise levels"):
         run(tmp_path / "seven", teachers["sample"], "--solver_steps=7")

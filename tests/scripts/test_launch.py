@@ -130,6 +130,7 @@ TrainData.batches = batches
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_slower_than_the_others_is_seen(tmp_path):
     """Protection: ``Curves._forward_ended``. The time of a whole step is the same for all: they wait."""
     flags = [*TINY, "--unet=tiny", f"--output_dir={tmp_path / 'run'}", "--report_to=tensorboard", "--logging_steps=2"]
@@ -216,6 +217,7 @@ def test_fine_tuning_does_the_same_on_two_processes(tmp_path, finished_run):
         assert list(one) == list(two) and all(abs(one[step] - two[step]) < 1e-3 for step in one)
 
 
+@pytest.mark.slow
 def test_distilling_does_the_same_on_two_processes(tmp_path, finished_run):
     flags = [f"--pretrained_model_name_or_path={finished_run}", "--learning_rate=1e-4", "--max_train_steps=3"]
     flags += ["--num_samples=5", "--random_flip"]
@@ -255,8 +257,8 @@ def test_fsdp_is_refused_where_accelerate_only_ignores_it(tmp_path):
 @pytest.mark.parametrize(
     "command, number, workers",
     [
-        (ONE, signal.SIGTERM, 0),
         (TWO, signal.SIGTERM, 2),
+        slow(ONE, signal.SIGTERM, 0),
         slow(ONE, signal.SIGTERM, 2),
         slow(ONE, signal.SIGINT, 0),
         slow(TWO, signal.SIGTERM, 0),

@@ -227,7 +227,7 @@ def at_moment(monkeypatch, moment, number):
         ("saving", signal.SIGTERM),
         ("sampling", signal.SIGHUP),
         ("validation", signal.SIGINT),
-        ("evaluation", signal.SIGTERM),
+        slow("evaluation", signal.SIGTERM),
         *(slow(moment, number) for moment in ("step", "saving", "evaluation") for number in (signal.SIGINT,)),
         *(slow(moment, number) for moment in ("step", "sampling", "validation") for number in (signal.SIGTERM,)),
     ],

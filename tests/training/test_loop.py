@@ -71,7 +71,11 @@ def curves(folder):
     return found
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script",
+    [train_ddpm, distill_few_steps, *(slow(s) for s in SCRIPTS if s not in (train_ddpm, distill_few_steps))],
+    ids=lambda script: script.__name__,
+)
 def test_what_is_due_at_a_step_is_done_although_the_run_is_killed_before(tmp_path, monkeypatch, finished_run, script):
     """Killed in validation at step 2, in the samples of step 4 and in the evaluation of step 6, the last."""
     monkeypatch.setattr(while_training, "NUM_VALIDATION_IMAGES", 4)

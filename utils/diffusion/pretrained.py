@@ -46,14 +46,16 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
     unet = pipeline.unet
     check_noise(pipeline.scheduler, flag, flow)
     if isinstance(pipeline.scheduler, LCMScheduler):
-        raise UserError(f"{flag}: draws in a few calls already; expected the model that it was distilled from")
+        raise UserError(f"{flag}: draws in a few steps already; adapt its teacher, and distill that again")
     check_embeddings(unet.config, flag)
     local = Path(name_or_path).exists()
     unet.register_to_config(_name_or_path=None if local else name_or_path)  # no path of this machine is saved again
     if not isinstance(unet, UNet2DModel):
         raise UserError(f"{flag}: its unet is a {type(unet).__name__}; expected a UNet2DModel (unconditional)")
     if unet.class_embedding is not None and not conditional:
-        raise UserError(f"{flag}: its unet wants class labels; expected an unconditional one")
+        raise UserError(
+            f"{flag}: its unet takes class labels; expected an unconditional one. train_conditional.py continues it"
+        )
     channels = unet.config.in_channels
     if channels not in (1, 3):
         more = " A model that is given a condition is continued by the script that trained it." * (channels == 2)
@@ -121,7 +123,12 @@ def check_noise(scheduler: SchedulerMixin, said: str, flow: bool = False) -> Non
             f"{said}: its {type(scheduler).__name__} (prediction_type {prediction}) is of no model that was trained on "
             "straight paths; expected the output of train_flow.py"
         )
-    ddpm = "beta_schedule" in config and not config.get("use_flow_sigmas")
+    if config.get("use_flow_sigmas"):
+        raise UserError(
+            f"{said}: the model was trained on straight paths; expected the noise of a DDPMScheduler. train_flow.py "
+            "continues it"
+        )
+    ddpm = "beta_schedule" in config
     if not (ddpm and prediction in ("epsilon", "sample", "v_prediction")):
         raise UserError(
             f"{said}: its {type(scheduler).__name__} (prediction_type {prediction}) does not have the noise of a "
