@@ -42,12 +42,15 @@ def _inside(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray
 
     A ball reaches from a centre to its k-th nearest fellow centre. The N x M distances are worked through in blocks.
     """
+    from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
 
-    radii = NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]  # itself comes first
+    with config_context(working_memory=128):  # MiB; by default a gigabyte
+        radii = NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]  # itself comes first
     balls, counts, size = [], np.zeros(len(centres), int), max(1, BLOCK // len(centres))
+    norms = (centres**2).sum(1)
     for block in np.split(points, range(size, len(points), size)):
-        squares = (block**2).sum(1)[:, None] + (centres**2).sum(1) - 2 * block @ centres.T
+        squares = (block**2).sum(1)[:, None] + norms - 2 * block @ centres.T
         inside = squares <= radii**2
         balls.append(inside.sum(1))
         counts += inside.sum(0)

@@ -4,12 +4,14 @@ Every function takes features (N, D) and (M, D), float. None of them knows what 
 their extractor, such as ``fd_digits``.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
 from .. import UserError
 
+BLOCK = 5000  # points at once
 FEWEST = 6  # images: density and coverage look at the fifth neighbour
 
 
@@ -34,31 +36,46 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 def frechet_distance_to(second: np.ndarray) -> Callable[[np.ndarray], float]:
     """Return ``frechet_distance`` to one set, of which what takes time is computed once."""
-    mean, deviations = _centred(second)
-    root, dimensions = None, second.shape[1]
+
+    @functools.cache
+    def covariance_and_root() -> tuple[np.ndarray, np.ndarray]:
+        covariance = _covariance(second)
+        values, vectors = np.linalg.eigh(covariance)
+        return covariance, (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+    deviations = functools.cache(lambda: _deviations(second))
+    mean, dimensions = second.mean(0, dtype=np.float64), second.shape[1]
 
     def distance(first: np.ndarray) -> float:
-        nonlocal root
-        other_mean, others = _centred(first)
         if min(len(first), len(second)) <= dimensions:
             # With C = A'A, (C1 C2)^(1/2) has the trace of (A1 A2' A2 A1')^(1/2): singular values of a small matrix
-            cross = np.linalg.svd(others @ deviations.T, compute_uv=False).sum()
+            pair = _deviations(first), deviations()
+            cross = np.linalg.svd(pair[0] @ pair[1].T, compute_uv=False).sum()
+            traces = sum((part**2).sum() for part in pair)
         else:  # and that of (C2^(1/2) C1 C2^(1/2))^(1/2), which is symmetric
-            if root is None:
-                values, vectors = np.linalg.eigh(deviations.T @ deviations)
-                root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-            cross = np.sqrt(np.linalg.eigvalsh(root @ (others.T @ others) @ root).clip(0)).sum()
-        difference = mean - other_mean
-        return float(difference @ difference + (others**2).sum() + (deviations**2).sum() - 2 * cross)
+            covariance, root = covariance_and_root()
+            other = _covariance(first)
+            cross = np.sqrt(np.linalg.eigvalsh(root @ other @ root).clip(0)).sum()
+            traces = np.trace(covariance) + np.trace(other)
+        difference = mean - first.mean(0, dtype=np.float64)
+        return float(difference @ difference + traces - 2 * cross)
 
     return distance
 
 
-def _centred(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean, and A with the covariance A'A."""
+def _deviations(points: np.ndarray) -> np.ndarray:
+    """Return A with the covariance A'A."""
     points = points.astype(np.float64)
-    mean = points.mean(0)
-    return mean, (points - mean) / np.sqrt(len(points) - 1)
+    return (points - points.mean(0)) / np.sqrt(len(points) - 1)
+
+
+def _covariance(points: np.ndarray) -> np.ndarray:
+    """Return the covariance (D, D). In float64 all points would be twice as large: they are added in blocks."""
+    mean, total = points.mean(0, dtype=np.float64), 0.0
+    for block in np.array_split(points, -(-len(points) // BLOCK)):
+        deviations = block - mean
+        total = total + deviations.T @ deviations
+    return total / (len(points) - 1)
 
 
 def distance_name(features: str) -> str:
