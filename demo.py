@@ -46,7 +46,7 @@ def main(args):
     from utils.data.pixels import MODES
     from utils.diffusion import pipelines
     from utils.diffusion.class_conditional import class_names
-    from utils.diffusion.classes import GuidedModel, labels_in_turn
+    from utils.diffusion.classes import GuidedModel, cycle_labels
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import Guidance, color_loss
     from utils.diffusion.linear_mix import LinearMixScheduler
@@ -126,7 +126,7 @@ def main(args):
             options = {"noise": noise}
             if names:
                 labels = [names.index(label) for label in classes] or list(range(len(names)))
-                options["model_inputs"] = labels_in_turn(labels, accelerator.device)
+                options["model_inputs"] = cycle_labels(labels, accelerator.device)
                 model = GuidedModel(unet, guidance_scale)
             elif color:
                 options["guidance"] = Guidance(color_loss(color), guidance_scale, space=space)
@@ -154,15 +154,15 @@ def main(args):
     def interpolate(other_seed, seed, count, steps, sampler, *rest):
         """Draw from noise between that of two seeds, with a sampler that adds none."""
         text = f"From seed {int(seed or 0)} to seed {int(other_seed or 0)}"
-        if sampler in (samplers[0], "ddpm", "sde-dpmsolver++") and pipelines.sampler_for_walks(own):
-            asked, sampler = sampler, pipelines.sampler_for_walks(own)
+        if sampler in (samplers[0], "ddpm", "sde-dpmsolver++") and pipelines.interpolation_sampler(own):
+            asked, sampler = sampler, pipelines.interpolation_sampler(own)
             text += f", drawn by {sampler}: {asked} adds noise at each step, so its own image of a seed is another"
         ends = [starting_noise(own, int(end or 0), np.zeros(1, int), space.shape, "cpu") for end in (seed, other_seed)]
-        between = pipelines.noise_between(own, *ends, torch.linspace(0, 1, int(count)))
+        between = pipelines.interpolate_noise(own, *ends, torch.linspace(0, 1, int(count)))
         yield from draw(seed, count, steps, sampler, *rest, noise=lambda ids: between, text=text)
 
     # The page; on a phone the second column lies below the first
-    usual, title = min(25, pipelines.usual_calls(own)), Path(args.model).name
+    usual, title = min(25, pipelines.default_steps(own)), Path(args.model).name
     seed_input = partial(gr.Number, precision=0, minimum=0, maximum=2**53 - 1)  # which a browser can tell apart
     image = partial(gr.Image, type="pil", format="png", interactive=False, show_label=False)
     with gr.Blocks(title=title) as page:

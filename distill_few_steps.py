@@ -30,7 +30,7 @@ def parse_args(argv=None):
     group = parser.group("distillation (noise schedule and target are the teacher's)")
     group.add_argument("--solver_steps", type=integer(2, 1000), default=8, help="UNet calls of the teacher on each trajectory, by DPM-Solver++; a divisor of its noise levels")
     group.add_argument("--teacher_guidance_scale", type=real(0), default=1.0, help="guidance of a teacher with classes, learnt by the student: 1 is the teacher as it is, more is purer and less varied")
-    group.add_argument("--label_dropout", type=real(0, 1), default=0.1, help="with classes: share of trajectories without one, so that the student can be guided, too")
+    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="with classes: share of trajectories without one, so that the student can be guided, too")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/few-steps", num_inference_steps=2, num_samples=16, optimizer="muon", learning_rate=5e-4)
     args = parser.parse(argv)
@@ -66,7 +66,7 @@ def main(args):
     from utils import UserError
     from utils.data.train_data import load_train_data
     from utils.diffusion.class_conditional import ClassConditionalPipeline
-    from utils.diffusion.classes import GuidedModel, give_classes, labels_in_turn
+    from utils.diffusion.classes import GuidedModel, add_class_embedding, cycle_labels
     from utils.diffusion.few_steps import make_few_step_sampler
     from utils.diffusion.pretrained import check_fit, load_pretrained
     from utils.diffusion.sampling import sample_images
@@ -95,7 +95,7 @@ def main(args):
     unet.register_to_config(sample_size=train_data.sample_size)
     if conditional:
         classes = train_data.label_names
-        give_classes(unet, classes)
+        add_class_embedding(unet, classes)
     teacher = copy.deepcopy(unet).requires_grad_(False).eval().to(accelerator.device)  # it is in no checkpoint
     prepare_unet(teacher, accelerator.device, False, args.compile)
     prepare_unet(unet, accelerator.device, args.gradient_checkpointing, args.compile)
@@ -119,7 +119,7 @@ def main(args):
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
 
     # Samples
-    options = dict(model_inputs=labels_in_turn(range(len(classes)), accelerator.device)) if conditional else {}
+    options = dict(model_inputs=cycle_labels(range(len(classes)), accelerator.device)) if conditional else {}
 
     def model_inputs(batch):
         if not conditional:
@@ -163,7 +163,7 @@ def main(args):
         images = noise_scheduler.add_noise(clean_images[first], noise, last.expand(len(noise)))  # next to pure noise
         inputs, labels = model_inputs(batch), batch.pop("labels", None)
         if conditional:
-            told = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.label_dropout)
+            told = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.class_dropout_prob)
             inputs["class_labels"] = inputs["class_labels"].where(told.to(accelerator.device), len(classes))
         inputs = {name: value[first] for name, value in inputs.items()}  # of each trajectory
 

@@ -82,7 +82,7 @@ def main(args):
     from utils.args import size_of
     from utils.data.own_images import translate_labels
     from utils.data.pixels import MODES
-    from utils.diffusion.classes import GuidedModel, labels_in_turn
+    from utils.diffusion.classes import GuidedModel, cycle_labels
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, saved_scheduler, training_scheduler
     from utils.diffusion.spaces import encode_in_batches
@@ -225,7 +225,7 @@ def main(args):
                 loss = DenoisingLoss(images, training_scheduler(own), args.seed, inputs)
                 losses.append(dict(model=plan.name, images=split, **loss.measure(unet, accelerator)))
         asked = asked_classes(plan.classes, reference, extract, plan.how, count)
-        options = dict(model_inputs=labels_in_turn(asked.labels, accelerator.device)) if asked else {}
+        options = dict(model_inputs=cycle_labels(asked.labels, accelerator.device)) if asked else {}
         tried = []  # samplers' names, and their rows
         for name, steps in plan.settings:
             for scale in args.guidance_scale if asked else [None]:
@@ -254,7 +254,7 @@ def main(args):
             sampler = saved_scheduler(name, own)
             write_scheduler(Path(model), sampler, steps)
             if publishing := optional.find("publishing"):
-                publishing.renew_card(Path(model))
+                publishing.update_card(Path(model))
             say(f"{model} carries {type(sampler).__name__} now, at its best with {steps} steps")
         accelerator.free_memory()
 
@@ -331,13 +331,13 @@ def is_folder_of_images(name):
 def settings(args, model, own, say):
     """Sampler (None for the pipeline's own) and number of steps of each evaluation of a model that carries ``own``."""
     from utils import UserError
-    from utils.diffusion.few_steps import suits
-    from utils.diffusion.pipelines import usual_calls
+    from utils.diffusion.few_steps import is_compatible
+    from utils.diffusion.pipelines import default_steps
 
     if not args.sweep:
-        return [(args.sampler, args.num_inference_steps or usual_calls(own))]
+        return [(args.sampler, args.num_inference_steps or default_steps(own))]
     entries = [entry.partition(":") for entry in args.sweep]
-    suited = [entry for entry in entries if suits(entry[0], own)]
+    suited = [entry for entry in entries if is_compatible(entry[0], own)]
     others = sorted({name for name, *_ in entries} - {name for name, *_ in suited})
     if not suited:
         raise UserError(f"--sweep: {', '.join(others)} cannot draw with {model}, which carries {type(own).__name__}")

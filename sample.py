@@ -56,12 +56,18 @@ def main(args):
 
     from utils import UserError
     from utils.diffusion.class_conditional import class_names
-    from utils.diffusion.classes import GuidedModel, between_classes, choose_classes, labels_in_turn, rows_by_class
+    from utils.diffusion.classes import GuidedModel, between_classes, choose_classes, cycle_labels, group_by_class
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import make_guidance
-    from utils.diffusion.pipelines import choose_sampler, load_pipeline, noise_between, sampler_for_walks, usual_calls
+    from utils.diffusion.pipelines import (
+        choose_sampler,
+        default_steps,
+        interpolate_noise,
+        interpolation_sampler,
+        load_pipeline,
+    )
     from utils.diffusion.sampling import sample_batch, starting_noise
-    from utils.evaluation.image_folder import ImageFolder, load_image, save_gif, save_walk
+    from utils.evaluation.image_folder import ImageFolder, load_image, save_gif, save_trajectories
     from utils.pictures import make_grid, to_uint8
     from utils.signals import Interrupted, StopSignal
     from utils.training.process import start_process
@@ -71,8 +77,8 @@ def main(args):
     unet, own, space = load_pipeline(args.model, args.trust_remote_code)
     space.to(accelerator.device)
     steered = args.guidance_color or args.guidance_prompt or args.init_image or (args.gif and not args.interpolate)
-    calls = args.num_inference_steps or usual_calls(own)
-    name = args.sampler or (sampler_for_walks(own) if args.interpolate else None)
+    calls = args.num_inference_steps or default_steps(own)
+    name = args.sampler or (interpolation_sampler(own) if args.interpolate else None)
     sampler = choose_sampler(own, name, calls, bool(steered))
     if name != args.sampler:
         accelerator.print(f"--interpolate: with {name}, for the pipeline's own sampler adds noise at every step")
@@ -85,7 +91,7 @@ def main(args):
     # What images start from, and what they are steered to
     def between(sample_ids):
         ends = [starting_noise(own, args.seed, np.array([k]), space.shape, "cpu") for k in args.interpolate]
-        return noise_between(own, *ends, torch.from_numpy(sample_ids / max(1, args.num_samples - 1)).float())
+        return interpolate_noise(own, *ends, torch.from_numpy(sample_ids / max(1, args.num_samples - 1)).float())
 
     guidance = make_guidance(args, accelerator.device, space=space)
     options = dict(guidance=guidance, strength=args.strength)
@@ -97,7 +103,7 @@ def main(args):
         if args.interpolate:
             options["model_inputs"] = between_classes(unet, classes, args.num_samples)
         else:
-            options["model_inputs"] = labels_in_turn(classes, accelerator.device)
+            options["model_inputs"] = cycle_labels(classes, accelerator.device)
         unet = GuidedModel(unet, 1.0 if guidance else args.guidance_scale)
     elif args.guidance_scale != 1 and not guidance:
         raise UserError(
@@ -154,7 +160,7 @@ def main(args):
         if args.interpolate and len(images) <= 16:
             captions = [""]  # one row
         elif classes and not args.interpolate and len(classes) <= len(images):
-            images, captions = rows_by_class(images, [names[k] for k in classes])
+            images, captions = group_by_class(images, [names[k] for k in classes])
         make_grid(images, captions=captions).save(images_folder.folder / "grid.png")
         if args.format != "png":
             images_folder.export(args.format)
@@ -166,7 +172,7 @@ def main(args):
             sample_ids = np.arange(min(16, args.num_samples))
             draw(sample_ids=sample_ids, watch=lambda *pair: frames.append([decoded(samples) for samples in pair]))
             save_gif(frames, images_folder.folder / "walk.gif")
-            save_walk(frames, images_folder.folder / "walk.png")
+            save_trajectories(frames, images_folder.folder / "walk.png")
     accelerator.wait_for_everyone()
     images_folder.print_finished()
 

@@ -8,7 +8,7 @@ draws the digits that it is asked for after a few minutes on 2 CPU cores. The ou
 
 and, for guidance and classes by name, with the pipeline.py in it: see utils/diffusion/class_conditional.py.
 
-train_ddpm.py with classes: the UNet is told each image's class and, now and then, nothing (--label_dropout). So it learns
+train_ddpm.py with classes: the UNet is told each image's class and, now and then, nothing (--class_dropout_prob). So it learns
 what a seven looks like and what any digit does. Away from the latter sevens become surer: --model_guidance learns that.
 """
 
@@ -22,7 +22,10 @@ NOISE = dict(
 )  # fmt: skip
 DROPOUT = 0.0  # in the residual blocks of --unet
 TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); or "uniform": independent
-LOGIT_MEAN, LOGIT_STD = 0.4, 1.0  # of --time_density logit_normal: more noise if above 0; fewer at the ends if smaller
+LOGIT_MEAN, LOGIT_STD = (
+    0.4,
+    1.0,
+)  # of --weighting_scheme logit_normal: more noise if above 0; fewer at the ends if smaller
 SNR_GAMMA = None  # min-SNR loss weighting (arXiv:2303.09556); the paper uses 5
 
 
@@ -33,9 +36,9 @@ def parse_args(argv=None):
     group = parser.group("diffusion (defaults: NOISE in this script, or the pretrained pipeline's)")
     group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="growth of the noise with t")
     group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="target: the noise, the clean image, or v (arXiv:2202.00512)")
-    group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
+    group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="scheduler that draws samples")
-    group.add_argument("--label_dropout", type=real(0, 1), default=0.1, help="share of samples that are trained without their class")
+    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="share of samples that are trained without their class")
     group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), about that of a scale of 1 / (1 - W); 0: none, a third quicker")
     group.add_argument("--guidance_scale", type=real(0), default=1.0, help="further guidance of the samples that are drawn, at two calls a step: 1 is the model as it is, more is purer and less varied")
     add_common_arguments(parser)
@@ -53,7 +56,7 @@ def main(args):
 
     from utils.data.train_data import load_train_data
     from utils.diffusion.class_conditional import ClassConditionalPipeline
-    from utils.diffusion.classes import GuidedModel, give_classes, labels_in_turn, rows_by_class
+    from utils.diffusion.classes import GuidedModel, add_class_embedding, cycle_labels, group_by_class
     from utils.diffusion.pretrained import check_fit, load_pretrained
     from utils.diffusion.sampling import sample_images
     from utils.diffusion.schedulers import make_noise_scheduler, make_sampler, min_snr_weights, pipeline_scheduler
@@ -78,7 +81,7 @@ def main(args):
 
     # Model
     if pretrained:
-        unet = give_classes(pretrained.unet, class_names)
+        unet = add_class_embedding(pretrained.unet, class_names)
         unet.register_to_config(sample_size=train_data.sample_size)
     else:
         shape = dict(**train_data.model_shape, num_class_embeds=len(class_names) + 1)
@@ -113,7 +116,7 @@ def main(args):
         return {"class_labels": labels.where(labels >= 0, null_class)}
 
     guided = GuidedModel(unet, args.guidance_scale)
-    all_classes = labels_in_turn(range(len(class_names)), accelerator.device)
+    all_classes = cycle_labels(range(len(class_names)), accelerator.device)
 
     def draw(count, num_inference_steps=args.num_inference_steps):
         return sample_images(
@@ -122,7 +125,7 @@ def main(args):
         )  # fmt: skip
 
     def sample():
-        images, captions = rows_by_class(draw(args.num_samples), class_names)
+        images, captions = group_by_class(draw(args.num_samples), class_names)
         return {"samples": make_grid(images, captions=captions)}
 
     def save_pipeline(folder):
@@ -142,14 +145,14 @@ def main(args):
         fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
         if TIMESTEP_SAMPLING == "stratified":
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
-        if args.time_density == "logit_normal":
+        if args.weighting_scheme == "logit_normal":
             fractions = logit_normal(fractions, LOGIT_MEAN, LOGIT_STD)
         timesteps = torch.from_numpy(discretize(fractions, num_train_timesteps))
         timesteps = timesteps.to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
         # The class that the model is told, or the null class
-        told = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.label_dropout)
+        told = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.class_dropout_prob)
         class_labels = model_inputs(batch)["class_labels"].where(told.to(accelerator.device), null_class)
 
         with accelerator.accumulate(model):

@@ -20,7 +20,10 @@ NOISE = dict(
 )  # fmt: skip
 DROPOUT = 0.0  # in the residual blocks of --unet
 TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); or "uniform": independent
-LOGIT_MEAN, LOGIT_STD = 0.4, 1.0  # of --time_density logit_normal: more noise if above 0; fewer at the ends if smaller
+LOGIT_MEAN, LOGIT_STD = (
+    0.4,
+    1.0,
+)  # of --weighting_scheme logit_normal: more noise if above 0; fewer at the ends if smaller
 SNR_GAMMA = None  # min-SNR loss weighting (arXiv:2303.09556); the paper uses 5
 
 
@@ -31,7 +34,7 @@ def parse_args(argv=None):
     group = parser.group("diffusion (defaults: NOISE in this script, or the pretrained pipeline's)")
     group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="growth of the noise with t")
     group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="target: the noise, the clean image, or v (arXiv:2202.00512)")
-    group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
+    group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
     group.add_argument("--sampler", choices=SAMPLERS, default="sde-dpmsolver++", help="scheduler that draws samples")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/ddpm", num_inference_steps=25)
@@ -124,7 +127,7 @@ def main(args):
         fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
         if TIMESTEP_SAMPLING == "stratified":
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
-        if args.time_density == "logit_normal":
+        if args.weighting_scheme == "logit_normal":
             fractions = logit_normal(fractions, LOGIT_MEAN, LOGIT_STD)
         timesteps = torch.from_numpy(discretize(fractions, num_train_timesteps))
         timesteps = timesteps.to(accelerator.device, non_blocking=True)

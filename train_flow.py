@@ -16,7 +16,10 @@ from utils.exits import run_script, training_script
 
 DROPOUT = 0.0  # in the residual blocks of --unet
 TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); or "uniform": independent
-LOGIT_MEAN, LOGIT_STD = 0.4, 1.0  # of --time_density logit_normal: more noise if above 0; fewer at the ends if smaller
+LOGIT_MEAN, LOGIT_STD = (
+    0.4,
+    1.0,
+)  # of --weighting_scheme logit_normal: more noise if above 0; fewer at the ends if smaller
 
 
 # fmt: off
@@ -25,7 +28,7 @@ def parse_args(argv=None):
     add_unet_arguments(parser)
     group = parser.group("flow (defaults: those shown, or the pretrained pipeline's)")
     group.add_argument("--prediction_type", choices=("velocity", "sample"), help="target: noise - image, or the clean image with the loss on the velocity (arXiv:2511.13720; default: velocity)")
-    group.add_argument("--time_density", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
+    group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
     group.add_argument("--flow_shift", type=real(0.01, 100), help="more noise for larger images, in training and in sampling (arXiv:2403.03206; default: 1 up to 64 pixels, then in proportion to the side)")
     group.add_argument("--sampler", choices=SOLVERS, default="dpmsolver++", help="scheduler that draws samples")
     add_common_arguments(parser)
@@ -117,7 +120,7 @@ def main(args):
         fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
         if TIMESTEP_SAMPLING == "stratified":
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
-        if args.time_density == "logit_normal":
+        if args.weighting_scheme == "logit_normal":
             fractions = logit_normal(fractions, LOGIT_MEAN, LOGIT_STD)
         fractions = shifted(fractions, noise_scheduler.config.flow_shift)
         timesteps = torch.from_numpy(fractions * num_train_timesteps).float().to(accelerator.device, non_blocking=True)

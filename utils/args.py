@@ -17,6 +17,7 @@ from . import optional
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc")
 SOLVERS = ("dpmsolver++", "euler")  # for models of train_flow.py
+RENAMED = {"label_dropout": "class_dropout_prob", "time_density": "weighting_scheme"}  # old names of flags
 ALL_SAMPLERS = (*SAMPLERS, "euler", "lcm")  # the last for models of distill_few_steps.py
 
 
@@ -127,6 +128,8 @@ class Parser(argparse.ArgumentParser):
         hint = "--help lists the flags"
         if message.startswith("unrecognized arguments: --"):
             given = message.split(": ")[1].split()[0].split("=")[0]
+            if new := RENAMED.get(given.removeprefix("--").removeprefix("no-")):
+                given = f"{given}, which is called --{new} now"
             close = difflib.get_close_matches(given, self._option_string_actions, n=1, cutoff=0.8)
             hint = f"there is no flag {given}; {f'did you mean {close[0]}?' if close else hint}"
         self._print_message(f"error: {message} ({hint})\n", sys.stderr)
@@ -185,7 +188,9 @@ class Parser(argparse.ArgumentParser):
         argv = []
         for name, node in entries.items():
             if name not in actions or name in ("help", "config") or not actions[name].option_strings:
-                close = difflib.get_close_matches(name, actions, n=1, cutoff=0.8)
+                close = (
+                    [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, actions, n=1, cutoff=0.8)
+                )
                 hint = f"did you mean {close[0]}?" if close else "--help lists them"
                 self.error(f"--config {path}: there is no flag --{name}; {hint}")
             argv += self._typed(path, name, node, actions[name])

@@ -16,18 +16,18 @@ from typing import NoReturn
 
 from . import UserError, counted, optional, printable
 
-UPLOAD = "upload"  # name of a thread that the end of the process does not wait for
+UPLOAD_THREAD = "upload"  # name of a thread that the end of the process does not wait for
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _runs = []  # training runs that have begun in this process and are not closed
 _restarts = 0  # how often this process has begun its run again
 
 
-class Again(Exception):
+class RestartFromCheckpoint(Exception):
     """The run goes back to a checkpoint: ``main`` has to be called again."""
 
 
 def restarted() -> bool:
-    """Whether this run goes on by itself: after ``Again``, or started again by a launcher."""
+    """Whether this run goes on by itself: after ``RestartFromCheckpoint``, or started again by a launcher."""
     return _restarts > 0 or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
@@ -53,7 +53,7 @@ def training_script(main: Callable) -> Callable:
         while True:
             try:
                 return main(args)
-            except Again:
+            except RestartFromCheckpoint:
                 close_runs(again=True)
                 _restarts += 1
             except Exception as error:
@@ -95,7 +95,9 @@ def run_script(main: Callable, parse_args: Callable) -> NoReturn:
     for ended in optional.collect("ended"):
         ended(code, final)
     # At once, where something may keep the process from ending: other processes, or an upload that was interrupted
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or any(thread.name == UPLOAD for thread in threading.enumerate()):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or any(
+        thread.name == UPLOAD_THREAD for thread in threading.enumerate()
+    ):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

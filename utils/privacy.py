@@ -9,7 +9,7 @@ DATA = {"dataset_name", "prior_dataset_name", "data"}  # flags and results that 
 OWN_IMAGES = "own images"
 
 
-def without_path(value):
+def basename_if_path(value):
     """Return a flag's value, or ``--flag=value``; a path of this machine is cut down to its last part."""
     flag, equals, text = value.partition("=") if str(value).startswith("--") else ("", "", value)
     if not isinstance(text, str) or not text or is_hub_id(text):
@@ -20,7 +20,7 @@ def without_path(value):
 
 def public(values: dict) -> dict:
     """Return the flags and results that may be published: paths cut to their last part, own images not named."""
-    shown = {name: without_path(value) for name, value in values.items() if name not in PRIVATE}
+    shown = {name: basename_if_path(value) for name, value in values.items() if name not in PRIVATE}
     shown |= {name: public_data(values[name]) for name in DATA & {*shown}}
     return shown | {"train_data_dir": OWN_IMAGES} if shown.get("train_data_dir") else shown
 

@@ -23,7 +23,7 @@ import train_basic
 import train_conditional
 import train_ddpm
 import train_flow
-from utils.privacy import without_path
+from utils.privacy import basename_if_path
 from utils.publishing.hub import PUSH_FAILED
 from utils.publishing.model_card import write_card
 from utils.training.checkpoints import verify_checkpoint
@@ -126,7 +126,7 @@ def test_a_run_is_pushed_and_a_stranger_draws_the_same_pixels(hub, tmp_path):
         assert code == 0, said
         results.append(np.load(target))
     assert np.array_equal(*results) and results[0].std() > 0
-    # Again: nothing is sent
+    # A second push sends nothing
     commits = hub.repos["me/digits"]["commits"]
     hub.requests.clear()
     code, said = run(hub, folder, *flags)
@@ -399,10 +399,10 @@ def test_flags_of_the_hub_need_a_push(capsys, script):
 
 
 def test_paths_are_cut_down_to_their_names(tmp_path):
-    assert without_path(f"--train_data_dir={tmp_path}/faces") == "--train_data_dir=faces"
-    assert without_path(str(tmp_path)) == tmp_path.name and without_path("~/x/y") == "y"
+    assert basename_if_path(f"--train_data_dir={tmp_path}/faces") == "--train_data_dir=faces"
+    assert basename_if_path(str(tmp_path)) == tmp_path.name and basename_if_path("~/x/y") == "y"
     for kept in ("google/ddpm-celebahq-256", "train[:90%]", "--learning_rate=1e-3", 0.5, None, ["a"], "--use_ema"):
-        assert without_path(kept) == kept
+        assert basename_if_path(kept) == kept
 
 
 @pytest.mark.parametrize("kind", ["nowhere", "a checkpoint", "a wrong evaluation"])

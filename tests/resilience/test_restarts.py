@@ -14,7 +14,7 @@ from children import finish
 from conftest import equal_weights, slow, tiny
 
 import train_ddpm
-from utils.resilience import LOST
+from utils.resilience import EXIT_PEER_LOST
 from utils.training.checkpoints import verify_checkpoint
 
 SCRIPT = Path(train_ddpm.__file__)
@@ -72,7 +72,7 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("kills, steps", [(3, 16), (20, 90)])
 def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch, straight, kills, steps):
     """Protection: ``process._rendezvous``, without which a restarted process looks for one that is gone; the lock on
-    the folder, which ends with its process; ``resilience.LOST`` of the others."""
+    the folder, which ends with its process; ``resilience.EXIT_PEER_LOST`` of the others."""
     rng, folder, log = random.Random(0), tmp_path / "run", tmp_path / "log"
     agent = launch(*flags_of(folder, steps), restarts=kills)
     for kill in range(kills):
@@ -164,7 +164,7 @@ def test_a_hang_names_the_place(tmp_path, place, patch):
     """Protection: ``signals.progress``. One process, which nobody restarts."""
     flags = [*flags_of(tmp_path / "run", 5), "--hang_timeout=2", "--sample_steps=2"]
     code, said = children.run(children.patched(patch), *flags, folder=tmp_path)
-    assert code == LOST and f"optimizer steps and is in: {place}. Its threads:" in said, said
+    assert code == EXIT_PEER_LOST and f"optimizer steps and is in: {place}. Its threads:" in said, said
     assert said.rstrip().endswith("The same command resumes from the newest checkpoint.")
 
 

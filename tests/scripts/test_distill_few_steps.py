@@ -160,7 +160,7 @@ def test_each_flag_and_constant_of_the_objective_changes_the_result(tmp_path, mo
 
 
 def test_classes_go_with_their_ways_and_the_guidance_of_the_teacher_is_learnt(tmp_path, monkeypatch, teachers):
-    flags = ["--solver_steps=2", "--label_dropout=0.3"]
+    flags = ["--solver_steps=2", "--class_dropout_prob=0.3"]
     walked, (points, timesteps, labels) = calls_of(monkeypatch, tmp_path / "plain", teachers["classes"], *flags)
     assert torch.equal(labels, walked[-1][2].repeat_interleave(4)) and len(set(labels.tolist())) > 2 and 10 in labels
     guided, (others, _, same) = calls_of(

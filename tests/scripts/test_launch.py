@@ -107,7 +107,7 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     assert close(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("script, flag", [slow("conditional", "--label_dropout=0.4"), ("flow", "--flow_shift=2")])
+@pytest.mark.parametrize("script, flag", [slow("conditional", "--class_dropout_prob=0.4"), ("flow", "--flow_shift=2")])
 def test_two_processes_of_a_sibling_learn_what_one_learns(tmp_path, script, flag):
     """Labels, what is left unsaid, and the nearest of several noises follow the sample's id."""
     flags = ["--unet=tiny", "--learning_rate=1e-4", flag, "--max_train_steps=3", "--num_samples=10"]
@@ -132,7 +132,7 @@ TrainData.batches = batches
 
 @pytest.mark.slow
 def test_a_process_that_is_slower_than_the_others_is_seen(tmp_path):
-    """Protection: ``Curves._forward_ended``. The time of a whole step is the same for all: they wait."""
+    """Protection: ``MetricLogger._forward_ended``. The time of a whole step is the same for all: they wait."""
     flags = [*TINY, "--unet=tiny", f"--output_dir={tmp_path / 'run'}", "--report_to=tensorboard", "--logging_steps=2"]
     code, output = children.run(children.patched(SLOW_RANK), *flags, processes=2, folder=tmp_path)
     assert code == 0, output

@@ -221,7 +221,7 @@ def forget(folder, *flags, **added):
 
 def test_a_new_flag_at_its_default_goes_on_with_an_old_run(tmp_path, capsys):
     train(tmp_path / "run")
-    forget(tmp_path / "run", "time_density", "lr_scheduler", bygone=7, time_density="logit_normal")
+    forget(tmp_path / "run", "weighting_scheme", "lr_scheduler", bygone=7, weighting_scheme="logit_normal")
     assert train(tmp_path / "run") == 0
     said = capsys.readouterr().err
     assert "holds a run without lr_scheduler: what runs did before there were these counts" in said

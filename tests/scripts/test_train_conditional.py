@@ -18,7 +18,7 @@ import train_conditional
 from utils import UserError
 from utils.data.train_data import load_train_data
 from utils.diffusion.class_conditional import class_numbers, guided_output
-from utils.diffusion.classes import GuidedModel, give_classes, labels_in_turn, rows_by_class
+from utils.diffusion.classes import GuidedModel, add_class_embedding, cycle_labels, group_by_class
 from utils.diffusion.sampling import sample_images
 from utils.diffusion.schedulers import make_sampler
 
@@ -103,7 +103,7 @@ def test_labels_are_dropped_by_sample_id_and_nothing_else_changes(tmp_path, monk
     monkeypatch.setattr(UNet2DModel, "forward", forward)
     for share in (0.0, 0.3, 1.0):
         flags = ["--train_batch_size=200", "--max_train_steps=3", "--model_guidance=0"]
-        run(tmp_path / str(share), f"--label_dropout={share}", *flags)
+        run(tmp_path / str(share), f"--class_dropout_prob={share}", *flags)
     for one, other in zip(told[0.0], told[0.3], strict=True):
         assert torch.equal(one[0], other[0])
         kept = other[1] < 10
@@ -133,7 +133,7 @@ def test_model_guidance_moves_the_target_of_what_is_said_away_from_what_is_said_
     )  # it would say the same of all classes
     for weight in (0.0, 0.4):
         seen["labels"] = []
-        flags = ["--max_train_steps=1", "--train_batch_size=64", "--label_dropout=0.5"]
+        flags = ["--max_train_steps=1", "--train_batch_size=64", "--class_dropout_prob=0.5"]
         run(tmp_path / str(weight), *flags, f"--model_guidance={weight}")
     (labels, gradient), (unsaid, none) = seen["labels"]
     assert gradient and not none and (unsaid == 10).all()
@@ -174,7 +174,7 @@ def test_image_k_does_not_depend_on_the_batch(unet, accelerator):
 
     model = GuidedModel(unet, 2.0)
     sampler = make_sampler("dpmsolver++", DDPMScheduler(prediction_type="v_prediction"))
-    inputs = labels_in_turn([7, 3, 1], "cpu")
+    inputs = cycle_labels([7, 3, 1], "cpu")
     drawn = [
         sample_images(model, sampler, accelerator, 7, (1, 8, 8), 3, size, 0, model_inputs=inputs) for size in (2, 7)
     ]
@@ -184,9 +184,9 @@ def test_image_k_does_not_depend_on_the_batch(unet, accelerator):
 
 def test_rows_by_class():
     images = np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1)
-    rows, captions = rows_by_class(images[:11], ["a", "b", "c"])
+    rows, captions = group_by_class(images[:11], ["a", "b", "c"])
     assert rows.ravel().tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8] and captions == ["a", "b", "c"]
-    assert rows_by_class(images[:2], ["a", "b", "c"])[1] == ["a", "b"]
+    assert group_by_class(images[:2], ["a", "b", "c"])[1] == ["a", "b"]
 
 
 def test_an_unconditional_model_gets_classes_and_draws_what_it_drew(finished_run, tmp_path):
@@ -194,7 +194,7 @@ def test_an_unconditional_model_gets_classes_and_draws_what_it_drew(finished_run
     noisy, timesteps = torch.randn(3, 1, 8, 8), torch.tensor([10, 500, 990])
     with torch.no_grad():
         before = plain(noisy, timesteps).sample
-        after = give_classes(plain, NAMES)(noisy, timesteps, torch.tensor([0, 5, 10])).sample
+        after = add_class_embedding(plain, NAMES)(noisy, timesteps, torch.tensor([0, 5, 10])).sample
     assert torch.equal(before, after)
     flags = [f"--pretrained_model_name_or_path={finished_run}", "--max_train_steps=2"]
     assert train(tmp_path / "run", *flags, script=train_conditional) == 0

@@ -82,7 +82,7 @@ def test_loss_by_timestep_and_label_average_to_the_loss(tmp_path):
         "--report_to=tensorboard",
         "--label_column=label",
         "--max_train_steps=1",
-        "--time_density=uniform",
+        "--weighting_scheme=uniform",
     )
     loss = scalars(tmp_path / "run", "loss/train")[1]
     data = events(tmp_path / "run")
@@ -422,7 +422,7 @@ def test_timesteps_cover_all_levels_stratified_or_not(tmp_path, monkeypatch):
     for kind in ("uniform", "stratified"):
         batches = ["--train_batch_size=50", "--gradient_accumulation_steps=2"]
         monkeypatch.setattr(train_ddpm, "TIMESTEP_SAMPLING", kind)
-        train(tmp_path / kind, "--time_density=uniform", *batches)
+        train(tmp_path / kind, "--weighting_scheme=uniform", *batches)
         timesteps = torch.cat(seen[kind])
         assert timesteps.min() >= 0 and timesteps.max() <= 999 and len(timesteps) == 600
         per_step = timesteps.view(6, 100) // 10  # a hundred strata of ten timesteps, a hundred samples a step
@@ -433,7 +433,8 @@ def test_timesteps_cover_all_levels_stratified_or_not(tmp_path, monkeypatch):
 def test_each_flag_of_the_objective_changes_the_result(tmp_path):
     train(tmp_path / "plain", "--max_train_steps=5")
     for flag in (
-        "--beta_schedule=sigmoid", "--time_density=uniform", "--optimizer=adamw", "--seed=1", "--max_grad_norm=0.01",
+        "--beta_schedule=sigmoid", "--weighting_scheme=uniform", "--optimizer=adamw", "--seed=1",
+        "--max_grad_norm=0.01",
         "--lr_scheduler=cosine", "--lr_warmup_steps=0", "--no-use_ema", "--ema_max_decay=0.1",
     ):  # fmt: skip
         folder = tmp_path / flag.strip("-").split("=")[0]

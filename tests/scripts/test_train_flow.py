@@ -174,7 +174,7 @@ def test_the_loss_falls_and_is_that_of_the_velocity(tmp_path, monkeypatch, predi
         monkeypatch.setattr(FlowScheduler, "add_noise", add_noise)
         monkeypatch.setattr(UNet2DModel, "forward", clean)
         seen.clear()
-        flags = ["--prediction_type=sample", "--max_train_steps=1", "--time_density=uniform"]
+        flags = ["--prediction_type=sample", "--max_train_steps=1", "--weighting_scheme=uniform"]
         run(tmp_path / "known", *flags)
         (output, target, _), *_ = seen
         assert torch.equal(output, target)
@@ -182,7 +182,7 @@ def test_the_loss_falls_and_is_that_of_the_velocity(tmp_path, monkeypatch, predi
 
 def test_each_flag_and_constant_of_the_objective_changes_the_result(tmp_path, monkeypatch):
     run(tmp_path / "plain", "--max_train_steps=3")
-    for flag in ("--time_density=uniform", "--prediction_type=sample"):
+    for flag in ("--weighting_scheme=uniform", "--prediction_type=sample"):
         folder = tmp_path / flag.strip("-").split("=")[0]
         run(folder, "--max_train_steps=3", flag)
         assert not equal_weights(tmp_path / "plain" / WEIGHTS, folder / WEIGHTS), flag

@@ -17,7 +17,7 @@ from utils import UserError
 from utils.data.own_images import OwnImages
 from utils.data.train_data import load_train_data
 from utils.diffusion.class_conditional import ClassConditionalPipeline
-from utils.diffusion.classes import choose_classes, give_classes
+from utils.diffusion.classes import add_class_embedding, choose_classes
 from utils.diffusion.pretrained import load_pretrained
 from utils.diffusion.unets import UNETS
 from utils.sources.sources import shared_rows
@@ -278,11 +278,11 @@ def conditional(names=("a", "b", "c, d")):
 def test_classes_go_by_name_when_a_model_is_adapted_to_others(caplog):
     unet = conditional()
     before = unet.class_embedding.weight.detach().clone()
-    after = give_classes(unet, ["b", "new", "a"]).class_embedding.weight
+    after = add_class_embedding(unet, ["b", "new", "a"]).class_embedding.weight
     assert torch.equal(after, before[[1, 3, 0, 3]]) and after.requires_grad and unet.config.num_class_embeds == 4
     assert "1 are new and begin as the null class (new), 1 are left out (c, d)" in caplog.text
     with pytest.raises(UserError, match=r"knows 3 classes .*, none of those of the images \(x, y\)"):
-        give_classes(conditional(), ["x", "y"])
+        add_class_embedding(conditional(), ["x", "y"])
 
 
 def test_a_name_with_a_comma_is_one_name():

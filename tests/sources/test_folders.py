@@ -429,13 +429,13 @@ def test_a_run_goes_on_with_the_same_images_from_another_place_and_with_no_other
 def test_a_checkpoint_of_before_fingerprints_goes_on_with_a_line(accelerator, tmp_path, capsys):
     draw(*(tmp_path / "a" / f"{k}.png" for k in range(12)))
     flags = ["--train_data_dir", tmp_path / "a", "--resolution=8", "--unet=tiny"]
-    flags += ["--optimizer=adamw", "--time_density=uniform"]
+    flags += ["--optimizer=adamw", "--weighting_scheme=uniform"]
     assert train_script(tmp_path / "run", *flags) == 0
     interrupt(tmp_path / "run", "checkpoint-3")
     for file in (tmp_path / "run" / "training_args.json", tmp_path / "run" / "checkpoint-3" / "trainer_state.json"):
         record = json.loads(file.read_text())
         for settings in (record, record.get("settings", {}), record.get("arguments", {})):
-            for name in ("fingerprint", "scaled_from", "image_range", "time_density", "optimizer"):
+            for name in ("fingerprint", "scaled_from", "image_range", "weighting_scheme", "optimizer"):
                 settings.pop(name, None)
         file.write_text(json.dumps(record))
     (tmp_path / "run" / "checkpoint-3" / "manifest.json").unlink()

@@ -46,10 +46,10 @@ def test_swapping_in_and_out_is_exact_even_when_something_fails():
         for parameter in model.parameters():
             parameter.add_(1)
     own, average = weights(model), [value.clone() for value in ema.shadow_params]
-    with ema.swapped_in(model):
+    with ema.averaged_weights(model):
         assert equal(weights(model), average)
     assert equal(weights(model), own)
-    with pytest.raises(RuntimeError, match="in between"), ema.swapped_in(model):
+    with pytest.raises(RuntimeError, match="in between"), ema.averaged_weights(model):
         raise RuntimeError("in between")
     assert equal(weights(model), own) and equal(ema.shadow_params, average)
 
@@ -61,7 +61,7 @@ def test_saved_average_is_loaded_bit_for_bit(tmp_path):
         model.conv_in.weight.add_(0.1)
     for _ in range(5):
         ema.step(model.parameters())
-    with ema.swapped_in(model):
+    with ema.averaged_weights(model):
         model.save_pretrained(tmp_path)
     other = EMA(small_unet(), 0.99, 1.0, 0.75)
     other.load(load_file(tmp_path / "diffusion_pytorch_model.safetensors"), optimization_step=5)
@@ -81,6 +81,6 @@ def test_disabled_average_does_nothing():
     model = small_unet()
     ema, own = EMA(model, 0.9, 1.0, 0.75, enabled=False), weights(model)
     ema.step(model.parameters())
-    with ema.swapped_in(model):
+    with ema.averaged_weights(model):
         assert equal(weights(model), own)
     assert ema.shadow_params == []

@@ -32,7 +32,7 @@ import train_flow
 import train_unet2d
 from utils import UserError, printable
 from utils.exits import run_script
-from utils.monitoring.curves import Curves
+from utils.monitoring.curves import MetricLogger
 from utils.signals import StopSignal
 from utils.training.checkpoints import MANIFEST, CheckpointError, verify_checkpoint
 from utils.training.loop import Run
@@ -312,7 +312,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
 
 
 def test_steps_that_fp16_skips_are_counted_and_shown(capsys, caplog):
-    """Protection: ``overflows`` in ``Curves.logged``. (A scaler needs a GPU; this is what it leaves behind.)"""
+    """Protection: ``overflows`` in ``MetricLogger.logged``. (A scaler needs a GPU; this is what it leaves behind.)"""
     logged = []
     fake = types.SimpleNamespace(
         device=torch.device("cpu"), num_processes=1, mixed_precision="fp16", is_main_process=True, log_with=[],
@@ -322,7 +322,7 @@ def test_steps_that_fp16_skips_are_counted_and_shown(capsys, caplog):
         accelerator=fake, train_data=types.SimpleNamespace(label_names=[]), output_dir=Path("nowhere"), args=None,
         num_train_timesteps=1000, learning_rate=1e-3, ema_decay=0.9, images_per_second=1.0, log=logged.append,
     )  # fmt: skip
-    curves, recent = Curves("none"), RecentLosses(fake)
+    curves, recent = MetricLogger("none"), RecentLosses(fake)
     curves.started(run)
     for step, norm in enumerate([float("inf"), 1.0, float("nan"), float("inf")], start=1):
         recent.add(torch.ones(4))

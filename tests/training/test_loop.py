@@ -239,7 +239,7 @@ def test_a_pause_within_a_pause_counts_once():
     run = object.__new__(Run)
     run.tell, run._logged_at = lambda event: [], time.perf_counter()
     before = run._logged_at
-    with run.pause(), run.pause():
+    with run.untimed(), run.untimed():
         time.sleep(0.2)
     assert 0.2 <= run._logged_at - before <= time.perf_counter() - before
 
@@ -317,6 +317,16 @@ def test_another_number_of_processes_is_told_the_flags_that_fit(size, processes,
         check_settings("the folder", {"global_batch_size": size}, new, {})
 
 
+def test_a_run_with_the_old_name_of_a_flag_resumes(tmp_path, finished_run):
+    flags = ["--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2"]
+    shutil.copytree(finished_run, tmp_path / "run")
+    path = tmp_path / "run" / "training_args.json"
+    path.write_text(path.read_text().replace('"weighting_scheme"', '"time_density"'))
+    assert train(tmp_path / "run", *flags) == 0
+    with pytest.raises(UserError, match="weighting_scheme was 'logit_normal', is 'uniform'"):
+        train(tmp_path / "run", *flags, "--weighting_scheme=uniform")
+
+
 def test_a_step_that_fp16_skips_moves_neither_rate_nor_average(tmp_path, monkeypatch):
     """With the scaler of a GPU, on a CPU: the gradient of one step and the loss of another overflow."""
     original = Run.__init__
@@ -349,9 +359,9 @@ def test_losses_that_overflow_again_and_again_end_a_run_of_fp16():
 def test_compiling_may_take_longer(monkeypatch):
     monkeypatch.setattr(signals, "compiling", 1)
     ended = []
-    monkeypatch.setattr(Watchdog, "_give_up", lambda self: (ended.append(time.monotonic()), self.end()))
+    monkeypatch.setattr(Watchdog, "_abort", lambda self: (ended.append(time.monotonic()), self.end()))
     dog = Watchdog(SimpleNamespace(process_index=0, num_processes=1), 0.2)
-    dog.feed(1)
+    dog.heartbeat(1)
     time.sleep(0.6)
     assert not ended
     signals.compiling = 0

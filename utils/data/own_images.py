@@ -60,7 +60,7 @@ class Images:
         Their pixels become the fingerprint of the data, unless a row is another one at each reading.
         """
         digest, repeatable = hashlib.sha256(str(self.length).encode()), True
-        for index in spread_over(self.length):
+        for index in evenly_spaced(self.length):
             try:
                 (image, _), (again, _) = self[index]["image"](), self[index]["image"]()
             except BadImage as error:
@@ -75,7 +75,7 @@ class Images:
 
     def rows_to_look_at(self) -> Iterator[dict]:
         """Yield the rows of ``look``."""
-        return (self[index] for index in spread_over(self.length))
+        return (self[index] for index in evenly_spaced(self.length))
 
     def examples(self, count: int, seed: int) -> Iterator[tuple[int, dict]]:
         """Yield so many rows at random, or all if there are fewer, each with its index."""
@@ -205,7 +205,7 @@ def embedded_faces() -> OwnImages:
     return OwnImages(faces, labels=np.zeros(100, int), label_names=["face"], name="faces")
 
 
-def spread_over(length: int) -> list[int]:
+def evenly_spaced(length: int) -> list[int]:
     """The indices of the images that are looked at, of so many."""
     return sorted({int(index) for index in np.linspace(0, length - 1, INSPECTED)})
 

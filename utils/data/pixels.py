@@ -124,7 +124,7 @@ def used_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | 
     return None if low >= 0 and limit / 2 <= high - low <= limit else (low, high)
 
 
-def covering(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def cover_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """Width and height of an image of this width and height when it is resized so that it just covers (H, W)."""
     (width, height), (target_height, target_width) = image_size, size
     if width * target_height >= height * target_width:
@@ -144,14 +144,14 @@ def prepare_image(
         uint8 (C, h, w) with h == H and w >= W, or h >= H and w == W.
     """
     height, width = size
-    covered = covering(image.size, size)
+    covered = cover_size(image.size, size)
     if center_crop and max(covered[0] / width, covered[1] / height) > 4:  # cut first what would be enlarged in vain
         room = [
             max(0, side - 4 * -(-side * kept // whole)) // 2
             for side, whole, kept in zip(image.size, covered, (width, height), strict=True)
         ]
         image = image.crop((room[0], room[1], image.width - room[0], image.height - room[1]))
-        covered = covering(image.size, size)
+        covered = cover_size(image.size, size)
     if image.size != covered:
         image = image.resize(covered, resample, reducing_gap=3.0)
     if center_crop:

@@ -27,7 +27,7 @@ from .cache import Cache
 from .columns import Column, Layout
 from .images import PreparedImages, choose_range
 from .own_images import INSPECTED, MAX_CLASSES, Images, embedded_digits, translate_labels
-from .pixels import GREY_MODES, MODES, BadImage, covering, deep_values, float_range
+from .pixels import GREY_MODES, MODES, BadImage, cover_size, deep_values, float_range
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class TrainData:
                 f"{small} of {len(sizes)} images looked at are smaller than {self.size[0]} x {self.size[1]} pixels "
                 f"(the smallest side is {shorter}) and will be enlarged. --resolution sets the size"
             )
-        kept = [self.size if self.args.center_crop else covering(width_height, self.size) for width_height in sizes]
+        kept = [self.size if self.args.center_crop else cover_size(width_height, self.size) for width_height in sizes]
         self.bytes_per_image = self.channels * float(np.mean([width * height for width, height in kept]))
 
     def prepare(self) -> Cache | None:

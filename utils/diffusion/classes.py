@@ -11,12 +11,12 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from .. import UserError
 from .class_conditional import class_names, class_numbers, guided_output
-from .sampling import in_turn
+from .sampling import cycle_rows
 
 logger = logging.getLogger(__name__)
 
 
-def give_classes(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
+def add_class_embedding(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
     """A trained UNet that can be told one of these classes, or nothing.
 
     One that was unconditional gets an embedding of zeros, so that at first it draws what it drew before. Of other
@@ -113,9 +113,9 @@ def choose_classes(config, asked: str | None) -> list[int] | None:
         raise UserError(f"--class_labels {asked}: {error}") from None
 
 
-def labels_in_turn(labels: Sequence[int] | np.ndarray, device) -> Callable[[np.ndarray], dict]:
+def cycle_labels(labels: Sequence[int] | np.ndarray, device) -> Callable[[np.ndarray], dict]:
     """``model_inputs`` of ``sampling.sample_batch``: image k is of the class ``labels[k % len(labels)]``."""
-    return in_turn({"class_labels": torch.as_tensor(np.asarray(labels, dtype=np.int64))}, device)
+    return cycle_rows({"class_labels": torch.as_tensor(np.asarray(labels, dtype=np.int64))}, device)
 
 
 def between_classes(unet: UNet2DModel, labels: Sequence[int], count: int) -> Callable[[np.ndarray], dict]:
@@ -132,7 +132,7 @@ def between_classes(unet: UNet2DModel, labels: Sequence[int], count: int) -> Cal
     return lambda sample_ids: {"class_labels": torch.from_numpy(sample_ids + len(table)).to(table.device)}
 
 
-def rows_by_class(images: np.ndarray, class_names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def group_by_class(images: np.ndarray, class_names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Images that were drawn of all classes in turn, as one row a class: for ``make_grid``.
 
     Returns:

@@ -40,6 +40,6 @@ def is_few_step(scheduler: SchedulerMixin) -> bool:
     return isinstance(scheduler, LCMScheduler)
 
 
-def suits(name: str, scheduler: SchedulerMixin) -> bool:
+def is_compatible(name: str, scheduler: SchedulerMixin) -> bool:
     """Whether the sampler of this name is of the kind that the model that carries this scheduler was trained for."""
     return (name == "lcm") == is_few_step(scheduler)

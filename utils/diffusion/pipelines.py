@@ -14,7 +14,7 @@ from .. import UserError, read_record
 from ..args import SAMPLERS
 from . import flow, schedulers
 from .basic_unet import BasicUNet
-from .few_steps import is_few_step, suits
+from .few_steps import is_compatible, is_few_step
 from .linear_mix import LinearMixScheduler
 from .pretrained import (
     check_embeddings,
@@ -114,7 +114,7 @@ def choose_sampler(
         return own
     kind = type(own).__name__
     path = is_flow(own)
-    if name and not suits(name, own):
+    if name and not is_compatible(name, own):
         trained = "to take many small steps; lcm is for what distill_few_steps.py makes of it"
         if is_few_step(own):
             trained = "to draw in a few calls; expected lcm"
@@ -151,7 +151,7 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     return bool(scheduler.config.get("use_flow_sigmas"))
 
 
-def usual_calls(scheduler: SchedulerMixin) -> int:
+def default_steps(scheduler: SchedulerMixin) -> int:
     """Model calls a sample where nobody says how many."""
     return 2 if is_few_step(scheduler) else 40
 
@@ -184,7 +184,7 @@ def estimate_seconds(model, sampler, accelerator, count, shape, num_inference_st
     return times[-1] * num_inference_steps * -(-count // once)
 
 
-def sampler_for_walks(own: SchedulerMixin) -> str | None:
+def interpolation_sampler(own: SchedulerMixin) -> str | None:
     """A sampler whose images follow from the noise that they start from; None to stay with ``own``.
 
     One that adds noise at every step forgets where it came from: images on the way would have nothing in common. So
@@ -198,7 +198,7 @@ def adds_noise(scheduler: SchedulerMixin) -> bool:
     return isinstance(scheduler, DDPMScheduler) or str(scheduler.config.get("algorithm_type")).startswith("sde")
 
 
-def noise_between(scheduler, first: torch.Tensor, second: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
+def interpolate_noise(scheduler, first: torch.Tensor, second: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
     """``slerp`` of what samples of this scheduler start from, be it normal, or uniform in [-1, 1] as linear mixing's.
 
     Args:

@@ -140,7 +140,7 @@ def sample_batch(
     return sample
 
 
-def in_turn(inputs: dict[str, torch.Tensor], device) -> Callable[[np.ndarray], dict]:
+def cycle_rows(inputs: dict[str, torch.Tensor], device) -> Callable[[np.ndarray], dict]:
     """``model_inputs`` of ``sample_batch``: image k gets row k % N of what has N rows."""
 
     def rows(sample_ids):

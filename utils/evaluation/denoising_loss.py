@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from .. import randomness
-from ..diffusion.sampling import evaluating, in_turn
+from ..diffusion.sampling import cycle_rows, evaluating
 from ..diffusion.schedulers import NOISE_LEVELS, noise_levels, output_for
 from ..signals import Interrupted, progress
 
@@ -50,7 +50,7 @@ class DenoisingLoss:
         numbers = np.arange(len(self.images) * NOISE_LEVELS)  # one id for each triple
         sums = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)
         mine = numbers[accelerator.process_index :: accelerator.num_processes]
-        inputs = in_turn(self.inputs, accelerator.device)
+        inputs = cycle_rows(self.inputs, accelerator.device)
         with evaluating(model):
             for batch in np.array_split(mine, range(self.batch_size, len(mine), self.batch_size)):
                 progress("evaluation")

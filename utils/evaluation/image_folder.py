@@ -18,7 +18,7 @@ from ..data.pixels import GREY_MODES, deep_values, prepare_image, to_eight_bits
 from ..diffusion.unets import weights_digest
 from ..pictures import from_uint8, make_grid
 from ..sources import folders
-from ..sources.decoding import decode_image, locate, size_and_mode
+from ..sources.decoding import decode_image, open_row, size_and_mode
 from ..sources.named_images import NamedImages
 from ..sources.sources import ImageSource
 from ..training.checkpoints import file_hash
@@ -29,9 +29,18 @@ from .metrics import check_count
 logger = logging.getLogger(__name__)
 
 SETTINGS = "sampling_args.json"
-ALSO = ("walk.gif", "walk.png", "images.npz", "images.parquet")
+EXTRA_FILES = ("walk.gif", "walk.png", "images.npz", "images.parquet")
 # Flags that may change between two runs into one folder: they do not change image k
-FREE = {"output_dir", "num_samples", "sample_batch_size", "format", "gif", "compile", "config", "trust_remote_code"}
+MAY_CHANGE = {
+    "output_dir",
+    "num_samples",
+    "sample_batch_size",
+    "format",
+    "gif",
+    "compile",
+    "config",
+    "trust_remote_code",
+}
 
 
 class ImageFolder:
@@ -52,7 +61,7 @@ class ImageFolder:
         inspect_together(accelerator, self.folder, lambda: self._claim(num_inference_steps, model, sampler, space))
 
     def _claim(self, num_inference_steps, model, sampler, space) -> None:
-        settings = {flag: value for flag, value in vars(self.args).items() if flag not in FREE}
+        settings = {flag: value for flag, value in vars(self.args).items() if flag not in MAY_CHANGE}
         settings["num_inference_steps"] = num_inference_steps
         settings["weights"] = weights_digest(model)[:12]
         settings["scheduler"] = f"{type(sampler).__name__} {digest_of(settings_of(sampler))[:12]}"
@@ -138,7 +147,7 @@ class ImageFolder:
             f"\nDrawn: {self.args.num_samples} images of {self.args.model}."
             f"\n  images  {self.folder / 'images'}"
             f"\n  grid    {self.folder / 'grid.png'}"
-            + "".join(f"\n  also    {path}" for path in sorted(self.folder.glob("*")) if path.name in ALSO)
+            + "".join(f"\n  also    {path}" for path in sorted(self.folder.glob("*")) if path.name in EXTRA_FILES)
         )
 
 
@@ -196,7 +205,7 @@ class SampleFolder:
         check_count(len(self.images), folder)
         sizes, modes = set(), set()
         for index, row in enumerate(self.images.dataset):
-            size, mode = size_and_mode(*locate(row, folder, index))
+            size, mode = size_and_mode(*open_row(row, folder, index))
             sizes.add(size)
             modes.add(mode)
         if len(sizes) > 1 and not resolution:
@@ -222,7 +231,7 @@ class SampleFolder:
             yield images
 
 
-def save_walk(frames: list[list[np.ndarray]], path: Path) -> None:
+def save_trajectories(frames: list[list[np.ndarray]], path: Path) -> None:
     """A picture of how three images arise: below what the model was given at ten steps, what it predicted from it.
 
     Args:

@@ -11,7 +11,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def take_part(run):
-    """Write the curves of a training run, see ``curves.Curves``."""
-    from .curves import Curves
+    """Write the curves of a training run, see ``curves.MetricLogger``."""
+    from .curves import MetricLogger
 
-    return Curves(run.args.report_to)
+    return MetricLogger(run.args.report_to)

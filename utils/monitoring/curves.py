@@ -25,7 +25,7 @@ LOAD_SHARE = 0.25  # of the time in which threads wait for a core
 LOGS = "logs"  # folder of TensorBoard's files, in the output folder
 
 
-class Curves:
+class MetricLogger:
     """Takes part in a training run, see ``training.loop.Run``.
 
     Args:

@@ -32,7 +32,7 @@ def take_part(run):
     return PublishedRun()
 
 
-def renew_card(folder) -> None:
+def update_card(folder) -> None:
     """Write a finished run's page again, where something in its folder has changed."""
     from .model_card import write_card
 

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import disable_progress_bars
 
 from .. import UserError
-from ..exits import UPLOAD
+from ..exits import UPLOAD_THREAD
 from ..signals import STOP_SIGNALS, progress
 from ..training.output_dir import ARGUMENTS, read_arguments
 from .model_card import write_card
@@ -105,7 +105,9 @@ class Hub:
         for number, handler in handlers.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler)
-        thread = threading.Thread(target=self._send, daemon=True, name=UPLOAD)  # which a signal does not wait for
+        thread = threading.Thread(
+            target=self._send, daemon=True, name=UPLOAD_THREAD
+        )  # which a signal does not wait for
         try:
             thread.start()
             while thread.is_alive():

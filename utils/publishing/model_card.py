@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "numpy", "pillow")
 TRAINING_FLAGS = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "use_ema", "random_flip", "seed")
 SHOWN_OTHERWISE = {"pretrained_model_name_or_path", "sampler", "num_inference_steps"}  # base; how samples were drawn
-USE = """
+INTENDED_USE = """
 ## Intended use and limits
 
 For studying and illustrating diffusion models, and to start others from. It draws what its training images show, with
@@ -48,14 +48,14 @@ images (`nearest.png`, written by the run, shows the nearest by their pixels: th
 Intended for studying and illustrating generative models. Not for depicting an identifiable person without consent, for
 deceiving anyone, or for recognising or judging people; what it draws says nothing about anybody.
 """
-NOBODY = {"digits", "mnist", "ylecun/mnist"}  # images that show no people
-SUBJECTS = {"digits": "scikit-learn's digits", "mnist": "MNIST", "faces": "scikit-image's faces"}
+DATA_WITHOUT_PEOPLE = {"digits", "mnist", "ylecun/mnist"}  # images that show no people
+DATA_TITLES = {"digits": "scikit-learn's digits", "mnist": "MNIST", "faces": "scikit-image's faces"}
 PAPERS = {  # by a setting and its value, ... for any: what it comes from
     ("ddpm", True): ("Denoising diffusion probabilistic models", "2006.11239"),
     ("prediction_type", "v_prediction"): ("Progressive distillation: v-prediction", "2202.00512"),
     ("prediction_type", "flow_prediction"): ("Flow matching for generative modeling", "2210.02747"),
     ("beta_schedule", "squaredcos_cap_v2"): ("Improved DDPM: the cosine schedule", "2102.09672"),
-    ("time_density", "logit_normal"): ("Scaling rectified flow transformers: the density of times", "2403.03206"),
+    ("weighting_scheme", "logit_normal"): ("Scaling rectified flow transformers: the density of times", "2403.03206"),
     ("rescale_betas_zero_snr", True): ("Common diffusion noise schedules and sample steps are flawed", "2305.08891"),
     ("snr_gamma", ...): ("Efficient diffusion training via min-SNR weighting", "2303.09556"),
     ("classes", True): ("Classifier-free diffusion guidance", "2207.12598"),
@@ -119,11 +119,11 @@ def write_card(
     classes = class_names(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
     flags, base = record["public_arguments"], record.get("base")
     data = record.get("public_data", OWN_IMAGES)
-    people = data not in NOBODY or _shows_people(base)
+    people = data not in DATA_WITHOUT_PEOPLE or _shows_people(base)
     if data == OWN_IMAGES:
         data = f"{record.get('images') or 'a stream of'} {OWN_IMAGES}"
     data = dataset_name or data
-    subject = SUBJECTS.get(data, data)
+    subject = DATA_TITLES.get(data, data)
     section, results = describe_results(folder, evaluation) if evaluation else ("", None)
     metadata = ModelCardData(
         license=license or "unknown",
@@ -142,7 +142,7 @@ def write_card(
     found = {key: value for key, value in record.items() if key not in known and value is not None}
     settings = public(found) | {"data": data} | record.get("ran", {})
     own = {*flags} - _common_flags() - {*settings} - SHOWN_OTHERWISE  # of the script
-    own -= {"label_dropout"} if not classes else set()  # the flag of a script for both
+    own -= {"class_dropout_prob"} if not classes else set()  # the flag of a script for both
     settings |= {key: flags[key] for key in (*TRAINING_FLAGS, *sorted(own)) if flags.get(key) is not None}
     settings |= public(record.get("constants", {}))
     code = [
@@ -181,7 +181,7 @@ def write_card(
 {record["card"]["reproduce"]}
 
 {_table(settings)}
-{_section("Papers", links)}{USE}{PEOPLE if people else ""}"""
+{_section("Papers", links)}{INTENDED_USE}{PEOPLE if people else ""}"""
     ModelCard(text).save(folder / "README.md")
 
 

@@ -29,13 +29,15 @@ def explain(error: Exception, args) -> tuple[int, str, bool] | None:
     from .advice import lost, memory
 
     if message := lost(error):
-        return LOST, message, False
+        return EXIT_PEER_LOST, message, False
     if message := memory(error, vars(args) if args else {}):
         return 1, message, True
     return None
 
 
-LOST = 124  # exit code: nothing moved any more, or another process of the run is gone; the same command resumes
+EXIT_PEER_LOST = (
+    124  # exit code: nothing moved any more, or another process of the run is gone; the same command resumes
+)
 
 
 def ended(code: int, final: bool) -> None:

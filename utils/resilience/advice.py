@@ -3,14 +3,20 @@
 import os
 import re
 
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed")
+CONNECTION_ERRORS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "Socket closed",
+)
 
 
 def lost(error: Exception) -> str | None:
     """Say that a collective operation failed because another process is gone; None for other errors."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError):
         return None
-    if not any(words in str(error) for words in GONE):
+    if not any(words in str(error) for words in CONNECTION_ERRORS):
         return None
     reason = re.sub(r"\[\S*/[\w.]+:\d+\] *", "", _first_line(error))  # without the place in torch's sources
     address = re.search(r"\[([\d.]+|[\da-f:]+)\]:\d+", reason)

@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, gather_object
 
 from .. import UserError
-from ..exits import Again
+from ..exits import RestartFromCheckpoint
 from . import rollbacks
 from .watchdog import Watchdog
 
@@ -57,13 +57,13 @@ class Guard:
         return rollbacks.global_batches(rollbacks.read_together(run.accelerator, run.output_dir))
 
     def stepped(self, run) -> None:
-        self.watchdog.feed(run.global_step)
+        self.watchdog.heartbeat(run.global_step)
 
     def checked(self, run, step: int, loss: float, norm: float) -> None:
         """Roll back where the norm of a gradient is much larger than those before.
 
         Raises:
-            UserError, Again: see ``Run.diverged``.
+            UserError, RestartFromCheckpoint: see ``Run.diverged``.
         """
         if not GRAD_NORM_DEVIATIONS or not self.max_rollbacks or not math.isfinite(norm):
             return
@@ -83,7 +83,7 @@ class Guard:
             Why there is no rollback, and what to do instead, for the message: one of them is empty.
 
         Raises:
-            Again: the step is recorded as left out; ``main`` has to be called again.
+            RestartFromCheckpoint: the step is recorded as left out; ``main`` has to be called again.
         """
         found = rollbacks.read_together(run.accelerator, run.output_dir)
         if len(found) >= self.max_rollbacks:
@@ -98,7 +98,7 @@ class Guard:
         if run.accelerator.is_main_process:
             rollbacks.add(run.output_dir, [{"global_batch": number, **entry}])
         run.accelerator.wait_for_everyone()  # the record is there when it is read
-        raise Again("the run goes back to its newest checkpoint: call main(args) again")
+        raise RestartFromCheckpoint("the run goes back to its newest checkpoint: call main(args) again")
 
     def closed(self, run) -> None:
         if self.watchdog:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .. import signals
 from ..training import process
-from . import LOST
+from . import EXIT_PEER_LOST
 
 COMPILING = 10  # times as long may nothing move while --compile compiles
 
@@ -31,7 +31,7 @@ class Watchdog:
     Args:
         accelerator: of this process.
         seconds: without progress of any process, until this one prints the stacks of its threads and exits with
-            ``LOST``; 0 for never.
+            ``EXIT_PEER_LOST``; 0 for never.
     """
 
     def __init__(self, accelerator, seconds: float):
@@ -39,20 +39,20 @@ class Watchdog:
         self.step, self.moved_at, self.silent, self.ended = 0, 0.0, {}, threading.Event()
         self.interval = min(5.0, seconds / 10)
 
-    def feed(self, global_step: int) -> None:
+    def heartbeat(self, global_step: int) -> None:
         """Note the end of an optimizer step; the first one starts the watch, for before it there are downloads."""
         self.step = max(self.step, global_step)
         if self.moved_at or not self.seconds:
             return
         self.moved_at = time.monotonic()
-        for task in (self._look, self._talk)[: min(2, self.world_size)]:
+        for task in (self._watch, self._share_progress)[: min(2, self.world_size)]:
             threading.Thread(target=task, daemon=True, name="watchdog").start()
 
     def end(self) -> None:
         """Stop watching."""
         self.ended.set()
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         count, woken_at = signals.count, time.monotonic()
         while not self.ended.wait(self.interval):
             now = time.monotonic()
@@ -60,9 +60,9 @@ class Watchdog:
                 count, self.moved_at = signals.count, now
             woken_at = now
             if now - self.moved_at > self.seconds * (COMPILING if signals.compiling else 1):
-                self._give_up()
+                self._abort()
 
-    def _talk(self) -> None:
+    def _share_progress(self) -> None:
         """One number that all processes add to; whether each still adds is asked only when it does not move."""
         if process.store:
             with contextlib.suppress(RuntimeError):  # the process that keeps the store has ended
@@ -85,7 +85,7 @@ class Watchdog:
             if self.ended.wait(self.interval):
                 return
 
-    def _give_up(self) -> None:
+    def _abort(self) -> None:
         silent = "".join(f" Process {rank} does not answer either." for rank in self.silent)
         where = f"process {self.rank} of {self.world_size} on {platform.node()}"
         print(
@@ -100,4 +100,4 @@ class Watchdog:
                 parent = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
                 if machine == platform.node() and int(parent) == os.getppid():  # of this run, and stopped: only this
                     os.kill(int(pid), signal.SIGKILL)  # ends it
-        os._exit(LOST)
+        os._exit(EXIT_PEER_LOST)

@@ -23,7 +23,7 @@ class NoLabels(UserError):
 def select_columns(dataset, source):
     """The columns of images and labels that ``source`` means, as ``image``, not decoded, and ``label``.
 
-    Images may be of type Image, encoded bytes, {bytes, path}, paths, or arrays: ``images.locate`` knows them.
+    Images may be of type Image, encoded bytes, {bytes, path}, paths, or arrays: ``images.open_row`` knows them.
 
     Raises:
         UserError: none or several columns might be meant, or they hold something else; lists the columns.
@@ -125,7 +125,7 @@ def _leave_out_empty_classes(dataset, column: str, source):
     return dataset.remove_columns(column).add_column(column, [codes.get(v, -1) for v in values], feature=feature)
 
 
-def add_partners(dataset, source):
+def add_paired_files(dataset, source):
     """Add a column with the path of each image's partner, for each folder of files with the same names.
 
     Raises:

@@ -79,7 +79,7 @@ def left_out(source: bytes | str | Image.Image) -> list[str]:
         return several + ["of 16 bits a colour, Pillow keeps the upper 8: scale the files to 8 bits"] * wide
 
 
-def locate(
+def open_row(
     row: dict, source: str, index: int, white: float | tuple[float, float] | None = None
 ) -> tuple[bytes | str | Image.Image, str]:
     """Bytes or path of a row's image, or the image itself, and its name for messages.

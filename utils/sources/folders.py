@@ -28,7 +28,7 @@ SPLITS = {  # names of folders, and what datasets calls these splits
 }  # fmt: skip
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 HEIC = {".heic", ".heif", ".hif"}
-LITTER = ("__MACOSX", "__pycache__")
+IGNORED_FOLDERS = ("__MACOSX", "__pycache__")
 
 
 def image_extensions() -> set[str]:
@@ -65,7 +65,7 @@ def walk(folder: Path) -> tuple[list[str], list[str], Counter]:
             if entry.name.startswith("."):
                 continue
             if os.path.isdir(entry.path):  # which a link in a circle is not
-                if entry.name not in LITTER:
+                if entry.name not in IGNORED_FOLDERS:
                     (links if entry.is_symlink() else folders).append(entry.path)
             elif os.path.exists(entry.path) and not os.path.isfile(entry.path):  # a pipe would be waited for
                 special.append(entry.path)

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from ..data.columns import check_columns
-from ..data.own_images import INSPECTED, Images, content_of, spread_over
+from ..data.own_images import INSPECTED, Images, content_of, evenly_spaced
 from ..data.pixels import BadImage
-from .decoding import decode_image, find_file, is_unit, left_out, locate
+from .decoding import decode_image, find_file, is_unit, left_out, open_row
 from .sources import ImageSource, check_disjoint, data_license, load_source
 from .streams import SHUFFLE_BUFFER_BYTES, SHUFFLE_BUFFER_SIZE, Stream, read_ahead
 
@@ -92,7 +92,7 @@ class NamedImages(Images):
         return array.astype(np.uint8) if whole else array, where
 
     def _decoded(self, record, index: int) -> tuple[Image.Image, str]:
-        source, where = locate({"image": record}, self.name, index, self.white)
+        source, where = open_row({"image": record}, self.name, index, self.white)
         return decode_image(source, where), where
 
     def __getitem__(self, key: int | slice) -> dict:
@@ -114,7 +114,7 @@ class NamedImages(Images):
         unused, count, encoded = {}, 0, 0
         for index, row in self._spread_rows():
             try:
-                source, where = locate(row, self.name, index, self.white)
+                source, where = open_row(row, self.name, index, self.white)
                 image = decode_image(source, where)
             except BadImage as error:
                 yield error
@@ -146,7 +146,7 @@ class NamedImages(Images):
         records = [row["image"] for _, row in self._spread_rows() if isinstance(row["image"], (list, np.ndarray))]
         highs = []
         for record in records:
-            with contextlib.suppress(ValueError):  # rows of different lengths: ``locate`` says so
+            with contextlib.suppress(ValueError):  # rows of different lengths: ``open_row`` says so
                 array = np.asarray(record)
                 if array.dtype.kind == "f" and array.size and np.isfinite(array).all():
                     highs.append(float(array.max()))
@@ -156,7 +156,7 @@ class NamedImages(Images):
         if self.length is None:
             yield from enumerate(self.dataset.take(INSPECTED))
         else:
-            spread = spread_over(self.length)
+            spread = evenly_spaced(self.length)
             yield from zip(spread, self.dataset.select(spread), strict=True)
 
     def rows_to_look_at(self) -> Iterator[dict]:

@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from .. import UserError
 from ..data.columns import Column
 from ..data.own_images import OwnImages, content_of, embedded_digits, embedded_faces
-from .columns import add_partners, select_columns
+from .columns import add_paired_files, select_columns
 from .folders import SPLITS, has_tables, load_folder
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def load_source(source: ImageSource, accelerator) -> tuple[datasets.Dataset | da
     for problem in problems:  # of another process: this one's images are of no use without it
         raise UserError(problem)
     dataset = dataset.with_format(None)  # one that hides columns, or makes tensors of them, may have been saved with it
-    return _arrays_as_numpy(select_columns(add_partners(dataset, source), source)), source.name
+    return _arrays_as_numpy(select_columns(add_paired_files(dataset, source), source)), source.name
 
 
 def _arrays_as_numpy(dataset):

@@ -225,7 +225,7 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
     accelerator.step = 0  # micro-steps: a checkpoint stands at an optimizer step's end
 
 
-def set_aside_newer(output_dir: Path, path: Path) -> None:
+def archive_newer(output_dir: Path, path: Path) -> None:
     """Rename checkpoints newer than ``path``, so that a run that goes back to it does not mistake them for its own."""
     checkpoints = list_checkpoints(output_dir)
     if path.resolve() not in [checkpoint.resolve() for checkpoint in checkpoints]:
@@ -297,7 +297,7 @@ def _check_finite(accelerator) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    def seal(path: Path) -> list | None:
+    def hash_and_sync(path: Path) -> list | None:
         if path.is_file():
             shutil.copymode(folder / STATE, path)  # safetensors makes files that nobody else can read
         entry = [path.stat().st_size, file_hash(path)] if path.is_file() else None
@@ -306,7 +306,9 @@ def _write_manifest(folder: Path) -> None:
 
     paths = sorted(folder.rglob("*"))
     with ThreadPoolExecutor() as pool:  # half of a save's time is spent here
-        entries = dict(zip((path.relative_to(folder).as_posix() for path in paths), pool.map(seal, paths), strict=True))
+        entries = dict(
+            zip((path.relative_to(folder).as_posix() for path in paths), pool.map(hash_and_sync, paths), strict=True)
+        )
     _write_json(folder / MANIFEST, {"files": {name: entry for name, entry in entries.items() if entry}})
     sync(folder / MANIFEST)
     sync(folder)

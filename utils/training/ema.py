@@ -40,7 +40,7 @@ class EMA(EMAModel):
             super().step([parameter for parameter in parameters if parameter.requires_grad])
 
     @contextmanager
-    def swapped_in(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    def averaged_weights(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         """Inside, ``model`` has the averaged weights; after it, whatever happened, its own, bit for bit.
 
         Inside another such block it does nothing: the weights are averaged already.

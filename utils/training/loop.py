@@ -57,7 +57,7 @@ class Run:
         global_step: optimizer steps done.
 
     Raises:
-        UserError: see ``process.start_process`` and ``output_dir.claim_output_dir``.
+        UserError: see ``process.start_process`` and ``output_dir.prepare_output_dir``.
     """
 
     def __init__(self, args, name: str, title: str, constants: dict):
@@ -78,7 +78,7 @@ class Run:
             # With the newer fp32_precision, torch 2.13 raises an error where something asks by these names
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.tell = optional.Parts(self).ask
-        self.output_dir, self._finished_at = output_dir.claim_output_dir(
+        self.output_dir, self._finished_at = output_dir.prepare_output_dir(
             self.accelerator, self.flags, defaults_of(args), name, self.constants
         )
         self.losses = RecentLosses(self.accelerator)
@@ -233,7 +233,7 @@ class Run:
         return bool(self.stop_signal) and self.accelerator.num_processes == 1 and self.stop_signal.requested()
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def untimed(self) -> Iterator[None]:
         """Inside, time does not count as training; pauses may be nested."""
         since_point = time.perf_counter() - self._logged_at
         try:
@@ -272,7 +272,7 @@ class Run:
             state = checkpoints.read_state(path)
             output_dir.check_settings(str(path), state["settings"], self.settings, defaults_of(self.args))
             if self.accelerator.is_main_process:
-                checkpoints.set_aside_newer(self.output_dir, path)
+                checkpoints.archive_newer(self.output_dir, path)
             checkpoints.load_checkpoint(self.accelerator, path, state)
             self.ema_model.load(checkpoints.averaged_weights(path), state["ema_step"])
             self.global_step = state["global_step"]
@@ -308,7 +308,7 @@ class Run:
         if not self.global_step:
             on_main_process(accelerator, self._try_to_save)
         try:
-            with self.pause(), contextlib.suppress(Interrupted):
+            with self.untimed(), contextlib.suppress(Interrupted):
                 self.draw(1, num_inference_steps=1)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             error.add_note("One image was to be drawn before the first step, to see whether draw() and the model work.")
@@ -373,7 +373,7 @@ class Run:
         """Look at losses and gradient norms.
 
         Raises:
-            UserError, Again: one of them is not a finite number, see ``diverged``.
+            UserError, RestartFromCheckpoint: one of them is not a finite number, see ``diverged``.
         """
         for step, loss, norm, finite in self.losses.unseen(self.global_step):
             if not finite:
@@ -385,7 +385,7 @@ class Run:
 
         Raises:
             UserError: says what was found and expected.
-            Again: ``main`` has to be called again.
+            RestartFromCheckpoint: ``main`` has to be called again.
         """
         problem = f"step {step}: loss {loss:g}, gradient norm {norm:g}; {expected}"
         entry = dict(step=step, loss=str(loss), grad_norm=str(norm), expected=expected)
@@ -404,13 +404,13 @@ class Run:
         for more in self.tell("state"):
             state |= more
         limit = self.args.checkpoints_total_limit
-        with self.pause():
+        with self.untimed():
             checkpoints.save_checkpoint(self.accelerator, self.output_dir, self.global_step, self.save, state, limit)
         self._saved_at = self.global_step
 
     def save(self, folder: Path) -> None:
         """Write the pipeline with the averaged weights into a folder."""
-        with self.ema_model.swapped_in(self.unet):
+        with self.ema_model.averaged_weights(self.unet):
             self._save_pipeline(folder)
         for file in folder.glob("*/*.safetensors"):  # which safetensors lets nobody else read
             shutil.copymode(folder / "model_index.json", file)
@@ -419,8 +419,8 @@ class Run:
     def _do_what_is_due(self, is_last: bool) -> None:
         """Validation, evaluation, samples: those that are due at this step, unless they are done already."""
         for name, action in self.repeats.due(self.global_step, is_last):
-            with self.pause(), contextlib.suppress(Interrupted):
-                with self.ema_model.swapped_in(self.unet):
+            with self.untimed(), contextlib.suppress(Interrupted):
+                with self.ema_model.averaged_weights(self.unet):
                     action()
                 self.repeats.note(name, self.global_step)
             if self.stop_requested():
@@ -433,7 +433,7 @@ class Run:
 
     def _save_samples(self, path: Path) -> None:
         """Write the script's pictures; ``samples`` to this path, the others beside the model."""
-        with self.ema_model.swapped_in(self.unet):
+        with self.ema_model.averaged_weights(self.unet):
             pictures = self._sample()
         if "samples" not in (pictures or {}):
             raise UserError(

@@ -28,42 +28,44 @@ ARGUMENTS = "training_args.json"
 OUR_FILES = re.compile(r"\.lock|\.tmp-.*|log|nohup\.out|.*\.(log|out|err)")
 OF_A_RUN = (ARGUMENTS, "done.json", "rollbacks.json", "evaluation.json")  # records that another run does not continue
 LOCK_SECONDS = 120  # NFSv4 gives back the locks of a machine that is gone after 90
-DRAWING = {  # a finished run with other values draws, and writes its page, again
+SAMPLING_FLAGS = {  # a finished run with other values draws, and writes its page, again
     "num_samples", "sampler", "num_inference_steps", "guidance_color", "guidance_prompt", "guidance_scale",
     "guidance_mode", "clip_model_name_or_path",
 }  # fmt: skip
 # Flags that may change when a run is resumed: they say where, how fast and how often, not what is computed. The batch
 # geometry may change too, as long as the global batch stays what it was, and where the images are, as long as they are
 # the same: their fingerprint is compared.
-FREE_ON_RESUME = {
+MAY_CHANGE_ON_RESUME = {
     "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config", "constants", "data",
     "dataloader_num_workers", "dataset_name", "evaluate_steps", "features", "fingerprint",
     "gradient_accumulation_steps", "gradient_checkpointing", "hang_timeout", "hub_model_id", "hub_private_repo",
     "net_code", "image_range", "logging_steps", "max_bad_images", "max_rollbacks", "max_train_steps", "mixed_precision",
     "num_evaluation_samples", "num_train_epochs", "output_dir", "prior_dataset_name", "push_to_hub", "report_to",
     "resume_from_checkpoint", "sample_batch_size", "sample_steps", "train_batch_size", "train_data_dir",
-    "validation_split", "validation_steps", *DRAWING,
+    "validation_split", "validation_steps", *SAMPLING_FLAGS,
 }  # fmt: skip
 # What a run did that did not know a flag, where that is not today's default
-BEFORE = {"model_guidance": 0.0, "optimizer": "adamw", "time_density": "uniform", "logit_mean": 0.0}
+LEGACY_DEFAULTS = {"model_guidance": 0.0, "optimizer": "adamw", "weighting_scheme": "uniform", "logit_mean": 0.0}
 # Flags of earlier versions: where one had another value than this, a resumed run differs, unless the script has it
-EARLIER = {
+FORMER_FLAGS = {
     "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_weight_decay": 0.01, "adam_epsilon": 1e-8, "ema_inv_gamma": 1.0,
     "ema_power": 0.75, "dropout": 0.0, "interpolation": "bicubic", "shuffle_buffer_size": 10_000,
     "noise_candidates": 1, "num_train_timesteps": 1000, "rescale_betas_zero_snr": False, "dataset_split": "train",
     "streaming": False, "points_per_way": 4,
 }  # fmt: skip
-EARLIER_FREE = {
+FORMER_FLAGS_THAT_MAY_CHANGE = {
     "allow_tf32", "bad_images", "features_model_name_or_path", "grad_norm_deviations", "hub_dataset_name",
     "hub_license", "hub_logs", "hub_revision", "hub_strategy", "hub_timeout", "image_cache_dir", "keep_best",
     "logging_dir", "num_validation_images", "prior_dataset_split", "push_required", "teacher_steps",
     "tracker_project_name",
 }  # fmt: skip
-HOW_IT_IS_COMPUTED = {"lr", "foreach", "fused", "capturable", "differentiable", "maximize"}  # of torch's optimizers
+IMPLEMENTATION_OPTIONS = {"lr", "foreach", "fused", "capturable", "differentiable", "maximize"}  # of torch's optimizers
 _locks = {}  # locks that this process holds, by folder
 
 
-def claim_output_dir(accelerator, flags: dict, defaults: dict, script: str, constants: dict) -> tuple[Path, int | None]:
+def prepare_output_dir(
+    accelerator, flags: dict, defaults: dict, script: str, constants: dict
+) -> tuple[Path, int | None]:
     """Make the output folder this run's, or find that it holds this run already.
 
     Args:
@@ -132,7 +134,7 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
             (folder / name).unlink(missing_ok=True)
         return None
     _refuse(where, changed)
-    redraw = any(old.get(flag) != settings.get(flag) for flag in DRAWING)
+    redraw = any(old.get(flag) != settings.get(flag) for flag in SAMPLING_FLAGS)
     complete = (folder / "model_index.json").is_file() and (folder / "samples.png").is_file()
     if not complete or redraw or "finished_at_step" not in found:
         return None
@@ -194,37 +196,38 @@ def _refuse(where: str, changed: list[str]) -> None:
 def setting_changes(where: str, old: dict, new: dict, defaults: dict) -> list[str]:
     """Return what differs between the settings of two runs, for a message, an entry for each.
 
-    A flag that the old run did not know counts as having had its default, or what is in ``BEFORE``. A flag that exists
-    no more counts if it had another value than the script's constant of its name, or than ``EARLIER``.
+    A flag that the old run did not have counts as its default, or as what is in ``LEGACY_DEFAULTS``. A flag that no
+    longer exists counts if it differs from the script's constant of its name, or from ``FORMER_FLAGS``.
 
     Args:
         where: the folder, for the message.
-        old, new: settings by name; those in ``FREE_ON_RESUME`` may differ. ``constants`` are those of the script.
+        old, new: settings by name; those in ``MAY_CHANGE_ON_RESUME`` may differ. ``constants`` are those of the script.
         defaults: of today's flags, by name.
     """
     constants = new.get("constants", {})
+    old = {args.RENAMED.get(name, name): value for name, value in old.items()}
     if new.get("fingerprint") and not old.get("fingerprint"):
         logger.info(f"{where} does not say which images it was made with: going on with {new.get('data')}.")
         old = {**old, "fingerprint": new["fingerprint"]}
-    flags = {*new} - {*old} - FREE_ON_RESUME - {"noise_scheduler", "optimizer_settings"}
+    flags = {*new} - {*old} - MAY_CHANGE_ON_RESUME - {"noise_scheduler", "optimizer_settings"}
     if flags:
         logger.info(
             f"{where} holds a run without {', '.join(sorted(flags))}: what runs did before there were these counts."
         )
     changed = []
-    if not old.get("constants"):  # an earlier version; what it did not know as a flag is in BEFORE
-        old = {**{name: value for name, value in BEFORE.items() if name.upper() in constants}, **old}
-    for name in sorted({*old} - {*new} - FREE_ON_RESUME - EARLIER_FREE):
+    if not old.get("constants"):  # an earlier version; what it did not know as a flag is in LEGACY_DEFAULTS
+        old = {**{name: value for name, value in LEGACY_DEFAULTS.items() if name.upper() in constants}, **old}
+    for name in sorted({*old} - {*new} - MAY_CHANGE_ON_RESUME - FORMER_FLAGS_THAT_MAY_CHANGE):
         if name.upper() in constants:
             if (old[name] or 0) != (constants[name.upper()] or 0):  # some flags were None for nothing
                 changed.append(f"{name} was {old[name]!r}, is {constants[name.upper()]!r} (a constant of the script)")
-        elif old[name] not in (None, EARLIER.get(name)):
+        elif old[name] not in (None, FORMER_FLAGS.get(name)):
             logger.warning(
                 f"{where} holds a run with {name} {old[name]!r}, a setting that this script does not have as a flag: "
                 "if it has it as a number in its code, that must be the same"
             )
-    old = {**{name: BEFORE.get(name, defaults.get(name)) for name in flags}, **old}
-    for name in sorted({*new} - FREE_ON_RESUME):
+    old = {**{name: LEGACY_DEFAULTS.get(name, defaults.get(name)) for name in flags}, **old}
+    for name in sorted({*new} - MAY_CHANGE_ON_RESUME):
         if name == "scaled_from" and old.get(name) != new[name]:
             ranges = [",".join(f"{value:g}" for value in values.get(name) or ()) or "full" for values in (old, new)]
             changed.append("--image_range was {}, is {}".format(*ranges))
@@ -311,7 +314,7 @@ def describe_optimizers(accelerator) -> list[dict]:
     """Return class and numbers of each optimizer but its learning rate, which a flag has, and how it is computed."""
     found = []
     for wrapped in accelerator._optimizers:
-        numbers = {key: value for key, value in wrapped.optimizer.defaults.items() if key not in HOW_IT_IS_COMPUTED}
+        numbers = {key: value for key, value in wrapped.optimizer.defaults.items() if key not in IMPLEMENTATION_OPTIONS}
         found.append(plain({"class": type(wrapped.optimizer).__name__, **numbers}))
     return found
 
