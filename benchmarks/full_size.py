@@ -48,7 +48,7 @@ def main():
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 sys.exit(result.stdout + result.stderr)
-            said = re.search(r"-> .*: ([\d,]+) weights learn.* keeps ([\d.]+) MiB", result.stderr)
+            said = re.search(r"-> .*: ([\d,]+) trainable weights.* keeps ([\d.]+) MiB", result.stderr)
             events = EventAccumulator(str(Path(folder, method, "logs", method))).Reload()
             peak = events.Scalars("system/peak_memory_gib")[-1].value
             seconds = options.train_batch_size / events.Scalars("system/images_per_second")[-1].value

@@ -108,9 +108,9 @@ def test_both_loaders_of_peft_add_the_saved_adapter_to_any_base(tmp_path):
 
 
 def test_what_the_unet_does_not_have_is_refused():
-    with pytest.raises(UserError, match=r"--method attention: this UNet has no such layers; choose full, norm or lora"):
+    with pytest.raises(UserError, match=r"--method attention: this UNet has no such layers. Choose full, norm or lora"):
         choose_trainable(unet(attention=False), "attention", 4, TARGETS, 0)
-    with pytest.raises(UserError, match=r"LORA_TARGETS to_z: this UNet has no such layers; it has .*conv1.*to_q"):
+    with pytest.raises(UserError, match=r"LORA_TARGETS to_z: this UNet has no such layers. It has .*conv1.*to_q"):
         choose_trainable(unet(), "lora", 4, ["to_z"], 0)
 
 
@@ -120,7 +120,7 @@ def test_counts_are_said_for_every_method(caplog):
         log_trainable_counts(model, "lora", 4, TARGETS, "adamw")
     assert len(caplog.messages) == 4
     total = count(model)
-    assert f"--method full: {total:,} weights learn" in caplog.messages[0]
+    assert f"--method full: {total:,} trainable weights" in caplog.messages[0]
     assert f"{total * 8 / 2**20:.1f} MiB" in caplog.messages[0]
     assert caplog.messages[3].startswith("-> --method lora")
     assert learning(model) == {name for name, _ in model.named_parameters()}

@@ -20,7 +20,7 @@ def test_any_channels_and_any_size_divisible_by_four(channels, size):
 
 
 def test_other_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"images of \(10, 8\) pixels; expected sides divisible by 4"):
+    with pytest.raises(ValueError, match=r"images of \(10, 8\) pixels\. Expected sides divisible by 4"):
         BasicUNet()(torch.zeros(1, 1, 10, 8))
 
 

@@ -105,11 +105,11 @@ def test_embeddings_that_nothing_here_knows_are_refused(tmp_path, options, messa
 def test_classes_of_a_model_that_was_never_told_nothing(tmp_path):
     make(tmp_path / "model", num_class_embeds=4)
     assert draw(tmp_path / "model", tmp_path / "a", "--class_labels=3,0") == 0
-    with pytest.raises(UserError, match="--guidance_scale 2: all 4 classes"):
+    with pytest.raises(UserError, match="--guidance_scale 2: the model has 4 classes but no null class"):
         draw(tmp_path / "model", tmp_path / "b", "--guidance_scale=2")
     with pytest.raises(UserError, match="there is no class '4'"):
         draw(tmp_path / "model", tmp_path / "c", "--class_labels=4")
-    with pytest.raises(UserError, match="has 4 classes, and none of them means that no class is given"):
+    with pytest.raises(UserError, match="has 4 classes and no null class"):
         start = f"--pretrained_model_name_or_path={tmp_path / 'model'}"
         train(tmp_path / "run", start, script=train_conditional)
     with pytest.raises(UserError, match="wants class labels"):

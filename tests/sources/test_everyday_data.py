@@ -280,8 +280,8 @@ def test_classes_go_by_name_when_a_model_is_adapted_to_others(caplog):
     before = unet.class_embedding.weight.detach().clone()
     after = add_class_embedding(unet, ["b", "new", "a"]).class_embedding.weight
     assert torch.equal(after, before[[1, 3, 0, 3]]) and after.requires_grad and unet.config.num_class_embeds == 4
-    assert "1 are new and begin as the null class (new), 1 are left out (c, d)" in caplog.text
-    with pytest.raises(UserError, match=r"knows 3 classes .*, none of those of the images \(x, y\)"):
+    assert "Started as the null class: 1 new class (new). Left out: 1 class (c, d)" in caplog.text
+    with pytest.raises(UserError, match=r"has 3 classes .*, but none of those of the images \(x, y\)"):
         add_class_embedding(conditional(), ["x", "y"])
 
 

@@ -1,1 +1,1 @@
-"""Diffusion itself: noise schedules, samplers, sampling, nets, and models that come from elsewhere."""
+"""Noise schedules, samplers, sampling, nets, and the loading of pretrained models."""

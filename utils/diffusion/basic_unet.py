@@ -1,4 +1,4 @@
-"""A UNet small enough to be read: six convolutions."""
+"""A minimal UNet of six convolutions, short enough to read in a minute."""
 
 import itertools
 
@@ -10,17 +10,17 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 
 class BasicUNet(ModelMixin, ConfigMixin):
-    """Convolutions on the way down and up again, with a shortcut at each size. It is not told how noisy its input is.
+    """A down path and an up path of convolutions, with a skip connection at each size and no timestep embedding.
 
-    Each convolution is followed by SiLU, but for the last: an image may take any value. On the way down the size is
-    halved between convolutions, on the way up it is doubled. What was seen before a halving is added after the
-    doubling that undoes it: detail takes the shortcut, and the small sizes are left to what is large.
+    SiLU follows each convolution except the last, because pixels may take any value. The down path halves the size
+    between convolutions, and the up path doubles it. The features before each halving are added after the matching
+    doubling. So fine detail passes through the skip connections, and the small sizes model large structures.
 
     Args:
-        sample_size: side of the images it is trained on, or (H, W), pixels; others work too.
-        in_channels, out_channels: of the images, usually the same.
-        block_out_channels: of the convolutions on the way down; their number less one is the number of halvings.
-        kernel_size: side of the convolutions, odd.
+        sample_size: side of the training images, or (H, W), pixels. Other sizes work too.
+        in_channels, out_channels: channels of the images, usually the same.
+        block_out_channels: output channels of the down path's convolutions. The size is halved between them.
+        kernel_size: side of the kernels, odd.
     """
 
     @register_to_config
@@ -45,15 +45,15 @@ class BasicUNet(ModelMixin, ConfigMixin):
         """Predict clean images.
 
         Args:
-            sample: (B, C, H, W), H and W divisible by 4 (with the default channels).
-            timestep: not used; here so that it is called as every other model.
+            sample: noisy images (B, C, H, W), with H and W divisible by 4 for the default channels.
+            timestep: unused, so that the signature is that of other models.
 
         Raises:
-            ValueError: H or W cannot be halved as often as the model halves it.
+            ValueError: H or W is not divisible by the total downsampling factor.
         """
         factor = 2 ** (len(self.down_convs) - 1)
         if sample.shape[-2] % factor or sample.shape[-1] % factor:
-            raise ValueError(f"images of {tuple(sample.shape[-2:])} pixels; expected sides divisible by {factor}")
+            raise ValueError(f"images of {tuple(sample.shape[-2:])} pixels. Expected sides divisible by {factor}")
         shortcuts = []
         for conv in self.down_convs[:-1]:
             sample = F.silu(conv(sample))

@@ -1,6 +1,6 @@
-"""Images of a class, and guidance without a classifier: the pipeline of models that are told what to draw.
+"""The pipeline of class-conditional models, with classifier-free guidance.
 
-The model's last class means "nothing said". ``save_pretrained`` writes a folder that loads in two ways:
+The model's last class is the null class. ``save_pretrained`` writes a folder that loads in two ways:
 
     pipeline = ConsistencyModelPipeline.from_pretrained(folder)  # diffusers alone, without guidance
     pipeline(batch_size=2, class_labels=[7, 3])
@@ -27,32 +27,36 @@ def guided_output(
     timesteps: torch.Tensor,
     class_labels: torch.Tensor,
     scale: float,
-    nothing: int,
+    null_class: int,
 ) -> torch.Tensor:
-    """nothing + scale (class - nothing), Ho & Salimans 2022, arXiv:2207.12598, in the form of Imagen and diffusers.
+    """Return unconditional + scale (conditional - unconditional), as Imagen and diffusers define the scale.
+
+    Classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598.
 
     Args:
-        model: called as ``model(noisy, timesteps, class_labels).sample``.
-        noisy: (B, C, H, W).
+        model: model called as ``model(noisy, timesteps, class_labels).sample``.
+        noisy: noisy images (B, C, H, W).
         timesteps, class_labels: (B,).
-        scale: 1 is the plain conditional model and 0 the unconditional one, one call each; others take one call of 2 B.
-        nothing: the class that means "nothing said".
+        scale: guidance scale. 1 is the conditional model and 0 the unconditional one, each evaluated on B images.
+            Other scales evaluate the model on 2 B images.
+        null_class: label of the unconditional model.
     """
-    unsaid = torch.full_like(class_labels, nothing)
+    unconditional = torch.full_like(class_labels, null_class)
     if scale in (0, 1):
-        return model(noisy, timesteps, class_labels if scale else unsaid).sample.float()
-    both = model(torch.cat([noisy, noisy]), torch.cat([timesteps] * 2), torch.cat([unsaid, class_labels])).sample
+        return model(noisy, timesteps, class_labels if scale else unconditional).sample.float()
+    labels = torch.cat([unconditional, class_labels])
+    both = model(torch.cat([noisy, noisy]), torch.cat([timesteps] * 2), labels).sample
     without, conditional = both.float().chunk(2)
     return without + scale * (conditional - without)
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Images of the classes asked for.
+    """A pipeline that draws images of given classes.
 
     Args:
-        unet: a ``UNet2DModel`` whose ``num_class_embeds`` is one more than there are classes; ``_class_names`` in its
-            config are their names.
-        scheduler: any of diffusers whose ``step`` takes a generator.
+        unet: ``UNet2DModel`` with ``num_class_embeds`` one larger than the number of classes. Its config holds their
+            names as ``_class_names``.
+        scheduler: scheduler of diffusers with a ``step`` that takes a generator.
     """
 
     model_cpu_offload_seq = "unet"
@@ -74,10 +78,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Draw one image for each label.
 
         Args:
-            class_labels: names or numbers of classes, or one of them.
-            guidance_scale: how firmly: 1 is the model as it is, 0 draws any class, more is purer and less varied.
-            num_inference_steps: steps; guidance takes two calls of the model each.
-            generator: one, or one for each image.
+            class_labels: names or numbers of classes, or a single one.
+            guidance_scale: guidance strength. 1 is the conditional model, 0 the unconditional one. Larger scales give
+                more recognisable and less varied images.
+            num_inference_steps: number of sampling steps. With guidance, each takes two function evaluations.
+            generator: one generator, or one for each image.
             output_type: ``pil``, ``np`` for floats in [0, 1] (B, H, W, C), or ``pt`` for floats in [0, 1] (B, C, H, W).
 
         Raises:
@@ -104,12 +109,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def save_pretrained(self, save_directory, **options) -> None:
-        """As a ``ConsistencyModelPipeline``, which draws with these parts without guidance, and this file beside it.
+        """Save as a ``ConsistencyModelPipeline``, which draws without guidance, with this file beside it.
 
-        That pipeline draws squares only: images of another shape need this file.
+        That pipeline draws square images only. Images of other shapes need this file.
         """
         if options.pop("push_to_hub", False):
-            raise ValueError("save_pretrained(push_to_hub=True) would leave the code out; upload the saved folder")
+            raise ValueError("save_pretrained(push_to_hub=True) would leave the code out. Upload the saved folder")
         super().save_pretrained(save_directory, **options)
         folder = Path(save_directory)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -119,28 +124,28 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
 
 def class_names(config) -> list[str]:
-    """The classes that the model of this config can be asked for, their numbers if they have no names; perhaps none."""
+    """Return the names of a model's classes: their numbers if they have no names, [] without classes."""
     return list(config.get("_class_names") or map(str, range(config.get("num_class_embeds") or 0)))
 
 
 def class_numbers(labels: Sequence[int | str], config) -> list[int]:
-    """The numbers of classes that are given by name or number.
+    """Return the numbers of classes given by name or number.
 
     Args:
-        labels: names, or numbers from 0 on. Text is a number unless all names are numbers.
-        config: of a UNet with classes, see ``ClassConditionalPipeline``.
+        labels: names, or numbers from 0 on. A string of digits is a number, unless all names are numbers.
+        config: config of a UNet with classes, see ``ClassConditionalPipeline``.
 
     Raises:
-        ValueError: there is no such class; the message has the names that exist.
+        ValueError: there is no such class. The message lists the names that exist.
     """
     names, numbers = class_names(config), []
     known = {name: number for number, name in enumerate(names)}
-    if not all(map(str.isdecimal, names)):  # a class called "1" need not be the second one
+    if not all(map(str.isdecimal, names)):  # A class called "1" may have another number
         known = {str(number): number for number in range(len(names))} | known
     for label in labels:
         number = known.get(label.strip(), -1) if isinstance(label, str) else int(label)
         if not 0 <= number < len(names):
             shown = f"0 to {len(names) - 1}, or one of " + ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
-            raise ValueError(f"there is no class {label!r}; expected a number from {shown}")
+            raise ValueError(f"there is no class {label!r}. Expected a number from {shown}")
         numbers.append(number)
     return numbers

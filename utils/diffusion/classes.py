@@ -1,4 +1,4 @@
-"""Classes for a UNet, and a model with guidance to sample from."""
+"""Class embeddings of a UNet, classifier-free guidance, and the classes of samples."""
 
 import csv
 import logging
@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from .. import UserError
+from .. import UserError, counted
 from .class_conditional import class_names, class_numbers, guided_output
 from .sampling import cycle_rows
 
@@ -17,13 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def add_class_embedding(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
-    """A trained UNet that can be told one of these classes, or nothing.
+    """Return a trained UNet that takes one of these classes, or the null class.
 
-    One that was unconditional gets an embedding of zeros, so that at first it draws what it drew before. Of other
-    classes than it was trained on, those that it knows keep their rows, and new ones begin as the null class.
+    An unconditional UNet gets an embedding of zeros, so that its output stays the same until training changes it.
+    A conditional UNet keeps the rows of classes with the same name. Rows of new classes start as copies of the null
+    class's row.
 
     Raises:
-        UserError: it has no null class, or knows none of these classes.
+        UserError: the UNet has no null class, or was trained on none of these classes.
     """
     if unet.class_embedding is None:
         width = unet.time_embedding.linear_2.out_features
@@ -34,20 +35,20 @@ def add_class_embedding(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
     known = class_names(unet.config)
     if unet.config.num_class_embeds != len(known) + 1:
         raise UserError(
-            f"the pretrained model has {unet.config.num_class_embeds} classes, and none of them means that no class is "
-            "given; expected one trained with a null class"
+            f"the pretrained model has {unet.config.num_class_embeds} classes and no null class. Expected a model "
+            "that was trained with a null class"
         )
     if known == list(names):
         return unet
     if not {*known} & {*names}:
         raise UserError(
-            f"the pretrained model knows {len(known)} classes ({', '.join(known)[:200]}), none of those of the images "
-            f"({', '.join(names)[:200]}); expected some of the same"
+            f"the pretrained model has {counted(len(known), 'class')} ({', '.join(known)[:200]}), but none of those of "
+            f"the images ({', '.join(names)[:200]}). Expected classes in common"
         )
-    new, left_out = [[name for name in a if name not in b] for a, b in ((names, known), (known, names))]
+    new, dropped = [[name for name in a if name not in b] for a, b in ((names, known), (known, names))]
     logger.warning(
-        f"classes go by name: {len(new)} are new and begin as the null class ({', '.join(new[:5])}), {len(left_out)} "
-        f"are left out ({', '.join(left_out[:5])})"
+        f"Classes are matched by name. Started as the null class: {counted(len(new), 'new class')} "
+        f"({', '.join(new[:5])}). Left out: {counted(len(dropped), 'class')} ({', '.join(dropped[:5])})."
     )
     rows = [known.index(name) if name in known else len(known) for name in names]
     table = unet.class_embedding.weight.detach()[[*rows, len(known)]]
@@ -58,22 +59,22 @@ def add_class_embedding(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
 
 
 class GuidedModel:
-    """A conditional model with guidance, to be sampled from as the model itself.
+    """A conditional model with guidance, called like the model itself.
 
     Args:
-        model: a ``UNet2DModel`` with classes.
-        scale: see ``class_conditional.guided_output``.
+        model: ``UNet2DModel`` with classes.
+        scale: guidance scale, see ``class_conditional.guided_output``.
 
     Raises:
-        UserError: it was not trained to be told nothing, and guidance needs that.
+        UserError: the model has no null class, which guidance needs.
     """
 
     def __init__(self, model: torch.nn.Module, scale: float):
-        self.model, self.scale, self.nothing = model, scale, len(class_names(model.config))
-        if scale != 1 and self.nothing >= model.config.num_class_embeds:
+        self.model, self.scale, self.null_class = model, scale, len(class_names(model.config))
+        if scale != 1 and self.null_class >= model.config.num_class_embeds:
             raise UserError(
-                f"--guidance_scale {scale:g}: all {self.nothing} classes of the model are images', none means that "
-                "nothing is said, so it cannot be guided; expected 1"
+                f"--guidance_scale {scale:g}: the model has {self.null_class} classes but no null class. Guidance "
+                "needs one. Expected 1"
             )
         self.eval, self.train = model.eval, model.train
 
@@ -82,27 +83,27 @@ class GuidedModel:
         return self.model.training
 
     def __call__(self, noisy: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> UNet2DOutput:
-        output = guided_output(self.model, noisy, timesteps, class_labels, self.scale, self.nothing)
+        output = guided_output(self.model, noisy, timesteps, class_labels, self.scale, self.null_class)
         return UNet2DOutput(sample=output)
 
 
 def choose_classes(config, asked: str | None) -> list[int] | None:
-    """The classes that ``--class_labels`` asks for, in turn; all of them without it.
+    """Return the numbers of the classes that ``--class_labels`` asks for.
 
     Args:
-        config: of the model.
-        asked: names or numbers, separated by commas, a name with a comma in quotes; ``all`` or None for all classes.
+        config: config of the model.
+        asked: names or numbers, separated by commas, a name with a comma in quotes. ``all`` or None asks for all.
 
     Returns:
-        Their numbers; None for a model that knows no classes.
+        Numbers in the order asked for, or None for an unconditional model.
 
     Raises:
-        UserError: the model knows no classes, or not these.
+        UserError: the model is unconditional, or has no such class.
     """
     count = len(class_names(config))
     if not count:
         if asked:
-            raise UserError(f"--class_labels {asked}: this model knows no classes; leave the flag out")
+            raise UserError(f"--class_labels {asked}: this model is unconditional. Leave the flag out")
         return None
     if asked in (None, "all"):
         return list(range(count))
@@ -114,14 +115,14 @@ def choose_classes(config, asked: str | None) -> list[int] | None:
 
 
 def cycle_labels(labels: Sequence[int] | np.ndarray, device) -> Callable[[np.ndarray], dict]:
-    """``model_inputs`` of ``sampling.sample_batch``: image k is of the class ``labels[k % len(labels)]``."""
+    """Return ``model_inputs`` for ``sampling.sample_batch`` that give image k the class ``labels[k % len(labels)]``."""
     return cycle_rows({"class_labels": torch.as_tensor(np.asarray(labels, dtype=np.int64))}, device)
 
 
 def between_classes(unet: UNet2DModel, labels: Sequence[int], count: int) -> Callable[[np.ndarray], dict]:
-    """``model_inputs`` of ``sampling.sample_batch`` for a walk of ``count`` images through these classes, in order.
+    """Return ``model_inputs`` for ``sampling.sample_batch`` that interpolate between these classes, in order.
 
-    The model's embedding gets a row for each image, on the straight lines between the rows of the classes.
+    The model's embedding gets a row for each of ``count`` images, interpolated linearly between the classes' rows.
     """
     table = unet.class_embedding.weight.detach()
     corners = table[torch.tensor([labels[0], *labels])] if len(labels) == 1 else table[torch.tensor(labels)]
@@ -133,10 +134,10 @@ def between_classes(unet: UNet2DModel, labels: Sequence[int], count: int) -> Cal
 
 
 def group_by_class(images: np.ndarray, class_names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Images that were drawn of all classes in turn, as one row a class: for ``make_grid``.
+    """Reorder images of cycled classes so that ``make_grid`` shows one row for each class.
 
     Returns:
-        uint8 (N, C, H, W) with N cut to a multiple of the number of rows; the rows' captions.
+        uint8 (N, C, H, W), with N cut to a multiple of the number of rows, and the captions of the rows.
     """
     rows = min(len(class_names), len(images))
     columns = len(images) // len(class_names) or 1

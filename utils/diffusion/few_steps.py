@@ -1,4 +1,4 @@
-"""Models that draw in a few calls, and their sampler."""
+"""Few-step (consistency) models, and their sampler."""
 
 import inspect
 
@@ -9,37 +9,39 @@ from .schedulers import make_sampler
 
 
 def make_few_step_sampler(noise_scheduler: DDPMScheduler, solver_steps: int) -> LCMScheduler:
-    """What draws samples from a model that predicts where the way from noise ends: an image at once, new noise, again.
+    """Return the sampler of a model that predicts the end of its teacher's trajectory.
 
-    Multistep consistency sampling, Song et al. 2023, arXiv:2303.01469, Algorithm 1. Where the teacher predicts noise,
-    the student predicts v: at the last noise level an error of the noise is one of the image a hundred times as large,
-    which a single call cannot afford.
+    Multistep consistency sampling, Song et al. 2023, arXiv:2303.01469, Algorithm 1: predict the image, add new noise,
+    and repeat. The student of a teacher that predicts noise predicts v instead. At the last noise level, an error in
+    the noise becomes an error in the image that is about a hundred times as large. No later step would correct it.
 
     Args:
-        solver_steps: equal steps of the ways that the model learns. At their timesteps, and at no others, it is called.
+        noise_scheduler: scheduler that the teacher was trained with.
+        solver_steps: number of equal steps of the teacher's trajectories. The model is evaluated only at the
+            timesteps where they start.
 
     Raises:
-        UserError: they do not divide the number of noise levels.
+        UserError: the number of noise levels is not divisible by ``solver_steps``.
     """
     levels, prediction_type = noise_scheduler.config.num_train_timesteps, noise_scheduler.config.prediction_type
     if levels % solver_steps:
         fitting = [n for n in range(2, min(levels // 2, 64) + 1) if levels % n == 0]
         raise UserError(
-            f"--solver_steps {solver_steps} does not divide the teacher's {levels} noise levels; expected one "
+            f"--solver_steps {solver_steps} does not divide the teacher's {levels} noise levels. Expected one "
             f"of {', '.join(map(str, fitting))}"
         )
-    config = make_sampler("ddim", noise_scheduler).config  # with explicit betas where other samplers need them
-    known = inspect.signature(LCMScheduler).parameters  # others it would warn of whenever it is loaded
+    config = make_sampler("ddim", noise_scheduler).config  # With explicit betas where other samplers need them
+    known = inspect.signature(LCMScheduler).parameters  # Unknown ones cause a warning at every loading
     config = {name: value for name, value in config.items() if name in known}
     config["prediction_type"] = "v_prediction" if prediction_type == "epsilon" else prediction_type
     return LCMScheduler(**config | {"original_inference_steps": solver_steps, "clip_sample": True})
 
 
 def is_few_step(scheduler: SchedulerMixin) -> bool:
-    """Whether the model that carries this scheduler predicts where the way from noise ends: a consistency model."""
+    """Return whether a model with this scheduler is a few-step (consistency) model."""
     return isinstance(scheduler, LCMScheduler)
 
 
 def is_compatible(name: str, scheduler: SchedulerMixin) -> bool:
-    """Whether the sampler of this name is of the kind that the model that carries this scheduler was trained for."""
+    """Return whether the sampler of this name can draw from a model with this scheduler."""
     return (name == "lcm") == is_few_step(scheduler)
