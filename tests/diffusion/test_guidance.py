@@ -161,7 +161,7 @@ def test_own_functions_may_draw_random_numbers_and_leave_no_trace(accelerator):
     )
     assert np.abs(alone.astype(int) - together).max() <= 1
     assert torch.equal(state, torch.get_rng_state())
-    with pytest.raises(UserError, match="expected one loss an image"):
+    with pytest.raises(UserError, match="Expected one loss per image"):
         sample_images(
             net, sampler, accelerator, 2, (3, 8, 8), 4, 2, 0, guidance=Guidance(lambda images: images.mean(), 1)
         )

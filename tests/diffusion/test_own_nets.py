@@ -112,8 +112,11 @@ def test_other_code_in_the_same_folder_takes_the_place_of_the_first(tmp_path, ne
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (NET.replace("sample_size, ", ""), "Net does not take sample_size; expected them as arguments of its __init__"),
-        ("import blocks\n" + NET, "a_net.py imports blocks, which is no installed package"),
+        (
+            NET.replace("sample_size, ", ""),
+            "Net does not take sample_size\. Expected them as arguments of its __init__",
+        ),
+        ("import blocks\n" + NET, "a_net.py imports blocks, which is not an installed package"),
     ],
 )
 def test_what_cannot_be_saved_is_refused(tmp_path, net, text, said):
@@ -125,7 +128,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path, net, text, said):
 def test_a_net_without_a_file_is_refused():
     space = {}
     exec(NET, space)
-    with pytest.raises(UserError, match=r"Net cannot be saved: its code is in no file; expected a file of its own"):
+    with pytest.raises(UserError, match=r"Net cannot be saved: its code is not in a file\. Expected a separate file"):
         as_diffusers_model(space["Net"])
 
 
@@ -158,7 +161,7 @@ def test_a_net_of_a_package_beside_the_script_is_refused(tmp_path, net, monkeypa
     (tmp_path / "nets").mkdir()
     (tmp_path / "nets" / "__init__.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"imports nets, which is no installed package"):
+    with pytest.raises(UserError, match=r"imports nets, which is not an installed package"):
         as_diffusers_model(net("import nets\n" + NET))
     with pytest.raises(UserError, match="takes a class, such as Net, not a Raw"):
         as_diffusers_model(Raw())

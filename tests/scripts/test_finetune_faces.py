@@ -191,10 +191,10 @@ def test_a_pipeline_of_another_kind_is_refused(tmp_path, base):
 def test_two_steerings_at_once_and_no_images_are_refused(capsys):
     with pytest.raises(SystemExit):
         finetune_faces.parse_args(["--guidance_color=red", "--guidance_prompt=a face"])
-    assert "exclude each other; give one" in capsys.readouterr().err
+    assert "exclude each other. Give one" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         finetune_faces.parse_args(["--guidance_color=bleen"])
-    assert "--guidance_color bleen: no such colour; expected a name such as teal" in capsys.readouterr().err
+    assert "--guidance_color bleen: there is no such colour. Expected a name such as teal" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         finetune_faces.parse_args([])
     assert "give the images to adapt to: --train_data_dir DIR, or --dataset_name" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_one_folder_loads_with_diffusers_alone_and_with_its_own_file(finished):
     assert np.array_equal(stock, drawn(own, ["7", 3, 7]))
     assert not np.allclose(stock, drawn(own, ["7", 3, 7], guidance_scale=2.0), atol=1e-3)
     assert not np.allclose(stock[0], drawn(own, ["7", 3, 7], guidance_scale=0.0)[0], atol=1e-4)
-    with pytest.raises(ValueError, match="no class 'eleven'. Expected a number from 0 to 9, or one of 0, 1, 2"):
+    with pytest.raises(ValueError, match=r"no class 'eleven'\. Expected a number from 0 to 9, or one of 0, 1, 2"):
         own(["eleven"])
 
 

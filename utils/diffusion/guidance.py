@@ -1,15 +1,15 @@
-"""Steering samples towards what a function of the image likes: a colour, a sentence, or one's own ten lines.
+"""Guidance of samples by a loss on predicted images: a colour, a sentence, or your own function.
 
-A guidance function takes predicted clean images (B, C, H, W) in [-1, 1] and returns a loss for each, (B,); lower is
-better. At every step its gradient moves the model's prediction before the sampler uses it:
+A guidance function takes predicted clean images (B, C, H, W) in [-1, 1] and returns a loss for each, (B,). At every
+step its gradient moves the model's prediction before the sampler uses it:
 
     x_0  <-  x_0 - scale * sqrt(1 - alpha_bar_t) * gradient / 2
 
-The factor is the noise left at timestep t (not at the loop's index): steering is firm while the image is undecided and
-lets go as it is finished, so that the model has the last word. The loss of an image should be a mean over its pixels;
-its gradient is multiplied by their number, so that a scale means the same at every resolution. With the squared
-distance to a target, a scale of 1 goes all the way at pure noise, and more overshoots. Other losses, and gradients
-taken through the model, need scales of their own: try, and look.
+The factor is the noise level at timestep t. Guidance is strong at high noise levels and vanishes at the end, where the
+model alone decides the details. The loss of an image should be a mean over its pixels. Its gradient is multiplied by
+their number, so that the effect of a scale does not depend on the resolution. With the squared distance to a target, a
+scale of 1 at pure noise moves the prediction onto the target, and larger scales overshoot. Other losses, and gradients
+through the model, need other scales, which you find by experiment.
 """
 
 from collections.abc import Callable
@@ -27,16 +27,16 @@ GuidanceFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Guidance:
-    """A guidance function, and how it acts on a sampler.
+    """A guidance function with its strength and mode.
 
     Args:
-        function: see above. It is given float32. Random numbers from torch's global generator are the same at the same
-            timestep of every run.
-        scale: how firmly; 0 does nothing. See above for what 1 means.
+        function: guidance function, called with float32 images. Random numbers from torch's global generator are the
+            same at the same timestep of every run.
+        scale: guidance strength, 0 for none. The module's docstring defines 1.
         mode: ``direct`` takes the gradient with respect to the predicted image. ``net`` takes it through the model,
-            with respect to its noisy input (as DPS does, Chung et al. 2022, arXiv:2209.14687): slower, and what the
-            model would not draw is suppressed.
-        space: that the model denoises in, see ``spaces``; by default pixels.
+            with respect to its noisy input (DPS, Chung et al. 2022, arXiv:2209.14687). That is slower, and keeps the
+            images closer to those of the model.
+        space: space that the model denoises in, see ``spaces``. The default is pixels.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class Guidance:
         self.decode = None if space is None or space.in_unit_range else space.decode
 
     def predict(self, model, scheduler: SchedulerMixin, sample: torch.Tensor, timestep) -> torch.Tensor:
-        """The guided model's output for a sampler's step: like ``model(sample, timestep).sample``, in float32."""
+        """Return the guided counterpart of ``model(sample, timestep).sample``, in float32."""
         with torch.set_grad_enabled(self.mode == "net"):
             sample = sample.detach().requires_grad_(self.mode == "net")
             output = model(scheduler.scale_model_input(sample, timestep), timestep).sample.float()
             predicted = predicted_images(scheduler, output, sample, timestep)
         with torch.enable_grad(), torch.random.fork_rng([sample.device] if sample.is_cuda else []):
             torch.manual_seed(int(timestep))
-            # Clipped to the range of images, but for the gradient: before the end predictions of noise exceed it by far
+            # The values are clipped and the gradient is not, because early predictions exceed [-1, 1] by far
             clip = lambda images: images + (images.clamp(-1, 1) - images).detach()  # noqa: E731
             predicted = predicted if self.decode else clip(predicted)
             at = sample if self.mode == "net" else predicted.requires_grad_()
@@ -62,9 +62,9 @@ class Guidance:
             losses = self.function(images)
             if losses.shape != sample.shape[:1]:
                 raise UserError(
-                    f"the guidance function returned shape {tuple(losses.shape)}; expected one loss an image"
+                    f"the guidance function returned shape {tuple(losses.shape)}. Expected one loss per image"
                 )
-            losses = losses * images[0].numel()  # before the gradient is taken, for fp16 has no small numbers
+            losses = losses * images[0].numel()  # Before the gradient, because it would underflow in fp16
             (gradient,) = torch.autograd.grad(losses.sum(), at)
         _, noise_level = signal_and_noise(scheduler, timestep, sample)
         step = self.scale * noise_level * gradient / 2
@@ -72,10 +72,10 @@ class Guidance:
 
 
 def make_guidance(args, device: torch.device, **options) -> Guidance | None:
-    """Make the guidance that the flags of ``guidance_args`` ask for, or None.
+    """Return the guidance that the flags of ``guidance_args`` ask for, or None.
 
     Args:
-        options: of ``Guidance``.
+        options: further arguments of ``Guidance``.
     """
     if args.guidance_color:
         function = color_loss(args.guidance_color)
@@ -87,16 +87,16 @@ def make_guidance(args, device: torch.device, **options) -> Guidance | None:
 
 
 def color_loss(color: str) -> GuidanceFunction:
-    """Mean squared distance of the pixels to a colour.
+    """Return a guidance function: the mean squared distance of the pixels to a colour.
 
     Args:
-        color: a name or ``#rrggbb``, as Pillow understands it. Grey images are compared with its lightness.
+        color: name or ``#rrggbb``, in Pillow's syntax. Grey images are compared with its lightness.
 
     Raises:
         ValueError: there is no such colour.
     """
     target = from_uint8(torch.tensor(ImageColor.getrgb(color)[:3]))
-    weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's conversion to grey
+    weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601, as in Pillow's conversion to grey
 
     def loss(images):
         wanted = target if images.shape[1] == 3 else (target * weights).sum()[None]
@@ -106,18 +106,19 @@ def color_loss(color: str) -> GuidanceFunction:
 
 
 def clip_loss(prompt: str, model_name_or_path: str, device: torch.device, num_cutouts: int = 8) -> GuidanceFunction:
-    """Distance between a sentence and random cut-outs of the images, in the space of a CLIP model (arXiv:2103.00020).
+    """Return a guidance function: the CLIP distance (arXiv:2103.00020) of random cut-outs to a sentence.
 
-    The loss is half the squared angle between their features, mean over cut-outs: 0 where they agree, 1.2 where they
-    have nothing to do with each other.
+    The loss is half the squared angle between their features, averaged over cut-outs. It is 0 for equal features and
+    1.2 for orthogonal ones.
 
     Args:
-        prompt: what the images should show.
-        model_name_or_path: a CLIP model on the Hub, or a folder.
-        num_cutouts: squares of at least half the image's side, others at every timestep.
+        prompt: description of the images.
+        model_name_or_path: CLIP model on the Hub, or a folder.
+        num_cutouts: number of random square cut-outs, new ones at every timestep. Their side is at least half that of
+            the image.
 
     Raises:
-        UserError: the model cannot be loaded, or is not CLIP.
+        UserError: the model cannot be loaded, or is not a CLIP model.
     """
     from transformers import AutoConfig, AutoTokenizer, CLIPModel
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -128,10 +129,10 @@ def clip_loss(prompt: str, model_name_or_path: str, device: torch.device, num_cu
             raise ValueError(f"it is a model of type {kind}")
         clip = CLIPModel.from_pretrained(model_name_or_path)
         tokens = AutoTokenizer.from_pretrained(model_name_or_path)([prompt], truncation=True, return_tensors="pt")
-    except Exception as error:  # the Hub client, transformers and tokenizers share no class of errors
+    except Exception as error:  # The Hub client, transformers and tokenizers share no base class of errors
         raise UserError(
             f"--clip_model_name_or_path {model_name_or_path}: {type(error).__name__}: {' '.join(str(error).split())}. "
-            "Expected a CLIP model: a Hub id such as openai/clip-vit-base-patch32, or a folder with its files"
+            "Expected a CLIP model: a Hub id such as openai/clip-vit-base-patch32, or a folder"
         ) from error
     clip = clip.to(device).eval().requires_grad_(False)
     size = clip.config.vision_config.image_size

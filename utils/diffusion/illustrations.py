@@ -1,4 +1,4 @@
-"""Pictures of what a denoiser does: its answers to more and more noise, and how a sample arises from them."""
+"""Pictures of a denoiser: its predictions at rising noise levels, and the steps of its samples."""
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ from .sampling import evaluating, sample_batch, starting_noise
 def show_denoising(
     model: torch.nn.Module, noise_scheduler: SchedulerMixin, clean_images: torch.Tensor, seed: int, decode=None
 ) -> Image.Image:
-    """A picture of what the model is trained to do: images, the same with more and more noise, and its predictions.
+    """Draw three rows: clean images, the same images at rising noise levels, and the model's predictions.
 
     Args:
-        model: predicts clean images, see ``sample_images``.
-        noise_scheduler: mixes; the noise grows from none in the first column to nothing else in the last.
+        model: model that predicts clean images, see ``sample_images``.
+        noise_scheduler: scheduler that adds the noise, none in the first column and pure noise in the last.
         clean_images: (B, C, H, W) in [-1, 1], on the model's device.
-        seed: of the noise.
-        decode: of the space that the model denoises in, see ``spaces``; ``clean_images`` are of that space.
+        seed: seed of the noise.
+        decode: function from the model's space to pixels, see ``spaces``. ``clean_images`` are in the model's space.
     """
     count, *shape = clean_images.shape
     timesteps = torch.linspace(0, noise_scheduler.config.num_train_timesteps, count, device=clean_images.device)
@@ -42,13 +42,13 @@ def show_walk(
     device: torch.device,
     decode=None,
 ) -> Image.Image:
-    """A picture of how samples arise: at each step, what the model is given, and which clean images it predicts.
+    """Draw two rows for each sampling step: the model's input, and its prediction of the clean images.
 
     Args:
-        model, sampler, shape, seed: as for ``sample_images``; the first images that it draws are shown.
+        model, sampler, shape, seed: see ``sample_images``. The pictured samples are its first ones.
         count: number of images.
-        num_inference_steps: model calls, two rows each.
-        decode: of the space that the model denoises in, see ``spaces``.
+        num_inference_steps: number of sampling steps.
+        decode: function from the model's space to pixels, see ``spaces``.
     """
     rows = []
     sample_batch(

@@ -1,11 +1,11 @@
-"""A net of one's own, an ordinary ``nn.Module``, as a model that diffusers saves and loads.
+"""Conversion of your own net, an ordinary ``nn.Module``, to a model that diffusers saves and loads.
 
     unet = as_diffusers_model(Net)(**train_data.model_shape, width=64)
 
 The net is built from keyword arguments that JSON can hold, with ``sample_size``, ``in_channels``, ``out_channels``
 among them. It is called with noisy images (B, C, H, W) and timesteps (B,), and returns a tensor (B, C, H, W). Its class
-stands in a file of its own that imports installed packages only, and sets no ``config``, ``device`` or ``dtype``, which
-diffusers has. That file is saved with the weights:
+is in a separate file that imports installed packages only. It sets no ``config``, ``device`` or ``dtype``, because
+diffusers defines these. The file is saved with the weights:
 
     DDPMPipeline.from_pretrained(folder, trust_remote_code=True)
 """
@@ -56,22 +56,23 @@ def model_class(net: type) -> type:
 
 
 def as_diffusers_model(net: type) -> type:
-    """Return a class of nets as a class of diffusers' models, which is saved with its code.
+    """Return a diffusers model class for a class of nets. It saves its code with its weights.
 
     Raises:
-        UserError: it does not take the shape of images, or its code cannot be saved: it is not in a file, or that
-            imports what is not installed.
+        UserError: the class does not take the shape of images, its code is not in a file, or that file imports a
+            module that is not installed.
     """
     if not isinstance(net, type):
         raise UserError(f"as_diffusers_model takes a class, such as Net, not a {type(net).__name__} made of it")
     taken = inspect.signature(net.__init__).parameters
     if missing := [name for name in ("sample_size", "in_channels", "out_channels") if name not in taken]:
         raise UserError(
-            f"{net.__name__} does not take {', '.join(missing)}; expected them as arguments of its __init__, for "
-            "whoever loads the model has to know the shape of its images"
+            f"{net.__name__} does not take {', '.join(missing)}. Expected them as arguments of its __init__, "
+            "because the config of the saved model needs them"
         )
     model, code = model_class(net), _code_of(net)
-    module = f"own_net_{hashlib.sha256(code.encode()).hexdigest()[:12]}"  # another name for other code, in one cache
+    # diffusers caches modules by name, so other code needs another name
+    module = f"own_net_{hashlib.sha256(code.encode()).hexdigest()[:12]}"
     save = model.save_pretrained
 
     def save_pretrained(self, save_directory, **options):
@@ -85,30 +86,30 @@ def as_diffusers_model(net: type) -> type:
 
 
 def _code_of(net: type) -> str:
-    """Return the file that defines a class, with the lines that make diffusers load it."""
-    expected = "expected a file of its own for the net, such as net.py, that imports installed packages only"
+    """Return the text of the file that defines a class, with the lines that let diffusers load it."""
+    expected = "Expected a separate file for the net, such as net.py, that imports installed packages only"
     try:
         file = Path(inspect.getsourcefile(net))
         text = file.read_text(encoding="utf-8")
     except (OSError, TypeError) as error:
-        raise UserError(f"{net.__name__} cannot be saved: its code is in no file; {expected}") from error
-    if HEAD in text:  # of a model that was loaded
+        raise UserError(f"{net.__name__} cannot be saved: its code is not in a file. {expected}") from error
+    if HEAD in text:  # A loaded model has these lines already
         return text
     for name in sorted(_imported(text)):
         if name.startswith(".") or _is_here(name, file.parent):
-            found = f"{file.name} imports {name}, which is no installed package"
-            raise UserError(f"{net.__name__} cannot be saved: {found}; {expected}")
+            found = f"{file.name} imports {name}, which is not an installed package"
+            raise UserError(f"{net.__name__} cannot be saved: {found}. {expected}")
     return f"{text.rstrip()}{HEAD}{inspect.getsource(model_class)}\n\n{net.__name__} = model_class({net.__name__})\n"
 
 
 def _is_here(name: str, folder: Path) -> bool:
-    """Whether a module lies beside the net, or beside the script, so that it would be missing elsewhere."""
+    """Return whether a module is beside the net or the script, where no other machine has it."""
     places = {folder.resolve(), Path.cwd().resolve(), Path(sys.path[0] or ".").resolve()}
     return any((place / path).exists() for place in places for path in (f"{name}.py", name))
 
 
 def _imported(text: str) -> set[str]:
-    """Return the packages that a module imports; relative ones begin with a dot."""
+    """Return the names of the packages that a module imports. Relative names begin with a dot."""
     nodes = [*ast.walk(ast.parse(text))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {"." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)}
