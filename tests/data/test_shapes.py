@@ -94,7 +94,7 @@ def test_the_tools_know_them(tmp_path, wide, model):
 
 
 def test_a_side_that_does_not_fit_is_refused_with_the_nearest_that_does(tmp_path, wide):
-    with pytest.raises(UserError, match=r"images of 10 x 16 pixels: .* multiples of 4; try --resolution 8x16"):
+    with pytest.raises(UserError, match=r"images of 10 x 16 pixels: .* multiples of 4\. Try --resolution 8x16"):
         train(tmp_path / "run", "--train_data_dir", wide, "--resolution=10x16", "--train_batch_size=4")
     for flag in ("--resolution=8x", "--resolution=2", "--resolution=8x16x3", "--resolution=axb"):
         with pytest.raises(SystemExit):

@@ -114,7 +114,7 @@ def test_other_code_in_the_same_folder_takes_the_place_of_the_first(tmp_path, ne
     [
         (
             NET.replace("sample_size, ", ""),
-            "Net does not take sample_size\. Expected them as arguments of its __init__",
+            r"Net does not take sample_size\. Expected them as arguments of its __init__",
         ),
         ("import blocks\n" + NET, "a_net.py imports blocks, which is not an installed package"),
     ],

@@ -247,11 +247,11 @@ def test_the_tools_draw_it_with_two_calls_and_with_no_other_sampler(tmp_path, fi
     assert exit_code(sample.main, sample.parse_args([*flags, "--num_inference_steps=2"])) == 0  # is the same
     own, usual = load_pipeline(str(finished))[1], load_pipeline(str(teachers["v_prediction"]))[1]
     assert choose_sampler(own, "lcm", 4) is not usual
-    with pytest.raises(UserError, match="--sampler ddim: the model was trained to draw in a few calls; expected lcm"):
+    with pytest.raises(UserError, match=r"--sampler ddim: the model was trained for a few large steps\. Expected lcm"):
         choose_sampler(own, "ddim", 25)
-    with pytest.raises(UserError, match=r"--sampler lcm: the model was trained to take many small steps; lcm is for"):
+    with pytest.raises(UserError, match=r"--sampler lcm: the model was trained for many small steps\. lcm is for"):
         choose_sampler(usual, "lcm", 2)
-    with pytest.raises(UserError, match=r"--sampler lcm: the model was trained to take many"):
+    with pytest.raises(UserError, match=r"--sampler lcm: the model was trained for many"):
         choose_sampler(load_pipeline(str(teachers["flow"]))[1], "lcm", 2)
     for flags in (["--gif"], ["--guidance_color=white"]):
         flags = [str(finished), f"--output_dir={tmp_path / flags[0].strip('-')}", "--num_samples=2", *flags]
@@ -282,10 +282,10 @@ def test_a_sweep_compares_it_with_its_teacher(tmp_path, capsys, finished, teache
 
 
 def test_what_cannot_be_distilled_is_refused(tmp_path, capsys, finished, teachers):
-    with pytest.raises(UserError, match="expected the noise of a DDPMScheduler"):
+    with pytest.raises(UserError, match="Expected the noise of a DDPMScheduler"):
         run(tmp_path / "flow", teachers["flow"])
     for script in (distill_few_steps, train_ddpm, finetune_faces):
-        with pytest.raises(UserError, match="draws in a few steps already; adapt its teacher"):
+        with pytest.raises(UserError, match=r"is a few-step model already\. Adapt its teacher"):
             train(tmp_path / "again", f"--pretrained_model_name_or_path={finished}", script=script)
     with pytest.raises(UserError, match="--solver_steps 7 does not divide the teacher's 1000 noise levels"):
         run(tmp_path / "seven", teachers["sample"], "--solver_steps=7")

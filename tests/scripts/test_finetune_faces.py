@@ -159,12 +159,15 @@ def test_images_are_converted_to_the_channels_and_the_size_of_the_model(tmp_path
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--pretrained_model_name_or_path=google/ddpm-celebahq-256"], "without a network the output of train_ddpm.py"),
+        (
+            ["--pretrained_model_name_or_path=google/ddpm-celebahq-256"],
+            "Without a network, give the output of train_ddpm.py",
+        ),
         (
             ["--pretrained_model_name_or_path=./missing"],
-            r"\./missing: there is no such folder; expected a saved pipeline",
+            r"\./missing: there is no such folder\. Expected a saved pipeline",
         ),
-        (["--resolution=9"], "needs multiples of 2; try --resolution 8"),
+        (["--resolution=9"], "needs multiples of 2. Try --resolution 8"),
         (["--guidance_prompt=a face", "--clip_model_name_or_path=./missing"], "Expected a CLIP model"),
         (["--validation_split=test"], "--validation_split test: digits has the one split train"),
         (["--validation_split=train[90%:]"], r"shares images with --dataset_split train, .* 'train\[:90%\]'"),
@@ -184,7 +187,7 @@ def test_a_pipeline_of_another_kind_is_refused(tmp_path, base):
     shutil.copytree(base, tmp_path / "other")
     config["unet"] = ["diffusers", "UNet2DConditionModel"]
     (tmp_path / "other" / "model_index.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"cannot be loaded as a DDPMPipeline|expected a UNet2DModel"):
+    with pytest.raises(UserError, match=r"cannot be loaded as a DDPMPipeline|Expected a UNet2DModel"):
         finetune(tmp_path / "run", tmp_path / "other")
 
 
@@ -202,7 +205,7 @@ def test_two_steerings_at_once_and_no_images_are_refused(capsys):
 
 def test_more_steps_than_noise_levels_are_refused(tmp_path):
     DDPMPipeline(small_unet(), DDPMScheduler(num_train_timesteps=30)).save_pretrained(tmp_path / "base")
-    with pytest.raises(UserError, match="there are only 30 noise levels; give at most that many"):
+    with pytest.raises(UserError, match=r"there are only 30 noise levels\. Give at most that many"):
         finetune(tmp_path / "run", tmp_path / "base", "--num_inference_steps=40")
 
 

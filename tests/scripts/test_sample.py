@@ -151,8 +151,8 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path, finished_run):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([""], "an empty name; expected a saved pipeline, or a Hub id"),
-        (["./missing"], r"\./missing: there is no such folder; expected a saved pipeline, or a Hub id"),
+        ([""], "the name is empty. Expected a saved pipeline, or a Hub id"),
+        (["./missing"], r"\./missing: there is no such folder\. Expected a saved pipeline, or a Hub id"),
         (["BASIC", "--sampler=ddim"], "was trained on linear mixing, which has its own"),
         (["DDPM", "--init_image=missing.png"], r"--init_image missing\.png: there is no such file"),
         (["TEN", "--num_inference_steps=11"], "there are only 10 noise levels"),
@@ -176,7 +176,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, basic):
     assert draw(tmp_path / "evil", tmp_path / "drawn") == 0
     index = json.loads((tmp_path / "evil" / "model_index.json").read_text())
     (tmp_path / "evil" / "model_index.json").write_text(json.dumps({**index, "unet": ["basic_unet", "EvilUNet"]}))
-    with pytest.raises(UserError, match="its parts are EvilUNet and LinearMixScheduler; expected a pipeline"):
+    with pytest.raises(UserError, match=r"its parts are EvilUNet and LinearMixScheduler\. Expected a pipeline"):
         draw(tmp_path / "evil", tmp_path / "again")
     assert not (tmp_path / "ran").exists()
 

@@ -99,7 +99,7 @@ def test_noise_and_target_are_float32_images_in_any_precision(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--resolution=10"], r"needs multiples of 4; try --resolution 8"),
+        (["--resolution=10"], r"needs multiples of 4\. Try --resolution 8"),
         (["--dataset_name=./missing"], "there is no such file or folder"),
         (["--mixed_precision=fp16"], "fp16 needs a GPU"),
         (["--resume_from_checkpoint=checkpoint-7"], "there is no such folder"),

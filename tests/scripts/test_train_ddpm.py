@@ -509,7 +509,7 @@ def test_pretrained_weights_are_used_with_their_schedule(tmp_path, finished_run)
 
 def test_a_config_that_makes_no_unet_is_refused(tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps({"block_out_channels": [48, 64, 64, 64]}))
-    with pytest.raises(UserError, match="no UNet2DModel can be made of it"):
+    with pytest.raises(UserError, match="no UNet2DModel can be made from it"):
         train(tmp_path / "run", f"--model_config_name_or_path={tmp_path}/bad.json", "--resolution=8")
 
 
@@ -526,10 +526,10 @@ def test_own_config_starts_from_random_weights(tmp_path, finished_run):
     [
         (
             ["--pretrained_model_name_or_path=./missing"],
-            r"\./missing: there is no such folder; expected a saved pipeline",
+            r"\./missing: there is no such folder\. Expected a saved pipeline",
         ),
         (["--model_config_name_or_path=./missing"], "Expected a JSON file, a folder with config.json, or a Hub id"),
-        (["--resolution=10"], r"needs multiples of 4; try --resolution 8"),
+        (["--resolution=10"], r"needs multiples of 4\. Try --resolution 8"),
         (["--mixed_precision=fp16"], "fp16 needs a GPU"),
         (["--report_to=tensorbored"], "unknown tracker; expected none, all"),
         (["--report_to=aim"], "its package is not installed"),

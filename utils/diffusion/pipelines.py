@@ -1,4 +1,4 @@
-"""Any trained model as something to draw with: its UNet, its scheduler, and the sampler that was asked for."""
+"""Loading of trained models for sampling: UNet, scheduler, sampler, and interpolation of noise."""
 
 import inspect
 import time
@@ -30,23 +30,23 @@ from .pretrained import (
 from .sampling import sample_images
 from .spaces import Latents, Pixels
 
-AUTOENCODERS = ("vqvae", "vae")  # names of a pipeline's part
+AUTOENCODERS = ("vqvae", "vae")  # names of that part of a pipeline
 
 
 def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[ModelMixin, SchedulerMixin, Pixels]:
-    """Load a pipeline that can draw images by itself: its UNet, its scheduler, and the space that it denoises in.
+    """Load the UNet, the scheduler and the space of a pipeline that draws without further inputs.
 
     Args:
-        name_or_path: a folder or Hub id: the output of these scripts, a ``DDPMPipeline``, an ``LDMPipeline``, or a
-            ``UNet2DModel`` alone, which then gets a ``DDPMScheduler``. A learned variance is left out.
-        trust_remote_code: run code that comes with the model; only a net of somebody's own brings some that is needed.
+        name_or_path: folder or Hub id of the output of these scripts, a ``DDPMPipeline``, an ``LDMPipeline``, or a
+            ``UNet2DModel`` alone, to which a ``DDPMScheduler`` is added. A learned variance is left out.
+        trust_remote_code: run code that is saved with the model, as nets of ``own_nets`` need.
 
     Raises:
-        UserError: it cannot be loaded, or consists of other classes.
+        UserError: the pipeline cannot be loaded, or consists of other classes.
     """
     ours = {"BasicUNet": BasicUNet, "LinearMixScheduler": LinearMixScheduler}
     refuse_missing("", name_or_path)
-    expected = "expected a pipeline with model_index.json, made by these scripts or a DDPMPipeline, or a UNet2DModel"
+    expected = "Expected a pipeline with model_index.json, made by these scripts or a DDPMPipeline, or a UNet2DModel"
     try:
         folder = Path(name_or_path).expanduser()
         if not folder.exists():
@@ -56,17 +56,17 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
         if (folder / "model_index.json").is_file():
             index = read_record(folder / "model_index.json")
             if others := other_parts(index, ("unet", "scheduler", *AUTOENCODERS)):
-                raise UserError(f"{name_or_path}: a pipeline with {others} besides; {expected}")
+                raise UserError(f"{name_or_path}: a pipeline that also has {others}. {expected}")
             classes = [index.get(part, [None, None])[1] for part in ("unet", "scheduler")]
-        else:  # no pipeline; perhaps a model
+        else:  # Not a pipeline, but perhaps a model
             index, classes = {}, [UNet2DModel.load_config(folder).get("_class_name"), None]
         unet_class, scheduler_class = (ours.get(str(name), getattr(diffusers, str(name), None)) for name in classes)
         code = f"{index.get('unet', [''])[0]}.py"
-        if code.startswith("own_net_"):  # of ``own_nets``
+        if code.startswith("own_net_"):  # A net of ``own_nets``
             if not trust_remote_code:
                 raise UserError(
-                    f"{name_or_path}: its net {classes[0]} is code that comes with the model. Read unet/{code} there, "
-                    "and then give --trust_remote_code to run it"
+                    f"{name_or_path}: its net {classes[0]} is code that is saved with the model. Read unet/{code} "
+                    "there. Then give --trust_remote_code to run it"
                 )
             unet_class = get_class_from_dynamic_module(
                 folder / "unet", code, class_name=classes[0], trust_remote_code=True
@@ -74,8 +74,8 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
         elif unet_class not in (UNet2DModel, BasicUNet):
             unet_class = None
         if unet_class is None or (classes[1] and scheduler_class is None):
-            raise UserError(f"{name_or_path}: its parts are {' and '.join(map(str, classes))}; {expected}")
-        # As in DiffusionPipeline: a part without a folder of its own lies beside model_index.json
+            raise UserError(f"{name_or_path}: its parts are {' and '.join(map(str, classes))}. {expected}")
+        # As in DiffusionPipeline, a part without a folder is beside model_index.json
         places = [folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")]
         unet = unet_class.from_pretrained(places[0], variant=variant_of(places[0]))
         check_embeddings(unet.config, name_or_path)
@@ -88,41 +88,45 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
         return unet, scheduler, space
     except UserError:
         raise
-    except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors
+    except Exception as error:  # The Hub client, diffusers and safetensors share no base class of errors
         reason = f"{type(error).__name__}: {shorten(error)}"
-        raise UserError(f"{name_or_path} cannot be loaded: {reason}; {expected}") from error
+        raise UserError(f"{name_or_path} cannot be loaded: {reason}. {expected}") from error
 
 
 def choose_sampler(
     own: SchedulerMixin, name: str | None, num_inference_steps: int, steered: bool = False
 ) -> SchedulerMixin:
-    """The sampler called ``name`` for a model that came with the scheduler ``own``, or that one without a name.
+    """Return the sampler for a model, ready for its first step.
 
     Args:
-        steered: images are guided, started from a picture or shown as they arise, which takes the noise of a
-            ``DDPMScheduler`` or linear mixing.
+        own: scheduler that was saved with the model.
+        name: name of the sampler, or None for ``own``.
+        num_inference_steps: number of sampling steps.
+        steered: whether guidance, ``--init_image`` or ``--gif`` is used. They need the noise of a ``DDPMScheduler``,
+            linear mixing or a straight path.
 
     Raises:
-        UserError: linear mixing has no other sampler; nor has a model that was not trained with the noise of a
-            ``DDPMScheduler``; ``own`` is not called as diffusers' samplers are; see also ``check_noise_scheduler``.
+        UserError: the model was not trained for this sampler, or ``own`` does not have the interface of diffusers'
+            samplers. See also ``check_noise_scheduler``.
     """
     if isinstance(own, LinearMixScheduler):
         if name:
             raise UserError(
-                f"--sampler {name}: the model was trained on linear mixing, which has its own; drop the flag"
+                f"--sampler {name}: the model was trained on linear mixing, which has its own sampler. Leave the flag "
+                "out"
             )
         return own
     kind = type(own).__name__
     path = is_flow(own)
     if name and not is_compatible(name, own):
-        trained = "to take many small steps; lcm is for what distill_few_steps.py makes of it"
+        trained = "for many small steps. lcm is for models of distill_few_steps.py"
         if is_few_step(own):
-            trained = "to draw in a few calls; expected lcm"
+            trained = "for a few large steps. Expected lcm"
         raise UserError(f"--sampler {name}: the model was trained {trained}")
     if name and not path:
         check_noise(own, f"--sampler {name}")
         if name not in (*SAMPLERS, "lcm"):
-            raise UserError(f"--sampler {name} is for models of train_flow.py; expected {', '.join(SAMPLERS)}")
+            raise UserError(f"--sampler {name} is for models of train_flow.py. Expected {', '.join(SAMPLERS)}")
     elif not name:
         try:
             inspect.signature(own.step).bind("model_output", "timestep", "sample")
@@ -130,41 +134,46 @@ def choose_sampler(
         except (AttributeError, TypeError):
             called = False
         if not called:
-            raise UserError(f"its {kind} is not called as a DDPMScheduler is; draw with the pipeline that it came with")
+            raise UserError(f"its {kind} does not have the interface of a DDPMScheduler. Draw with its own pipeline")
         if steered and not (path or (hasattr(own, "alphas_cumprod") and own.init_noise_sigma == 1)):
             raise UserError(
-                f"its {kind} does not have the noise of a DDPMScheduler, which guidance, --init_image and --gif need; "
-                "give a --sampler, or leave them out"
+                f"its {kind} does not have the noise of a DDPMScheduler. Guidance, --init_image and --gif need it. "
+                "Give a --sampler, or leave them out"
             )
     check_noise_scheduler(own, num_inference_steps)
     sampler = own if name in (None, "lcm") else (flow if path else schedulers).make_sampler(name, own)
     try:
         sampler.set_timesteps(num_inference_steps)
-    except Exception as error:  # each scheduler has its own rules, and its own errors
+    except Exception as error:  # Each scheduler has its own rules and errors
         kind = type(sampler).__name__
         raise UserError(f"--num_inference_steps {num_inference_steps}: {kind} refuses it: {shorten(error)}") from error
     return sampler
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether the model that carries this scheduler was trained on straight paths to normal noise."""
+    """Return whether a model with this scheduler was trained on straight paths to normal noise."""
     return bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def default_steps(scheduler: SchedulerMixin) -> int:
-    """Model calls a sample where nobody says how many."""
+    """Return the default number of sampling steps of a model with this scheduler."""
     return 2 if is_few_step(scheduler) else 40
 
 
 def saved_scheduler(name: str, own: SchedulerMixin) -> SchedulerMixin:
-    """What to save in the pipeline of a model that carries ``own`` so that it draws with this sampler."""
+    """Return the scheduler to save in a pipeline that draws with this sampler.
+
+    Args:
+        name: name of the sampler.
+        own: scheduler of the model.
+    """
     if is_few_step(own):
         return own
     return flow.make_sampler(name, own) if is_flow(own) else schedulers.pipeline_scheduler(name, own)
 
 
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler that noised the training images of the model that carries this one."""
+    """Return the scheduler that added noise in training, for a model with this scheduler."""
     if isinstance(scheduler, LinearMixScheduler):
         return scheduler
     if is_flow(scheduler):
@@ -174,9 +183,9 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def estimate_seconds(model, sampler, accelerator, count, shape, num_inference_steps, batch_size, *rest, **options):
-    """How long ``sample_images`` with the same arguments will take: float, from one model call on one batch."""
+    """Return the estimated seconds of ``sample_images`` with the same arguments, from one step of one batch."""
     times = []
-    for _ in range(2):  # the first one warms up
+    for _ in range(2):  # The first one is a warm-up
         start = time.perf_counter()
         once = min(count, batch_size * accelerator.num_processes)
         sample_images(model, sampler, accelerator, once, shape, 1, batch_size, *rest, **options)
@@ -185,28 +194,30 @@ def estimate_seconds(model, sampler, accelerator, count, shape, num_inference_st
 
 
 def interpolation_sampler(own: SchedulerMixin) -> str | None:
-    """A sampler whose images follow from the noise that they start from; None to stay with ``own``.
+    """Return the name of a deterministic sampler for interpolation, or None to keep ``own``.
 
-    One that adds noise at every step forgets where it came from: images on the way would have nothing in common. So
-    does the one of few-step models between its calls, and they have no other: with one call it does not.
+    A sampler that adds noise at every step loses the interpolated noise that it started from, so the images would not
+    change smoothly. Few-step models have no other sampler. They interpolate smoothly in a single step only.
     """
     return "dpmsolver++" if adds_noise(own) else None
 
 
 def adds_noise(scheduler: SchedulerMixin) -> bool:
-    """Whether a sampler adds noise at every step."""
+    """Return whether a sampler adds noise at every step."""
     return isinstance(scheduler, DDPMScheduler) or str(scheduler.config.get("algorithm_type")).startswith("sde")
 
 
 def interpolate_noise(scheduler, first: torch.Tensor, second: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
-    """``slerp`` of what samples of this scheduler start from, be it normal, or uniform in [-1, 1] as linear mixing's.
+    """Interpolate between two starting noises of this scheduler, see ``slerp``.
+
+    Uniform noise in [-1, 1], as of linear mixing, is interpolated as normal noise and mapped back.
 
     Args:
-        first, second: (1, C, H, W).
-        fractions: (B,).
+        first, second: starting noises, (1, C, H, W).
+        fractions: positions between them in [0, 1], (B,).
 
     Returns:
-        (B, C, H, W), of the same distribution.
+        Noises (B, C, H, W) of the same distribution.
     """
     ends = [end.expand(len(fractions), -1, -1, -1) for end in (first, second)]
     if getattr(scheduler, "noise_distribution", "normal") == "normal":
@@ -216,11 +227,11 @@ def interpolate_noise(scheduler, first: torch.Tensor, second: torch.Tensor, frac
 
 
 def slerp(first: torch.Tensor, second: torch.Tensor, fraction: float | torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation (Shoemake 1985): between two normal noises the result is normal noise again.
+    """Interpolate spherically (Shoemake 1985), so that normal noises give normal noise.
 
     Args:
-        first, second: (B, ...).
-        fraction: 0 gives ``first``, 1 gives ``second``; one, or one for each sample (B,).
+        first, second: ends of the interpolation, (B, ...).
+        fraction: position from ``first`` at 0 to ``second`` at 1: a single number, or one for each sample (B,).
     """
     flat = [noise.flatten(1) for noise in (first, second)]
     cosine = torch.nn.functional.cosine_similarity(*flat, dim=1).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Weights and configs that come from elsewhere, and whether model, images and noise schedule fit each other."""
+"""Loading of pretrained weights and configs, and checks that model, images and noise schedule fit each other."""
 
 import logging
 from pathlib import Path
@@ -6,21 +6,24 @@ from pathlib import Path
 import torch
 from diffusers import DDPMPipeline, LCMScheduler, SchedulerMixin, UNet2DModel
 
-from .. import UserError
+from .. import UserError, counted
 from ..args import size_of
 
 logger = logging.getLogger(__name__)
 
 
 def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = False) -> DDPMPipeline:
-    """A pipeline with its weights, from a folder or the Hub; a learned variance is left out.
+    """Load a pipeline to start training from. A learned variance is left out.
 
     Args:
-        conditional: whether its UNet may want class labels.
-        flow: whether it was trained on straight paths, by train_flow.py, instead of with a ``DDPMScheduler``.
+        name_or_path: folder or Hub id.
+        conditional: whether its UNet may take class labels.
+        flow: whether a model of train_flow.py is expected, trained on straight paths instead of with a
+            ``DDPMScheduler``.
 
     Raises:
-        UserError: it cannot be loaded, or is not a UNet2DModel that predicts one value per channel, or two.
+        UserError: the pipeline cannot be loaded, or its model is not a UNet2DModel that predicts one or two values
+            per channel.
     """
     flag = f"--pretrained_model_name_or_path {name_or_path}"
     refuse_missing(flag, name_or_path)
@@ -28,70 +31,74 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
         index = DDPMPipeline.load_config(name_or_path)
         if str((index.get("unet") or [""])[0]).startswith("own_net_"):
             raise UserError(
-                f"{flag}: its net is code of its author's own. In a script that has the class, "
-                "as_diffusers_model(Net).from_pretrained(FOLDER/unet) starts from its weights, see docs/extending.md"
+                f"{flag}: its net is code that is saved with the model. In a script that has the class, start from its "
+                "weights with as_diffusers_model(Net).from_pretrained(FOLDER/unet), see docs/extending.md"
             )
         others = other_parts(index)
         if others:
-            raise UserError(f"{flag}: a pipeline with {others} besides; expected one of unet and scheduler alone")
+            raise UserError(f"{flag}: a pipeline that also has {others}. Expected only unet and scheduler")
         pipeline = DDPMPipeline.from_pretrained(name_or_path, variant=variant_of(Path(name_or_path) / "unet"))
     except UserError:
         raise
-    except Exception as error:  # the Hub client, diffusers and safetensors share no class of errors
+    except Exception as error:  # The Hub client, diffusers and safetensors share no base class of errors
         raise UserError(
             f"{flag}: cannot be loaded as a DDPMPipeline: {type(error).__name__}: {shorten(error)}. "
-            "Expected a Hub id, or a folder with model_index.json: without a network the output of train_ddpm.py, or "
-            "what `hf download ID --local-dir DIR` fetched elsewhere"
+            "Expected a Hub id, or a folder with model_index.json. Without a network, give the output of train_ddpm.py "
+            "or the folder DIR of `hf download ID --local-dir DIR`"
         ) from error
     unet = pipeline.unet
     check_noise(pipeline.scheduler, flag, flow)
     if isinstance(pipeline.scheduler, LCMScheduler):
-        raise UserError(f"{flag}: draws in a few steps already; adapt its teacher, and distill that again")
+        raise UserError(f"{flag}: is a few-step model already. Adapt its teacher, and distill that again")
     check_embeddings(unet.config, flag)
     local = Path(name_or_path).exists()
-    unet.register_to_config(_name_or_path=None if local else name_or_path)  # no path of this machine is saved again
+    unet.register_to_config(
+        _name_or_path=None if local else name_or_path
+    )  # A local path is not saved with the new model
     if not isinstance(unet, UNet2DModel):
-        raise UserError(f"{flag}: its unet is a {type(unet).__name__}; expected a UNet2DModel (unconditional)")
+        raise UserError(f"{flag}: its unet is a {type(unet).__name__}. Expected a UNet2DModel (unconditional)")
     if unet.class_embedding is not None and not conditional:
         raise UserError(
-            f"{flag}: its unet takes class labels; expected an unconditional one. train_conditional.py continues it"
+            f"{flag}: its unet takes class labels. Expected an unconditional one. For this model use "
+            "train_conditional.py"
         )
     channels = unet.config.in_channels
     if channels not in (1, 3):
-        more = " A model that is given a condition is continued by the script that trained it." * (channels == 2)
-        raise UserError(f"{flag}: its unet takes {channels} channels; expected 1 or 3.{more}")
+        more = " For a model with a condition use the script that trained it." * (channels == 2)
+        raise UserError(f"{flag}: its unet takes {channels} channels. Expected 1 or 3.{more}")
     leave_out_variance(unet, pipeline.scheduler, flag)
     return pipeline
 
 
 def variant_of(folder: Path) -> str | None:
-    """``fp16`` where a folder has weights of that variant only; None otherwise."""
+    """Return ``fp16`` if a folder has weights of that variant only, or else None."""
     files = [path.name for path in folder.glob("*.safetensors")]
     return "fp16" if files and all(".fp16." in name for name in files) else None
 
 
 def other_parts(index: dict, known: tuple[str, ...] = ("unet", "scheduler")) -> str:
-    """Return the parts of a pipeline that are none of these, with their classes; "" if there are none.
+    """Return the other parts of a pipeline with their classes, or "" if there are none.
 
     Args:
         index: content of ``model_index.json``.
+        known: names of parts to leave out.
     """
     parts = {name: part[1] for name, part in index.items() if isinstance(part, (list, tuple)) and name[0] != "_"}
     return ", ".join(f"{name} ({kind})" for name, kind in parts.items() if kind and name not in known)
 
 
-def leave_out_variance(unet: UNet2DModel, scheduler: SchedulerMixin, said: str) -> None:
-    """Cut the outputs of a model that predicts a variance, too (Nichol & Dhariwal 2021, arXiv:2102.09672) to its mean.
+def leave_out_variance(unet: UNet2DModel, scheduler: SchedulerMixin, flag_label: str) -> None:
+    """Remove the outputs for a learned variance (Nichol & Dhariwal 2021, arXiv:2102.09672), if there are any.
 
     Args:
-        said: the flag or name that the user knows the model by.
+        flag_label: flag and name of the model, for messages.
 
     Raises:
-        UserError: it has another number of outputs.
+        UserError: the model has another number of outputs.
     """
     channels = unet.config.in_channels
     if unet.config.out_channels == 2 * channels:
-        logger.info(f"{said} predicts a variance, too (arXiv:2102.09672): its mean is used, the variance is not")
+        logger.info(f"{flag_label} also predicts a variance (arXiv:2102.09672). Only its mean is used.")
         last = unet.conv_out
         unet.conv_out = torch.nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding)
         unet.conv_out.load_state_dict({"weight": last.weight[:channels], "bias": last.bias[:channels]})
@@ -99,20 +106,21 @@ def leave_out_variance(unet: UNet2DModel, scheduler: SchedulerMixin, said: str) 
         scheduler.register_to_config(variance_type="fixed_small")
     elif unet.config.out_channels != channels:
         raise UserError(
-            f"{said}: {channels} channels in, {unet.config.out_channels} out; expected as many, or twice. A model that "
-            "is given a condition beside the noisy images is drawn by the script that trained it"
+            f"{flag_label}: {channels} channels in, {unet.config.out_channels} out. Expected as many, or twice. For a "
+            "model with a condition use the script that trained it"
         )
 
 
-def check_noise(scheduler: SchedulerMixin, said: str, flow: bool = False) -> None:
-    """Refuse a scheduler whose model was not trained with the noise of a ``DDPMScheduler``, or on straight paths.
+def check_noise(scheduler: SchedulerMixin, flag_label: str, flow: bool = False) -> None:
+    """Refuse a model that was not trained with the noise of a ``DDPMScheduler``, or on straight paths.
 
     Args:
-        said: the flag or name that the user knows the model by.
-        flow: expect straight paths.
+        scheduler: scheduler of the model.
+        flag_label: flag and name of the model, for messages.
+        flow: whether straight paths are expected.
 
     Raises:
-        UserError: says what it is.
+        UserError: the model was trained with other noise.
     """
     config = scheduler.config
     prediction = config.get("prediction_type")
@@ -120,75 +128,83 @@ def check_noise(scheduler: SchedulerMixin, said: str, flow: bool = False) -> Non
         return
     if flow:
         raise UserError(
-            f"{said}: its {type(scheduler).__name__} (prediction_type {prediction}) is of no model that was trained on "
-            "straight paths; expected the output of train_flow.py"
+            f"{flag_label}: the model of its {type(scheduler).__name__} (prediction_type {prediction}) was not trained "
+            "on straight paths. Expected the output of train_flow.py"
         )
     if config.get("use_flow_sigmas"):
         raise UserError(
-            f"{said}: the model was trained on straight paths; expected the noise of a DDPMScheduler. train_flow.py "
-            "continues it"
+            f"{flag_label}: the model was trained on straight paths. Expected the noise of a DDPMScheduler. For this "
+            "model use train_flow.py"
         )
     ddpm = "beta_schedule" in config
     if not (ddpm and prediction in ("epsilon", "sample", "v_prediction")):
         raise UserError(
-            f"{said}: its {type(scheduler).__name__} (prediction_type {prediction}) does not have the noise of a "
-            "DDPMScheduler; expected a model that was trained with betas and predicts epsilon, sample or v_prediction"
+            f"{flag_label}: its {type(scheduler).__name__} (prediction_type {prediction}) does not have the noise of a "
+            "DDPMScheduler. Expected a model that was trained with betas and predicts epsilon, sample or v_prediction"
         )
 
 
-def check_embeddings(config, said: str) -> None:
-    """Refuse a UNet that is told the noise level or the class in a way that nothing here knows.
+def check_embeddings(config, flag_label: str) -> None:
+    """Refuse a UNet with unsupported embeddings of the noise level or the class.
+
+    Args:
+        config: config of the UNet.
+        flag_label: flag and name of the model, for messages.
 
     Raises:
-        UserError: says what it wants.
+        UserError: its embeddings are not supported.
     """
     if config.get("time_embedding_type") == "fourier":
         raise UserError(
-            f"{said}: its UNet has fourier embeddings of the noise level, as score models; expected positional"
+            f"{flag_label}: its UNet has fourier embeddings of the noise level, as score models do. Expected positional"
         )
     if config.get("class_embed_type"):
         raise UserError(
-            f"{said}: its UNet has class_embed_type {config['class_embed_type']!r}; expected num_class_embeds"
+            f"{flag_label}: its UNet has class_embed_type {config['class_embed_type']!r}. Expected num_class_embeds"
         )
 
 
 def image_shape(config) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a model of this config draws.
+    """Return the shape (C, H, W) of the images that a model of this config draws.
 
     Raises:
-        UserError: the config does not say.
+        UserError: the config has no ``sample_size``.
     """
     size = size_of(config.sample_size)
     if size is None:
-        raise UserError("the model's config.json has no sample_size; write the size of its images there, such as 32")
+        raise UserError("the model's config.json has no sample_size. Add the size of its images there, such as 32")
     return config.in_channels, *size
 
 
 def refuse_missing(flag: str, name_or_path: str) -> None:
-    """A path that is not there would be looked for on the Hub, for a minute where there is no network."""
+    """Refuse a local path that does not exist, because otherwise the Hub client would look for it for a minute.
+
+    Raises:
+        UserError: the name is empty, or looks like a path and does not exist.
+    """
     if not name_or_path:
-        raise UserError(f"{flag or 'the model'}: an empty name; expected a saved pipeline, or a Hub id")
+        raise UserError(f"{flag or 'the model'}: the name is empty. Expected a saved pipeline, or a Hub id")
     path = Path(name_or_path).expanduser()
     looks_local = name_or_path[0] in "./~" or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
     if looks_local and not path.exists():
-        raise UserError(f"{flag or name_or_path}: there is no such folder; expected a saved pipeline, or a Hub id")
+        raise UserError(f"{flag or name_or_path}: there is no such folder. Expected a saved pipeline, or a Hub id")
 
 
 def shorten(error: Exception) -> str:
-    """The first 160 characters: libraries append advice about their own functions."""
+    """Return the first 160 characters of a message, because libraries append advice about their own functions."""
     text = " ".join(str(error).split())
     return text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
 
 
 def unet_from_config(name_or_path: str, **overrides) -> UNet2DModel:
-    """A UNet2DModel with random weights.
+    """Make a UNet2DModel with random weights.
 
     Args:
-        name_or_path: a JSON file, a folder with config.json, or a Hub id.
+        name_or_path: JSON file, folder with config.json, or Hub id.
         overrides: values that replace those of the config.
 
     Raises:
-        UserError: there is no such config, or diffusers or torch refuse it.
+        UserError: there is no such config, or no model can be made from it.
     """
     try:
         path = Path(name_or_path)
@@ -200,20 +216,21 @@ def unet_from_config(name_or_path: str, **overrides) -> UNet2DModel:
         ) from error
     try:
         unet = UNet2DModel.from_config({**config, **overrides})
-    except Exception as error:  # torch's layers raise what they like
-        raise UserError(f"--model_config_name_or_path: no UNet2DModel can be made of it: {error}") from error
+    except Exception as error:  # torch's layers raise errors of many classes
+        raise UserError(f"--model_config_name_or_path: no UNet2DModel can be made from it: {error}") from error
     check_embeddings(unet.config, f"--model_config_name_or_path {name_or_path}")
     if unet.class_embedding is not None and "num_class_embeds" not in overrides:
         raise UserError(
-            f"--model_config_name_or_path {name_or_path}: its UNet wants class labels; expected an unconditional one"
+            f"--model_config_name_or_path {name_or_path}: its UNet takes class labels. Expected an unconditional one"
         )
     return zero_init(unet)
 
 
 def zero_init(unet: UNet2DModel) -> UNet2DModel:
-    """Zero the last layer of each residual and attention block and of the UNet, as Ho et al. 2020, unlike diffusers.
+    """Set the last layer of each residual and attention block, and of the UNet, to zero.
 
-    At first each block passes on what it is given, and the UNet predicts zero.
+    At initialization each block is then the identity, and the UNet predicts zero. Ho et al. 2020 do so, diffusers does
+    not.
     """
     for name, layer in unet.named_modules():
         if name.endswith(("conv2", "to_out.0", "conv_out")):
@@ -228,15 +245,15 @@ def check_fit(
 ) -> None:  # fmt: skip
     """Refuse a model, images, a noise schedule and a number of sampling steps that do not fit each other.
 
-    Of a model only what its config says is checked.
+    Of the model, only the config is checked.
 
     Args:
-        shape: (C, H, W) of what the model denoises.
-        in_channels: number of channels that it takes, where it is given a condition beside them; by default C.
+        shape: (C, H, W) in the space that the model denoises in.
+        in_channels: number of input channels of a model with a condition. The default is C.
 
     Raises:
-        UserError: wrong number of channels; a resolution that cannot be halved as often as the model halves it, or cut
-            into its patches; see also ``check_noise_scheduler``.
+        UserError: the number of channels is wrong, or the resolution does not divide by the model's downsampling
+            factor or patch size. See also ``check_noise_scheduler``.
     """
     check_noise_scheduler(noise_scheduler, num_inference_steps)
     config = getattr(unet, "config", {})
@@ -244,17 +261,17 @@ def check_fit(
     taken = config.get("in_channels") or channels
     if in_channels is None and taken != channels:
         convert = {1: "--image_mode L converts them", 3: "--image_mode RGB converts them"}.get(
-            taken, "where it is given a condition beside them, say so by in_channels="
+            taken, "For a model with a condition, give in_channels="
         )
-        raise UserError(f"the images have {channels} channels, the model takes {taken}; {convert}")
+        raise UserError(f"the images have {counted(channels, 'channel')}, the model takes {taken}. {convert}")
     given = config.get("out_channels") or channels
     if in_channels not in (None, taken) or given != channels:
         raise UserError(
-            f"the model takes {taken} channels and returns {given}; expected {in_channels or channels} and {channels}, "
-            f"to denoise {channels} channels{' beside a condition' * bool(in_channels)}"
+            f"the model takes {taken} channels and returns {given}. Expected {in_channels or channels} and {channels}, "
+            f"to denoise {counted(channels, 'channel')}{' with a condition' * bool(in_channels)}"
         )
     factor, does = 1, ""
-    if type(unet).__module__.startswith(("diffusers.", __package__)):  # another's config may mean something else
+    if type(unet).__module__.startswith(("diffusers.", __package__)):  # Other configs may have another meaning
         factor, does = config.get("patch_size") or 1, "cuts them into patches"
         if "block_out_channels" in config:
             halvings = len(config["block_out_channels"]) - 1
@@ -262,25 +279,25 @@ def check_fit(
     if height % factor or width % factor:
         near = [max(factor, round(side / factor) * factor) for side in (height, width)]
         raise UserError(
-            f"images of {height} x {width} pixels: this model {does}, so it needs multiples of {factor}; "
-            f"try --resolution {near[0] if near[0] == near[1] else '{}x{}'.format(*near)}"
+            f"images of {height} x {width} pixels: this model {does}, so it needs multiples of {factor}. "
+            f"Try --resolution {near[0] if near[0] == near[1] else '{}x{}'.format(*near)}"
         )
 
 
 def check_noise_scheduler(noise_scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Refuse what cannot be trained, and more sampling steps than there are noise levels.
+    """Refuse a noise schedule that teaches nothing, and more sampling steps than noise levels.
 
     Raises:
-        UserError: says which flag to change.
+        UserError: names the flag to change.
     """
     config = noise_scheduler.config
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
         raise UserError(
-            "rescale_betas_zero_snr needs the prediction type v_prediction or sample: at its last timestep the input "
-            "is nothing but noise, and to predict that noise teaches nothing about images"
+            "rescale_betas_zero_snr needs the prediction type v_prediction or sample. At the last timestep the input "
+            "is pure noise, and its prediction teaches nothing about images"
         )
     if num_inference_steps > config.num_train_timesteps:
         raise UserError(
-            f"--num_inference_steps {num_inference_steps}: there are only {config.num_train_timesteps} noise levels; "
-            "give at most that many"
+            f"--num_inference_steps {num_inference_steps}: there are only {config.num_train_timesteps} noise levels. "
+            "Give at most that many"
         )

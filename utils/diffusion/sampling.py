@@ -1,4 +1,4 @@
-"""Samples, drawn by all processes, the same whatever their number and the batch size."""
+"""Sampling on all processes. The images do not depend on the number of processes or the batch size."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -28,17 +28,17 @@ def sample_images(
     decode: Callable[[torch.Tensor], torch.Tensor] = lambda samples: samples,
     **options,
 ) -> np.ndarray:
-    """Draw images with every process taking its share. Call it on all processes.
+    """Draw images, an equal share on every process. Call it on all processes.
 
-    Image k depends on the seed and k, not on the batch it is drawn in (up to float rounding). The model is put in eval
-    mode and back. No global random state is used.
+    Image k depends on the seed and k, and not on its batch (up to float rounding). During sampling the model is in eval
+    mode. No global random state is used.
 
     Args:
         count: number of images.
-        batch_size: images at once on this process.
-        stop: asked before every model call of a single process, see ``sample_batch``.
-        first: the number of the first image.
-        decode: of the space that the model denoises in, see ``spaces``; by default samples are images.
+        batch_size: images per batch on this process.
+        stop: see ``sample_batch``. With several processes it is ignored.
+        first: number of the first image.
+        decode: function from the model's space to pixels, see ``spaces``. By default samples are images.
         model, sampler, shape, num_inference_steps, seed, options: see ``sample_batch``.
 
     Returns:
@@ -53,7 +53,9 @@ def sample_images(
         )
         with torch.no_grad():
             batch = decode(batch)
-        images.append(torch.from_numpy(to_uint8(batch)))  # at once: floats of 50,000 images would fill the memory
+        images.append(
+            torch.from_numpy(to_uint8(batch))
+        )  # Batch by batch, because floats of 50,000 images would fill the memory
     images = torch.cat(images)
     if accelerator.num_processes > 1:
         images = accelerator.gather(images.to(accelerator.device)).cpu()
@@ -79,26 +81,29 @@ def sample_batch(
 ) -> torch.Tensor:
     """Draw the images with these ids.
 
-    As in ``DDPMPipeline``, but in float32 outside the model, and each image from its own generator.
+    The steps are those of ``DDPMPipeline``, but in float32 outside the model, and each image has its own generator.
 
     Args:
-        model: called as ``model(noisy, timesteps, **inputs).sample`` with timesteps (B,); prepared (so that it
-            autocasts), but not the DDP wrapper.
-        sampler: a diffusers scheduler.
+        model: model called as ``model(noisy, timesteps, **inputs).sample`` with timesteps (B,). It is prepared, so
+            that it autocasts, but not wrapped by DDP.
+        sampler: scheduler of diffusers.
+        sample_ids: numbers of the images, (B,).
         shape: (C, H, W) of one image.
-        num_inference_steps: model calls per image.
-        stop: asked before every model call.
-        guidance: steers every step, see ``guidance.Guidance``.
-        noise: what image k starts from, instead of the noise of seed and k; float32 (B, C, H, W) for ids (B,). For
-            example an interpolation, see ``pipelines.slerp``.
-        init_images: start from these with noise on them (SDEdit, arXiv:2108.01073), one for all or one an image;
-            (N, C, H, W), as the model sees them.
-        strength: of that noise, in (0, 1]; of the steps, this share is done.
-        watch: called at every step with what the model is given and which clean images it predicts, (B, C, H, W) each.
-        model_inputs: what else the model needs for images of these ids (B,), by name: class labels, a condition.
+        num_inference_steps: number of sampling steps.
+        seed: seed of the starting noise and of the sampler's noise.
+        device: device of the model.
+        stop: function called before every step. If it returns True, sampling is interrupted.
+        guidance: guidance applied at every step, see ``guidance.Guidance``.
+        noise: function from ids (B,) to starting noise, float32 (B, C, H, W), that replaces the noise of the seed. An
+            example is an interpolation, see ``pipelines.slerp``.
+        init_images: images in the model's space to which noise is added as a start (SDEdit, arXiv:2108.01073),
+            (N, C, H, W): a single one, or one for each id.
+        strength: share of the steps to run, in (0, 1], with ``init_images``. It sets their noise level.
+        watch: function called at every step with the model's input and its predicted clean images, (B, C, H, W) each.
+        model_inputs: function from ids (B,) to further inputs of the model by name, such as labels or a condition.
 
     Returns:
-        float32 (B, C, H, W), as the model sees them: images in [-1, 1] or about it, or latents.
+        Samples in the model's space, float32 (B, C, H, W): latents, or images in about [-1, 1].
 
     Raises:
         Interrupted: ``stop`` returned True.
@@ -123,7 +128,9 @@ def sample_batch(
     options = {}
     if "generator" in inspect.signature(sampler.step).parameters:
         options["generator"] = randomness.sample_generators(seed, "sampler", sample_ids)
-    if "use_clipped_model_output" in inspect.signature(sampler.step).parameters:  # DDIM: image and noise must agree
+    if (
+        "use_clipped_model_output" in inspect.signature(sampler.step).parameters
+    ):  # Without it DDIM combines a clipped image with the noise of the unclipped one
         options["use_clipped_model_output"] = True
     with evaluating(model):
         for timestep in sampler.timesteps[first_step:]:
@@ -141,7 +148,7 @@ def sample_batch(
 
 
 def cycle_rows(inputs: dict[str, torch.Tensor], device) -> Callable[[np.ndarray], dict]:
-    """``model_inputs`` of ``sample_batch``: image k gets row k % N of what has N rows."""
+    """Return ``model_inputs`` for ``sample_batch`` that give image k row k % N of each tensor with N rows."""
 
     def rows(sample_ids):
         chosen = torch.from_numpy(np.asarray(sample_ids))
@@ -151,14 +158,14 @@ def cycle_rows(inputs: dict[str, torch.Tensor], device) -> Callable[[np.ndarray]
 
 
 def starting_noise(scheduler, seed, sample_ids, shape, device) -> torch.Tensor:
-    """What samples start from: float32 (B, C, H, W), of the distribution that the scheduler mixes images with."""
+    """Return the starting noise of samples, float32 (B, C, H, W), of the scheduler's noise distribution."""
     distribution = getattr(scheduler, "noise_distribution", "normal")
     return randomness.sample_noise(seed, "samples", sample_ids, shape, device, distribution)
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; after it, whatever happened, as it was."""
+    """Put the model into eval mode for the block, and restore its mode afterwards, even after an error."""
     mode = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Noise schedules: their samplers, and loss weights by signal-to-noise ratio."""
+"""Noise schedules, their samplers, and loss weights by signal-to-noise ratio."""
 
 import itertools
 
@@ -7,10 +7,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 
 NOISE_LEVELS = 4  # equal ranges of timesteps, each with its own loss curve
 SAMPLER_CLASSES = {
-    "ddpm": DDPMScheduler,  # ancestral sampling, Ho et al. 2020, Algorithm 2; wants hundreds of steps
+    "ddpm": DDPMScheduler,  # ancestral sampling, Ho et al. 2020, Algorithm 2. It needs hundreds of steps
     "ddim": DDIMScheduler,  # deterministic, Song et al. 2021, arXiv:2010.02502
     "dpmsolver++": DPMSolverMultistepScheduler,  # second-order multistep, Lu et al. 2022, arXiv:2211.01095
-    "sde-dpmsolver++": DPMSolverMultistepScheduler,  # the same with fresh noise in every step, which corrects errors
+    "sde-dpmsolver++": DPMSolverMultistepScheduler,  # The same with new noise in every step, which corrects errors
     "unipc": UniPCMultistepScheduler,  # predictor-corrector, Zhao et al. 2023, arXiv:2302.04867
 }
 
@@ -22,52 +22,58 @@ def noise_levels(num_train_timesteps: int) -> list[str]:
 
 
 def make_noise_scheduler(pretrained, default: dict, **given) -> DDPMScheduler:
-    """Make the scheduler of training.
+    """Make the noise scheduler of training.
 
     Args:
-        pretrained: a pipeline that training starts from, or None.
-        default: parameters without one.
-        given: parameters that flags ask for; None where they do not.
+        pretrained: pipeline that training starts from, or None.
+        default: parameters without a pretrained pipeline.
+        given: parameters set by flags. Those that are None are not set.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "beta_schedule" in given:
-        given["trained_betas"] = None  # a pretrained pipeline may bring explicit ones
+        given["trained_betas"] = None  # Explicit betas of a pretrained pipeline would take precedence
     return DDPMScheduler.from_config(pretrained.scheduler.config if pretrained else default, **given)
 
 
 def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
-    """The scheduler that draws samples from a model trained with ``noise_scheduler``.
+    """Return the scheduler that draws samples from a model trained with ``noise_scheduler``.
 
-    Timesteps are spaced "trailing": the first is the last training timestep, where diffusers' default "leading" would
-    start at t=960 of 1000 with 25 steps, from noise that the model takes for an image (arXiv:2305.08891, Sec. 3.3).
-    Predicted clean images are clipped to [-1, 1] where the model predicts noise: near t=T an error of the noise is one
-    of the image, magnified a hundred times and more. DDIM must then derive the noise again from the clipped image, or
-    the two contradict each other and every further step makes it worse: see ``sampling.sample_batch``. With
-    ``clip_sample=False`` in the noise scheduler nothing is clipped: latents do not keep to [-1, 1].
+    Timesteps have "trailing" spacing: sampling starts at the last training timestep. With diffusers' default "leading"
+    and 25 steps it would start at t=960 of 1000, where pure noise is not a valid input (arXiv:2305.08891, Sec. 3.3).
+    Predicted clean images are clipped to [-1, 1] where the model predicts noise, because near t=T an error in the noise
+    becomes an error in the image that is more than a hundred times as large. DDIM must then recompute the noise from
+    the clipped image, see ``sampling.sample_batch``. Otherwise the two are inconsistent, and the error grows with every
+    step. Latents may exceed [-1, 1]. For them ``clip_sample=False`` in the noise scheduler turns clipping off.
+
+    Args:
+        name: key of ``SAMPLER_CLASSES``.
+        noise_scheduler: scheduler that the model was trained with.
     """
     config = noise_scheduler.config
     clips = config.prediction_type == "epsilon" and config.get("clip_sample", True)
     overrides = {"timestep_spacing": "trailing"}
     if name == "ddim":
         overrides |= {"clip_sample": clips, "thresholding": False}
-    elif name != "ddpm":  # which clips by itself
+    elif name != "ddpm":  # DDPM clips on its own
         overrides["thresholding"] = clips
-    if name.endswith("dpmsolver++"):  # whatever the pipeline carried that the config is of
+    if name.endswith("dpmsolver++"):  # The config may come from a pipeline with other settings
         overrides |= {key: False for key in config if key.startswith("use_")}
         overrides |= dict(algorithm_type=name, solver_order=2, lambda_min_clipped=-torch.inf, final_sigmas_type="zero")
-    if config.beta_schedule == "sigmoid" and name != "ddpm":  # only DDPMScheduler knows it: hand over its betas
+    if (
+        config.beta_schedule == "sigmoid" and name != "ddpm"
+    ):  # Only DDPMScheduler has this schedule, so pass on its betas
         plain = DDPMScheduler.from_config(config, rescale_betas_zero_snr=False)
         overrides["trained_betas"] = plain.betas.tolist()
-        overrides["beta_schedule"] = "linear"  # not used beside trained_betas, but it must be a known name
+        overrides["beta_schedule"] = "linear"  # Ignored with trained_betas, but it must be a valid name
     return SAMPLER_CLASSES[name].from_config(config, **overrides)
 
 
 def pipeline_scheduler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
-    """The scheduler to save in a ``DDPMPipeline``: the sampler, or another where the pipeline cannot call it.
+    """Return the scheduler to save in a ``DDPMPipeline``: the sampler, or a replacement that this pipeline can use.
 
-    ``DDPMPipeline`` passes a generator to ``step``, which UniPC's does not take: DDPM instead. It does not tell DDIM to
-    derive the noise again after clipping: DPM-Solver++ of the first order does, and is DDIM otherwise (Lu et al. 2022,
-    arXiv:2211.01095, Sec. 4).
+    DDPM replaces UniPC, because ``DDPMPipeline`` passes a generator to ``step``, and UniPC takes none. DPM-Solver++ of
+    the first order replaces DDIM, because ``DDPMPipeline`` does not make DDIM recompute the noise after clipping. Apart
+    from that the two are equal (Lu et al. 2022, arXiv:2211.01095, Sec. 4).
     """
     if name == "ddim" and noise_scheduler.config.prediction_type == "epsilon":
         solver = make_sampler("dpmsolver++", noise_scheduler)
@@ -76,11 +82,15 @@ def pipeline_scheduler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMi
 
 
 def signal_and_noise(scheduler: SchedulerMixin, timestep, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), on straight paths 1 - a and a: float32, as ``timestep``."""
+    """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), or 1 - a and a on straight paths.
+
+    Returns:
+        float32, in the shape of ``timestep``.
+    """
     timestep = torch.as_tensor(timestep, device=sample.device)
     if hasattr(scheduler, "signal_and_noise"):
         return scheduler.signal_and_noise(timestep)
-    if scheduler.config.get("use_flow_sigmas"):  # a straight path, see ``flow``
+    if scheduler.config.get("use_flow_sigmas"):  # A straight path, see ``flow``
         level = timestep / scheduler.config.num_train_timesteps
         return 1 - level, level
     alpha_bar = scheduler.alphas_cumprod.to(sample.device)[timestep.long()]
@@ -88,12 +98,12 @@ def signal_and_noise(scheduler: SchedulerMixin, timestep, sample: torch.Tensor) 
 
 
 def predicted_images(scheduler: SchedulerMixin, output: torch.Tensor, sample: torch.Tensor, timestep) -> torch.Tensor:
-    """The clean images that a model's output means, x_0 of Ho et al. 2020, Eq. 15; not clipped.
+    """Convert a model's output to predicted clean images, x_0 of Ho et al. 2020, Eq. 15, without clipping.
 
     Args:
-        scheduler: one that predicts epsilon, sample or v_prediction and has ``alphas_cumprod``, or straight paths.
-        output, sample: (B, C, H, W).
-        timestep: of the sample.
+        scheduler: scheduler with ``alphas_cumprod`` and any of diffusers' prediction types, or of straight paths.
+        output, sample: output and input of the model, (B, C, H, W).
+        timestep: timestep of the sample.
     """
     signal, noise = signal_and_noise(scheduler, timestep, sample)
     if scheduler.config.get("prediction_type") == "epsilon":
@@ -106,7 +116,7 @@ def predicted_images(scheduler: SchedulerMixin, output: torch.Tensor, sample: to
 
 
 def output_for(scheduler: SchedulerMixin, images: torch.Tensor, sample: torch.Tensor, timestep) -> torch.Tensor:
-    """The model output that means these clean images; the inverse of ``predicted_images``."""
+    """Convert clean images to the model's output: the inverse of ``predicted_images``."""
     signal, noise = signal_and_noise(scheduler, timestep, sample)
     if scheduler.config.get("prediction_type") == "epsilon":
         return (sample - signal * images) / noise
@@ -118,19 +128,19 @@ def output_for(scheduler: SchedulerMixin, images: torch.Tensor, sample: torch.Te
 
 
 def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Weights of the squared error that amount to min(SNR, gamma) on the clean image, whatever is predicted.
+    """Return weights of the squared error, equal to min(SNR, gamma) on the clean image for every prediction type.
 
     Hang et al. 2023, arXiv:2303.09556, Sec. 3.4, with SNR(t) = alpha_bar_t / (1 - alpha_bar_t). An error in epsilon is
-    sqrt(SNR) times one in x0, an error in v is sqrt(SNR + 1) times one in x0, which gives min(SNR, gamma) / SNR and
-    min(SNR, gamma) / (SNR + 1).
+    sqrt(SNR) times the error in x0, and an error in v is sqrt(SNR + 1) times the error in x0. So the weights are
+    min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v.
 
     Args:
-        noise_scheduler: its schedule and its prediction type count.
-        timesteps: of each sample, any shape.
-        gamma: the paper uses 5.
+        noise_scheduler: scheduler with the noise schedule and the prediction type.
+        timesteps: timestep of each sample, any shape.
+        gamma: upper limit of the weights, 5 in the paper.
 
     Returns:
-        float32, the shape of ``timesteps``.
+        float32, in the shape of ``timesteps``.
     """
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alphas_cumprod / (1 - alphas_cumprod)

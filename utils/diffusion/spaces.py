@@ -1,24 +1,24 @@
 """The space that a model denoises in: pixels, or the latents of an autoencoder.
 
-A space is any object with the attributes of ``Pixels``: an autoencoder, a whitening, a wavelet transform.
+A space is any object with the attributes of ``Pixels``, such as an autoencoder, a whitening or a wavelet transform.
 """
 
 import torch
 from diffusers import ModelMixin
 
-from .. import UserError
+from .. import UserError, counted
 from .unets import weights_digest
 
 
 class Pixels:
-    """Images as they are, in [-1, 1].
+    """The pixels of images in [-1, 1], unchanged.
 
     Attributes:
-        shape: (C, H, W) of what the model denoises.
+        shape: (C, H, W) in this space.
         image_shape: (C, H, W) of images.
-        model_shape: ``shape`` for a UNet's config.
-        fingerprint: of what encodes, compared when a run resumes; None if there is nothing to compare.
-        in_unit_range: whether values keep to [-1, 1], so that samplers may clip them.
+        model_shape: ``shape`` as arguments of a UNet's config.
+        fingerprint: digest of the encoder, compared when a run resumes, or None without an encoder.
+        in_unit_range: whether values are in [-1, 1], so that samplers may clip them.
     """
 
     fingerprint, in_unit_range = None, True
@@ -27,7 +27,7 @@ class Pixels:
         self.shape = self.image_shape = tuple(image_shape)
 
     def to(self, device: torch.device) -> "Pixels":
-        """Move what encodes and decodes to a device."""
+        """Move the encoder and decoder to a device."""
         return self
 
     @property
@@ -37,27 +37,27 @@ class Pixels:
         return dict(sample_size=sample_size, in_channels=channels, out_channels=channels)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Return images (B, C, H, W) in [-1, 1] as the model sees them: (B, *shape), float32."""
+        """Convert images (B, C, H, W) in [-1, 1] to the model's space, (B, *shape), float32."""
         return images
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
-        """Return what the model denoises, (B, *shape), as images in [-1, 1] or about it."""
+        """Convert samples in the model's space, (B, *shape), to images in about [-1, 1]."""
         return samples
 
 
 class Latents(Pixels):
     """Latents of an autoencoder, multiplied by the ``scaling_factor`` of its config as in diffusers' pipelines.
 
-    ``LDMPipeline(autoencoder, unet, scheduler)`` draws with what is trained in them. A ``shift_factor`` is not used:
-    that pipeline has none.
+    ``LDMPipeline(autoencoder, unet, scheduler)`` draws from models trained in this space. A ``shift_factor`` is not
+    used, because that pipeline ignores it.
 
     Args:
         autoencoder: ``AutoencoderKL``, ``AutoencoderTiny``, ``VQModel`` or another with their interface. Its weights
-            are frozen.
+            are frozen by this class.
         image_shape: (C, H, W) of images.
 
     Raises:
-        UserError: it does not take images of this shape.
+        UserError: the autoencoder does not take images of this shape.
     """
 
     in_unit_range = False
@@ -70,7 +70,7 @@ class Latents(Pixels):
         taken, channels = autoencoder.config.in_channels, self.image_shape[0]
         if taken != channels:
             raise UserError(
-                f"the autoencoder takes {taken} channels, the images have {channels}; --image_mode "
+                f"the autoencoder takes {counted(taken, 'channel')}, the images have {channels}. --image_mode "
                 f"{ {1: 'L', 3: 'RGB'}.get(taken, '?') } converts them"
             )
         images = torch.zeros(1, *self.image_shape, device=autoencoder.device)
@@ -79,7 +79,7 @@ class Latents(Pixels):
         decoded = tuple(self.decode(latents).shape[1:])
         if decoded != self.image_shape:
             raise UserError(
-                f"the autoencoder returns images of shape {decoded} for {self.image_shape}; expected the same. Try a "
+                f"the autoencoder returns images of shape {decoded} for {self.image_shape}. Expected the same. Try a "
                 "--resolution that is a multiple of 8"
             )
 
@@ -96,16 +96,16 @@ class Latents(Pixels):
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the scaled latents of images, of a distribution its mode."""
+        """Return the scaled latents of images. If the encoder returns a distribution, they are its mode."""
         encoded = self.autoencoder.encode(images)
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return latents.float() * self.scale
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
-        """Return the images of scaled latents. Gradients pass, as guidance needs."""
+        """Return the images of scaled latents. It is differentiable, because guidance needs gradients."""
         return self.autoencoder.decode(samples / self.scale).sample.float()
 
 
 def encode_in_batches(space: Pixels, images: torch.Tensor, device: torch.device, batch_size: int = 8) -> torch.Tensor:
-    """Return images (N, C, H, W) as the model sees them, (N, *shape), on the CPU."""
+    """Convert images (N, C, H, W) to the model's space, (N, *shape), on the CPU."""
     return torch.cat([space.encode(batch.to(device)).cpu() for batch in images.split(batch_size)])

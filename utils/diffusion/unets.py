@@ -1,24 +1,24 @@
-"""The sizes of UNet2DModel that ``--unet`` knows, and the UNet that the flags ask for."""
+"""UNets: the sizes of ``--unet``, the flags that choose one, conditions by concatenation, and digests of weights."""
 
 from .. import UserError
 from ..args import Parser
 
 # fmt: off
 UNETS = {  # keyword arguments of UNet2DModel
-    "tiny": dict(  # 0.26 M parameters: for tests and first looks
+    "tiny": dict(  # 0.26 M parameters, for tests and quick trials
         block_out_channels=(16, 32, 32), layers_per_block=1, add_attention=False, norm_num_groups=8,
         down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
     ),
-    "small": dict(  # 1.2 M: 8 to 32 pixels, on a CPU: few channels where there are many pixels, and no attention
+    "small": dict(  # 1.2 M, for 8 to 32 pixels on a CPU, so there are few channels at high resolutions and no attention
         block_out_channels=(16, 32, 96), layers_per_block=1, add_attention=False, norm_num_groups=8,
         down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
     ),
-    "base": dict(  # 25.8 M: 32 to 64 pixels, on a GPU; attention at a quarter of the resolution
+    "base": dict(  # 25.8 M, for 32 to 64 pixels on a GPU, with attention at a quarter of the resolution
         block_out_channels=(128, 256, 256), layers_per_block=2, attention_head_dim=64,  # diffusers' 8 is slow
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     ),
-    "large": dict(  # 113.7 M, as google/ddpm-celebahq-256: 128 to 256 pixels, on several GPUs
+    "large": dict(  # 113.7 M, for 128 to 256 pixels on several GPUs, the architecture of google/ddpm-celebahq-256
         block_out_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2, attention_head_dim=64,
         down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
@@ -27,20 +27,20 @@ UNETS = {  # keyword arguments of UNet2DModel
 
 
 def add_unet_arguments(parser: Parser) -> None:
-    """Add the flags that choose a UNet: by size, by its config, or with weights."""
+    """Add the flags that choose a UNet by size, by config, or with pretrained weights."""
     group = parser.group("model")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--unet", choices=UNETS, help="architecture: tiny (for tests), small (8 to 32 pixels, the default), base (32 to 64), large (128 to 256); UNETS in utils/diffusion/unets.py")
-    one.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet; random weights")
-    one.add_argument("--pretrained_model_name_or_path", help="pipeline whose weights and noise schedule training starts from")
+    one.add_argument("--unet", choices=UNETS, help="architecture: tiny (for tests), small (8 to 32 pixels, the default), base (32 to 64), large (128 to 256), defined in utils/diffusion/unets.py")
+    one.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet, with random weights")
+    one.add_argument("--pretrained_model_name_or_path", help="pipeline with the initial weights and the noise schedule")
     add_speed_arguments(parser)
 
 
 def add_speed_arguments(parser: Parser) -> None:
-    """Add the flags about memory and speed of any UNet."""
+    """Add the flags for the memory and speed of a UNet."""
     group = parser.group("model")
-    parser.switch(group, "--gradient_checkpointing", False, "recompute activations: less memory, slower")
-    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first and for samples of another batch size, meant for GPUs")
+    parser.switch(group, "--gradient_checkpointing", False, "recompute activations, for less memory and slower steps")
+    parser.switch(group, "--compile", False, "compile the UNet with torch.compile, on GPUs: it takes minutes at first, and again for samples of another batch size")
 # fmt: on
 
 
@@ -48,10 +48,10 @@ def make_unet(name: str | None, config: str | None, shape: dict, dropout: float 
     """Make a ``UNet2DModel`` with random weights.
 
     Args:
-        name: of one of ``UNETS``; None for ``small``.
-        config: a JSON file, a folder or a Hub id instead, see ``pretrained.unet_from_config``.
+        name: key of ``UNETS``, or None for ``small``.
+        config: JSON file, folder or Hub id of a config to use instead, see ``pretrained.unet_from_config``.
         shape: ``sample_size``, ``in_channels``, ``out_channels`` and perhaps ``num_class_embeds``.
-        dropout: in the residual blocks of one of ``UNETS``.
+        dropout: dropout probability in the residual blocks, ignored with ``config``.
     """
     from diffusers import UNet2DModel
 
@@ -63,17 +63,17 @@ def make_unet(name: str | None, config: str | None, shape: dict, dropout: float 
 
 
 def prepare_unet(unet, device, gradient_checkpointing: bool, compile: bool):
-    """Set up a UNet for training on a device, before an average or an optimizer is made of its weights."""
+    """Set up a UNet for training on a device. Call it before you make an average or optimizer of its weights."""
     import torch
 
     from ..signals import watch_compilations
 
     if gradient_checkpointing:
         if not getattr(unet, "_supports_gradient_checkpointing", False):
-            raise UserError(f"--gradient_checkpointing: a {type(unet).__name__} does not have it; leave the flag out")
+            raise UserError(f"--gradient_checkpointing: a {type(unet).__name__} does not have it. Leave the flag out")
         unet.enable_gradient_checkpointing()
     if device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)  # on a CPU it costs time
+        unet.to(memory_format=torch.channels_last)  # Slower on a CPU
     if compile:
         watch_compilations()
         unet.compile()
@@ -81,27 +81,27 @@ def prepare_unet(unet, device, gradient_checkpointing: bool, compile: bool):
 
 
 def concatenate_condition(unet):
-    """Have a model take ``condition=`` (B, K, H, W), which it sees as further channels behind its noisy input.
+    """Let a model take ``condition=`` (B, K, H, W), which is concatenated to the channels of its noisy input.
 
-    As in SR3 (Saharia et al. 2021, arXiv:2104.07636). Its config has K more ``in_channels`` than ``out_channels``.
+    SR3 does so (Saharia et al. 2021, arXiv:2104.07636). The config has K more ``in_channels`` than ``out_channels``.
 
     Returns:
-        The same model. Without ``condition=`` it raises TypeError, with one of another shape ValueError.
+        The same model. Without ``condition=`` it raises TypeError, and for a wrong shape ValueError.
     """
     import torch
 
     def concatenate(model, inputs, options):
         if options.get("condition") is None:
             raise TypeError(
-                "the model takes condition=, a tensor (B, K, H, W): in training model(..., **model_inputs(batch)), in "
-                "sampling sample_images(..., model_inputs=...), in validation run.steps(..., model_inputs=...)"
+                "the model takes condition=, a tensor (B, K, H, W). In training call model(..., **model_inputs(batch)), in "
+                "sampling sample_images(..., model_inputs=...), and in validation run.steps(..., model_inputs=...)"
             )
         noisy, *others = inputs
         condition = options["condition"].to(noisy)
         shapes, expected = (tuple(noisy.shape), tuple(condition.shape)), model.config.in_channels
         if condition.shape[2:] != noisy.shape[2:] or noisy.shape[1] + condition.shape[1] != expected:
             raise ValueError(
-                f"noisy images and condition of shapes {shapes[0]} and {shapes[1]}; expected the same height and width, "
+                f"noisy images and condition of shapes {shapes[0]} and {shapes[1]}. Expected the same height and width, "
                 f"and {expected} channels together (in_channels of the model)"
             )
         others_by_name = {name: value for name, value in options.items() if name != "condition"}
@@ -112,7 +112,7 @@ def concatenate_condition(unet):
 
 
 def weights_digest(model) -> str:
-    """SHA-256 of a model's weights, in the order of their names: 64 hexadecimal digits."""
+    """Return the SHA-256 of a model's weights in the order of their names, 64 hexadecimal digits."""
     import hashlib
 
     digest = hashlib.sha256()
