@@ -240,7 +240,7 @@ def test_a_run_under_the_noise_of_before_goes_on_with_a_warning(tmp_path, capsys
     (checkpoint / "manifest.json").unlink()
     checkpoints._write_manifest(checkpoint)
     assert train(tmp_path / "run") == 0
-    assert "checkpoint-3 holds a run from before the noise was the same on every device" in capsys.readouterr().err
+    assert "checkpoint-3 was saved by an earlier version, which drew other noise" in capsys.readouterr().err
 
 
 def test_a_foreign_folder_and_changed_settings_are_refused(tmp_path):
@@ -310,7 +310,9 @@ def test_an_extended_run_goes_on_with_the_rates_of_the_longer_schedule(tmp_path,
     flags = ["--report_to=tensorboard", "--lr_warmup_steps=0"]
     train(tmp_path / "run", *flags)
     train(tmp_path / "run", *flags, "--max_train_steps=12")
-    assert "The learning rate goes from 0 to 0.0005: its schedule has another length" in capsys.readouterr().err
+    assert (
+        "The learning rate changes from 0 to 0.0005, because its schedule has another length" in capsys.readouterr().err
+    )
     rates = scalars(tmp_path / "run", "optimizer/learning_rate")
     assert rates[6] == pytest.approx(1e-3 * 1 / 6) and rates[7] == pytest.approx(1e-3 * 6 / 12)
 

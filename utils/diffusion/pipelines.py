@@ -39,7 +39,7 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
     Args:
         name_or_path: folder or Hub id of the output of these scripts, a ``DDPMPipeline``, an ``LDMPipeline``, or a
             ``UNet2DModel`` alone, to which a ``DDPMScheduler`` is added. A learned variance is left out.
-        trust_remote_code: run code that is saved with the model, as nets of ``own_nets`` need.
+        trust_remote_code: whether code that is saved with the model may run. Only nets of ``own_nets`` need it.
 
     Raises:
         UserError: the pipeline cannot be loaded, or consists of other classes.

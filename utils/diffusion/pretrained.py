@@ -52,9 +52,8 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
         raise UserError(f"{flag}: is a few-step model already. Adapt its teacher, and distill that again")
     check_embeddings(unet.config, flag)
     local = Path(name_or_path).exists()
-    unet.register_to_config(
-        _name_or_path=None if local else name_or_path
-    )  # A local path is not saved with the new model
+    # A local path would be saved with the new model
+    unet.register_to_config(_name_or_path=None if local else name_or_path)
     if not isinstance(unet, UNet2DModel):
         raise UserError(f"{flag}: its unet is a {type(unet).__name__}. Expected a UNet2DModel (unconditional)")
     if unet.class_embedding is not None and not conditional:
@@ -106,8 +105,8 @@ def leave_out_variance(unet: UNet2DModel, scheduler: SchedulerMixin, flag_label:
         scheduler.register_to_config(variance_type="fixed_small")
     elif unet.config.out_channels != channels:
         raise UserError(
-            f"{flag_label}: {channels} channels in, {unet.config.out_channels} out. Expected as many, or twice. For a "
-            "model with a condition use the script that trained it"
+            f"{flag_label}: {channels} channels in, {unet.config.out_channels} out. Expected the same "
+            "number, or twice as many. For a model with a condition use the script that trained it"
         )
 
 
@@ -252,8 +251,8 @@ def check_fit(
         in_channels: number of input channels of a model with a condition. The default is C.
 
     Raises:
-        UserError: the number of channels is wrong, or the resolution does not divide by the model's downsampling
-            factor or patch size. See also ``check_noise_scheduler``.
+        UserError: the number of channels is wrong, or the resolution is not divisible by the model's
+            downsampling factor or patch size. See also ``check_noise_scheduler``.
     """
     check_noise_scheduler(noise_scheduler, num_inference_steps)
     config = getattr(unet, "config", {})

@@ -1,1 +1,1 @@
-"""What every run needs, whatever it trains: the loop, the output folder, checkpoints, the averaged weights, the optimizer."""
+"""The training loop, the output folder, checkpoints, averaged weights (EMA) and optimizers of every run."""

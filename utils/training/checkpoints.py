@@ -1,9 +1,9 @@
-"""Checkpoints that are complete or not there.
+"""Checkpoints that are written atomically.
 
-``checkpoint-N`` is a pipeline that ``from_pretrained`` loads, plus ``training_state/`` to resume from. It is written to
-a staging folder beside its place; a manifest with the size and SHA-256 of every file comes last; then one rename
-publishes it. Older checkpoints are removed after that, never before. Nothing in it runs code when it is loaded: weights
-are safetensors, the optimizer and the random state are read with ``weights_only=True``, the rest is JSON.
+``checkpoint-N`` is a pipeline that ``from_pretrained`` loads, with ``training_state/`` to resume from. Its files are
+written to a staging folder beside it. A manifest with the size and SHA-256 of every file is written last. Then one
+rename publishes the checkpoint, and older ones are removed. Loading a checkpoint runs no code from it: weights are
+safetensors, the optimizer and the random state are read with ``weights_only=True``, and the rest is JSON.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 
-from .. import UserError, randomness, sync
+from .. import UserError, counted, randomness, sync
 from ..hardware import device_name
 from ..signals import progress
 from .process import on_main_process
@@ -38,15 +38,18 @@ class CheckpointError(UserError):
 def save_checkpoint(
     accelerator, output_dir: Path, step: int, save_pipeline: Callable[[Path], None], state: dict, total_limit: int
 ) -> Path:
-    """Publish ``checkpoint-<step>``. Call it on all processes, at an optimizer step's end.
+    """Publish ``checkpoint-<step>``. Call it on all processes, at the end of an optimizer step.
 
     Args:
-        save_pipeline: writes what ``from_pretrained`` loads into the folder it gets; called on the main process.
-        state: JSON-ready, returned by ``load_checkpoint``.
-        total_limit: complete checkpoints to keep, the newest first.
+        save_pipeline: function that saves the pipeline in the given folder, called on the main process.
+        state: values that JSON can hold, returned by ``read_state``.
+        total_limit: number of the newest complete checkpoints to keep.
+
+    Returns:
+        Folder of the checkpoint.
 
     Raises:
-        CheckpointError: on every process if any of them failed; earlier checkpoints are untouched.
+        CheckpointError: saving failed on any process. It is raised on all, and earlier checkpoints are unchanged.
     """
     final, staging = (output_dir / f"checkpoint-{step}", output_dir / f".tmp-checkpoint-{step}")
     space = _space(accelerator, output_dir)
@@ -66,14 +69,14 @@ def save_checkpoint(
             facts |= {"randomness": randomness.VERSION, "device": device_name(accelerator.device)}
             _write_json(staging / STATE, {**state, **facts, "global_step": step})
             _write_manifest(staging)
-            if final.exists():  # a damaged one
+            if final.exists():  # It is damaged
                 os.rename(final, final.with_name(f".tmp-removed-{final.name}"))
             os.rename(staging, final)
             sync(output_dir)
             _prune(output_dir, total_limit)
             remove_leftovers(output_dir)
 
-    advice = "It takes about {:.0f} MiB, and {:.0f} MiB of its disk were free".format(*(n / 2**20 for n in space))
+    advice = "It needs about {:.0f} MiB, and {:.0f} MiB of its disk were free".format(*(n / 2**20 for n in space))
     try:
         for action in (stage, lambda: accelerator.save_state(str(staging / "training_state")), publish):
             on_all_processes(accelerator, f"{final} cannot be saved", action, advice)
@@ -85,17 +88,18 @@ def save_checkpoint(
 
 
 def find_checkpoint(accelerator, output_dir: Path, request: str | None, prefer_newest: bool = False) -> Path | None:
-    """The checkpoint to resume from, the same on every process.
+    """Return the checkpoint to resume from, the same on every process.
 
     Args:
-        request: a path; or ``latest`` or None, which mean the newest complete one if there is any.
-        prefer_newest: take the newest complete one if it is newer than the path: the run has saved it since it began.
+        request: path of a checkpoint. ``latest`` or None selects the newest complete one, if there is one.
+        prefer_newest: whether to take the newest complete one if it is newer than the path, because a run that was
+            restarted has saved it.
 
     Returns:
-        None if there is no complete checkpoint and no path was given.
+        Path of the checkpoint, or None if there is no complete checkpoint and no path was given.
 
     Raises:
-        CheckpointError: what the path names does not exist or is not complete.
+        CheckpointError: the given checkpoint does not exist or is not complete.
     """
     return on_main_process(accelerator, lambda: _find(output_dir, request, prefer_newest))
 
@@ -120,7 +124,7 @@ def _find(output_dir: Path, request: str | None, prefer_newest: bool) -> Path | 
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders named ``checkpoint-<number>``, by number, complete or not."""
+    """Return the folders named ``checkpoint-<number>``, sorted by number, complete or not."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
 
@@ -129,7 +133,7 @@ def verify_checkpoint(path: Path) -> None:
     """Compare a checkpoint with its manifest.
 
     Raises:
-        CheckpointError: names the first file that is missing or damaged, or cannot be read.
+        CheckpointError: a file is missing, damaged or unreadable. The message names the first one.
     """
     try:
         _verify(path)
@@ -139,15 +143,15 @@ def verify_checkpoint(path: Path) -> None:
 
 def _verify(path: Path) -> None:
     if not path.is_dir():
-        raise CheckpointError(f"--resume_from_checkpoint {path}: there is no such folder; expected .../checkpoint-N")
+        raise CheckpointError(f"--resume_from_checkpoint {path}: there is no such folder. Expected .../checkpoint-N")
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {MANIFEST} is missing or damaged") from error
     state_files = {file.relative_to(path).as_posix() for file in path.glob("training_state/**/*") if file.is_file()}
-    for name in sorted(state_files - set(files)):  # accelerate loads whatever it finds there
+    for name in sorted(state_files - set(files)):  # accelerate would load them, too
         raise CheckpointError(
-            f"{path} is damaged: {name} is not in its manifest. Remove it if you know where it is from"
+            f"{path} is damaged: {name} is not in its manifest. Remove that file if you know its origin"
         )
     for name, (size, digest) in files.items():
         file = path / name
@@ -156,11 +160,11 @@ def _verify(path: Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"{path} is not a complete checkpoint: {name} is missing")
         if file.stat().st_size != size or file_hash(file) != digest:
-            raise CheckpointError(f"{path} is damaged: {name} is not what was saved")
+            raise CheckpointError(f"{path} is damaged: {name} has changed since it was saved")
 
 
 def read_state(path: Path) -> dict:
-    """What ``save_checkpoint`` was given as ``state``, with ``global_step`` and ``num_processes``."""
+    """Return the ``state`` of ``save_checkpoint``, with ``global_step`` and facts such as ``num_processes``."""
     return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
@@ -168,48 +172,54 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
     """Load weights, optimizer, schedule and random state into what ``accelerator`` prepared.
 
     Args:
-        path: a checkpoint that ``find_checkpoint`` returned.
-        state: what ``read_state`` returned.
+        path: checkpoint that ``find_checkpoint`` returned.
+        state: values that ``read_state`` returned.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model or cannot be loaded.
     """
     if state.get("randomness", 1) != randomness.VERSION:
         logger.warning(
-            f"{path} holds a run from before the noise was the same on every device: it goes on with other noise, and "
-            "will not end with the bits that it would have ended with"
+            f"{path} was saved by an earlier version, which drew other noise. The run resumes, but its result is not "
+            "that of an uninterrupted run, bit for bit."
         )
     if state["num_processes"] != accelerator.num_processes:
         logger.warning(
-            f"{path} was saved by {state['num_processes']} processes, this run has {accelerator.num_processes}: "
-            "same samples and learning rates, sums in another order"
+            f"{path} was saved by {counted(state['num_processes'], 'process')}, this run has "
+            f"{accelerator.num_processes}. Samples and learning rates stay the same, but rounding differs."
         )
     if state["mixed_precision"] != accelerator.mixed_precision:
         logger.warning(
             f"{path} was saved with mixed precision {state['mixed_precision']!r}, this run has "
-            f"{accelerator.mixed_precision!r}: it goes on, but not bit for bit as before"
+            f"{accelerator.mixed_precision!r}. The run resumes, but not bit for bit."
         )
     if state.get("device") not in (None, device_name(accelerator.device)):
         logger.warning(
-            f"{path} was saved on {state['device']}, this run has {device_name(accelerator.device)}: sums in another "
-            "order"
+            f"{path} was saved on {state['device']}, this run has {device_name(accelerator.device)}. Rounding differs."
         )
     scaler = accelerator.scaler
     if not (path / "training_state" / "scaler.pt").exists():
-        accelerator.scaler = None  # saved in another precision: the scaler of fp16 starts anew
+        accelerator.scaler = None  # Saved in another precision, so the scaler of fp16 starts with its initial state
     try:
-        accelerator.load_state(str(path / "training_state"))  # weights_only: nothing in it is run
+        accelerator.load_state(str(path / "training_state"))  # It uses weights_only, so no code runs
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # the manifest fits, so somebody has made it for these files, or changed the script
-        lines = [line.strip(" \t.") for line in str(error).splitlines() or [""]]  # torch's has one for each weight
+    except Exception as error:  # The manifest fits, so the script has changed, or the files were made by hand
+        lines = [
+            line.strip(" \t.") for line in str(error).splitlines() or [""]
+        ]  # torch's message has one for each weight
         advice = ""
         if "loading state_dict" in lines[0]:
-            advice = ". It is of another network: put that back into the script, or choose another --output_dir"
+            advice = ". It holds another network. Use that one in the script, or choose another --output_dir"
         raise CheckpointError(
             f"{path} cannot be loaded: {type(error).__name__}: {' '.join(lines[:2])}{advice}"
         ) from error
     accelerator.scaler = scaler
-    for wrapped in accelerator._schedulers:  # the rate that this run's schedule has now, should its length have changed
+    for (
+        wrapped
+    ) in accelerator._schedulers:  # The schedule may have another length, and so another rate, than when it was saved
         schedule = wrapped.scheduler
-        if not hasattr(schedule, "lr_lambdas"):  # torch's others keep their length in the state that was loaded
+        if not hasattr(schedule, "lr_lambdas"):  # Other schedules of torch load their length with their state
             continue
         rates = [
             base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
@@ -219,14 +229,14 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
         before, schedule._last_lr = schedule.get_last_lr()[0], rates
         if abs(before - rates[0]) > 1e-3 * max(before, rates[0]):
             logger.info(
-                f"The learning rate goes from {before:.3g} to {rates[0]:.3g}: its schedule has another length than "
-                "before. With --lr_scheduler constant_with_warmup from the start it would not"
+                f"The learning rate changes from {before:.3g} to {rates[0]:.3g}, because its schedule has another "
+                "length. --lr_scheduler constant_with_warmup does not depend on the length."
             )
-    accelerator.step = 0  # micro-steps: a checkpoint stands at an optimizer step's end
+    accelerator.step = 0  # Count of micro-steps, which is 0 at the end of an optimizer step
 
 
 def archive_newer(output_dir: Path, path: Path) -> None:
-    """Rename checkpoints newer than ``path``, so that a run that goes back to it does not mistake them for its own."""
+    """Rename checkpoints newer than ``path``, so that a run that resumes there does not take them for its own."""
     checkpoints = list_checkpoints(output_dir)
     if path.resolve() not in [checkpoint.resolve() for checkpoint in checkpoints]:
         return
@@ -237,11 +247,13 @@ def archive_newer(output_dir: Path, path: Path) -> None:
                 number += 1
                 target = newer.with_name(f"abandoned-{newer.name}-{number}")
             os.rename(newer, target)
-            logger.warning(f"{newer} is newer than {path.name}, which this run goes back to: renamed to {target.name}")
+            logger.warning(
+                f"{newer} is newer than {path.name}, from which this run resumes. It is renamed to {target.name}."
+            )
 
 
 def prepare_to_resume(accelerator, output_dir: Path, request: str | None, prefer_newest: bool) -> Path | None:
-    """Find the checkpoint to resume from, see ``find_checkpoint``, and clear away what a killed run left behind."""
+    """Remove the leftovers of a killed run, and find the checkpoint to resume from, see ``find_checkpoint``."""
     if accelerator.is_main_process:
         remove_leftovers(output_dir)
     path = find_checkpoint(accelerator, output_dir, request, prefer_newest)
@@ -251,7 +263,7 @@ def prepare_to_resume(accelerator, output_dir: Path, request: str | None, prefer
 
 
 def averaged_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the averaged weights of a checkpoint: its pipeline holds them, and its low-rank adapter if there is one."""
+    """Read the averaged weights of a checkpoint, from its pipeline and, if there is one, its low-rank adapter."""
     averaged = {}
     for file in [*path.glob("unet/*.safetensors"), *path.glob("adapter/*.safetensors")]:
         averaged |= {name.removeprefix("base_model.model."): value for name, value in load_file(file).items()}
@@ -259,10 +271,15 @@ def averaged_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def on_all_processes(accelerator, problem: str, action: Callable[[], None], advice: str) -> None:
-    """Run ``action`` on every process; if it fails on one, fail on all, so that nobody waits for ever.
+    """Run ``action`` on every process. If it fails on one, fail on all, so that no process waits for another.
+
+    Args:
+        problem: start of the error message.
+        action: function to run.
+        advice: end of the error message.
 
     Raises:
-        CheckpointError: the problem, the first process's failure and the advice.
+        CheckpointError: the action failed on a process.
     """
     progress("saving")
     try:
@@ -274,13 +291,16 @@ def on_all_processes(accelerator, problem: str, action: Callable[[], None], advi
     failures = [message for message in gather_object([failure]) if message]
     if failures:
         raise CheckpointError(
-            f"{problem}: {failures[0]}. {advice}. Earlier checkpoints are intact: when this is fixed, the same "
-            "command resumes from the newest"
+            f"{problem}: {failures[0]}. {advice}. Earlier checkpoints are intact. After the problem is solved, "
+            "the same command resumes from the newest"
         )
 
 
 def _space(accelerator, output_dir: Path) -> tuple[float, int]:
-    """Bytes that a checkpoint takes, by the one before or by the weights, their average and two moments; bytes free."""
+    """Return the bytes that a checkpoint needs and those that are free.
+
+    The size is that of the last checkpoint and a tenth more, or else that of weights, average and two moments.
+    """
     earlier = list_checkpoints(output_dir)
     if earlier:
         needed = sum(file.stat().st_size for file in earlier[-1].rglob("*") if file.is_file()) * 1.1
@@ -293,19 +313,21 @@ def _check_finite(accelerator) -> None:
     for model in accelerator._models:
         for name, weight in model.named_parameters():
             if not weight.isfinite().all():
-                raise ValueError(f"{name} holds numbers that are not finite; start afresh with a lower --learning_rate")
+                raise ValueError(
+                    f"{name} holds numbers that are not finite. Start a new run with a lower --learning_rate"
+                )
 
 
 def _write_manifest(folder: Path) -> None:
     def hash_and_sync(path: Path) -> list | None:
         if path.is_file():
-            shutil.copymode(folder / STATE, path)  # safetensors makes files that nobody else can read
+            shutil.copymode(folder / STATE, path)  # safetensors makes files that other users cannot read
         entry = [path.stat().st_size, file_hash(path)] if path.is_file() else None
         sync(path)
         return entry
 
     paths = sorted(folder.rglob("*"))
-    with ThreadPoolExecutor() as pool:  # half of a save's time is spent here
+    with ThreadPoolExecutor() as pool:  # Hashing takes half of the time of saving
         entries = dict(
             zip((path.relative_to(folder).as_posix() for path in paths), pool.map(hash_and_sync, paths), strict=True)
         )
@@ -319,7 +341,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def file_hash(*files: Path) -> str:
-    """SHA-256 of files, one after the other by name: 64 hexadecimal digits."""
+    """Return the SHA-256 of the concatenated files, sorted by name: 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for file in sorted(files):
         with open(file, "rb") as stream:
@@ -333,15 +355,16 @@ def _prune(output_dir: Path, total_limit: int) -> None:
     complete = [path for path in list_checkpoints(output_dir) if (path / MANIFEST).is_file()]
     for path in complete[:-total_limit]:
         try:
-            doomed = path.with_name(f".tmp-removed-{path.name}")  # at no moment half a checkpoint by its name
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            # A rename first, so that no checkpoint is ever half removed under its name
+            removed = path.with_name(f".tmp-removed-{path.name}")
+            os.rename(path, removed)
+            shutil.rmtree(removed)
         except OSError as error:
             logger.warning(f"{path} cannot be removed: {error}")
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a killed run left half-written or half-removed."""
+    """Remove the files of interrupted writes and removals."""
     for path in output_dir.glob(".tmp-*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -10,17 +10,17 @@ from .. import UserError
 
 
 class EMA(EMAModel):
-    """An average that warms up, can be swapped in and always back out, and is resumed from a saved model.
+    """A moving average of trainable weights with a warm-up of its decay.
 
-    The decay is min(max_decay, 1 - (1 + step / inv_gamma) ** -power): while it warms up, an average of about the last
-    ``step ** power`` steps, so that early samples show the model and not its initial weights.
+    The decay is min(max_decay, 1 - (1 + step / inv_gamma) ** -power). During the warm-up it averages over about the
+    last ``step ** power`` steps, so that early samples do not depend on the initial weights.
 
     Args:
-        model: whose parameters are averaged, those that learn.
+        model: model with the parameters to average.
         max_decay: upper limit of the decay.
         inv_gamma: length of the warm-up, optimizer steps.
-        power: 3/4 reaches a decay of 0.999 after 10,000 steps, 2/3 after 31,600.
-        enabled: False makes every method a no-op: what is sampled and saved is the model as it is.
+        power: exponent of the warm-up. 3/4 reaches a decay of 0.999 after 10,000 steps, 2/3 after 31,600.
+        enabled: whether to average. If False, every method is a no-op, and the model itself is sampled and saved.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class EMA(EMAModel):
 
     @contextmanager
     def averaged_weights(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        """Inside, ``model`` has the averaged weights; after it, whatever happened, its own, bit for bit.
+        """Load the averaged weights into ``model`` for the block, and restore its own afterwards, bit for bit.
 
-        Inside another such block it does nothing: the weights are averaged already.
+        Inside another such block it does nothing, because the weights are averaged already.
         """
         if not self.enabled or self.inside:
             yield model
@@ -61,14 +61,18 @@ class EMA(EMAModel):
                     parameter.copy_(value)
 
     def load(self, saved: dict[str, torch.Tensor], optimization_step: int) -> None:
-        """Continue from averaged weights, by name; those of weights that do not learn may be among them.
+        """Resume from saved averaged weights.
+
+        Args:
+            saved: weights by name. Those of frozen parameters are ignored.
+            optimization_step: number of updates of the saved average.
 
         Raises:
             UserError: weights are missing, or their shapes differ from the model's.
         """
         if not self.enabled:
             return
-        names = [name.replace(".default.", ".") for name in self.names]  # the adapter's name, which peft does not save
+        names = [name.replace(".default.", ".") for name in self.names]  # peft does not save the adapter's name
         wrong = [
             name
             for name, mine in zip(names, self.shadow_params, strict=True)

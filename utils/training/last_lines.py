@@ -1,4 +1,4 @@
-"""The last lines of a run: where everything is, and what to do next."""
+"""The last lines of a run: its files, and commands to continue with."""
 
 import json
 import os
@@ -15,8 +15,8 @@ class Loading:
     Attributes:
         pipeline: class of diffusers.
         call: expression that returns the pipeline.
-        own_pipeline: whether the folder's ``pipeline.py`` draws.
-        runs_code: whether code of the folder runs.
+        own_pipeline: whether it uses the folder's ``pipeline.py``.
+        runs_code: whether it runs code of the folder.
     """
 
     pipeline: str
@@ -26,7 +26,7 @@ class Loading:
 
 
 def how_to_load(folder: Path, name: str | Path) -> Loading:
-    """Return the code that loads the pipeline saved in ``folder`` as ``name``: a path, or an id on the Hub."""
+    """Return the code that loads the pipeline saved in ``folder`` as ``name``: a path, or a Hub id."""
     kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     # ConsistencyModelPipeline draws squares only
@@ -38,10 +38,11 @@ def how_to_load(folder: Path, name: str | Path) -> Loading:
 
 
 def inputs_beside(folder: Path, given: str | None) -> str:
-    """Name what the model in ``folder`` takes beside noisy images and timesteps, and no pipeline gives it; "" for most.
+    """Return the names of inputs, besides noisy images and timesteps, that no pipeline gives the model, or "".
 
     Args:
-        given: names of what its script gives it, as its run has recorded them.
+        folder: folder of the pipeline.
+        given: recorded names of the inputs that its script gives the model.
     """
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     taken = unet.get("in_channels") or 0
@@ -52,11 +53,11 @@ def inputs_beside(folder: Path, given: str | None) -> str:
 
 
 def last_lines(folder: Path, num_inference_steps: int, continued: str | None, given: str | None) -> list[str]:
-    """Describe a finished run's folder, a line for each thing.
+    """Return lines that describe the folder of a finished run.
 
     Args:
         num_inference_steps: sampling steps of its samples.
-        continued: flags with which the same script trains on the user's own images; None to leave that out.
+        continued: flags with which the same script trains on the user's own images, or None to leave the line out.
         given: see ``inputs_beside``.
     """
     pictures = sorted(path.name for path in folder.glob("*.png") if path.name != "samples.png")
@@ -65,7 +66,7 @@ def last_lines(folder: Path, num_inference_steps: int, continued: str | None, gi
     labels = "[0], " * load.own_pipeline or "class_labels=[0], " * (given == "class_labels")
     lines["pipeline"] = f"{load.call}({labels}num_inference_steps={num_inference_steps})"
     if beside := inputs_beside(folder, given):
-        lines["pipeline"] = f"{load.call}.unet takes {beside}, too, which no pipeline of diffusers gives it"
+        lines["pipeline"] = f"{load.call}.unet also needs {beside}. No pipeline of diffusers passes it on"
     if any(folder.glob("logs/**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {folder}"
     lines["train longer"] = "the same command with a larger --max_train_steps"
@@ -78,6 +79,6 @@ def last_lines(folder: Path, num_inference_steps: int, continued: str | None, gi
 
 
 def _command(name: str) -> str:
-    """Return how to call a program of this environment: by name, or by path where it is not activated."""
+    """Return the command of a program: its name, or its path in an environment that is not activated."""
     beside = Path(sys.executable).parent / name
     return name if shutil.which(name) or not beside.exists() else os.path.relpath(beside)
