@@ -245,7 +245,7 @@ def test_a_run_under_the_noise_of_before_goes_on_with_a_warning(tmp_path, capsys
 
 def test_a_foreign_folder_and_changed_settings_are_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("two years of work")
-    with pytest.raises(UserError, match="is not empty, and not the output of these scripts"):
+    with pytest.raises(UserError, match="is not empty, and is not the output of these scripts"):
         train(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     train(tmp_path / "run", "--max_train_steps=1")

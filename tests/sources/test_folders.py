@@ -419,10 +419,10 @@ def test_a_run_goes_on_with_the_same_images_from_another_place_and_with_no_other
     interrupt(run, "checkpoint-3")
     assert go(tmp_path / "b") == 0
     draw(*(tmp_path / "a" / f"{k}.png" for k in reversed(range(12))))
-    with pytest.raises(UserError, match="the images are others than those of"):
+    with pytest.raises(UserError, match="the images differ from those of"):
         go(tmp_path / "a")  # as a finished run
     interrupt(run, "checkpoint-6")
-    with pytest.raises(UserError, match="the images are others than those of"):
+    with pytest.raises(UserError, match="the images differ from those of"):
         go(tmp_path / "a", "--max_train_steps=9")
 
 
@@ -442,7 +442,7 @@ def test_a_checkpoint_of_before_fingerprints_goes_on_with_a_line(accelerator, tm
     checkpoints._write_manifest(tmp_path / "run" / "checkpoint-3")
     assert train_script(tmp_path / "run", *flags) == 0
     said = capsys.readouterr().err
-    assert "does not say which images it was made with" in said and "3 optimizer steps done" in said
+    assert "has no record of its images" in said and "3 optimizer steps done" in said
 
 
 def test_another_range_is_refused_when_a_run_goes_on(accelerator, tmp_path):

@@ -352,7 +352,7 @@ def test_missing_state_is_loud(tmp_path, gone):
         (["--train_batch_size=16"], "global_batch_size was 8, is 16"),
         (["--resolution=12"], "resolution was None, is 12"),
         (["--prediction_type=epsilon"], "prediction_type was None, is 'epsilon'"),
-        (["--dataset_name=faces"], "the images are others than those of digits"),
+        (["--dataset_name=faces"], "the images differ from those of digits"),
         (["--max_train_samples=50"], "max_train_samples was None, is 50"),
         (["--unet=small"], "unet was 'tiny', is 'small'"),
         (["--seed=1"], "seed was 0, is 1"),

@@ -212,12 +212,17 @@ def nothing_is_left(folder, handlers):
             ValueError,
             r"losses of shape \(\) for timesteps of shape",
         ),
-        ("timesteps, grad_norm,", "timesteps, None,", ValueError, "no grad_norm; expected what accelerator.clip_grad"),
+        (
+            "timesteps, grad_norm,",
+            "timesteps, None,",
+            ValueError,
+            "grad_norm is missing. Expected the result of accelerator.clip_grad",
+        ),
         (
             BATCH,
             BATCH + "        break\n",
             UserError,
-            "ended the loop before the first optimizer step: nothing is saved",
+            "ended the loop before the first optimizer step, so nothing is saved",
         ),
     ],
 )
@@ -291,11 +296,11 @@ def test_a_refused_run_leaves_the_folder_to_others(tmp_path, finished_run):
 
 
 def test_a_run_without_a_checkpoint_starts_afresh_with_other_settings(tmp_path, capsys):
-    with pytest.raises(UserError, match="start afresh with a lower --learning_rate"):
+    with pytest.raises(UserError, match="start a new run with a lower --learning_rate"):
         train(tmp_path / "run", "--learning_rate=1e30", "--max_rollbacks=1", "--max_grad_norm=0")
     assert (tmp_path / "run" / "rollbacks.json").is_file()
     assert train(tmp_path / "run", "--learning_rate=1e-4") == 0
-    assert "starts afresh, for learning_rate was 1e+30, is 0.0001" in capsys.readouterr().err
+    assert "starts from scratch, because learning_rate was 1e+30, is 0.0001" in capsys.readouterr().err
     assert not (tmp_path / "run" / "rollbacks.json").exists()
     assert train(tmp_path / "straight", "--learning_rate=1e-4") == 0
     assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "straight" / WEIGHTS)

@@ -144,5 +144,5 @@ def test_which_optimizer_is_chosen(monkeypatch):
     assert kind("--pretrained_model_name_or_path=x") == "AdamW"
     assert kind("--pretrained_model_name_or_path=x", "--optimizer=muon") == "Muon"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs bitsandbytes .* or torchao: pip install torchao, or choose adamw"):
+    with pytest.raises(UserError, match=r"needs bitsandbytes .* or torchao\. Run pip install torchao, or choose adamw"):
         kind("--optimizer=adamw8bit")

@@ -1,9 +1,10 @@
-"""A training run: everything about it that is not the method.
+"""The parts of a training run that do not depend on the method.
 
-A script makes a ``Run``, prepares model, optimizer and the rest, and iterates over ``run.steps(...)``. The run owns the
+A script makes a ``Run``, prepares model and optimizer, and iterates over ``run.steps(...)``. The run owns the
 accelerator, the output folder, resuming, checkpoints, stopping and the end. It never touches noise, target, loss or
-gradient. At the end of an optimizer step it does, in this order: log, checkpoint, stop, what is due (validation,
-evaluation, samples). What was done is recorded, so that what is due at a step is done although the run stopped there.
+gradient. At the end of an optimizer step it logs, saves a checkpoint, stops, and runs due actions (validation,
+evaluation, samples), in this order. Completed actions are recorded, so that a run that stopped at a step does the rest
+when it resumes.
 
 Optional folders take part through ``optional.Parts``.
 """
@@ -46,15 +47,15 @@ class Run:
 
     Args:
         args: the script's flags.
-        name: of the script; its runs resume in its own folders only.
-        title: of the model, for its page.
-        constants: ``globals()`` of the script: its constants are compared when a run resumes, as flags are.
+        name: name of the script. A run resumes in a folder of the same script only.
+        title: title of the model on its page.
+        constants: ``globals()`` of the script. Its constants are compared when a run resumes, like its flags.
 
     Attributes:
-        accelerator: prepares models; knows the device.
-        output_dir: the run's folder.
-        max_train_steps: optimizer steps of the whole run.
-        global_step: optimizer steps done.
+        accelerator: accelerator that prepares models and has the device.
+        output_dir: folder of the run.
+        max_train_steps: number of optimizer steps of the whole run.
+        global_step: number of completed optimizer steps.
 
     Raises:
         UserError: see ``process.start_process`` and ``output_dir.prepare_output_dir``.
@@ -63,19 +64,19 @@ class Run:
     def __init__(self, args, name: str, title: str, constants: dict):
         self.args, self.name, self.title = args, name, title
         self.flags, self.constants = output_dir.plain(vars(args)), output_dir.own_constants(constants)
-        self.file = Path(constants.get("__file__", f"{name}.py")).name  # of a copy, too
+        self.file = Path(constants.get("__file__", f"{name}.py")).name  # A copy of the script has another name
         self.global_step, self._saved_at, self._step_is_open = 0, None, False
         self.output_dir = self.stop_signal = self.bar = None
-        self.tell = lambda event, *values: []  # until it is known who takes part
+        self.tell = lambda event, *values: []  # Replaced below, when the optional folders are loaded
         exits.register(self)
-        # The schedule counts optimizer steps. By default accelerate steps it once per process
+        # By default accelerate steps the scheduler once per process, so its length would have to be multiplied
         self.accelerator = start_process(
             args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             step_scheduler_with_optimizer=False,
         )
         if self.accelerator.device.type == "cuda":
-            # With the newer fp32_precision, torch 2.13 raises an error where something asks by these names
+            # Not by the newer fp32_precision: with it, torch 2.13 raises an error when code reads these attributes
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.tell = optional.Parts(self).ask
         self.output_dir, self._finished_at = output_dir.prepare_output_dir(
@@ -86,10 +87,10 @@ class Run:
         set_seed(args.seed)
 
     def already_finished(self, train_data) -> bool:
-        """Whether this run was finished before, with these images and at least as many steps; then say so.
+        """Return whether the run is complete already, with these images and at least as many steps, and print it.
 
         Args:
-            train_data: what the run trains on; it also gives the length of an epoch.
+            train_data: training data, which also defines the length of an epoch.
         """
         self.train_data, args = train_data, self.args
         epochs = args.num_train_epochs * (train_data.length or 0) / train_data.global_batch_size
@@ -106,22 +107,25 @@ class Run:
         save_pipeline: Callable[[Path], None], caption: str = "", compare: dict | None = None,
         model_inputs: Callable[[dict], dict] | None = None, space=None, **facts,
     ) -> Iterator[dict]:  # fmt: skip
-        """Resume, and yield the micro-batches of the steps that are left, see ``TrainData.batches``.
+        """Resume, and yield the micro-batches of the remaining steps, see ``TrainData.batches``.
 
-        After each optimizer step, before the next batch, what is due is done.
+        Between an optimizer step and the next batch, the actions due at that step are done.
 
         Args:
-            model: as ``accelerator.prepare`` returned it.
-            ema_model: average of its weights; samples and saved pipelines have it.
-            noise_scheduler: of training; its config is compared when a run resumes.
-            draw: called with a number of images, and perhaps ``num_inference_steps``; returns uint8 (N, C, H, W).
-            sample: called without arguments; returns pictures by name, ``samples`` among them.
-            save_pipeline: writes what ``from_pretrained`` loads into the folder that it gets.
-            caption: how samples are drawn, for the line below them.
-            compare: further settings that a resumed run must not find changed.
-            model_inputs: returns what else the model is given for a batch, by name, where its loss is measured.
-            space: that the model denoises in; by default pixels, see ``diffusion.spaces``.
-            facts: what the script found out, to be recorded.
+            model: model that ``accelerator.prepare`` returned.
+            ema_model: average of its weights, used for samples and saved pipelines.
+            noise_scheduler: scheduler of training. Its config is compared when a run resumes.
+            draw: function of a number of images and perhaps ``num_inference_steps`` that returns uint8 (N, C, H, W).
+            sample: function without arguments that returns pictures by name, among them ``samples``.
+            save_pipeline: function that saves the pipeline in the given folder.
+            caption: line below the samples, such as the sampler and its steps.
+            compare: further settings that must not change when the run resumes.
+            model_inputs: function from a batch to further inputs of the model by name, for measurements of its loss.
+            space: space that the model denoises in, see ``diffusion.spaces``. The default is pixels.
+            facts: further values to record.
+
+        Yields:
+            Micro-batches.
 
         Raises:
             UserError: the run cannot be resumed, or the model cannot draw.
@@ -131,19 +135,19 @@ class Run:
         self.model_inputs, self.space = model_inputs or (lambda batch: {}), space
         if space and noise_scheduler.config.get("clip_sample") and not space.in_unit_range:
             raise UserError(
-                "the noise scheduler has clip_sample=True: samplers would clip latents to [-1, 1]. Give it "
-                "clip_sample=False, in NOISE or wherever it is made"
+                "the noise scheduler has clip_sample=True, so samplers would clip latents to [-1, 1]. Set "
+                "clip_sample=False, for example in NOISE"
             )
         channels = getattr(getattr(self.unet, "config", None), "out_channels", None)
         if not space and channels not in (None, self.train_data.channels):
             raise UserError(
-                f"the model returns {channels} channels, the images have {self.train_data.channels}. Where it denoises "
-                "something else than images, say run.steps(..., space=...), see utils/diffusion/spaces.py"
+                f"the model returns {counted(channels, 'channel')}, the images have {self.train_data.channels}. For a "
+                "model of another space give run.steps(..., space=...), see utils/diffusion/spaces.py"
             )
         self.noise_scheduler, self.num_train_timesteps = noise_scheduler, noise_scheduler.config.num_train_timesteps
         data = self.train_data
         group = self.accelerator._optimizers[0].param_groups[0]
-        learning_rate = group.get("initial_lr", group["lr"])  # as given, or as the model has it by default
+        learning_rate = group.get("initial_lr", group["lr"])  # The flag's, or the default for the model
         self.facts = {
             **output_dir.describe_noise(noise_scheduler), "learning_rate": learning_rate, **facts, **data.settings,
             "data_license": data.license, "max_train_steps": self.max_train_steps,
@@ -167,7 +171,7 @@ class Run:
         progress("data")
         for batch in data.batches(self._global_batches()):
             progress("step")
-            # What the model draws at random, in dropout, follows from the samples, and differs between processes
+            # Dropout depends on the ids of the samples, so it is the same after a resume and differs between processes
             torch.manual_seed(randomness.random_bits(self.args.seed, "dropout", batch["sample_ids"]).item(0))
             yield batch
             if self._step_is_open:
@@ -177,25 +181,27 @@ class Run:
     def end_of_step(
         self, losses: torch.Tensor, timesteps: torch.Tensor, grad_norm: torch.Tensor | None, labels=None
     ) -> bool:
-        """Take note of a micro-step. Call it after ``optimizer.step()``.
+        """Record the losses of a micro-step. Call it after ``optimizer.step()``.
 
         Args:
-            losses: of each sample, unweighted, (B,).
-            timesteps: (B,).
-            grad_norm: before clipping, 0-d; needed in the last micro-step of an optimizer step.
-            labels: classes (B,), -1 where there is none; None without classes.
+            losses: unweighted loss of each sample, (B,).
+            timesteps: timestep of each sample, (B,).
+            grad_norm: gradient norm before clipping, 0-d, needed in the last micro-step of an optimizer step.
+            labels: class of each sample (B,), with -1 for none, or None without classes.
 
         Returns:
-            Whether the optimizer has made a step: gradients are not only accumulated, and fp16 has not overflowed.
+            True if the optimizer has made a step. It has not while gradients accumulate, or if fp16 overflowed.
 
         Raises:
-            ValueError: there is not one loss for each sample, or no norm where the optimizer has made a step.
+            ValueError: there is not one loss for each sample, or the norm of an optimizer step is missing.
         """
         if losses.shape != timesteps.shape or losses.ndim != 1:
             shapes = f"{tuple(losses.shape)} for timesteps of shape {tuple(timesteps.shape)}"
-            raise ValueError(f"losses of shape {shapes}; expected the loss of each sample, (B,), before it is averaged")
+            raise ValueError(f"losses of shape {shapes}. Expected the loss of each sample, (B,), before the mean")
         if grad_norm is None and self.accelerator.sync_gradients:
-            raise ValueError("no grad_norm; expected what accelerator.clip_grad_norm_(parameters, limit) returns")
+            raise ValueError(
+                "grad_norm is missing. Expected the result of accelerator.clip_grad_norm_(parameters, limit)"
+            )
         losses = losses.detach().float()
         self.losses.add(losses)
         self.tell("measured", losses, timesteps, labels)
@@ -205,36 +211,43 @@ class Run:
         self.learning_rate = self.accelerator._optimizers[0].param_groups[0]["lr"]
         self.global_step += 1
         self._step_is_open = True
-        return not self.accelerator.optimizer_step_was_skipped  # fp16 has overflowed: weights, rate, average stay
+        return (
+            not self.accelerator.optimizer_step_was_skipped
+        )  # After an overflow in fp16, weights, learning rate and average stay
 
     def every(self, steps: int) -> bool:
-        """Whether an optimizer step has just been made that is one in so many.
+        """Return whether the optimizer has just made a step that is a multiple of ``steps``.
 
-        What a script then does comes before the step's checkpoint, with the weights as they are: not averaged.
+        Actions of the script at that point come before the step's checkpoint. They use the weights, not their average.
         """
         return self._step_is_open and self.global_step % steps == 0
 
     def log(self, values: dict[str, float]) -> None:
-        """Write points of curves to the trackers, at this step."""
+        """Write values to the trackers, at this step."""
         self.accelerator.log(values, step=self.global_step)
 
     def repeat(self, name: str, every: int, action: Callable[[], None], at_start=False, at_end=True) -> None:
-        """Have ``action()`` called with the averaged weights every so many optimizer steps, see ``repeats``.
+        """Register ``action()`` to be called with the averaged weights at regular steps, see ``repeats``.
 
         Args:
-            name: by which is recorded when it was done last.
-            action: may raise ``Interrupted`` where ``stop_requested()``; then it is called again when the run resumes.
+            name: name of the action in the record of completed actions.
+            every: interval, optimizer steps.
+            action: function to call. When ``stop_requested()`` it may raise ``Interrupted``. Then it is called again
+                after the run resumes.
             at_start, at_end: whether it is also due before the first step, and at the end of the run.
         """
         self.repeats.add(name, every, action, at_start, at_end)
 
     def stop_requested(self) -> bool:
-        """Whether a signal asks this process to stop: for what takes long, in a run of a single process."""
+        """Return whether a signal asks this process to stop, so that long actions can end early.
+
+        With several processes it returns False.
+        """
         return bool(self.stop_signal) and self.accelerator.num_processes == 1 and self.stop_signal.requested()
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
-        """Inside, time does not count as training; pauses may be nested."""
+        """Exclude the time of the block from the training speed. Blocks may be nested."""
         since_point = time.perf_counter() - self._logged_at
         try:
             yield
@@ -243,12 +256,12 @@ class Run:
             self.tell("paused")
 
     def finish(self) -> None:
-        """Save the model and its samples, and say where they are; exit with the code of a signal that came late."""
+        """Save the model and its samples, and print their paths. Exit with 128 + the number of a late signal."""
         title = "Finished"
         if self._step_is_open or self.global_step < self.max_train_steps:
             title = f"The script has ended the loop of {self.max_train_steps} steps"
             if not self.global_step:
-                raise UserError("the script has ended the loop before the first optimizer step: nothing is saved")
+                raise UserError("the script has ended the loop before the first optimizer step, so nothing is saved")
             self._end_step(is_last=True)
         if self.accelerator.is_main_process:
             self.save(self.output_dir)
@@ -264,7 +277,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------------- the start
 
     def _resume(self) -> None:
-        """Load the checkpoint that the flags ask for; of a run that restarts by itself, the newest."""
+        """Load the checkpoint that the flags ask for. An automatic restart loads the newest."""
         path = checkpoints.prepare_to_resume(
             self.accelerator, self.output_dir, self.args.resume_from_checkpoint, exits.restarted()
         )
@@ -281,17 +294,17 @@ class Run:
             code = str(state["settings"].get("net_code"))
             if code.startswith("own_net_") and code != self.settings["net_code"]:
                 logger.warning(
-                    f"{path}: the file of the net is another one since; weights and optimizer are taken as is"
+                    f"{path}: the file of the net has changed since. Weights and optimizer are loaded unchanged."
                 )
             self.tell("load_state", state)
             logger.info(f"Resuming from {path}, {counted(self.global_step, 'optimizer step')} done.")
         self.repeats = Repeats(self.accelerator, self.output_dir, self.global_step)
 
     def _start(self) -> None:
-        """Write down what will be trained, and try to save and to draw: now, and not after hours."""
+        """Record the settings, and test saving and drawing, so that errors do not appear only after hours."""
         args, accelerator = self.args, self.accelerator
         self.tell("resumed")
-        self.train_data.prepare()  # before the clock starts, and while Ctrl-C still stops at once
+        self.train_data.prepare()  # Before the time is measured, and while Ctrl-C still stops at once
         output_dir.write_arguments(accelerator, self.flags, self.name, self.constants, file=self.file, **self.facts)
         shown = (f"{key} {value}" for key, value in self.facts.items() if value is not None)
         logger.info("Training: " + ", ".join(shown))
@@ -300,7 +313,7 @@ class Run:
         self.stop_signal = StopSignal(accelerator)
         self._logged_step, self._logged_at = self.global_step, time.perf_counter()
         self.tell("started")
-        self.repeat("samples", args.sample_steps, self._save_step_samples, at_end=False)  # finish() does those
+        self.repeat("samples", args.sample_steps, self._save_step_samples, at_end=False)  # finish() saves the last ones
         self.bar = tqdm(
             total=self.max_train_steps, initial=self.global_step, desc="Training", unit="step", dynamic_ncols=True,
             disable=not accelerator.is_local_main_process, mininterval=0.1 if sys.stderr.isatty() else 10,
@@ -311,7 +324,7 @@ class Run:
             with self.untimed(), contextlib.suppress(Interrupted):
                 self.draw(1, num_inference_steps=1)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            error.add_note("One image was to be drawn before the first step, to see whether draw() and the model work.")
+            error.add_note("This was a test of draw() and the model with one image, before the first step.")
             raise
         self.repeats.write()
         self._do_what_is_due(self.global_step == self.max_train_steps)
@@ -320,21 +333,21 @@ class Run:
         try:
             with tempfile.TemporaryDirectory(prefix=".tmp-", dir=self.output_dir) as folder:
                 self._save_pipeline(Path(folder))
-                how_to_load(Path(folder), folder)  # which reads what a pipeline has
+                how_to_load(Path(folder), folder)  # It raises an error if a file of the pipeline is missing
                 if hasattr(self.space, "autoencoder") and not any(
                     Path(folder, name).is_dir() for name in ("vqvae", "vae")
                 ):
                     raise UserError(
-                        "the script denoises latents, and saves a pipeline without their autoencoder; expected "
+                        "the script denoises latents, but saves a pipeline without their autoencoder. Expected "
                         "LDMPipeline(autoencoder, unet, scheduler)"
                     )
         except UserError:
             raise
-        except Exception as error:  # the script's own code, diffusers and the file system
+        except Exception as error:  # The script, diffusers and the file system raise errors of many classes
             problem = f"the pipeline of a {type(self.unet).__name__} cannot be saved: {type(error).__name__}: {error}"
             if getattr(error, "errno", None) not in exits.DISK_ERRORS:
-                problem += ". Expected a model of diffusers, with save_pretrained and config. Of an nn.Module "
-                problem += "utils/diffusion/own_nets.py makes one"
+                problem += ". Expected a model of diffusers, with save_pretrained and config. For an nn.Module "
+                problem += "use as_diffusers_model of utils/diffusion/own_nets.py"
             raise UserError(problem) from error
 
     def _global_batches(self) -> Iterator[int]:
@@ -349,7 +362,7 @@ class Run:
         self.ema_decay = self.ema_model.cur_decay_value or 0
         self.bar.update(step - self.bar.n)
         self.tell("stepped")
-        due = step % args.logging_steps == 0 or (is_last and step < args.logging_steps)  # a short run has one point
+        due = step % args.logging_steps == 0 or (is_last and step < args.logging_steps)  # A short run has one point
         if due and self.losses.losses:
             self._log_point()
         stop = self.stop_signal.check(step)
@@ -370,10 +383,10 @@ class Run:
         self._logged_step, self._logged_at = self.global_step, time.perf_counter()
 
     def _check(self) -> None:
-        """Look at losses and gradient norms.
+        """Check that losses and gradient norms are finite.
 
         Raises:
-            UserError, RestartFromCheckpoint: one of them is not a finite number, see ``diverged``.
+            UserError, RestartFromCheckpoint: one of them is NaN or infinite, see ``diverged``.
         """
         for step, loss, norm, finite in self.losses.unseen(self.global_step):
             if not finite:
@@ -381,22 +394,27 @@ class Run:
             self.tell("checked", step, loss, norm)
 
     def diverged(self, step: int, loss: float, norm: float, expected: str) -> NoReturn:
-        """End the run for the loss or the gradient norm of a step, unless an optional folder knows how to go on.
+        """End the run because of the loss or gradient norm of a step, unless an optional folder can roll it back.
+
+        Args:
+            step: optimizer step.
+            loss, norm: loss and gradient norm of that step.
+            expected: end of the message, which begins with "expected".
 
         Raises:
-            UserError: says what was found and expected.
-            RestartFromCheckpoint: ``main`` has to be called again.
+            UserError: the run ends.
+            RestartFromCheckpoint: the run rolls back, so ``main`` has to be called again.
         """
-        problem = f"step {step}: loss {loss:g}, gradient norm {norm:g}; {expected}"
+        problem = f"step {step}: loss {loss:g}, gradient norm {norm:g} ({expected})"
         entry = dict(step=step, loss=str(loss), grad_norm=str(norm), expected=expected)
         used_up, instead = next(iter(self.tell("diverged", problem, entry)), ("", ""))
         raise UserError(
-            f"{problem}. No checkpoint was made of it{used_up}. The same command resumes from the last one, perhaps "
-            f"with --mixed_precision no. If it happens again, {instead}start afresh with a lower --learning_rate"
+            f"{problem}. This step was not saved{used_up}. The same command resumes from the last checkpoint, perhaps "
+            f"with --mixed_precision no. If it happens again, {instead}start a new run with a lower --learning_rate"
         )
 
     def _save_checkpoint(self) -> None:
-        """Publish ``checkpoint-<step>``. No checkpoint holds a number that is not finite."""
+        """Publish ``checkpoint-<step>``, after a check that losses are finite."""
         if self._saved_at == self.global_step:
             return
         self._check()
@@ -412,12 +430,12 @@ class Run:
         """Write the pipeline with the averaged weights into a folder."""
         with self.ema_model.averaged_weights(self.unet):
             self._save_pipeline(folder)
-        for file in folder.glob("*/*.safetensors"):  # which safetensors lets nobody else read
+        for file in folder.glob("*/*.safetensors"):  # safetensors makes them unreadable for other users
             shutil.copymode(folder / "model_index.json", file)
         self.tell("saved", folder)
 
     def _do_what_is_due(self, is_last: bool) -> None:
-        """Validation, evaluation, samples: those that are due at this step, unless they are done already."""
+        """Do the actions that are due at this step and not done: validation, evaluation, samples."""
         for name, action in self.repeats.due(self.global_step, is_last):
             with self.untimed(), contextlib.suppress(Interrupted):
                 with self.ema_model.averaged_weights(self.unet):
@@ -432,12 +450,12 @@ class Run:
         self._save_samples(self.output_dir / "samples" / f"step-{self.global_step:06}.png")
 
     def _save_samples(self, path: Path) -> None:
-        """Write the script's pictures; ``samples`` to this path, the others beside the model."""
+        """Write the script's pictures: ``samples`` to this path, the others beside the model."""
         with self.ema_model.averaged_weights(self.unet):
             pictures = self._sample()
         if "samples" not in (pictures or {}):
             raise UserError(
-                f"sample() returned {sorted(pictures or {})}; expected pictures by name, samples among them"
+                f"sample() returned {sorted(pictures or {})}. Expected pictures by name, among them samples"
             )
         for name, picture in pictures.items():
             caption = ", ".join([f"step {self.global_step}", self.caption] if self.caption else [])
@@ -447,8 +465,10 @@ class Run:
         """Write a picture as PNG, on the main process, and show it in the trackers.
 
         Args:
-            name: in the trackers.
-            caption: a line below ``samples``.
+            name: name in the trackers.
+            picture: picture to write.
+            path: path of the PNG file.
+            caption: line below ``samples``.
         """
         if not self.accelerator.is_main_process:
             return
@@ -460,7 +480,7 @@ class Run:
     # --------------------------------------------------------------------------------------------------------- the end
 
     def _stop(self, number: int) -> NoReturn:
-        """Say how to go on after a signal, and exit with 128 + its number: 143 for SIGTERM, 130 for SIGINT."""
+        """Save, print how to resume, and exit with 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT."""
         self._save_checkpoint()
         self.close()
         if self.accelerator.is_main_process:
@@ -470,11 +490,11 @@ class Run:
                 "resumes from there.",
                 flush=True,
             )
-        self.accelerator.wait_for_everyone()  # whoever exits first may have the launcher end the others
+        self.accelerator.wait_for_everyone()  # After the first exit the launcher may end the other processes
         sys.exit(128 + number)
 
-    def _release(self, said: str) -> None:
-        """Print the last lines: where the samples and the pipeline are, and what to do next."""
+    def _release(self, title: str) -> None:
+        """Print the last lines: the paths of samples and pipeline, and commands to continue with."""
         self.close()
         if self.accelerator.is_main_process:
             args, continued, record = self.args, None, output_dir.read_arguments(self.output_dir)
@@ -485,14 +505,14 @@ class Run:
                     if args.learning_rate is not None:
                         continued += f" --learning_rate {args.learning_rate:g}"
             lines = last_lines(self.output_dir, args.num_inference_steps, continued, record.get("model_inputs"))
-            print(f"\n{said}, after {counted(self.global_step, 'optimizer step')}.", *lines, sep="\n", flush=True)
+            print(f"\n{title}, after {counted(self.global_step, 'optimizer step')}.", *lines, sep="\n", flush=True)
         self.tell("released")
 
     def close(self, again: bool = False) -> None:
-        """Leave nothing behind in this process: bar, trackers, threads, signal handlers, the lock on the folder.
+        """Release everything that the run holds: bar, trackers, threads, signal handlers, the lock on the folder.
 
         Args:
-            again: the run goes back to a checkpoint, and keeps its handlers and its lock.
+            again: whether the run rolls back to a checkpoint. Then it keeps its handlers and its lock.
         """
         if self.bar:
             self.bar.close()

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, with moments of 32 or 8 bits, or Muon for matrices and AdamW for all other weights."""
+"""Optimizers: AdamW with moments of 32 or 8 bits, and Muon for matrices with AdamW for all other weights."""
 
 import importlib.util
 import logging
@@ -11,19 +11,20 @@ from .. import UserError
 
 logger = logging.getLogger(__name__)
 
-SMALL = 1.2e6  # weights of --unet small, for which RATES were measured: docs/faces.md
-RATES = {"full": 3e-4, "attention": 1e-3, "norm": 3e-3, "lora": 1e-3}  # of trained models, by what learns
+SMALL = 1.2e6  # number of weights of --unet small, for which RATES were measured, see docs/faces.md
+RATES = {"full": 3e-4, "attention": 1e-3, "norm": 3e-3, "lora": 1e-3}  # by the method of adapting a trained model
 
 
 def make_optimizer(name: str, model: torch.nn.Module, **options) -> torch.optim.Optimizer:
-    """Make an optimizer over the weights of ``model`` that learn.
+    """Make an optimizer of the trainable weights of ``model``.
 
     Args:
         name: ``adamw``, ``adamw8bit`` or ``muon``.
         options: ``lr``, ``betas``, ``weight_decay`` and ``eps``, as for ``torch.optim.AdamW``.
 
     Raises:
-        UserError: 8-bit moments (arXiv:2110.02861) need bitsandbytes on a GPU, or torchao, and neither is installed.
+        UserError: neither bitsandbytes (on a GPU) nor torchao is installed. 8-bit moments (arXiv:2110.02861) need one
+            of them.
     """
     weights = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
     if name == "adamw":
@@ -36,16 +37,16 @@ def make_optimizer(name: str, model: torch.nn.Module, **options) -> torch.optim.
         if importlib.util.find_spec(package):
             return importlib.import_module(f"{package}.optim").AdamW8bit(weights.values(), **options)
     raise UserError(
-        "--optimizer adamw8bit needs bitsandbytes (on a GPU) or torchao: pip install torchao, or choose adamw"
+        "--optimizer adamw8bit needs bitsandbytes (on a GPU) or torchao. Run pip install torchao, or choose adamw"
     )
 
 
 def choose_learning_rate(given: float | None, model: torch.nn.Module, method: str = "full") -> float:
-    """Return the peak learning rate: as it is given, or the default for adapting a trained model, which is logged.
+    """Return the given peak learning rate, or the default for adapting a trained model, which is logged.
 
     Args:
-        given: ``--learning_rate``.
-        model: with adapters where ``method`` puts them in; the more weights, the lower the rate.
+        given: value of ``--learning_rate``.
+        model: model, with its adapters for the method ``lora``. The more weights, the lower the default.
         method: ``full``, ``attention``, ``norm`` or ``lora``, see ``diffusion.adapters``.
     """
     if given is not None:
@@ -57,38 +58,40 @@ def choose_learning_rate(given: float | None, model: torch.nn.Module, method: st
 
 
 def is_hidden_matrix(name: str, weight: torch.Tensor) -> bool:
-    """Whether a weight leads from one hidden layer to another: not from or to an image, a timestep or a class."""
+    """Return whether a weight connects two hidden layers, and not an image, a timestep or a class."""
     return weight.ndim > 1 and min(weight.shape[:2]) >= 16 and "emb" not in name
 
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for matrices, AdamW for other weights.
 
-    A matrix moves by its momentum made orthogonal, so that all directions are learnt at the same rate, the rare ones
-    too. Weights of a convolution are the matrix (out channels) x (in channels * height * width). Steps are scaled as
-    AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate and one weight decay suit both.
+    The update of a matrix is its orthogonalised momentum, so that all directions are learnt at the same rate, including
+    rare ones. The weights of a convolution are a matrix (out channels) x (in channels * height * width). Updates are
+    scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate and one weight decay
+    suit both.
 
     Args:
         matrices: weights of at least two dimensions.
         others: all other weights.
-        options: of ``torch.optim.AdamW``.
+        momentum: decay of the momentum.
+        options: further arguments of ``torch.optim.AdamW``.
     """
 
     def __init__(self, matrices, others, momentum: float = 0.95, **options):
         super().__init__([dict(params=others), dict(params=matrices, momentum=momentum)], **options)
-        self._step_supports_amp_scaling = False  # GradScaler leaves out the whole step where a gradient overflows
+        self._step_supports_amp_scaling = False  # Then GradScaler skips the whole step if a gradient overflows
 
     @torch.no_grad()
     def step(self, closure=None):
         group = self.param_groups[1]
         weights = [weight for weight in group["params"] if weight.grad is not None]
         for weight in weights:
-            if not self.state[weight]:  # with the step, which AdamW expects in every state
+            if not self.state[weight]:  # AdamW expects the entry step in every state
                 self.state[weight] |= dict(step=torch.zeros(()), momentum=torch.zeros_like(weight))
         if weights:
             updates, momenta = [w.grad for w in weights], [self.state[w]["momentum"] for w in weights]
             torch._foreach_lerp_(momenta, updates, 1 - group["momentum"])
-            torch._foreach_lerp_(updates, momenta, group["momentum"])  # Nesterov's
+            torch._foreach_lerp_(updates, momenta, group["momentum"])  # Nesterov momentum
             orders = [memory_order(weight) for weight in weights]
             updates = [as_matrix(update, order) for update, order in zip(updates, orders, strict=True)]
             factors = orthogonal_factors(updates)
@@ -96,32 +99,33 @@ class Muon(torch.optim.AdamW):
                 step, decay = 0.2 * group["lr"] * max(update.shape) ** 0.5, 1 - group["lr"] * group["weight_decay"]
                 left, right = (factor, update) if len(factor) == len(update) else (update, factor)
                 as_matrix(weight, order).addmm_(left, right, beta=decay, alpha=-step)
-                weight.grad = None  # AdamW passes it over
+                weight.grad = None  # AdamW skips weights without a gradient
         return super().step(closure)
 
 
 def memory_order(weight: torch.Tensor) -> list[int]:
-    """Return the dimensions of a weight but the first, as they lie in memory, outermost first."""
+    """Return the dimensions of a weight except the first, in the order of memory, outermost first."""
     return sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
 
 
 def as_matrix(weight: torch.Tensor, order: list[int]) -> torch.Tensor:
-    """(out channels) x (all others in this order), without a copy where it is that of memory."""
+    """Return the matrix (out channels) x (other dimensions in this order), a view if the order is that of memory."""
     return weight.permute(0, *order).flatten(1)
 
 
 def orthogonal_factors(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What makes each float32 matrix M about the nearest one with orthonormal rows or columns: F, where F M, or M F if
-    M is higher than wide, has singular values of about 0.7 to 1.2, but for those below 0.0015 of M's Frobenius norm.
+    """Compute the Newton-Schulz factor F of each float32 matrix M such that F M is approximately orthogonal.
 
-    Five Newton-Schulz steps with Jordan's coefficients, done on the smaller of the products with the transpose: F is a
-    polynomial of it. Matrices of one smaller side go through them together: on a GPU, a launch costs more than they do.
+    If M is higher than wide, it is M F. The singular values of the product are about 0.7 to 1.2, except those of M
+    below 0.0015 of its Frobenius norm. Five Newton-Schulz steps with Jordan's coefficients are computed on the smaller
+    of M M^T and M^T M, of which F is a polynomial. Matrices with the same smaller side are batched, because on a GPU a
+    kernel launch takes longer than their computation.
     """
     factors, by_size = [None] * len(matrices), defaultdict(list)
     for index, matrix in enumerate(matrices):
         by_size[min(matrix.shape)].append(index)
     allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False  # its rounding makes small singular values grow
+    torch.backends.cuda.matmul.allow_tf32 = False  # The rounding of TF32 makes small singular values grow
     try:
         for size, indices in by_size.items():
             wide = [m if m.shape[0] == size else m.T for m in (matrices[index] for index in indices)]

@@ -1,4 +1,4 @@
-"""The output folder: which run it belongs to, and the settings that the run was made with."""
+"""The output folder of a run: its lock, its recorded settings, and their comparison when the run resumes."""
 
 import contextlib
 import errno
@@ -24,17 +24,18 @@ from .process import on_main_process
 logger = logging.getLogger(__name__)
 
 ARGUMENTS = "training_args.json"
-# What may be in an output folder before its first run: a lock, and the log of that very command (`... | tee DIR/log`)
-OUR_FILES = re.compile(r"\.lock|\.tmp-.*|log|nohup\.out|.*\.(log|out|err)")
-OF_A_RUN = (ARGUMENTS, "done.json", "rollbacks.json", "evaluation.json")  # records that another run does not continue
-LOCK_SECONDS = 120  # NFSv4 gives back the locks of a machine that is gone after 90
-SAMPLING_FLAGS = {  # a finished run with other values draws, and writes its page, again
+# An output folder may hold these before its first run: a lock, and the log of the command (`... | tee DIR/log`)
+ALLOWED_FILES = re.compile(r"\.lock|\.tmp-.*|log|nohup\.out|.*\.(log|out|err)")
+# Records of a run, removed before another run starts in its folder
+RUN_RECORDS = (ARGUMENTS, "done.json", "rollbacks.json", "evaluation.json")
+LOCK_SECONDS = 120  # NFSv4 releases the locks of a lost machine after 90 s
+SAMPLING_FLAGS = {  # if they change, a finished run draws again and rewrites its page
     "num_samples", "sampler", "num_inference_steps", "guidance_color", "guidance_prompt", "guidance_scale",
     "guidance_mode", "clip_model_name_or_path",
 }  # fmt: skip
-# Flags that may change when a run is resumed: they say where, how fast and how often, not what is computed. The batch
-# geometry may change too, as long as the global batch stays what it was, and where the images are, as long as they are
-# the same: their fingerprint is compared.
+# These flags may change when a run resumes, because they set places, speed and intervals, but not the results. The size
+# of a process's batches may change if the global batch stays the same. The place of the images may change because the
+# fingerprint of the images is compared.
 MAY_CHANGE_ON_RESUME = {
     "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config", "constants", "data",
     "dataloader_num_workers", "dataset_name", "evaluate_steps", "features", "fingerprint",
@@ -44,9 +45,9 @@ MAY_CHANGE_ON_RESUME = {
     "resume_from_checkpoint", "sample_batch_size", "sample_steps", "train_batch_size", "train_data_dir",
     "validation_split", "validation_steps", *SAMPLING_FLAGS,
 }  # fmt: skip
-# What a run did that did not know a flag, where that is not today's default
+# Runs before a flag existed had these values, where they differ from the flag's default
 LEGACY_DEFAULTS = {"model_guidance": 0.0, "optimizer": "adamw", "weighting_scheme": "uniform", "logit_mean": 0.0}
-# Flags of earlier versions: where one had another value than this, a resumed run differs, unless the script has it
+# Flags of earlier versions with their defaults. A resumed run with another value differs, unless the script has it
 FORMER_FLAGS = {
     "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_weight_decay": 0.01, "adam_epsilon": 1e-8, "ema_inv_gamma": 1.0,
     "ema_power": 0.75, "dropout": 0.0, "interpolation": "bicubic", "shuffle_buffer_size": 10_000,
@@ -59,41 +60,48 @@ FORMER_FLAGS_THAT_MAY_CHANGE = {
     "logging_dir", "num_validation_images", "prior_dataset_split", "push_required", "teacher_steps",
     "tracker_project_name",
 }  # fmt: skip
-IMPLEMENTATION_OPTIONS = {"lr", "foreach", "fused", "capturable", "differentiable", "maximize"}  # of torch's optimizers
+IMPLEMENTATION_OPTIONS = {
+    "lr",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+    "maximize",
+}  # arguments of torch's optimizers
 _locks = {}  # locks that this process holds, by folder
 
 
 def prepare_output_dir(
     accelerator, flags: dict, defaults: dict, script: str, constants: dict
 ) -> tuple[Path, int | None]:
-    """Make the output folder this run's, or find that it holds this run already.
+    """Create or check the output folder, and lock it for this run.
 
     Args:
-        flags: by name, which are compared with those of the run in the folder.
-        defaults: of the flags.
-        script: its name; the folder of another one is refused.
-        constants: of the script, which are compared, too.
+        flags: flags by name, compared with those of a run in the folder.
+        defaults: defaults of the flags.
+        script: name of the script. The folder of another script is refused.
+        constants: constants of the script, compared like flags.
 
     Returns:
-        The folder, and the number of optimizer steps after which a run in it finished, or None. A run that its script
-        ended early counts as finished after all the steps that it was meant to have.
+        The folder, and the number of optimizer steps of a finished run in it, or None. A run that its script ended
+        early counts with its planned number of steps.
 
     Raises:
-        UserError: the folder cannot be written, holds something else, or a run with other settings.
+        UserError: the folder cannot be written, or holds other files or a run with other settings.
     """
     folder, settings = Path(flags["output_dir"]), {**flags, "constants": constants}
     try:
         return folder, inspect_together(accelerator, folder, lambda: _inspect(folder, settings, defaults, script))
     except UserError:
-        release_output_dir(folder)  # a notebook's kernel lives on
+        release_output_dir(folder)  # A notebook's kernel continues, so it must not keep the lock
         raise
 
 
 def inspect_together(accelerator, folder: Path, inspect: Callable[[], Any]) -> Any:
-    """Call ``inspect`` on the main process, and return on all what it returns. Call it on all.
+    """Call ``inspect`` on the main process, and return its result on all processes. Call it on all.
 
     Raises:
-        UserError: on all, if the folder cannot be used.
+        UserError: the folder cannot be used. It is raised on all processes.
     """
 
     def attempt():
@@ -109,10 +117,10 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise UserError(f"--output_dir {folder} cannot be written to. Choose another folder")
-    foreign = [path for path in folder.iterdir() if not OUR_FILES.fullmatch(path.name) or path.is_dir()]
+    foreign = [path for path in folder.iterdir() if not ALLOWED_FILES.fullmatch(path.name) or path.is_dir()]
     if foreign and not (folder / ARGUMENTS).is_file():
         raise UserError(
-            f"--output_dir {folder} is not empty, and not the output of these scripts. Choose another folder"
+            f"--output_dir {folder} is not empty, and is not the output of these scripts. Choose another folder"
         )
     _lock(folder)
     if not (folder / ARGUMENTS).is_file():
@@ -123,14 +131,16 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
             f"--output_dir {folder} holds a run of another script, {found['script']}. Choose another --output_dir"
         )
     old = {**found["arguments"], "constants": found.get("constants", {})}
-    if settings.get("learning_rate", "") is None:  # that of the model, which is compared with the checkpoint's
+    if settings.get("learning_rate", "") is None:  # The default of the model, compared with the checkpoint's later
         old, settings = ({key: values[key] for key in values if key != "learning_rate"} for values in (old, settings))
     where = f"--output_dir {folder}"
     models = [folder / "model_index.json", folder / "best", *folder.glob("checkpoint-*"), *folder.glob("abandoned-*")]
     changed = setting_changes(where, old, settings, defaults)
     if changed and not any(path.exists() for path in models):
-        logger.warning(f"{where} holds a run without a checkpoint; it starts afresh, for {'; '.join(changed)}")
-        for name in OF_A_RUN:
+        logger.warning(
+            f"{where} holds a run without a checkpoint. It starts from scratch, because {'; '.join(changed)}"
+        )
+        for name in RUN_RECORDS:
             (folder / name).unlink(missing_ok=True)
         return None
     _refuse(where, changed)
@@ -144,7 +154,7 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
 def _lock(folder: Path) -> None:
     """Keep other runs out of the folder until this one ends.
 
-    A launcher that is killed returns before its child has saved: the same command, given at once, waits for that.
+    A killed launcher ends before its child has saved. The same command, if given at once, waits here for the child.
     """
     folder = folder.resolve()
     if folder in _locks:
@@ -154,7 +164,7 @@ def _lock(folder: Path) -> None:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            logger.warning(f"Another run is writing to {folder}; waiting up to {LOCK_SECONDS} s for it to end.")
+            logger.warning(f"Another run is writing to {folder}. Waiting up to {LOCK_SECONDS} s for it to end.")
             lock.acquire(timeout=LOCK_SECONDS, poll_interval=1)
     except filelock.Timeout:
         raise UserError(
@@ -163,24 +173,24 @@ def _lock(folder: Path) -> None:
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
             raise
-        logger.warning(f"The file system of {folder} knows no locks ({error}): no other run may write there.")
+        logger.warning(f"The file system of {folder} has no locks ({error}). Do not start another run there.")
     _locks[folder] = lock
 
 
 def release_output_dir(folder: Path) -> None:
-    """Let other processes write to the folder, when this one goes on to something else, as a notebook does."""
+    """Release the lock on the folder, so that other processes can write there while this one continues."""
     if lock := _locks.pop(Path(folder).resolve(), None):
         lock.release()
 
 
 def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
-    """Refuse to resume a run whose results would depend on when the settings changed.
+    """Refuse to resume a run with other settings.
 
     Args:
         where, old, new, defaults: see ``setting_changes``.
 
     Raises:
-        UserError: lists what differs.
+        UserError: settings differ. The message lists them.
     """
     _refuse(where, setting_changes(where, old, new, defaults))
 
@@ -188,43 +198,43 @@ def check_settings(where: str, old: dict, new: dict, defaults: dict) -> None:
 def _refuse(where: str, changed: list[str]) -> None:
     if changed:
         raise UserError(
-            f"{where} holds a run with other settings: {'; '.join(changed)}. Give the old values to go on with it, or "
-            "another --output_dir to start afresh"
+            f"{where} holds a run with other settings: {'; '.join(changed)}. Give the old values to resume it, or "
+            "another --output_dir to start a new run"
         )
 
 
 def setting_changes(where: str, old: dict, new: dict, defaults: dict) -> list[str]:
-    """Return what differs between the settings of two runs, for a message, an entry for each.
+    """Return the differences between the settings of two runs, as texts for a message.
 
-    A flag that the old run did not have counts as its default, or as what is in ``LEGACY_DEFAULTS``. A flag that no
-    longer exists counts if it differs from the script's constant of its name, or from ``FORMER_FLAGS``.
+    A flag that the old run did not have counts with its value in ``LEGACY_DEFAULTS``, or else its default. A flag that
+    no longer exists is compared with the script's constant of its name, or else with ``FORMER_FLAGS``.
 
     Args:
-        where: the folder, for the message.
-        old, new: settings by name; those in ``MAY_CHANGE_ON_RESUME`` may differ. ``constants`` are those of the script.
-        defaults: of today's flags, by name.
+        where: folder, for messages.
+        old, new: settings by name. Those in ``MAY_CHANGE_ON_RESUME`` may differ. ``constants`` are those of the script.
+        defaults: defaults of the current flags, by name.
     """
     constants = new.get("constants", {})
     old = {args.RENAMED.get(name, name): value for name, value in old.items()}
     if new.get("fingerprint") and not old.get("fingerprint"):
-        logger.info(f"{where} does not say which images it was made with: going on with {new.get('data')}.")
+        logger.info(f"{where} has no record of its images. The run resumes with {new.get('data')}.")
         old = {**old, "fingerprint": new["fingerprint"]}
     flags = {*new} - {*old} - MAY_CHANGE_ON_RESUME - {"noise_scheduler", "optimizer_settings"}
     if flags:
         logger.info(
-            f"{where} holds a run without {', '.join(sorted(flags))}: what runs did before there were these counts."
+            f"{where}: the run was started before {', '.join(sorted(flags))} existed. The old behaviour is kept."
         )
     changed = []
-    if not old.get("constants"):  # an earlier version; what it did not know as a flag is in LEGACY_DEFAULTS
+    if not old.get("constants"):  # An earlier version did not record constants
         old = {**{name: value for name, value in LEGACY_DEFAULTS.items() if name.upper() in constants}, **old}
     for name in sorted({*old} - {*new} - MAY_CHANGE_ON_RESUME - FORMER_FLAGS_THAT_MAY_CHANGE):
         if name.upper() in constants:
-            if (old[name] or 0) != (constants[name.upper()] or 0):  # some flags were None for nothing
+            if (old[name] or 0) != (constants[name.upper()] or 0):  # Some flags had None for zero
                 changed.append(f"{name} was {old[name]!r}, is {constants[name.upper()]!r} (a constant of the script)")
         elif old[name] not in (None, FORMER_FLAGS.get(name)):
             logger.warning(
-                f"{where} holds a run with {name} {old[name]!r}, a setting that this script does not have as a flag: "
-                "if it has it as a number in its code, that must be the same"
+                f"{where} holds a run with {name} {old[name]!r}, which is not a flag of this script. If the script has "
+                "this number in its code, the two must be equal."
             )
     old = {**{name: LEGACY_DEFAULTS.get(name, defaults.get(name)) for name in flags}, **old}
     for name in sorted({*new} - MAY_CHANGE_ON_RESUME):
@@ -239,39 +249,39 @@ def setting_changes(where: str, old: dict, new: dict, defaults: dict) -> list[st
     for name in sorted({*before} & {*constants}):
         changed += _differences(name, before[name], constants[name])
     if before and (others := sorted({*before} ^ {*constants})):
-        logger.warning(f"{where} holds a run of a script with other constants than this: {', '.join(others)}")
+        logger.warning(f"{where} holds a run of a script with other constants: {', '.join(others)}")
     if old.get("fingerprint") != new.get("fingerprint") and "fingerprint" in new:
-        changed.append(f"the images are others than those of {old.get('data')}, or named otherwise")
+        changed.append(f"the images differ from those of {old.get('data')}, or have other names")
     return changed
 
 
 def _batch_advice(size: int, new: dict) -> str:
-    """Say which flags give a run with another number of processes the same images in an optimizer step."""
+    """Return a hint of the flags that keep the global batch with another number of processes."""
     batch, steps = new["train_batch_size"], new["gradient_accumulation_steps"]
     processes = new["global_batch_size"] // (batch * steps)
     if size % processes:
         return f" (by {counted(processes, 'process')}, which cannot share {size} evenly)"
     share = size // processes
-    batch = math.gcd(batch, share)  # no larger than what fits the memory
+    batch = math.gcd(batch, share)  # No larger than the given one, which fits into memory
     flags = f"--train_batch_size {batch} --gradient_accumulation_steps {share // batch}"
     return f" (here, with {counted(processes, 'process')}, {flags} makes it {size})"
 
 
 def _differences(name: str, old, new) -> list[str]:
-    """Compare two values, of dictionaries the entries that both have: what differs, for a message."""
+    """Return the differences between two values, as texts for a message. Of dictionaries, common entries count."""
     if isinstance(old, dict) and isinstance(new, dict):
         shared = [key for key in new if key in old]
         return [line for key in shared for line in _differences(f"{name}[{key!r}]", old[key], new[key])]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and name == "optimizer_settings":
         return [line for pair in zip(old, new, strict=True) for line in _differences("optimizer", *pair)]
-    if repr(old) == repr(new) or old == new:  # NaN is not NaN
+    if repr(old) == repr(new) or old == new:  # NaN does not equal NaN, but its text does
         return []
     shown = [text if len(text) <= 200 else f"{text[:200]} ..." for text in map(repr, (old, new))]
     return [f"{name} was {shown[0]}, is {shown[1]}"]
 
 
 def own_constants(names: dict) -> dict:
-    """Return the constants among a script's names: in capitals, with a value that JSON can hold, not imported."""
+    """Return a script's constants: names in capitals with values that JSON can hold, without imported ones."""
     own = {}
     for key, value in names.items():
         if key.isupper() and getattr(args, key, names) is not value:
@@ -281,25 +291,25 @@ def own_constants(names: dict) -> dict:
 
 
 def _numbers(value) -> list:
-    """The numbers of an array or tensor, for JSON, which has none."""
+    """Convert an array or tensor to a list for JSON."""
     if not hasattr(value, "tolist"):
         raise TypeError
     return value.tolist()
 
 
 def plain(value):
-    """Return a value as JSON gives it back, so that it can be compared; what JSON cannot hold as text."""
+    """Return a value as JSON would restore it, for comparisons. Values that JSON cannot hold become text."""
     return json.loads(json.dumps(value, default=str))
 
 
 def config_of(configured) -> dict:
-    """Return the class of a model or scheduler and its config, without what diffusers keeps for itself."""
+    """Return the class of a model or scheduler and its config, without the internal entries of diffusers."""
     config = {key: value for key, value in getattr(configured, "config", {}).items() if not key.startswith("_")}
     return plain({"class": type(configured).__name__, **config})
 
 
 def describe_noise(noise_scheduler) -> dict:
-    """Return what a page says of the noise schedule: its class, prediction type, betas or shift."""
+    """Return the noise schedule as shown on a page: its class, prediction type, betas or shift."""
     config, shown = noise_scheduler.config, ("prediction_type", "beta_schedule", "flow_shift")
     found = {
         "noise_scheduler": type(noise_scheduler).__name__,
@@ -311,7 +321,7 @@ def describe_noise(noise_scheduler) -> dict:
 
 
 def describe_optimizers(accelerator) -> list[dict]:
-    """Return class and numbers of each optimizer but its learning rate, which a flag has, and how it is computed."""
+    """Return class and numbers of each optimizer, except the learning rate (a flag) and implementation options."""
     found = []
     for wrapped in accelerator._optimizers:
         numbers = {key: value for key, value in wrapped.optimizer.defaults.items() if key not in IMPLEMENTATION_OPTIONS}
@@ -320,16 +330,16 @@ def describe_optimizers(accelerator) -> list[dict]:
 
 
 def read_arguments(folder: str | Path) -> dict:
-    """Read what ``write_arguments`` has written of the run in this folder; nothing where there is none."""
+    """Read the record that ``write_arguments`` wrote in this folder, or {} without one."""
     path = Path(folder) / ARGUMENTS
     return read_record(path) if path.is_file() else {}
 
 
 def check_finished(folder: Path, data_settings: dict) -> None:
-    """Refuse to call a run finished that was made with other images.
+    """Refuse a finished run that was trained on other images.
 
     Raises:
-        UserError: see ``check_settings``.
+        UserError: the images differ, see ``check_settings``.
     """
     found = read_arguments(folder)
     names = [name for name in ("data", "images", "fingerprint", "scaled_from") if name in found]
@@ -340,18 +350,18 @@ def check_finished(folder: Path, data_settings: dict) -> None:
 
 
 def write_arguments(accelerator, flags: dict, script: str, constants: dict, **summary) -> None:
-    """Write ``training_args.json``: flags and constants, what was found out, what ran, the versions and the machine."""
+    """Write ``training_args.json``: flags, constants, facts of the run, prepared objects, versions and device."""
     if not accelerator.is_main_process:
         return
     content = {
         "script": script,
         "arguments": flags,
         "constants": constants,
-        # Now, while it can be seen what is a path
+        # At this time the paths exist, so that they can be recognised
         "public_arguments": public(flags),
         "public_data": OWN_IMAGES if flags.get("train_data_dir") else public_data(summary.get("data")),
         **public(summary),
-        "ran": _what_ran(accelerator),
+        "ran": _describe_prepared(accelerator),
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "device": device_name(accelerator.device),
@@ -366,13 +376,13 @@ def write_finished(accelerator, folder: Path, global_step: int) -> None:
         write_record(folder / ARGUMENTS, {**read_arguments(folder), "finished_at_step": global_step})
 
 
-def _what_ran(accelerator) -> dict[str, str]:
-    """Describe what the accelerator prepared by class and settings, whatever the flags say."""
+def _describe_prepared(accelerator) -> dict[str, str]:
+    """Return class and settings of the objects that the accelerator prepared, which may differ from the flags."""
 
     def described(thing, settings):
         simple = {name: v for name, v in settings.items() if name[0] != "_" and isinstance(v, (int, float, str, tuple))}
         shown = ", ".join(f"{name}={v}" for name, v in simple.items() if v is not False and name != "last_epoch")
-        return f"{type(thing).__name__}({shown})" if shown else ""  # a LambdaLR does not say what it does
+        return f"{type(thing).__name__}({shown})" if shown else ""  # A LambdaLR has no settings to show
 
     ran = {"model": [type(accelerator.unwrap_model(model)).__name__ for model in accelerator._models]}
     ran["optimizer"] = [described(wrapped.optimizer, wrapped.optimizer.defaults) for wrapped in accelerator._optimizers]

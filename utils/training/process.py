@@ -1,4 +1,4 @@
-"""The surroundings of a process: the accelerator, its threads, its place among other processes, its log."""
+"""Setup of a process: accelerator, threads, process group and logging."""
 
 import contextlib
 import logging
@@ -21,57 +21,57 @@ from ..hardware import device_name, has_bf16, set_up_process, use_all_cores
 
 logger = logging.getLogger(__name__)
 
-store = None  # what the processes of this run have in common, beside torch's own keys; None for a single process
+store = None  # key-value store that the processes of this run share, or None for a single process
 
 
 def start_process(mixed_precision: str | None, **options) -> Accelerator:
-    """Make an Accelerator, with threads and logging set up and what cannot work refused.
+    """Set up threads and logging, make an Accelerator, and refuse unsupported configurations.
 
     Args:
-        mixed_precision: ``no``, ``fp16`` or ``bf16``; None for what the accelerate configuration says.
-        options: for ``Accelerator``.
+        mixed_precision: ``no``, ``fp16`` or ``bf16``, or None for the value of the accelerate configuration.
+        options: further arguments of ``Accelerator``.
 
     Raises:
-        UserError: fp16 on a CPU, several processes that do not know of each other, an engine that cuts up the weights.
+        UserError: fp16 on a CPU, several processes without a process group, TPUs, or an engine that shards weights.
     """
     set_up_process()
-    command = Path(f"/proc/{os.getppid()}/cmdline")  # on a CPU, accelerate passes nothing of it on
+    command = Path(f"/proc/{os.getppid()}/cmdline")  # On a CPU, accelerate does not pass on these settings
     launched = command.read_bytes().decode(errors="replace").split("\0") if os.access(command, os.R_OK) else []
     for engine in ("FSDP", "DeepSpeed", "Megatron_LM", "parallelism_config"):
         asked = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1")
         if asked or f"--use_{engine.lower()}" in launched:
-            problem = (
-                f"the accelerate configuration asks for {engine}, which cuts up weights that the average needs whole"
+            raise UserError(
+                f"the accelerate configuration asks for {engine}. It is not supported, because the EMA needs unsharded "
+                "weights. Leave it out. --multi_gpu gives each GPU all weights"
             )
-            raise UserError(f"{problem}; leave it out: --multi_gpu gives each GPU all of them")
-    AcceleratorState._reset_state()  # an earlier run in this Python process, a notebook's, may have another precision
-    # Others wait while one downloads; while it trains, the watchdog is faster
+    AcceleratorState._reset_state()  # An earlier run in a notebook may have used another precision
+    # Other processes wait while one downloads data. During training, the watchdog has a shorter timeout
     group = InitProcessGroupKwargs(init_method="attempt://", timeout=timedelta(hours=2))
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group], **options)
     _set_up_logging(accelerator)
     use_all_cores(accelerator.device)
     if accelerator.distributed_type == DistributedType.XLA:
-        raise UserError("TPUs are not supported: nothing here was made for or run on one; take GPUs or CPUs")
+        raise UserError("TPUs are not supported, because they are untested. Use GPUs or CPUs")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
         raise UserError(
-            f"{world_size} processes were started, but they form no group (this one counts "
-            f"{accelerator.num_processes}): they would work apart and write to the same folder. On a CPU, set "
+            f"{world_size} processes were started, but they form no process group (this one has the size "
+            f"{accelerator.num_processes}). They would train independently and write to the same folder. On a CPU, set "
             "ACCELERATE_USE_CPU=true"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
+        raise UserError("--mixed_precision fp16 needs a GPU. On a CPU use bf16 or no")
     if accelerator.mixed_precision == "bf16" and not has_bf16(accelerator.device):
         faster = "--mixed_precision " + ("no" if accelerator.device.type == "cpu" else "fp16")
-        logger.warning(f"{device_name(accelerator.device)} has no bf16 instructions: {faster} is probably faster")
+        logger.warning(f"{device_name(accelerator.device)} has no bf16 instructions. {faster} is probably faster.")
     return accelerator
 
 
 def on_main_process(accelerator, action: Callable[[], Any]) -> Any:
-    """Call ``action`` on the main process, and return on all what it returns. Call it on all.
+    """Call ``action`` on the main process, and return its result on all processes. Call it on all.
 
     Raises:
-        UserError: on all, if the action raises it on the main process.
+        UserError: the action raised it on the main process. It is raised on all processes.
     """
     answer = [None, None]
     if accelerator.is_main_process:
@@ -86,10 +86,10 @@ def on_main_process(accelerator, action: Callable[[], Any]) -> Any:
 
 
 def _rendezvous(url: str, timeout: timedelta, **options):
-    """torch's way to find the other processes, apart from what those before a restart have left in the same store.
+    """Find the other processes as torch does, with keys of the store that differ between restarts.
 
-    The launcher's agent keeps one store over all restarts, and in torch 2.13 a restarted process may read in it where
-    one that is gone had listened.
+    The launcher's agent keeps one store over all restarts. In torch 2.13 a restarted process may read the address of an
+    ended process in it.
     """
     global store
     store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
@@ -99,12 +99,12 @@ def _rendezvous(url: str, timeout: timedelta, **options):
 
 
 if torch.distributed.is_available():
-    with contextlib.suppress(RuntimeError):  # this module was loaded before, and is again
+    with contextlib.suppress(RuntimeError):  # This module was imported before in the same process
         torch.distributed.register_rendezvous_handler("attempt", _rendezvous)
 
 
 class _AboveTheBar(logging.Handler):
-    """Log lines above a progress bar instead of through it."""
+    """A handler that writes log lines above the progress bar."""
 
     def emit(self, record):
         tqdm.write(printable(self.format(record)), file=sys.stderr)
@@ -113,8 +113,8 @@ class _AboveTheBar(logging.Handler):
 def _set_up_logging(accelerator) -> None:
     lines = dict(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.basicConfig(**lines, level=logging.WARNING, handlers=[_AboveTheBar()], force=True)
-    diffusers.utils.logging.disable_progress_bar()  # two small files need no bar
-    logging.getLogger("huggingface_hub").propagate = False  # it has its own handler; once is enough
+    diffusers.utils.logging.disable_progress_bar()  # A progress bar for two small files is noise
+    logging.getLogger("huggingface_hub").propagate = False  # It has its own handler, so lines would appear twice
     logging.getLogger("utils").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if not accelerator.is_main_process:
         diffusers.utils.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""What a run does every so many steps: which of it is due, also where the run stopped before it was done."""
+"""Actions that a run repeats at regular steps, and a record of them that survives a stop."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,19 +8,19 @@ from accelerate.utils import broadcast_object_list
 
 from .. import write_record
 
-DONE = "done.json"  # in the output folder: the step at which each thing was done last
+DONE = "done.json"  # file in the output folder with the last step of each action
 
 
 class Repeats:
-    """Things to repeat, and a record of the steps at which they were done.
+    """Actions to repeat, and a record of the steps at which they were done last.
 
-    The record is written after a thing is done. A run that resumes at a checkpoint does what is due at that step and is
-    not in the record. What is not in the record of an earlier version counts as done.
+    The record is written after each action. A run that resumes at a checkpoint does the actions that are due at that
+    step and not in the record. Actions that the record of an earlier version does not contain count as done.
 
     Args:
-        accelerator: of this process.
-        folder: of the record.
-        global_step: optimizer steps done.
+        accelerator: accelerator of this process.
+        folder: folder of the record.
+        global_step: number of completed optimizer steps.
     """
 
     def __init__(self, accelerator, folder: Path, global_step: int):
@@ -32,19 +32,19 @@ class Repeats:
         self.all, self.done = {}, {}
 
     def add(self, name: str, every: int, action: Callable[[], None], at_start: bool, at_end: bool) -> None:
-        """Repeat ``action`` every so many optimizer steps, and perhaps before the first and after the last."""
+        """Repeat ``action`` every ``every`` optimizer steps, and optionally before the first and after the last."""
         default = self.global_step or (-1 if at_start else 0)
         self.all[name] = (every, action, at_end)
         self.done[name] = min(self.record.get(name, default), self.global_step)
 
     def due(self, step: int, is_last: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-        """Yield the name and the action of what is due at this step and is not done; call ``note`` after each."""
+        """Yield name and action of those that are due at this step and not done. Call ``note`` after each."""
         for name, (every, action, at_end) in self.all.items():
             if (at_end if is_last else step % every == 0) and self.done[name] < step:
                 yield name, action
 
     def note(self, name: str, step: int) -> None:
-        """Record that a thing is done."""
+        """Record that an action is done at this step."""
         self.done[name] = step
         self.write()
 
