@@ -70,7 +70,7 @@ def _add_adapters(unet, rank: int, targets: list[str], seed: int) -> None:
 
 
 def _short_names(layers: set[str]) -> list[str]:
-    """Return the endings of layer names, without trailing numbers alone: conv1, to_q, to_out.0."""
+    """Return the last parts of layer names, with the part before a number: conv1, to_q, to_out.0."""
     parts = [name.split(".") for name in layers]
     return sorted({".".join(p[-2:]) if p[-1].isdigit() else p[-1] for p in parts})
 
@@ -92,7 +92,7 @@ def log_trainable_counts(
         try:
             choose_trainable(copy, method, lora_rank, lora_targets, 0)
         except UserError:
-            continue  # This UNet has no such layers. For the chosen method choose_trainable raises
+            continue  # This UNet has no such layers. For the chosen method, the same error ends the script
         sizes = [parameter.numel() for parameter in copy.parameters() if parameter.requires_grad]
         # Two moments of 4 bytes. They take 1 byte in tensors of at least 4096 values that divide into blocks of 256
         small = [optimizer == "adamw8bit" and size >= 4096 and size % 256 == 0 for size in sizes]

@@ -66,7 +66,7 @@ class GuidedModel:
         scale: guidance scale, see ``class_conditional.guided_output``.
 
     Raises:
-        UserError: the model has no null class, which guidance needs.
+        UserError: the model has no null class, which every scale except 1 needs.
     """
 
     def __init__(self, model: torch.nn.Module, scale: float):

@@ -13,7 +13,7 @@ def make_few_step_sampler(noise_scheduler: DDPMScheduler, solver_steps: int) -> 
 
     Multistep consistency sampling, Song et al. 2023, arXiv:2303.01469, Algorithm 1: predict the image, add new noise,
     and repeat. The student of a teacher that predicts noise predicts v instead. At the last noise level, an error in
-    the noise becomes an error in the image that is about a hundred times as large. No later step would correct it.
+    the noise becomes an error in the image that is about a hundred times as large. A single step cannot correct it.
 
     Args:
         noise_scheduler: scheduler that the teacher was trained with.

@@ -62,7 +62,7 @@ class LinearMixScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = steps_left * (self.config.num_train_timesteps / num_inference_steps)
 
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
-        """Return the sample unchanged, as diffusers' interface requires this method."""
+        """Return the sample unchanged. The interface of diffusers requires this method."""
         return sample
 
     def step(

@@ -299,7 +299,7 @@ def on_all_processes(accelerator, problem: str, action: Callable[[], None], advi
 def _space(accelerator, output_dir: Path) -> tuple[float, int]:
     """Return the bytes that a checkpoint needs and those that are free.
 
-    The size is that of the last checkpoint and a tenth more, or else that of weights, average and two moments.
+    A checkpoint needs 10 % more than the last one or, without one, the size of weights, average and two moments.
     """
     earlier = list_checkpoints(output_dir)
     if earlier:

@@ -69,14 +69,15 @@ class Run:
         self.output_dir = self.stop_signal = self.bar = None
         self.tell = lambda event, *values: []  # Replaced below, when the optional folders are loaded
         exits.register(self)
-        # By default accelerate steps the scheduler once per process, so its length would have to be multiplied
+        # By default accelerate steps the scheduler once per process, so its length would have to be multiplied by the
+        # number of processes
         self.accelerator = start_process(
             args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             step_scheduler_with_optimizer=False,
         )
         if self.accelerator.device.type == "cuda":
-            # Not by the newer fp32_precision: with it, torch 2.13 raises an error when code reads these attributes
+            # The newer fp32_precision is not used: with it, torch 2.13 raises an error when code reads these attributes
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.tell = optional.Parts(self).ask
         self.output_dir, self._finished_at = output_dir.prepare_output_dir(
@@ -216,7 +217,7 @@ class Run:
         )  # After an overflow in fp16, weights, learning rate and average stay
 
     def every(self, steps: int) -> bool:
-        """Return whether the optimizer has just made a step that is a multiple of ``steps``.
+        """Return whether an optimizer step was just made and its number is a multiple of ``steps``.
 
         Actions of the script at that point come before the step's checkpoint. They use the weights, not their average.
         """
@@ -399,7 +400,7 @@ class Run:
         Args:
             step: optimizer step.
             loss, norm: loss and gradient norm of that step.
-            expected: end of the message, which begins with "expected".
+            expected: expected values, for example "expected finite numbers".
 
         Raises:
             UserError: the run ends.
@@ -486,7 +487,7 @@ class Run:
         if self.accelerator.is_main_process:
             print(
                 f"\nStopped by {signal.Signals(number).name} after {self.global_step} of {self.max_train_steps} "
-                f"optimizer steps; {self.output_dir / f'checkpoint-{self.global_step}'} is complete.\nThe same command "
+                f"optimizer steps. {self.output_dir / f'checkpoint-{self.global_step}'} is complete.\nThe same command "
                 "resumes from there.",
                 flush=True,
             )
