@@ -10,17 +10,14 @@ import subprocess
 import tokenize
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
 FILES = [ROOT / name for name in LISTED if name.endswith((".py", ".md")) and (ROOT / name).is_file()]
 FILES = [path for path in FILES if path != Path(__file__)]
 QUESTIONS = ("What", "How", "Which", "Where", "Whether", "Who", "When")
 NOT_HERE = (  # words that a reader has to translate
-    r"whose", r"mended", r"mends?", r"anew", r"for ever", r"nobody", r"somebody", r"be it", r"begun", r"wants?",
-    r"of before", r"of now", r"(?:is|are) of (?!the|a|an|one|no|each|its|their|type|order|\d)", r"go(?:es)? on", r"went on", r"said", r"rungs?", r"siblings?", r"wings?",
-    r"by itself it", r"the like",
+    "whose", "mended", "mends?", "anew", "for ever", "nobody", "somebody", "be it", "begun", "wants?", "of before",
+    "of now", "go(?:es)? on", "went on", "said", "rungs?", "siblings?", "wings?",
 )  # fmt: skip
 
 
@@ -58,37 +55,35 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".py"], ids=name_of)
-def test_a_docstring_begins_with_a_verb_or_names_what_is_returned(path):
+def modules():
+    return ((path, path.read_text(encoding="utf-8")) for path in FILES if path.suffix == ".py")
+
+
+def test_a_docstring_begins_with_a_verb_or_names_what_is_returned():
     found = [
         f"{name_of(path)}:{line}: {text.strip().splitlines()[0]}"
-        for line, text in docstrings(ast.parse(path.read_text(encoding="utf-8")))
-        if text.strip().startswith(QUESTIONS) and re.match(r"\w+", text.strip())[0] in QUESTIONS
+        for path, content in modules()
+        for line, text in docstrings(ast.parse(content))
+        if re.match(rf"\s*(?:{'|'.join(QUESTIONS)})\b", text)
     ]
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".py"], ids=name_of)
-def test_arguments_and_help_texts_are_noun_phrases(path):
-    content, found = path.read_text(encoding="utf-8"), []
-    for line, text in docstrings(ast.parse(content)):
-        found += [
-            f"{name_of(path)}:{line}: {entry}" for entry in re.findall(r"^ +\w[\w, ]*: (?:of|by|from) .*", text, re.M)
-        ]
-    found += [
-        f"{name_of(path)}: help={text}"
-        for text in re.findall(r'help="((?:of|how|what|whether|which|where)\b[^"]*)"', content)
-    ]
-    assert not found, "\n".join(found)
-
-
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_no_word_has_to_be_translated(path):
-    pattern = re.compile(rf"\b(?:{'|'.join(NOT_HERE)})\b", re.I)
+def test_arguments_and_help_texts_are_noun_phrases():
     found = []
-    for line, text in texts(path):
-        found += [
-            f"{name_of(path)}:{line}: ...{text[max(0, hit.start() - 40) : hit.end() + 20]!r}"
-            for hit in pattern.finditer(text)
-        ]
+    for path, content in modules():
+        for line, text in docstrings(ast.parse(content)):
+            entries = re.findall(r"^ +\w[\w, ]*: (?:of|by|from) .*", text, re.M)
+            found += [f"{name_of(path)}:{line}: {entry.strip()}" for entry in entries]
+        helps = re.findall(r'help="((?:of|how|what|whether|which|where)\b[^"]*)"', content)
+        found += [f"{name_of(path)}: help={text}" for text in helps]
+    assert not found, "\n".join(found)
+
+
+def test_no_word_has_to_be_translated():
+    pattern, found = re.compile(rf"\b(?:{'|'.join(NOT_HERE)})\b", re.I), []
+    for path in FILES:
+        for line, text in texts(path):
+            for hit in pattern.finditer(text):
+                found.append(f"{name_of(path)}:{line}: {text[max(0, hit.start() - 40) : hit.end() + 20]!r}")
     assert not found, "\n".join(found)
