@@ -52,7 +52,7 @@ def refused(capsys, *flags, script=train_ddpm):
         (["--model_config_name_or_path=a", "--pretrained_model_name_or_path=b"], "not allowed with argument"),
         (["--unet=tiny", "--pretrained_model_name_or_path=b"], "not allowed with argument"),
         (["--hub_model_id=me/x"], "--hub_model_id needs --push_to_hub"),
-        (["--features=dinosaurs"], "is none of digits, efficientnet, pixels, dinov2, clip, inception"),
+        (["--features=dinosaurs"], "unknown features 'dinosaurs'. Expected digits, efficientnet, pixels, dinov2"),
         (["--snr_gamma=5"], "there is no flag --snr_gamma"),
         (["--use_ema=perhaps"], "argument --use_ema: 'perhaps' is not true or false"),
         (["--no-use_ema", "false"], "argument --no-use_ema: 'false' is not true or false"),

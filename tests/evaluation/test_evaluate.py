@@ -222,7 +222,7 @@ def test_the_denoising_loss_of_both_splits(tmp_path, finished_run):
         levels = [row[f"{k}-{k + 249}"] for k in (0, 250, 500, 750)]
         assert row["loss"] == pytest.approx(np.mean(levels)) and min(levels) > 0
     assert trained["loss"] == pytest.approx(held_out["loss"], rel=0.2)
-    assert "Denoising loss on frozen" in (tmp_path / "out" / "results.md").read_text()
+    assert "Denoising loss on fixed" in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_the_digit_net_knows_digits(digits):
@@ -270,16 +270,16 @@ def test_wrong_input_is_refused_with_advice(tmp_path, capsys):
     for k in range(8, 14):
         Image.new("L", (max(9, k), 9)).save(tmp_path / "mixed" / f"{k}.png")
     with pytest.raises(
-        UserError, match=r"images of 5 sizes, such as \(9, 9\) and \(10, 9\); expected one size\. --resolution"
+        UserError, match=r"images of 5 sizes, such as \(9, 9\) and \(10, 9\)\. Expected one size\. --resolution"
     ):
         run(tmp_path / "out", tmp_path / "mixed")
     few = shutil.copytree(tmp_path / "mixed", tmp_path / "few")
     for k in range(9, 14):
         (few / f"{k}.png").unlink()
-    with pytest.raises(UserError, match="few: 1 images; expected at least 6"):
+    with pytest.raises(UserError, match=r"few: 1 images\. Expected at least 6"):
         run(tmp_path / "out", few)
     splits = ["--reference_split=train[:1]", "--held_out_split=train[1:]"]
-    with pytest.raises(UserError, match=r"mixed, train\[:1\]: 1 images; expected at least 6"):
+    with pytest.raises(UserError, match=r"mixed, train\[:1\]: 1 images\. Expected at least 6"):
         run(tmp_path / "out", few, f"--reference={tmp_path / 'mixed'}", *splits)
     with pytest.raises(
         UserError, match=r"--held_out_split train\[800:\] shares images with --reference_split train\[:900\]"
@@ -311,4 +311,4 @@ def test_without_a_held_out_split_some_are_taken_away_or_none(tmp_path, copies, 
     assert found["held_out_split"] is None and "too few to hold some out" in warned
     assert [row["model"] for row in found["results"]] == [str(copies), "noise, for comparison"]
     assert not {"copies", "precision", "density"} & set(found["results"][0])  # pixels cannot tell
-    assert "| model " in said and "features_hash" in said and "every column is in results.md" in said
+    assert "| model " in said and "features_hash" in said and "All columns are in results.md" in said

@@ -94,7 +94,7 @@ def test_copies_do_not_depend_on_duplicates_in_the_held_out_images(tmp_path, sha
     assert rows["copied"]["copies"] == 1 and rows["floor: held-out images"]["copies"] < 0.06
     said = capsys.readouterr().err
     if share:
-        assert f"{3 * share} of" in said and "held-out images are training images, too" in said
+        assert f"{3 * share} of" in said and "held-out images are also training images" in said
 
 
 def test_a_folder_of_classes_is_sampled_as_the_same_files_in_one(tmp_path):
@@ -153,7 +153,7 @@ def test_features_follow_the_images(caplog):
     assert choose_features(None, DIGITS[1000:1064, None]) == "digits"
     assert choose_features(None, faces) == "efficientnet"
     assert choose_features("pixels", faces) == "pixels" and choose_features("digits", DIGITS[:50, None]) == "digits"
-    with pytest.raises(UserError, match="--features digits: these images are no digits"):
+    with pytest.raises(UserError, match="--features digits: these images are not digits"):
         choose_features("digits", faces)
 
 

@@ -85,7 +85,7 @@ def test_interrupted_it_goes_on_where_it_stopped(tmp_path, finished_run, monkeyp
 
     monkeypatch.setattr(DPMSolverMultistepScheduler, "step", step)
     assert draw(finished_run, tmp_path / "run", "--sample_batch_size=2") == 130
-    assert "Stopped with 2 of 5 images. The same command goes on." in capsys.readouterr().out
+    assert "Stopped with 2 of 5 images. The same command resumes." in capsys.readouterr().out
     assert not (tmp_path / "run" / "grid.png").exists() and not list((tmp_path / "run").rglob("*.tmp"))
     calls.clear()
     stop_at = None
@@ -133,18 +133,18 @@ def test_a_model_with_a_learned_variance_is_drawn_with_by_its_mean(tmp_path, sam
 
 def test_other_settings_and_foreign_folders_are_refused(tmp_path, finished_run):
     draw(finished_run, tmp_path / "run")
-    with pytest.raises(UserError, match="holds images drawn otherwise: seed was 0, is 1"):
+    with pytest.raises(UserError, match="holds images drawn with other settings: seed was 0, is 1"):
         draw(finished_run, tmp_path / "run", "--seed=1")
     on = shutil.copytree(finished_run, tmp_path / "trained-on")
     weights = load_file(on / "unet" / "diffusion_pytorch_model.safetensors")
     weights["conv_out.bias"] += 1
     draw(on, tmp_path / "on")
     save_file(weights, on / "unet" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(UserError, match="holds images drawn otherwise: weights was"):
+    with pytest.raises(UserError, match="holds images drawn with other settings: weights was"):
         draw(on, tmp_path / "on")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("two years of work")
-    with pytest.raises(UserError, match=r"is not empty, and not the output of sample\.py"):
+    with pytest.raises(UserError, match=r"is not empty and not the output of sample\.py"):
         draw(finished_run, tmp_path / "thesis")
 
 

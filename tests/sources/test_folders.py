@@ -571,7 +571,7 @@ def test_evaluation_reads_every_split_of_a_folder_and_names_no_foreign_flag(acce
     draw(*(tmp_path / part / f"{k}.png" for part in ("train", "test") for k in range(6)))
     assert len(SampleFolder(str(tmp_path), accelerator, None, 0)) == 12
     flags = [str(tmp_path), f"--reference={tmp_path}", "--held_out_split=test[:1%]"]
-    with pytest.raises(UserError, match=r"test\[:1%\]: 0 images; expected at least 6"):
+    with pytest.raises(UserError, match=r"test\[:1%\]: 0 images\. Expected at least 6"):
         evaluate.main(evaluate.parse_args(flags))
     datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(UserError, match=r"has no column of images. Name one with --image_column; .*\)$"):

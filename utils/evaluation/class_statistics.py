@@ -1,4 +1,4 @@
-"""Which classes samples show: which digits, and whether those that were asked for."""
+"""Statistics of the classes that samples show: distance by class, and confusion and frequencies of digits."""
 
 import logging
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AskedClasses:
-    """The classes that samples should show.
+    """Requested classes of samples, and the real images that the samples are compared with.
 
     Attributes:
-        labels: int64 (N,), of sample k.
-        names: of the classes.
-        real_features, real_labels: what they are compared with, (M, D) and (M,).
+        labels: requested class of each sample, int64 (N,).
+        names: names of the classes.
+        real_features, real_labels: features (M, D) and labels (M,) of the real images.
     """
 
     labels: np.ndarray
@@ -33,14 +33,14 @@ class AskedClasses:
     real_labels: np.ndarray
 
     def by_class(self, features: np.ndarray, probabilities: np.ndarray | None) -> dict:
-        """The Fréchet distance within each class, with its number of samples.
+        """Return the Fréchet distance within each class, with its number of samples.
 
-        For digits also a confusion table, a row for each class asked for and a column for each that was recognised, and
-        ``class_accuracy``, the share of images that are recognised as asked.
+        For digits, add a confusion table and ``class_accuracy``, the share of samples that are recognised as the
+        requested class. The table has a row for each requested class and a column for each recognised one.
 
         Args:
-            features: of the samples, (N, D).
-            probabilities: of the digits that they show, (N, 10); None to leave that out.
+            features: features of the samples, (N, D).
+            probabilities: probability of each digit for each sample, (N, 10); None to leave out the table.
         """
         result, labels = {"fd_by_class": {}, "N_by_class": {}}, self.labels[: len(features)]
         for code, name in enumerate(self.names):
@@ -56,26 +56,26 @@ class AskedClasses:
 
 
 def check_classes(config, real: Reference) -> list[str]:
-    """Return the classes that a model can be asked for; none for one that knows no classes.
+    """Return the classes of a conditional model, or an empty list for an unconditional one.
 
     Raises:
-        UserError: the reference has classes that the model does not know.
+        UserError: the reference has classes that the model does not have.
     """
     if not config.get("num_class_embeds"):
         return []
     names, real_names = class_names(config), real.labels()[1]
     if not {*real_names} <= {*names}:
         raise UserError(
-            f"the model knows the classes {', '.join(names)[:200]}; --reference has {', '.join(real_names)[:200]}. "
+            f"the model has the classes {', '.join(names)[:200]}, but --reference has {', '.join(real_names)[:200]}. "
             "Compare it with images of the same classes"
         )
     return names
 
 
 def asked_classes(names: list[str], real: Reference, extract: Extractor, how, count: int) -> AskedClasses | None:
-    """The classes to ask a model for, as often as the reference has them; None for a model that knows no classes.
+    """Return the classes to request, as often as the reference has them; None for an unconditional model.
 
-    Where the reference has no labels, all classes are asked for equally often.
+    If the reference has no labels, all classes are requested equally often.
     """
     if not names:
         return None
@@ -83,27 +83,29 @@ def asked_classes(names: list[str], real: Reference, extract: Extractor, how, co
         return AskedClasses(np.arange(count) % len(names), names, np.zeros((0, 1)), np.zeros(0, int))
     features, labels, real_names = real.labelled(extract, how, len(real.images(real.args.reference_split)))
     labels = translate_labels(labels, real_names, names)
-    features, labels = features[labels >= 0], labels[labels >= 0]  # what has no class cannot be asked for
+    features, labels = features[labels >= 0], labels[labels >= 0]  # an image without a class requests nothing
     if len(labels) < count:
-        logger.warning(f"the reference has {len(labels)} images: their classes are asked for again and again")
+        logger.warning(
+            f"the reference has {len(labels)} images with a class, fewer than samples. Their classes are repeated"
+        )
     return AskedClasses(labels[np.arange(count) % len(labels)], names, features, labels)
 
 
 def digit_statistics(probabilities: np.ndarray) -> dict[str, float]:
-    """What the classifier of digits says of images.
+    """Return the confidence of the digit classifier, and the distance of its class frequencies from equal ones.
 
     Args:
-        probabilities: of each digit, (N, 10), see ``digit_probabilities``.
+        probabilities: probability of each digit for each image, (N, 10), see ``digit_probabilities``.
 
     Returns:
-        ``confidence``, its mean probability of the likeliest class; ``class_distance``, the total variation distance of
-        the classes' frequencies from 1/10 each, in [0, 0.9]: 0.03 or so is what MNIST itself has.
+        ``confidence``, the mean probability of the likeliest class, and ``class_distance``, the total variation
+        distance of the class frequencies from 1/10 each, in [0, 0.9]. MNIST itself has about 0.03.
     """
     frequencies = np.bincount(probabilities.argmax(1), minlength=10) / len(probabilities)
     return {"confidence": float(probabilities.max(1).mean()), "class_distance": float(abs(frequencies - 0.1).sum() / 2)}
 
 
 def digit_probabilities(images: np.ndarray, device: str | torch.device = "cpu") -> np.ndarray:
-    """float32 (N, 10): how likely the classifier of digits takes images, uint8 (N, C, H, W), for each digit."""
+    """Return the probability of each digit, float32 (N, 10), for images, uint8 (N, C, H, W)."""
     net = digits_net(device)
     return Extractor("digits", "", lambda batch: net(as_digits(batch, device))[1].softmax(1))(images)

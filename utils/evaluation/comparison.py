@@ -1,52 +1,57 @@
-"""What is measured of two sets of images beside their distance, by nearest neighbours; and all metrics in one row.
+"""Nearest-neighbour metrics of two sets of images, and all metrics in one row.
 
-Every function takes features (N, D) and (M, D), float, as those in ``metrics`` do.
+Every function takes features (N, D) and (M, D), float, as the functions in ``metrics`` do.
 """
 
 import numpy as np
 
 from .metrics import distance_name, frechet_distance_to, kernel_distance
 
-BLOCK = 2**23  # distances at once
+BLOCK = 2**23  # distances in memory at once
 
 
 def bootstrap(metric, points: np.ndarray, repeats: int = 20, seed: int = 0) -> float:
-    """Standard error of ``metric(points)``: its deviation when they are drawn again with replacement."""
+    """Return the standard error of ``metric(points)``: its standard deviation over bootstrap resamples."""
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(len(points), size=len(points)) for _ in range(repeats))
     return float(np.std([metric(points[rows]) for rows in drawn], ddof=1))
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Shares of one set that lie within the k-nearest-neighbour balls of the other (arXiv:1904.06991).
+    """Return the shares of each set within the k-nearest-neighbour balls of the other (arXiv:1904.06991).
 
     Returns:
-        Precision, how much of what is generated looks real; recall, how much of what is real is generated.
+        Precision, the share of generated points in balls of real ones, and recall, the share of real points in balls of
+        generated ones.
     """
     precise, recalled = _inside(generated, real, k)[0] > 0, _inside(real, generated, k)[0] > 0
     return float(precise.mean()), float(recalled.mean())
 
 
 def density_coverage(generated: np.ndarray, real: np.ndarray, k: int = 5) -> tuple[float, float]:
-    """As precision and recall, but counting balls, and robust against outliers (Naeem et al. 2020, arXiv:2002.09797).
+    """Return density and coverage, variants of precision and recall that are robust against outliers.
+
+    See Naeem et al. 2020, arXiv:2002.09797.
 
     Returns:
-        Density, about 1 for equal distributions, may exceed it; coverage, in [0, 1].
+        Density, about 1 for equal distributions but without an upper limit, and coverage, in [0, 1].
     """
     balls, points = _inside(generated, real, k)
     return float(balls.mean() / k), float((points > 0).mean())
 
 
 def _inside(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """In how many balls each point is (N,), and how many points are in each ball (M,).
+    """Return the number of balls that hold each point (N,), and the number of points in each ball (M,).
 
-    A ball reaches from a centre to its k-th nearest fellow centre. The N x M distances are worked through in blocks.
+    A ball reaches from a centre to its k-th nearest other centre. The N x M distances are computed in blocks.
     """
     from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
 
-    with config_context(working_memory=128):  # MiB; by default a gigabyte
-        radii = NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]  # itself comes first
+    with config_context(working_memory=128):  # MiB; the default is a gigabyte
+        radii = (
+            NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]
+        )  # a centre is its own nearest
     balls, counts, size = [], np.zeros(len(centres), int), max(1, BLOCK // len(centres))
     norms = (centres**2).sum(1)
     for block in np.split(points, range(size, len(points), size)):
@@ -58,9 +63,9 @@ def _inside(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray
 
 
 def compare(generated: np.ndarray, real: np.ndarray, name: str, seed: int) -> dict[str, float]:
-    """All of these metrics, called after the features' name.
+    """Return all of these metrics, named after the features.
 
-    By pixels only distances: there the balls around images reach so far that noise is inside of them.
+    For pixels, return only distances, because noise lies inside the large balls around images in pixel space.
     """
     kid, kid_error = kernel_distance(generated, real, seed=seed)
     distance, measure = distance_name(name), frechet_distance_to(real)

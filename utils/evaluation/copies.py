@@ -1,4 +1,4 @@
-"""Whether samples are copies of training images: by their distance to those, and to images that were held out."""
+"""Detection of copies: samples that are nearer to training images than to held-out images."""
 
 import logging
 
@@ -9,23 +9,23 @@ from .features import load_extractor
 
 logger = logging.getLogger(__name__)
 
-BYTES = 2**28  # of the features of parts of a split's images
-LOWEST_THRESHOLD = 0.01  # of the ratio: rounding alone stays below it
-SAME = 0.02  # share of the usual distance between images below which two are the same image
-SHOWN = 8
+BYTES = 2**28  # memory for the features of a split's image parts
+LOWEST_THRESHOLD = 0.01  # lower limit of the threshold: rounding errors stay below it
+SAME = 0.02  # two images are the same if their distance is below this share of the median distance
+SHOWN = 8  # pairs in the picture
 
 
 class Copies:
-    """How many images are nearer to a training image than real ones are.
+    """Measure the share of images that are suspiciously near to a training image.
 
-    An image's ratio is its distance to the nearest part of a training image over that to the nearest part of a held-out
-    one. Parts are what training may show: every place that an image may be cut at, mirrored where it was. An image
-    counts as a copy if its ratio is below the lowest hundredth of the ratios of the held-out images themselves: about
-    0.01 is what real images have. Held-out images that are training images, too, are left out.
+    An image's ratio is its distance to the nearest part of a training image, divided by its distance to the nearest
+    part of a held-out image. Parts are all crops that training may show, mirrored if training mirrored them. An image
+    counts as a copy if its ratio is below the first percentile of the held-out images' own ratios. Real images
+    therefore have a rate of about 0.01. Held-out images that are also training images are left out.
 
     Args:
-        reference: a ``Reference``.
-        how: a ``Preparation``.
+        reference: real images, a ``Reference``.
+        how: preparation of the images, a ``Preparation``.
     """
 
     def __init__(self, reference, how):
@@ -37,7 +37,7 @@ class Copies:
             self._measure_held_out()
 
     def _vectors(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Features of the parts of a split's images (M, D); of each image index and rows, from and to (N, 3)."""
+        """Return features of a split's image parts (M, D), and each image's index, first row and end row (N, 3)."""
         vectors, groups, position = [], [], 0
         prepared = self.reference.prepared(split, self.how, mirrored=True)
         for parts, index in prepared.crops(len(self.reference.images(split)), self._most(split)):
@@ -54,8 +54,8 @@ class Copies:
         known = to_train <= SAME * np.median(to_unseen)
         if known.any():
             logger.warning(
-                f"{known.sum()} of {len(known)} held-out images are training images, too: they are left out of the "
-                "measure of copying, and the floor is lower for them"
+                f"{known.sum()} of {len(known)} held-out images are also training images. They are left out of the "
+                "measure of copying, and they lower the floor"
             )
         if known.all():
             return
@@ -64,7 +64,7 @@ class Copies:
         ends = np.cumsum(kept[:, 2] - kept[:, 1])
         own = np.stack([ends - (kept[:, 2] - kept[:, 1]), ends], axis=1)
         self.unseen, self.unseen_rows = vectors[rows], dict(zip(kept[:, 0].tolist(), own, strict=True))
-        # Of each one part, another place for each
+        # Each image contributes one part; the position of its crop varies from image to image
         places = own[:, 0] + np.arange(len(own)) % (own[:, 1] - own[:, 0])
         points = self.unseen[places]
         ratios = nearest_distances(points, self.trained)[0] / self._to_unseen(points, own)
@@ -74,14 +74,15 @@ class Copies:
         return np.maximum(nearest_distances(points, self.unseen, own)[0], 1e-12)
 
     def clear(self) -> None:
-        """Begin with other images."""
+        """Forget the measured images."""
         self.ratios, self.closest = [], []
 
     def add(self, images: np.ndarray, indices: np.ndarray | None = None) -> None:
         """Measure images, uint8 (B, C, H, W).
 
         Args:
-            indices: of held-out images, which are not compared with themselves; those left out are passed over.
+            indices: indices of the images if they are held-out ones (B,), which are not compared with themselves.
+                Images that were left out are skipped.
         """
         own = None
         if indices is not None and self.unseen is not None:
@@ -99,7 +100,10 @@ class Copies:
         self.closest = sorted([*self.closest, *found], key=lambda entry: entry[0])[:SHOWN]
 
     def result(self) -> tuple[float | None, tuple[np.ndarray, np.ndarray]]:
-        """The rate, None if nothing is held out; the images with the lowest ratio and their nearest training images."""
+        """Return the rate of copies, and the images with the lowest ratios with their nearest training images.
+
+        The rate is None if nothing is held out.
+        """
         samples = np.stack([image for _, _, image in self.closest])
         nearest = np.stack([self._part(row) for _, row, _ in self.closest])
         rate = None if self.unseen is None else float((np.concatenate(self.ratios) < self.threshold).mean())
@@ -107,14 +111,14 @@ class Copies:
         return rate, (samples, nearest)
 
     def _part(self, row: int) -> np.ndarray:
-        """Decode the part of a training image that is in this row."""
+        """Decode the part of a training image that this row of the features belongs to."""
         split = self.reference.args.reference_split
         index, start, _ = self.trained_groups[np.searchsorted(self.trained_groups[:, 1], row, side="right") - 1]
         prepared = self.reference.prepared(split, self.how, mirrored=True)
         return prepared.parts(self.reference.images(split)[int(index)], self._most(split))[row - start]
 
     def _most(self, split: str) -> int:
-        """How many places of an image are compared with: in ``BYTES``, mirrored or not."""
+        """Return the number of crop positions per image that fit into ``BYTES``, together with mirrored parts."""
         channels, height, width = self.how.shape
         size = 4 * channels * min(height, 16) * min(width, 16)
         return max(1, BYTES // (2 * size * len(self.reference.images(split))))

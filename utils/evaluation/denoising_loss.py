@@ -1,4 +1,4 @@
-"""The denoising loss on fixed questions: on training images and on held-out ones, so that overfitting shows."""
+"""The denoising loss with fixed noise and timesteps: on training and held-out images, to detect overfitting."""
 
 from collections.abc import Callable
 
@@ -16,14 +16,14 @@ from ..signals import Interrupted, progress
 class DenoisingLoss:
     """Mean squared error on fixed (image, timestep, noise) triples: every measurement uses the same ones.
 
-    Each image appears once in every range of timesteps. The processes share the work; call it on all of them.
+    Each image appears once in every range of timesteps. The processes share the work, so call it on all of them.
 
     Args:
-        images: (N, C, H, W), as the model sees them; the same on every process.
-        noise_scheduler: the one with which the model was trained: a ``DDPMScheduler``, or linear mixing.
-        seed: of timesteps and noise.
-        batch_size: triples at once, per process.
-        inputs: what else the model is given for each image, by name: class labels (N,), a condition (N, ...).
+        images: images or latents in the model's space, (N, C, H, W), the same on every process.
+        noise_scheduler: scheduler that the model was trained with: a ``DDPMScheduler``, or linear mixing.
+        seed: seed of timesteps and noise.
+        batch_size: number of triples at once, per process.
+        inputs: further inputs of the model for each image, by name: class labels (N,), a condition (N, ...).
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class DenoisingLoss:
     def measure(
         self, model: torch.nn.Module, accelerator, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float]:
-        """The mean loss as ``loss`` and that of each range of timesteps as ``0-249`` and so on.
+        """Return the mean loss as ``loss``, and the loss of each range of timesteps as ``0-249`` and so on.
 
         Args:
-            stop: asked before every batch.
+            stop: function that is called before every batch; True interrupts the measurement.
 
         Raises:
             Interrupted: ``stop`` returned True.
@@ -61,7 +61,7 @@ class DenoisingLoss:
                 timesteps = torch.from_numpy(fractions * steps)
                 if isinstance(self.noise_scheduler, DDPMScheduler):
                     timesteps = timesteps.long()
-                else:  # real numbers; where there is next to no noise, float32 cannot tell what it was
+                else:  # real numbers; float32 cannot recover the noise of timesteps below 1
                     timesteps = timesteps.float().clamp(min=1)
                 timesteps = timesteps.to(accelerator.device)
                 clean_images = self.images[batch // NOISE_LEVELS].to(accelerator.device)

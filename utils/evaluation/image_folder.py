@@ -1,4 +1,4 @@
-"""Numbered images in a folder, drawn by all processes; an interrupted run goes on with what is missing."""
+"""Numbered images in a folder, drawn by all processes; an interrupted run resumes with the missing images."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "sampling_args.json"
 EXTRA_FILES = ("walk.gif", "walk.png", "images.npz", "images.parquet")
-# Flags that may change between two runs into one folder: they do not change image k
+# These flags may change between two runs into one folder, because they do not change image k
 MAY_CHANGE = {
     "output_dir",
     "num_samples",
@@ -47,13 +47,13 @@ class ImageFolder:
     """The images of one model, sampler and seed: ``images/000000.png`` and so on.
 
     Args:
-        accelerator: call this on all processes.
-        args: the flags of sample.py.
-        num_inference_steps: model calls an image, given or not.
-        model, sampler, space: whose weights and settings the images depend on, too.
+        accelerator: ``Accelerator``; all processes create this object together.
+        args: flags of sample.py.
+        num_inference_steps: number of sampling steps, given or by default.
+        model, sampler, space: model, sampler and image space; the images depend on their weights and settings.
 
     Raises:
-        UserError: the folder holds something else, or images drawn with other settings.
+        UserError: the folder holds other files, or images drawn with other settings.
     """
 
     def __init__(self, accelerator, args, num_inference_steps: int, model, sampler, space):
@@ -80,11 +80,11 @@ class ImageFolder:
             ]
             if changed:
                 raise UserError(
-                    f"--output_dir {self.folder} holds images drawn otherwise: {'; '.join(changed)}. Give the old "
-                    "values to go on with them, or another --output_dir"
+                    f"--output_dir {self.folder} holds images drawn with other settings: {', '.join(changed)}. Give "
+                    "the old values to resume, or another --output_dir"
                 )
         elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"--output_dir {self.folder} is not empty, and not the output of sample.py. Choose another")
+            raise UserError(f"--output_dir {self.folder} is not empty and not the output of sample.py. Choose another")
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -92,19 +92,19 @@ class ImageFolder:
         return self.folder / "images" / f"{sample_id:06}.png"
 
     def missing(self) -> np.ndarray:
-        """Numbers of the images that are not there yet, the same on every process. Call it before any is saved."""
+        """Return the numbers of the missing images, the same on every process. Call it before any image is saved."""
         sample_ids = [sample_id for sample_id in range(self.args.num_samples) if not self._path(sample_id).is_file()]
         return np.array(broadcast_object_list([sample_ids])[0], dtype=np.int64)
 
     def save(self, sample_ids: np.ndarray, images: np.ndarray) -> None:
-        """Write images, uint8 (N, C, H, W), each complete or not at all."""
+        """Write images, uint8 (N, C, H, W), each of them atomically."""
         for sample_id, image in zip(sample_ids, images, strict=True):
             temporary = self._path(sample_id).with_suffix(".tmp")
             Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(temporary, format="PNG")
             os.replace(temporary, self._path(sample_id))
 
     def load(self, count: int) -> np.ndarray:
-        """The first images, uint8 (N, C, H, W)."""
+        """Return the first images, uint8 (N, C, H, W)."""
         images = [np.atleast_3d(Image.open(self._path(k))) for k in range(min(count, self.args.num_samples))]
         return np.stack(images).transpose(0, 3, 1, 2)
 
@@ -119,13 +119,13 @@ class ImageFolder:
 
         schema = datasets.Features({"image": datasets.Image()}).arrow_schema
         with ParquetWriter(self.folder / "images.parquet", schema) as writer:
-            for first in range(0, self.args.num_samples, 250):  # all of them may be more than memory holds
+            for first in range(0, self.args.num_samples, 250):  # all images together may not fit into memory
                 numbers = range(first, min(first + 250, self.args.num_samples))
                 rows = [{"bytes": self._path(k).read_bytes(), "path": None} for k in numbers]
                 writer.write_table(pyarrow.Table.from_pydict({"image": rows}, schema=schema))
 
     def _write_npz(self) -> None:
-        """One image after another, for all of them may be more than memory holds."""
+        """Write one image after another, because all images together may not fit into memory."""
         staging, count = self.folder / ".tmp-images.npy", self.args.num_samples
         shape = (count, *self.load(1).transpose(0, 2, 3, 1).shape[1:])
         images = np.lib.format.open_memmap(staging, "w+", np.uint8, shape)
@@ -137,14 +137,14 @@ class ImageFolder:
         staging.unlink()
 
     def print_stopped(self) -> None:
-        """How to go on after a signal."""
+        """Print how to resume after a signal."""
         count = sum(self._path(k).is_file() for k in range(self.args.num_samples))
-        self.accelerator.print(f"\nStopped with {count} of {self.args.num_samples} images. The same command goes on.")
+        self.accelerator.print(f"\nStopped with {count} of {self.args.num_samples} images. The same command resumes.")
 
     def print_finished(self) -> None:
-        """Where everything is."""
+        """Print where the files are."""
         self.accelerator.print(
-            f"\nDrawn: {self.args.num_samples} images of {self.args.model}."
+            f"\nDrew {self.args.num_samples} images with {self.args.model}."
             f"\n  images  {self.folder / 'images'}"
             f"\n  grid    {self.folder / 'grid.png'}"
             + "".join(f"\n  also    {path}" for path in sorted(self.folder.glob("*")) if path.name in EXTRA_FILES)
@@ -152,17 +152,19 @@ class ImageFolder:
 
 
 def load_image(path: str, shape: tuple[int, int, int], model: str) -> torch.Tensor:
-    """A picture as a model takes it: float32 (1, C, H, W) in [-1, 1], resized and cut in the middle.
+    """Return a picture as model input: float32 (1, C, H, W) in [-1, 1], resized and cropped in the middle.
 
     Args:
-        model: where it comes from; a picture with more than 8 bits is scaled as its training images were, if that is
-            known, else by the range that it uses.
+        path: image file.
+        shape: (C, H, W) of the model's images.
+        model: folder or Hub id of the model. A picture of high bit depth is scaled like the model's training images if
+            their range is known, otherwise by its own range.
 
     Raises:
-        UserError: it is not there, or not an image.
+        UserError: the file does not exist or is not an image.
     """
     if not Path(path).is_file():
-        raise UserError(f"--init_image {path}: there is no such file; expected a picture")
+        raise UserError(f"--init_image {path}: there is no such file. Expected a picture")
     image = decode_image(path, f"--init_image {path}")
     known, image_range = scaled_from(model)
     image_range = image_range if known else choose_range("auto", deep_values([image]), say=False)
@@ -171,25 +173,26 @@ def load_image(path: str, shape: tuple[int, int, int], model: str) -> torch.Tens
 
 
 def scaled_from(model: str) -> tuple[bool, tuple[float, float] | None]:
-    """Whether it is known how a model's training images were scaled, and the values that became black and white."""
+    """Return whether the scaling of a model's training images is known, and the values that became black and white."""
     found = read_arguments(model)
     return "scaled_from" in found, found.get("scaled_from") and tuple(found["scaled_from"])
 
 
 class SampleFolder:
-    """Samples in a folder, of all its splits: as many as are asked for, at random.
+    """Samples from all splits of a folder, in random order.
 
     Args:
-        folder: of images, or what sample.py made.
-        resolution: (H, W) to resize them to; None for their own size.
-        seed: of the choice.
+        folder: folder of images, or output folder of sample.py.
+        accelerator: ``Accelerator`` of this process.
+        resolution: (H, W) to resize the images to; None to keep their size.
+        seed: seed of the random order.
 
     Attributes:
-        shape: (C, H, W).
-        record: of the run that the samples are of, as far as it is known, see ``output_dir.read_arguments``.
+        shape: (C, H, W) of the samples.
+        record: record of the run that trained the model, if it is known, see ``output_dir.read_arguments``.
 
     Raises:
-        UserError: there are too few, one cannot be opened, or they differ in size.
+        UserError: there are too few images, one cannot be opened, or their sizes differ.
     """
 
     def __init__(self, folder: str, accelerator, resolution: tuple[int, int] | None, seed: int):
@@ -197,7 +200,7 @@ class SampleFolder:
         settings = Path(folder) / SETTINGS
         if settings.is_file():
             self.record = read_arguments(read_record(settings).get("model", ""))
-        if (Path(folder) / "images").is_dir():  # what sample.py made
+        if (Path(folder) / "images").is_dir():  # the output of sample.py
             folder = str(Path(folder) / "images")
         splits = "+".join(folders.load_folder(Path(folder))) or "train"
         source = ImageSource(folder, splits, is_folder=True, flags={"name": "folder", "split": "split"})
@@ -211,7 +214,7 @@ class SampleFolder:
         if len(sizes) > 1 and not resolution:
             first, second = sorted(sizes)[:2]
             found = f"images of {len(sizes)} sizes, such as {first} and {second}"
-            raise UserError(f"{folder}: {found}; expected one size. --resolution resizes them")
+            raise UserError(f"{folder}: {found}. Expected one size. --resolution resizes them")
         self.mode = "L" if modes <= set(GREY_MODES) else "RGB"
         self.shape = (len(self.mode), *(resolution or sizes.pop()[::-1]))
 
@@ -219,9 +222,10 @@ class SampleFolder:
         return len(self.images)
 
     def blocks(self, count: int, image_range: tuple[float, float] | None) -> Iterator[np.ndarray]:
-        """Yield so many, uint8 (B, C, H, W), cut in the middle where they are resized.
+        """Yield ``count`` samples in blocks, uint8 (B, C, H, W); resized images are cropped in the middle.
 
         Args:
+            count: number of samples.
             image_range: see ``data.pixels.to_eight_bits``.
         """
         prepared = PreparedImages(
@@ -232,10 +236,11 @@ class SampleFolder:
 
 
 def save_trajectories(frames: list[list[np.ndarray]], path: Path) -> None:
-    """A picture of how three images arise: below what the model was given at ten steps, what it predicted from it.
+    """Save a picture of three trajectories: the model's input at ten steps, and below it the predicted image.
 
     Args:
-        frames: as for ``save_gif``, of two kinds.
+        frames: images as for ``save_gif``, of two kinds: inputs and predictions.
+        path: file to write.
     """
     shown = sorted({round(k) for k in np.linspace(0, len(frames) - 1, 10)})
     images = [frames[step][kind][k] for k in range(min(3, len(frames[0][0]))) for kind in (0, 1) for step in shown]
@@ -243,10 +248,11 @@ def save_trajectories(frames: list[list[np.ndarray]], path: Path) -> None:
 
 
 def save_gif(frames: list[list[np.ndarray]], path: Path) -> None:
-    """A film of how images arise.
+    """Save an animation of sampling trajectories.
 
     Args:
-        frames: for each step, images of one or several kinds, uint8 (N, C, H, W), shown side by side.
+        frames: images of one or several kinds at each step, uint8 (N, C, H, W), shown side by side.
+        path: file to write.
     """
     pictures = []
     for kinds in frames:
@@ -255,5 +261,5 @@ def save_gif(frames: list[list[np.ndarray]], path: Path) -> None:
         for k, grid in enumerate(grids):
             picture.paste(grid, (k * grid.width, 0))
         pictures.append(picture)
-    durations = [100] * (len(pictures) - 1) + [2000]  # milliseconds; the last frame stays
+    durations = [100] * (len(pictures) - 1) + [2000]  # milliseconds; the last frame stays longer
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)

@@ -1,4 +1,4 @@
-"""Samples that are kept while they are drawn: hours of drawing survive a stop, and a mistake in what is measured."""
+"""Samples that are saved while they are drawn, so that a stop or a failed evaluation does not lose them."""
 
 import hashlib
 import json
@@ -14,22 +14,24 @@ from accelerate.utils import broadcast_object_list
 
 from .. import sync
 
-BLOCK = 250  # images of a file, or somewhat more
+BLOCK = 250  # images in a file, rounded up to whole batches
 
 
 class KeptSamples:
-    """Samples that a folder holds, and the others drawn. Use it on all processes.
+    """Samples from a folder; missing samples are drawn. Use it on all processes.
 
     Args:
-        folder: for files of some hundred images each, complete or not there.
+        folder: folder for files of a few hundred images each, written atomically.
+        accelerator: ``Accelerator`` of this process.
         count: number of samples.
-        batch_size: images that are drawn at once, by each process.
-        facts: all that a sample depends on beside its number; samples of other facts are not touched.
-        draw: called on all processes with a first number and how many; returns uint8 (N, C, H, W) on the main one.
-        announce: called before anything is drawn with the number of images that are missing.
+        batch_size: number of images that each process draws at once.
+        facts: everything that a sample depends on besides its number. Samples of other facts are left alone.
+        draw: function called on all processes with the first number and the number of samples; it returns uint8
+            (N, C, H, W) on the main process.
+        announce: function called with the number of missing samples before the first is drawn.
 
     Attributes:
-        images_per_second: of the drawing, now or earlier; known after ``blocks``.
+        images_per_second: sampling speed over all runs that drew these samples, known after ``blocks``.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class KeptSamples:
         self.draw, self.announce, self.images_per_second = draw, announce, 0.0
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yield the samples in order, uint8 (B, C, H, W); other processes than the main one draw, and yield nothing."""
+        """Yield the samples in order, uint8 (B, C, H, W), on the main process; the others draw and yield nothing."""
         ranges = [(first, min(first + self.size, self.count)) for first in range(0, self.count, self.size)]
         main, seconds = self.accelerator.is_main_process, 0.0
         missing = [place for place in ranges if self._read(*place) is None] if main else []
@@ -81,10 +83,10 @@ class KeptSamples:
 
 
 def digest_of(facts) -> str:
-    """SHA-256 of what JSON makes of them: 64 hexadecimal digits."""
+    """Return the SHA-256 of the JSON text of ``facts``: 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def settings_of(configured) -> list:
-    """Class and settings of a model or scheduler of diffusers, without what it keeps for itself."""
+    """Return class and settings of a model or scheduler of diffusers, without private settings."""
     return [type(configured).__name__, {key: v for key, v in configured.config.items() if not key.startswith("_")}]

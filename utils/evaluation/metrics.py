@@ -1,7 +1,7 @@
-"""Distances between two sets of images, in the features of some extractor. NumPy arrays in, floats out.
+"""Distances between two sets of images, in the features of some extractor: NumPy arrays in, floats out.
 
-Every function takes features (N, D) and (M, D), float. None of them knows what the features are: name the result by
-their extractor, such as ``fd_digits``.
+Every function takes features (N, D) and (M, D), float, of any extractor. Name the result after the extractor, such as
+``fd_digits``.
 """
 
 import functools
@@ -11,31 +11,35 @@ import numpy as np
 
 from .. import UserError
 
-BLOCK = 5000  # points at once
-FEWEST = 6  # images: density and coverage look at the fifth neighbour
+BLOCK = 5000  # points converted to float64 at once
+FEWEST = 6  # images: density and coverage need a fifth neighbour
 
 
-def check_count(count: int, said: str) -> None:
-    """Refuse fewer images than can be compared.
+def check_count(count: int, source: str) -> None:
+    """Refuse a number of images that is too small for a comparison.
+
+    Args:
+        count: number of images.
+        source: origin of the images, for the message.
 
     Raises:
-        UserError: names ``said``, where they come from.
+        UserError: there are fewer than ``FEWEST``.
     """
     if count < FEWEST:
-        raise UserError(f"{said}: {count} images; expected at least {FEWEST}, better some hundred")
+        raise UserError(f"{source}: {count} images. Expected at least {FEWEST}, better a few hundred")
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Distance between normal distributions with the sets' means and covariances.
+    """Return the Fréchet distance between normal distributions with the sets' means and covariances.
 
     |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017, arXiv:1706.08500, Eq. 6. It is biased upwards for
-    small sets: compare only results of the same N, and give a floor.
+    small sets, so compare only results with the same N, and report a floor.
     """
     return frechet_distance_to(second)(first)
 
 
 def frechet_distance_to(second: np.ndarray) -> Callable[[np.ndarray], float]:
-    """Return ``frechet_distance`` to one set, of which what takes time is computed once."""
+    """Return a function for ``frechet_distance`` to one set, which computes the costly parts of that set once."""
 
     @functools.cache
     def covariance_and_root() -> tuple[np.ndarray, np.ndarray]:
@@ -48,11 +52,11 @@ def frechet_distance_to(second: np.ndarray) -> Callable[[np.ndarray], float]:
 
     def distance(first: np.ndarray) -> float:
         if min(len(first), len(second)) <= dimensions:
-            # With C = A'A, (C1 C2)^(1/2) has the trace of (A1 A2' A2 A1')^(1/2): singular values of a small matrix
+            # With C = A'A, the trace of (C1 C2)^(1/2) is the sum of the singular values of A1 A2', a small matrix
             pair = _deviations(first), deviations()
             cross = np.linalg.svd(pair[0] @ pair[1].T, compute_uv=False).sum()
             traces = sum((part**2).sum() for part in pair)
-        else:  # and that of (C2^(1/2) C1 C2^(1/2))^(1/2), which is symmetric
+        else:  # it is also the trace of (C2^(1/2) C1 C2^(1/2))^(1/2), a symmetric matrix
             covariance, root = covariance_and_root()
             other = _covariance(first)
             cross = np.sqrt(np.linalg.eigvalsh(root @ other @ root).clip(0)).sum()
@@ -70,7 +74,7 @@ def _deviations(points: np.ndarray) -> np.ndarray:
 
 
 def _covariance(points: np.ndarray) -> np.ndarray:
-    """Return the covariance (D, D). In float64 all points would be twice as large: they are added in blocks."""
+    """Return the covariance (D, D), summed in blocks because all points in float64 need twice the memory."""
     mean, total = points.mean(0, dtype=np.float64), 0.0
     for block in np.array_split(points, -(-len(points) // BLOCK)):
         deviations = block - mean
@@ -79,12 +83,12 @@ def _covariance(points: np.ndarray) -> np.ndarray:
 
 
 def distance_name(features: str) -> str:
-    """What the Fréchet distance is called: fid_inception, and fd_... in features that no other project has."""
+    """Return the name of the Fréchet distance: ``fid_inception``, or ``fd_...`` in other features."""
     return f"fid_{features}" if features == "inception" else f"fd_{features}"
 
 
 def squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy of equally many points, with the kernel (x y / D + 1)^3."""
+    """Return the unbiased squared maximum mean discrepancy of two sets of equal size, kernel (x y / D + 1)^3."""
     return _squared_mmd(*_kernels(first, second))
 
 
@@ -101,14 +105,14 @@ def _squared_mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
 def kernel_distance(
     first: np.ndarray, second: np.ndarray, block: int = 2000, repeats: int = 50, seed: int = 0
 ) -> tuple[float, float]:
-    """KID: ``squared_mmd`` (arXiv:1801.01401, Sec. 4), of large sets the mean over blocks that do not overlap.
+    """Return KID: ``squared_mmd`` (arXiv:1801.01401, Sec. 4), for large sets its mean over disjoint blocks.
 
     Args:
-        block: points at once.
-        repeats: of the bootstrap.
+        block: number of points at once.
+        repeats: number of bootstrap repeats.
 
     Returns:
-        Its value and its standard error over other draws of ``first``: by bootstrap, of several blocks each by itself.
+        KID, and its standard error over other draws of ``first``, by bootstrap within each block.
     """
     size = min(len(first), len(second))
     starts = range(0, max(1, size // block) * block, block)
@@ -120,7 +124,7 @@ def kernel_distance(
         drawn = []
         for _ in range(repeats):
             weights = np.bincount(rng.integers(count, size=count), minlength=count).astype(np.float64)
-            # A point that is drawn twice is no pair of two: without such pairs the estimate stays unbiased
+            # Pairs of a point with its own copy are left out, which keeps the estimate unbiased
             pairs = weights @ xx @ weights - (weights**2 * np.diag(xx)).sum()
             number = weights.sum() ** 2 - (weights**2).sum()
             drawn.append(pairs / number - 2 * (weights @ xy).sum() / (weights.sum() * count))

@@ -1,4 +1,4 @@
-"""The real images that samples are compared with: what a model was trained on, and what it has not seen."""
+"""Real images that samples are compared with: those that a model was trained on, and held-out ones."""
 
 import logging
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ BLOCK = 250  # images
 
 @dataclass(frozen=True)
 class Preparation:
-    """How real images become what a model was trained on.
+    """Settings that prepare real images like the images that a model was trained on.
 
     Attributes:
-        shape: (C, H, W).
-        center_crop: whether the middle was cut out of images of another shape, instead of a random part.
-        random_flip: whether half of them were mirrored; None where that is not known.
+        shape: (C, H, W) of the prepared images.
+        center_crop: True if images of another shape were cropped in the middle, False if at a random position.
+        random_flip: True if training mirrored half of the images; None if that is unknown.
         image_range: values that became black and white, see ``data.pixels.to_eight_bits``.
     """
 
@@ -39,22 +39,24 @@ class Preparation:
 
 
 class Reference:
-    """Both splits of the reference, prepared as the images were that a model was trained on.
+    """Both splits of the reference, prepared like the images that a model was trained on.
 
-    Without ``held_out_split``, what is held out is the split ``test``; where there is none, half of the reference, at
-    most as many as samples, always the same, which is not compared with then; and of fewer than 100 images nothing.
+    Without ``held_out_split``, the split ``test`` is held out. If there is none, half of the reference is held out, at
+    most as many images as samples, and always the same ones. Samples are then compared with the rest. A reference of
+    fewer than 100 images has nothing held out.
 
     Args:
-        args: ``reference``, ``reference_split``, ``held_out_split``, ``image_column``, ``label_column``,
+        args: flags ``reference``, ``reference_split``, ``held_out_split``, ``image_column``, ``label_column``,
             ``image_range``, ``center_crop``, ``random_flip``, ``num_samples``, ``seed``.
 
     Attributes:
-        image_range: values that become black and white where a model's run does not say.
-        mode: ``L`` or ``RGB``, by the images.
-        held_out_split: its name, or None where nothing is held out.
+        image_range: values that become black and white if the record of a model's run has none.
+        mode: ``L`` for grey images, otherwise ``RGB``.
+        held_out_split: name of the held-out split, or None.
 
     Raises:
-        UserError: a split is not there, has too few images, or shares some with the other; they cannot be read.
+        UserError: a split does not exist, has too few images, or shares images with the other split; or an image cannot
+            be read.
     """
 
     def __init__(self, args, accelerator):
@@ -68,7 +70,7 @@ class Reference:
         self.image_range = choose_range(args.image_range, deep_values(looked_at))
         self.mode = "L" if all(image.mode in GREY_MODES for image in looked_at) else "RGB"
         sizes = {image.size for image in looked_at}
-        self.size = sizes.pop()[::-1] if len(sizes) == 1 else None  # (H, W) of all of them
+        self.size = sizes.pop()[::-1] if len(sizes) == 1 else None  # (H, W) if all images have the same size
 
     def _find_held_out(self) -> str | None:
         split = self.args.held_out_split or "test"
@@ -89,13 +91,13 @@ class Reference:
         return images if indices is None else images.select(indices, split)
 
     def _hold_out(self, split: str) -> str | None:
-        """Take half of the reference away, or as many as samples. Return its name; None if there are too few images."""
+        """Hold out half of a split, or as many images as samples. Return its name; None if there are too few images."""
         length = len(self._sources[split])
-        start = f"{self.args.reference} has no other split test"
+        start = f"{self.args.reference} has no separate split test"
         if length < 100:
             logger.warning(
-                f"{start}, and {length} images are too few to hold some out: there is no floor and no measure of "
-                "copying. --held_out_split names images that were not trained on"
+                f"{start}, and {length} images are too few to hold some out. There is no floor and no measure of "
+                "copying. Name images for them with --held_out_split"
             )
             return None
         order, count = (
@@ -106,8 +108,8 @@ class Reference:
         self._parts = {split: (split, np.sort(order[count:])), name: (split, np.sort(order[:count]))}
         self._sources = {part: whole.select(indices, part) for part, (_, indices) in self._parts.items()}
         logger.warning(
-            f"{start}: {count} of its {length} images are held out. A model that was trained on all has seen them: its "
-            "copies are not found. --held_out_split names images that it has not seen"
+            f"{start}, so {count} of its {length} images are held out. If a model was trained on all of them, its "
+            "copies are not found. In that case, name other images with --held_out_split"
         )
         return name
 
@@ -116,7 +118,7 @@ class Reference:
         return ImageSource(self.args.reference, split, image_column=self.args.image_column, flags=flags, **options)
 
     def preparation(self, shape: tuple[int, int, int], record: dict) -> Preparation:
-        """Return how the images of a run were prepared, by flags or else by its record; {} where there is none."""
+        """Return the preparation of a run's images, by flags or otherwise by the run's record ({} if it has none)."""
         flags, args = record.get("arguments", {}), self.args
         center_crop = flags.get("center_crop", False) if args.center_crop is None else args.center_crop
         random_flip = flags.get("random_flip") if args.random_flip is None else args.random_flip
@@ -132,7 +134,9 @@ class Reference:
         """Return a split's images, prepared.
 
         Args:
-            mirrored: mirror also where it is not known whether training did.
+            split: name of the split.
+            how: preparation of the images.
+            mirrored: True to mirror images also if it is unknown whether training did.
         """
         flip = bool(how.random_flip) or (mirrored and how.random_flip is None)
         return PreparedImages(
@@ -141,32 +145,33 @@ class Reference:
         )  # fmt: skip
 
     def blocks(self, how: Preparation, count: int, split: str | None = None) -> Iterator[tuple]:
-        """Yield images of a split (default: the reference), shuffled, as training shows them, see ``shown``."""
+        """Yield images of a split (default: the reference split), shuffled and prepared as in training."""
         return self.prepared(split or self.args.reference_split, how).shown(count)
 
     def features(self, extract, how: Preparation, count: int) -> np.ndarray:
-        """Return features of so many images of the reference, or of all if there are fewer: float32 (N, D)."""
+        """Return features of ``count`` images of the reference, or of all if there are fewer: float32 (N, D)."""
         return self._extracted(extract, how, count)[0]
 
     def labelled(self, extract, how: Preparation, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Return features as by ``features``, the images' labels (-1: none), and the classes' names."""
+        """Return features as ``features`` does, the images' labels (-1: no label), and the names of the classes."""
         features, indices = self._extracted(extract, how, count)
         labels, names = self.labels()
         return features, labels[indices], names
 
     def labels(self, split: str | None = None, flag: str = "--reference_split") -> tuple[np.ndarray, list[str]]:
-        """Return the labels of a split (default: the reference) by row, -1 for none, and the classes' names.
+        """Return the labels of a split (default: the reference split) by row, and the names of the classes.
 
-        Where no column holds labels, all are -1 and there are no names.
+        An image without a label has -1. If no column holds labels, all are -1 and there are no names.
 
         Args:
-            flag: what the user knows the split as.
+            split: name of the split.
+            flag: flag that names the split, for messages.
 
         Raises:
-            UserError: several columns might be meant, or ``--label_column`` is not there.
+            UserError: several columns may hold labels, or ``--label_column`` does not exist.
         """
         split = split or self.args.reference_split
-        if split not in self._labels:  # opened once, for each model asks
+        if split not in self._labels:  # opened once for all models
             try:
                 images = self._open(split, flag, label_column=self.args.label_column, find_labels=True)
                 labels = np.array([-1 if label is None else label for label in images.labels()])
@@ -184,20 +189,20 @@ class Reference:
         return found[0][:count], found[1][:count]
 
     def copies(self, how: Preparation) -> Copies:
-        """Return what finds copies of training images; their distances are measured once."""
+        """Return the detector of copies of training images, with distances that are measured once."""
         if how not in self._copies:
-            self._copies = {how: Copies(self, how)}  # one at a time, for they are large
+            self._copies = {how: Copies(self, how)}  # only one is kept, because it is large
         return self._copies[how]
 
     def noise(self, shape: tuple[int, int, int], count: int) -> Iterator[np.ndarray]:
-        """Yield uniform noise of this shape, in blocks: what it is made from is 20 times as large."""
+        """Yield uniform noise of this shape in blocks, because computing it needs 20 times its memory."""
         block = max(1, 2**22 // int(np.prod(shape)))
         for ids in np.array_split(np.arange(count), -(-count // block)):
             yield to_uint8(randomness.sample_noise(self.args.seed, "ceiling", ids, shape, "cpu", "uniform"))
 
 
 def _look(images: NamedImages):
-    """Some of the images, evenly spread, decoded one after the other; a bad one is an error."""
+    """Yield some of the images, evenly spread and decoded one after the other; raise if one is damaged."""
     for image in images.look():
         if isinstance(image, BadImage):
             raise image

@@ -1,4 +1,4 @@
-"""What evaluate.py found, as a table for people and as JSON for programs."""
+"""The results of evaluate.py, as a table for people and as JSON for programs."""
 
 import json
 from pathlib import Path
@@ -9,27 +9,28 @@ from ..pictures import make_grid
 from .sweep import plot_guidance, plot_sweep
 
 NOTE = """
-N: samples, and as many real images. Rows with the same N can be compared with each other, and with no other table. ema:
-whether the weights are averages, where that is known. The floor is what real, held-out images get. Lower is better for
-fd, kid and class_distance (of the digits' frequencies from equal ones), higher for precision, recall, density, coverage
-and class_accuracy (the share of samples that are recognised as the digit that was asked for). confidence: how sure the
-classifier is; noise can make it sure, too. copies: the share of images nearer to a training image than 99 % of the
-held-out ones are. Errors: by bootstrap over the generated images. Pixels have no precision, recall, density and
-coverage: noise would be best by them.
+N is the number of samples, and of the real images that they are compared with. Compare only rows with the same N, and
+only within this table. ema tells whether the weights are averages, if that is known. The floor is the result of real,
+held-out images. Lower is better for fd, kid and class_distance. Higher is better for precision, recall, density,
+coverage and class_accuracy. class_distance is the distance of the digits' frequencies from equal ones. class_accuracy
+is the share of samples that are recognised as the requested digit. confidence is the mean certainty of the digit
+classifier, which can also be high for noise. copies is the share of images that are nearer to a training image than
+99 % of the held-out images are. Errors are bootstrap estimates over the generated images. Pixels have no precision,
+recall, density and coverage, because noise would score best.
 """
 SHORT = """
-Lower is better, of coverage and class_accuracy higher. Floor: real images in the place of samples.
-copies: the share of samples suspiciously near to a training image; about 0.01 is what real images have.
+Lower is better, except for coverage and class_accuracy. The floor is the result of real images instead of samples.
+copies is the share of samples that are suspiciously near to a training image. For real images it is about 0.01.
 """
 LOSS_NOTE = """
-Denoising loss on frozen (image, timestep, noise) triples, whole and by range of timesteps. A model that has learned by
-heart has a lower one on the images that it was trained on than on held-out ones. Models with different targets or
-noise cannot be compared by it.
+Denoising loss on fixed (image, timestep, noise) triples, overall and by range of timesteps. A model that has memorised
+its training images has a lower loss on them than on held-out images. Do not use this loss to compare models with
+different prediction targets or noise.
 """
 
 
 def table_of(rows: list[dict]) -> str:
-    """Markdown. Columns are the keys in order of appearance; a key with ``_error`` goes beside its own as +-."""
+    """Return a Markdown table with a column for each key; ``KEY_error`` follows the value of ``KEY`` after ±."""
     keys = []
     for row in rows:
         keys += [key for key in row if key not in keys and not key.endswith("_error")]
@@ -49,7 +50,7 @@ def table_of(rows: list[dict]) -> str:
 
 
 def _short(row: dict) -> dict:
-    """What matters of a row, for the terminal."""
+    """Return the most important columns of a row, for the terminal."""
     kept = ("model", "N", "fd_", "fid_", "kid_", "coverage", "class_accuracy", "copies")
     return {key: value for key, value in row.items() if key.startswith(kept)}
 
@@ -65,20 +66,21 @@ def write_report(
 ) -> None:
     """Write ``results.json``, ``results.md``, ``samples.png`` and ``nearest.png``, and print the tables.
 
-    If samplers are compared, also ``sweep.png``.
+    If samplers are compared, also write ``sweep.png``.
 
     Args:
-        rows: one result each, with ``model`` its name; the first one is the floor, if there is one.
-        losses: denoising losses, a second table; may be empty.
-        grids: uint8 (N, C, H, W) by name, samples to show.
-        pairs: two of the same by name: the images most like training images, and those.
-        by_class: what was found of each class, by name; only for results.json.
-        sweep: whether there are rows for several numbers of steps.
-        facts: what holds for all rows.
+        folder: folder to write to.
+        rows: results, each with its name as ``model``; the first one is the floor, if there is one.
+        losses: denoising losses for a second table; may be empty.
+        grids: samples to show by name, uint8 (N, C, H, W).
+        pairs: pairs of such arrays by name: the samples most similar to training images, and those training images.
+        by_class: results for each class by name, only for results.json.
+        sweep: True if there are rows for several numbers of steps.
+        facts: values that hold for all rows.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    said = ", ".join(f"{key} {value}" for key, value in facts.items())
-    text = f"{said}\n\n{table_of(rows)}\n{NOTE}"
+    heading = ", ".join(f"{key} {value}" for key, value in facts.items())
+    text = f"{heading}\n\n{table_of(rows)}\n{NOTE}"
     if losses:
         text += f"{LOSS_NOTE}\n{table_of(losses)}\n"
     files = ["results.json", "results.md", "samples.png", "nearest.png"]
@@ -88,10 +90,10 @@ def write_report(
     if len({row.get("guidance_scale") for row in rows} - {None}) > 1:
         plot_guidance(rows).savefig(folder / "guidance.png")
         files.append("guidance.png")
-    print(f"\n{said}\n\n{table_of([_short(row) for row in rows])}\n{SHORT}")
+    print(f"\n{heading}\n\n{table_of([_short(row) for row in rows])}\n{SHORT}")
     if losses:
         print(table_of(losses))
-    print(f"\nwritten to {folder}: {', '.join(files)}; every column is in results.md")
+    print(f"\nWrote {', '.join(files)} to {folder}. All columns are in results.md")
     (folder / "results.md").write_text(text, encoding="utf-8")
     record = {**facts, "results": rows, "denoising_losses": losses, "by_class": by_class}
     (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -103,7 +105,7 @@ def write_report(
 
 
 def _strip(groups: dict):
-    """One row of eight images a name, all in colour if one is, enlarged to the largest."""
+    """Return a grid with a row of eight images for each name, in colour if any is, enlarged to the largest size."""
     height, width = (max(images.shape[axis] for images in groups.values()) for axis in (2, 3))
     rows = []
     for images in groups.values():

@@ -1,4 +1,4 @@
-"""Samplers and numbers of steps compared: which is best, a plot of them all, and the best written into a pipeline."""
+"""Comparison of samplers and numbers of steps: find the best, plot all, and write the best into a pipeline."""
 
 import json
 import re
@@ -13,10 +13,10 @@ from ..training.output_dir import ARGUMENTS, read_arguments
 
 
 def best_setting(tried: list[tuple]) -> tuple:
-    """The sampler and the number of steps with the lowest Fréchet distance; within its error, the fewest steps.
+    """Return the sampler and the number of steps with the lowest Fréchet distance; within its error, the fewest steps.
 
     Args:
-        tried: samplers or their names, each with a list of its one row.
+        tried: pairs of a sampler, or its name, and a list with its one row.
     """
     rows = [(sampler, row, _distance(row)) for sampler, (row,) in tried]
     lowest = min(rows, key=lambda entry: entry[2])
@@ -31,14 +31,14 @@ def _distance(row: dict, suffix: str = "") -> float:
 
 
 def _metric(row: dict) -> str:
-    """The name of the Fréchet distance in a row."""
+    """Return the name of the Fréchet distance in a row."""
     return next(key for key in row if key.startswith(("fd_", "fid_")))
 
 
 def plot_sweep(rows: list[dict]) -> Figure:
-    """Fréchet distance against UNet calls per image, a line for each model and sampler."""
+    """Plot the Fréchet distance against the number of sampling steps, a line for each model and sampler."""
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="UNet calls per image", ylabel=_metric(rows[0]))
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="sampling steps", ylabel=_metric(rows[0]))
     lines = {}
     for row in rows:
         if "steps" in row:
@@ -60,7 +60,7 @@ def plot_sweep(rows: list[dict]) -> Figure:
 
 
 def plot_guidance(rows: list[dict]) -> Figure:
-    """Fidelity against diversity: Fréchet distance, precision and recall over the guidance scale, a line each model."""
+    """Plot Fréchet distance, precision and recall over the guidance scale, a line for each model."""
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     metrics = [metric for metric in (_metric(rows[0]), "precision", "recall") if metric in rows[0]]
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
@@ -80,19 +80,22 @@ def plot_guidance(rows: list[dict]) -> Figure:
 
 
 def check_writable(name: str) -> None:
-    """Refuse a pipeline whose scheduler cannot be replaced.
+    """Refuse a pipeline if its scheduler cannot be replaced.
 
     Raises:
-        UserError: no folder, not a DDPMPipeline, or a checkpoint, whose files are listed with their hashes.
+        UserError: there is no such folder, it is not a DDPMPipeline, or it is a checkpoint, which must keep the hashes
+            of its files.
     """
     index = Path(name) / "model_index.json"
     if not index.is_file():
-        raise UserError(f"--write_best: {name} is not a folder with a pipeline; expected the output of train_ddpm.py")
+        raise UserError(f"--write_best: {name} is not a folder with a pipeline. Expected the output of train_ddpm.py")
     if (Path(name) / "manifest.json").exists():
-        raise UserError(f"--write_best: {name} is a checkpoint, and stays as it was saved; give the run's folder")
+        raise UserError(f"--write_best: {name} is a checkpoint, which must not change. Give the run's folder")
     pipeline_class = read_record(index).get("_class_name")
     if pipeline_class != "DDPMPipeline":
-        raise UserError(f"--write_best: {name} is a {pipeline_class}, which has one sampler; expected a DDPMPipeline")
+        raise UserError(
+            f"--write_best: {name} is a {pipeline_class}, which has only one sampler. Expected a DDPMPipeline"
+        )
 
 
 def write_scheduler(folder: Path, scheduler: SchedulerMixin, num_inference_steps: int) -> None:

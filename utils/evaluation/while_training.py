@@ -1,4 +1,4 @@
-"""How good a model is while it trains: its loss on held-out images, its samples, and the best model so far."""
+"""Evaluation during training: loss on held-out images, quality of samples, and the best model so far."""
 
 import json
 import logging
@@ -18,12 +18,12 @@ from .metrics import check_count, distance_name, frechet_distance, kernel_distan
 logger = logging.getLogger(__name__)
 
 RECORD = "evaluation.json"
-NUM_VALIDATION_IMAGES = 64  # of each set
-LOOKED_AT = 64  # images by which features are chosen
+NUM_VALIDATION_IMAGES = 64  # per set
+NUM_PROBE_IMAGES = 64  # the features are chosen by so many images
 
 
 class Evaluation:
-    """Takes part in a training run, see ``training.loop.Run``."""
+    """Part of a training run, see ``training.loop.Run``."""
 
     def resumed(self, run) -> None:
         flags = vars(run.args)
@@ -37,12 +37,12 @@ class Evaluation:
 
 
 class Validation:
-    """Curves of the denoising loss: on training images, held-out ones and, of an adapted model, those of its base.
+    """Curves of the denoising loss on training images, held-out images, and images of a pretrained model.
 
     Args:
-        run: that trains.
-        split: held out; None for none.
-        prior: other images, ``NAME`` or ``NAME:SPLIT``; None for none.
+        run: training run.
+        split: held-out split, or None.
+        prior: data set like that of the pretrained model, ``NAME`` or ``NAME:SPLIT``, or None.
 
     Raises:
         UserError: a split cannot be loaded, or shares images with the training set.
@@ -78,30 +78,30 @@ class Validation:
 class SampleQuality:
     """Fréchet distance and KID between samples and as many training images; the best model is kept in ``best/``.
 
-    Both are biased or noisy for small N, which is why the curves carry it: ``metrics/fd_digits_N1000``.
+    Both are biased or noisy for small N, so the names of the curves contain N: ``metrics/fd_digits_N1000``.
 
     Args:
-        run: that trains. A best model of a later step belongs to a run that this one does not continue.
-        features: see ``features.choose_features``.
-        count: samples, at most as many as there are training images.
+        run: training run. It ignores a best model of a later step, because it does not continue from that step.
+        features: features, or None to choose them, see ``features.choose_features``.
+        count: number of samples; the number of training images is the maximum.
         every: optimizer steps between evaluations, for a message.
 
     Attributes:
-        count: N.
+        count: number of samples, N.
     """
 
     def __init__(self, run, features: str | None, count: int, every: int):
         self.run, self.every, self.announced = run, every, False
         reference = run.train_data.shown(count)
         check_count(len(reference), "--evaluate_steps")
-        self.extract = load_extractor(choose_features(features, reference[:LOOKED_AT]), run.accelerator.device)
+        self.extract = load_extractor(choose_features(features, reference[:NUM_PROBE_IMAGES]), run.accelerator.device)
         self.count, self.reference = len(reference), self.extract(reference)
         self._distance = f"{distance_name(self.extract.name)}_N{self.count}"
         self._kid = f"kid_{self.extract.name}_N{self.count}"
         self.folder = run.output_dir / "best"
         self.previous = self.folder.with_name("best-previous")
         if run.accelerator.is_main_process and self.previous.exists() and not self.folder.exists():
-            os.rename(self.previous, self.folder)  # killed between the two renames of ``_keep``
+            os.rename(self.previous, self.folder)  # a run was killed between the two renames of ``_keep``
         self.best = np.inf
         if (self.folder / RECORD).is_file():
             record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ class SampleQuality:
         dimensions = self.reference.shape[1]
         if self.count < 2 * dimensions:
             logger.warning(
-                f"{self.count} images for {dimensions} features: fewer than twice as many make fd and kid unreliable. "
+                f"{self.count} images are fewer than twice the {dimensions} features, so fd and kid are unreliable. "
                 "Raise --num_evaluation_samples, or choose other --features"
             )
 
@@ -118,8 +118,8 @@ class SampleQuality:
         """Draw samples, compare them with the training images, write curves, keep the best. Call it on all processes.
 
         Raises:
-            Interrupted: nothing is written then.
-            CheckpointError: ``best/`` cannot be written; an earlier one is untouched.
+            Interrupted: a stop was requested; nothing is written.
+            CheckpointError: ``best/`` cannot be written; an earlier one is intact.
         """
         start, run, values = time.perf_counter(), self.run, None
         images = run.draw(self.count)
@@ -133,8 +133,8 @@ class SampleQuality:
             if not self.announced:
                 self.announced = True
                 logger.info(
-                    f"Drawing and comparing {self.count} samples took {time.perf_counter() - start:.0f} s, and will "
-                    f"every {self.every} steps. --evaluate_steps and --num_evaluation_samples change that"
+                    f"Drawing and comparing {self.count} samples took {time.perf_counter() - start:.0f} s, every "
+                    f"{self.every} steps. Change this with --evaluate_steps and --num_evaluation_samples"
                 )
         on_all_processes(
             run.accelerator, f"{self.folder} cannot be saved", lambda: self._keep(values), "The earlier one is intact"
