@@ -138,7 +138,7 @@ def test_a_hang_ends_says_where_and_the_run_goes_on_by_itself(tmp_path, launch, 
     code, said = finish(agent)
     assert code == 0, said
     assert re.search(
-        rf"nothing has moved for 2 s \(--hang_timeout\): process {1 - stopped} of 2 on .* has done \d+ optimizer "
+        rf"no progress for 2 s \(--hang_timeout\): process {1 - stopped} of 2 on .* has done \d+ optimizer "
         rf"steps and is in: (step|saving)\. Process {stopped} does not answer either\. Its threads:", said
     ), said  # fmt: skip
     assert "most recent call first" in said and "in main" in said  # the stacks

@@ -533,7 +533,7 @@ def test_own_config_starts_from_random_weights(tmp_path, finished_run):
         (["--model_config_name_or_path=./missing"], "Expected a JSON file, a folder with config.json, or a Hub id"),
         (["--resolution=10"], r"needs multiples of 4\. Try --resolution 8"),
         (["--mixed_precision=fp16"], "fp16 needs a GPU"),
-        (["--report_to=tensorbored"], "unknown tracker; expected none, all"),
+        (["--report_to=tensorbored"], "unknown tracker. Expected none, all"),
         (["--report_to=aim"], "its package is not installed"),
     ],
 )

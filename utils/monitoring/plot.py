@@ -7,26 +7,28 @@ from ..pictures import label_log_axis
 
 
 def draw_curves(folder: Path, logs: Path) -> None:
-    """Write ``curves.png``, the losses in TensorBoard's files below ``logs``; nothing if there are none."""
+    """Write ``curves.png``, the losses in TensorBoard's files below ``logs``. Without such files, write nothing."""
     runs = sorted({path.parent for path in logs.glob("**/events.out.*")})
     if not runs:
         return
     from matplotlib.figure import Figure
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of what a resumed run has written again
+    logging.getLogger("tensorboard").setLevel(
+        logging.ERROR
+    )  # it warns about points that a resumed run has written twice
 
     curves = {}
     for run in runs:
         events = EventAccumulator(str(run), size_guidance={"images": 1}).Reload()
         for tag in events.Tags()["scalars"]:
             points = events.Scalars(tag) if tag.startswith("loss/") else []
-            if points:  # none may be left of a run that was begun again
+            if points:  # a file of an early restart may have no points left
                 curves.setdefault(tag.startswith("loss/validation_"), []).append((tag.removeprefix("loss/"), points))
     if not curves:
         return
     figure = Figure(figsize=(7 * len(curves), 4), dpi=110, layout="constrained")
-    # Two measures: in training timesteps are not equally likely, and the target may be guided
+    # The two losses differ: in training, timesteps are not equally likely, and the target may include guidance
     titles = {False: "training loss", True: "denoising loss: fixed noise, equal timesteps"}
     for axes, fixed in zip(figure.subplots(1, len(curves), squeeze=False)[0], sorted(curves), strict=True):
         for name, points in curves[fixed]:

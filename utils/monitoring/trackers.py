@@ -1,4 +1,4 @@
-"""The trackers of a run: their start, their pictures, and one run in them over all resumes."""
+"""Trackers of a run: start them, send them pictures, and keep a resumed run in one place."""
 
 import logging
 import uuid
@@ -15,8 +15,8 @@ from ..privacy import public
 
 logger = logging.getLogger(__name__)
 
-# TensorBoard's custom scalars: what is the same measure, in one chart. The training loss is another one than those on
-# fixed noise: its timesteps are not equally likely, and its target may be guided
+# TensorBoard's custom scalars show each measure in a chart of its own. The training loss and the losses on fixed noise
+# are different measures: in training, timesteps are not equally likely, and the target may include guidance
 LAYOUT = {
     "loss": {
         "training": ["Multiline", ["^loss/train$"]],
@@ -25,45 +25,46 @@ LAYOUT = {
         "fixed noise, by noise level": ["Multiline", ["^loss_by_timestep_validation/"]],
     }
 }
-ALWAYS = ("train_batch_size", "seed")  # among TensorBoard's hyperparameters, defaults or not
-FACTS = ("parameters", "learning_rate")  # there, too
+ALWAYS = ("train_batch_size", "seed")  # flags that TensorBoard's hyperparameters show also with their defaults
+FACTS = ("parameters", "learning_rate")  # facts of the run that they show, too
 
 
 def check_trackers(report_to: str) -> list[str]:
-    """The trackers' names in ``--report_to``; ``all`` are those that are installed.
+    """Return the names of the trackers in ``--report_to``; ``all`` means all installed trackers.
 
     Raises:
-        UserError: one is unknown or not installed.
+        UserError: a tracker is unknown or not installed.
     """
     known, available = (LoggerType.list(), [str(tracker) for tracker in get_available_trackers()])
     names = {"none": [], "all": available}.get(report_to, [name.strip() for name in report_to.split(",")])
     for name in names:
         if name not in known:
-            raise UserError(f"--report_to {name}: unknown tracker; expected none, {', '.join(known)}")
+            raise UserError(f"--report_to {name}: unknown tracker. Expected none, {', '.join(known)}")
         if name not in available:
-            raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or choose none")
+            raise UserError(f"--report_to {name}: its package is not installed. Run pip install {name}, or choose none")
     return names
 
 
 def start_trackers(run, names: list[str], logs: Path) -> None:
     """Open the trackers on the main process.
 
-    A run is called after its folder. TensorBoard keeps one run over resumes, and hides what it has from later steps;
-    its table of hyperparameters has the flags that differ from their defaults, and a few others.
+    The trackers name the run after its output folder. TensorBoard keeps one run over all resumes, and hides points of
+    later steps. Its table of hyperparameters shows the flags that differ from their defaults, and a few others.
 
     Args:
-        names: of trackers, see ``check_trackers``.
-        logs: folder of TensorBoard's files.
+        run: training run.
+        names: names of the trackers, see ``check_trackers``.
+        logs: folder for TensorBoard's files.
 
     Raises:
-        UserError: one of them cannot start.
+        UserError: a tracker cannot start.
     """
     accelerator, args = run.accelerator, run.args
     if not accelerator.is_main_process or not names:
         return
     folder = run.output_dir.resolve()
     before = sorted({path.parent.name for path in logs.glob("*/events.out.*")})
-    title = before[0] if run.global_step and len(before) == 1 else folder.name  # of a folder that was renamed
+    title = before[0] if run.global_step and len(before) == 1 else folder.name  # the folder may have been renamed
     flags = public(vars(args))
     try:
         tensorboard = (
@@ -72,8 +73,10 @@ def start_trackers(run, names: list[str], logs: Path) -> None:
         accelerator.log_with = [tensorboard if name == "tensorboard" else name for name in names]
         accelerator.init_trackers(run.name, init_kwargs=_options(folder, logs, names, run.global_step))
         for tracker in accelerator.trackers:
-            if tracker is tensorboard:  # in the run itself: accelerate's own way adds a run for each start, and torch's
-                from torch.utils.tensorboard.summary import hparams  # record of the experiment hides other runs' flags
+            if tracker is tensorboard:
+                # The summary goes into the run itself: accelerate would add a run for each start, and torch's record
+                # of the experiment would hide other runs' flags
+                from torch.utils.tensorboard.summary import hparams
 
                 defaults = {**defaults_of(args), **dict.fromkeys(ALWAYS)}
                 shown = {flag: value for flag, value in flags.items() if value != defaults.get(flag)}
@@ -83,8 +86,8 @@ def start_trackers(run, names: list[str], logs: Path) -> None:
             else:
                 tracker.store_init_configuration(_plain({**flags, **public(run.facts), "output_dir": str(folder)}))
                 if not hasattr(tracker, "log_images") and tracker.name != "trackio":
-                    logger.warning(f"--report_to {tracker.name} shows no pictures; they are in {args.output_dir}")
-    except Exception as error:  # each tracker has its own: no login, no network, no folder
+                    logger.warning(f"--report_to {tracker.name} does not show pictures. They are in {args.output_dir}")
+    except Exception as error:  # each tracker raises errors of its own: no login, no network, no folder
         raise UserError(f"--report_to {args.report_to} cannot start: {type(error).__name__}: {error}") from error
 
 
@@ -92,16 +95,17 @@ def show_picture(trackers, name: str, picture: Image.Image, step: int, caption: 
     """Send a picture to the trackers that show pictures.
 
     Args:
-        trackers: of the accelerator.
-        name: of the picture there.
-        step: optimizer steps done, the trackers' x-axis.
-        caption: for those that show one.
+        trackers: trackers of the accelerator.
+        name: name of the picture in the trackers.
+        picture: picture to send.
+        step: number of optimizer steps done, the trackers' x-axis.
+        caption: caption for the trackers that show one.
     """
     pixels = np.atleast_3d(np.asarray(picture))
     for tracker in trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
-        elif tracker.name == "trackio":  # accelerate's has no log_images
+        elif tracker.name == "trackio":  # accelerate's tracker for it has no log_images
             import trackio
 
             tracker.log({name: trackio.Image(picture, caption=caption)}, step=step)
@@ -114,7 +118,7 @@ def _plain(values: dict) -> dict:
 
 
 def _options(folder: Path, logs: Path, names: list[str], first_step: int) -> dict[str, dict]:
-    """Return what shows a resumed run as one: W&B knows it by an id, trackio by a name of its own."""
+    """Return options that keep a resumed run as one run: an id for W&B, a unique name for trackio."""
     if not {"wandb", "trackio"} & {*names}:
         return {}
     file = logs / "wandb_id"

@@ -1,4 +1,4 @@
-"""Runs that look after themselves: a watchdog, rollbacks, restarts, lost processes, advice where memory ends."""
+"""Resilience of runs: a watchdog, rollbacks, restarts, and advice about lost processes and memory."""
 
 import os
 import signal
@@ -12,20 +12,20 @@ LAUNCHER = os.getppid()
 def add_arguments(parser: Parser) -> None:
     """Add the flags of rollbacks and of the watchdog."""
     group = parser.group("run")
-    group.add_argument("--max_rollbacks", metavar="N", type=integer(0), default=0, help="where loss or gradient are not finite, return to the newest checkpoint and leave out the images of that step, at most N times in a run; then stop")
-    group.add_argument("--hang_timeout", metavar="SECONDS", type=real(0), default=300.0, help="seconds without any progress, after the first step, until a run ends with the stacks of its threads; 0: never")
+    group.add_argument("--max_rollbacks", metavar="N", type=integer(0), default=0, help="maximum number of rollbacks in a run. If loss or gradient is not finite, a rollback returns to the newest checkpoint and skips that step's images")
+    group.add_argument("--hang_timeout", metavar="SECONDS", type=real(0), default=300.0, help="seconds without progress, after the first step, until the run aborts with the stack traces of its threads (0: never)")
 # fmt: on
 
 
 def take_part(run):
-    """Guard a training run, see ``guard.Guard``."""
+    """Return the guard of a training run, see ``guard.Guard``."""
     from .guard import Guard
 
     return Guard(run.args.max_rollbacks, run.args.hang_timeout)
 
 
 def explain(error: Exception, args) -> tuple[int, str, bool] | None:
-    """Advise about lost processes and memory, see ``exits.explain``."""
+    """Return advice about a lost process or a lack of memory, see ``exits.explain``."""
     from .advice import lost, memory
 
     if message := lost(error):
@@ -35,21 +35,21 @@ def explain(error: Exception, args) -> tuple[int, str, bool] | None:
     return None
 
 
-EXIT_PEER_LOST = (
-    124  # exit code: nothing moved any more, or another process of the run is gone; the same command resumes
-)
+# Exit code of a run that hung or lost another of its processes. The same command resumes
+EXIT_PEER_LOST = 124
 
 
 def ended(code: int, final: bool) -> None:
-    """Keep the launcher from starting a run again (``--max_restarts``) that would end in the same way.
+    """Keep the launcher from restarting a run (``--max_restarts``) that would fail in the same way.
 
-    Its agent, torchrun's, restarts whatever does not end with 0, even for a mistake in a flag; only a signal stops it.
+    torchrun's agent restarts processes that exit with a non-zero code, even for a mistake in a flag. Only a signal stops
+    it.
     """
     left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if not code or not final or left <= 0:
         return
-    if not hasattr(os, "getsid") or os.getsid(0) != os.getpid():  # the agent's workers lead their sessions
+    if not hasattr(os, "getsid") or os.getsid(0) != os.getpid():  # each worker of the agent leads a session
         return
-    if os.getppid() == LAUNCHER:  # it lives: otherwise the parent is another process by now
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it passes on to all
+    if os.getppid() == LAUNCHER:  # the launcher still runs, otherwise the parent would be another process
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher passes the signal on to its workers
         os.kill(LAUNCHER, signal.SIGTERM)

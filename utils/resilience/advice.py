@@ -1,4 +1,4 @@
-"""What a user can do about an error of the machine: memory that ended, a process that is gone."""
+"""Advice about errors of the machine: too little memory, a lost process."""
 
 import os
 import re
@@ -13,25 +13,28 @@ CONNECTION_ERRORS = (
 
 
 def lost(error: Exception) -> str | None:
-    """Say that a collective operation failed because another process is gone; None for other errors."""
+    """Return an explanation if a collective operation failed because another process was lost; None otherwise."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError):
         return None
     if not any(words in str(error) for words in CONNECTION_ERRORS):
         return None
-    reason = re.sub(r"\[\S*/[\w.]+:\d+\] *", "", _first_line(error))  # without the place in torch's sources
+    reason = re.sub(r"\[\S*/[\w.]+:\d+\] *", "", _first_line(error))  # without the location in torch's source
     address = re.search(r"\[([\d.]+|[\da-f:]+)\]:\d+", reason)
     where = f", at {address[1]}," if address else ""
     return (
-        f"another process of this run{where} has ended or cannot be reached; its own message is above, or in "
+        f"another process of this run{where} has ended or cannot be reached. Its own message is above, or in "
         f"its machine's log. The same command resumes from the newest checkpoint ({reason})"
     )
 
 
 def memory(error: Exception, flags: dict) -> str | None:
-    """Say which flags to change where memory ended, with values that keep the images per optimizer step; else None."""
+    """Return advice if the memory was too small; None otherwise.
+
+    The advice names flags to change, with values that keep the number of images per optimizer step.
+    """
     import torch
 
-    # torch's error on a CPU is a RuntimeError like any other
+    # On a CPU torch raises a plain RuntimeError
     if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
         return None
     advice = []
@@ -41,15 +44,15 @@ def memory(error: Exception, flags: dict) -> str | None:
         micro_steps = flags["gradient_accumulation_steps"] * batch // smaller
         advice.append(
             f"--train_batch_size {smaller} --gradient_accumulation_steps {micro_steps} (the same images in each "
-            "optimizer step, the same learning rate: the same result)"
+            "optimizer step, with the same result)"
         )
     if flags.get("gradient_checkpointing") is False:
         advice.append("--gradient_checkpointing")
     if sampled > 1:
         advice.append(f"if it happened while samples were drawn, --sample_batch_size {sampled // 2}")
     advice.append("a smaller --resolution" if "resolution" in flags else "a smaller model")
-    first_line = _first_line(error) if str(error) else "No memory is left."
-    return f"{first_line} Add to the same command {'; or '.join(advice)}"
+    first_line = _first_line(error) if str(error) else "Out of memory."
+    return f"{first_line} Add to the same command {', or '.join(advice)}"
 
 
 def _first_line(error: Exception) -> str:

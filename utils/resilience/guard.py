@@ -1,4 +1,4 @@
-"""What guards a training run: a watchdog, and rollbacks where a step went wrong."""
+"""The guard of a training run: a watchdog, and rollbacks after a step that went wrong."""
 
 import itertools
 import logging
@@ -19,16 +19,16 @@ from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 100  # optimizer steps whose gradient norms the next one's is compared with
-GRAD_NORM_DEVIATIONS = None  # K: also roll back where a norm is over K standard deviations above the mean of those
+WINDOW = 100  # number of optimizer steps that a gradient norm is compared with
+GRAD_NORM_DEVIATIONS = None  # K: also roll back if a norm is more than K standard deviations above their mean
 
 
 class Guard:
-    """Takes part in a training run, see ``training.loop.Run``.
+    """Part of a training run that guards it, see ``training.loop.Run``.
 
     Args:
-        max_rollbacks: in the whole run.
-        hang_timeout: seconds, see ``Watchdog``; 0 for never.
+        max_rollbacks: maximum number of rollbacks in the whole run.
+        hang_timeout: seconds without progress until the run aborts, see ``Watchdog``; 0: never.
     """
 
     def __init__(self, max_rollbacks: int, hang_timeout: float):
@@ -44,23 +44,23 @@ class Guard:
 
     def load_state(self, run, state: dict) -> None:
         if run.accelerator.is_main_process:
-            rollbacks.add(run.output_dir, state.get("rollbacks", []))  # if it is of another folder
+            rollbacks.add(run.output_dir, state.get("rollbacks", []))  # the checkpoint may come from another folder
         self.norms = state.get("last_grad_norms", [])
-        for optimizer in run.accelerator._optimizers:  # where earlier versions kept them
+        for optimizer in run.accelerator._optimizers:  # earlier versions kept the norms there
             self.norms = optimizer.param_groups[0].pop("grad_norms", self.norms)
 
     def started(self, run) -> None:
         self.watchdog = Watchdog(run.accelerator, self.hang_timeout)
 
     def global_batches(self, run) -> Iterator[int]:
-        """Yield the number of the global batch that each optimizer step of the whole run takes."""
+        """Yield the number of the global batch of each optimizer step of the whole run."""
         return rollbacks.global_batches(rollbacks.read_together(run.accelerator, run.output_dir))
 
     def stepped(self, run) -> None:
         self.watchdog.heartbeat(run.global_step)
 
     def checked(self, run, step: int, loss: float, norm: float) -> None:
-        """Roll back where the norm of a gradient is much larger than those before.
+        """Roll back if a gradient norm is much larger than those of the last steps.
 
         Raises:
             UserError, RestartFromCheckpoint: see ``Run.diverged``.
@@ -77,28 +77,29 @@ class Guard:
         """Roll back, if a rollback is left.
 
         Args:
-            entry: for the record, but for the global batch.
+            problem: description of what went wrong.
+            entry: entry for the record, without the global batch.
 
         Returns:
-            Why there is no rollback, and what to do instead, for the message: one of them is empty.
+            The reason why there is no rollback, and the advice what to do, as parts of a message. One of them is empty.
 
         Raises:
-            RestartFromCheckpoint: the step is recorded as left out; ``main`` has to be called again.
+            RestartFromCheckpoint: the step is recorded as skipped. ``main`` has to be called again.
         """
         found = rollbacks.read_together(run.accelerator, run.output_dir)
         if len(found) >= self.max_rollbacks:
             if found:
                 return f", and --max_rollbacks {self.max_rollbacks} are used up, see {rollbacks.RECORD}", ""
-            return "", "--max_rollbacks leaves the images of such steps out, or "
+            return "", "skip the images of such steps with --max_rollbacks, or "
         number = next(itertools.islice(rollbacks.global_batches(found), entry["step"] - 1, None))
         logger.warning(
-            f"{problem}. Back to the newest checkpoint, or to the start if there is none; its images, global "
-            f"batch {number}, are left out ({len(found) + 1} of {self.max_rollbacks} rollbacks)"
+            f"{problem}. Rolling back to the newest checkpoint, or to the start if there is none. The images of this "
+            f"step, global batch {number}, are skipped ({len(found) + 1} of {self.max_rollbacks} rollbacks)"
         )
         if run.accelerator.is_main_process:
             rollbacks.add(run.output_dir, [{"global_batch": number, **entry}])
-        run.accelerator.wait_for_everyone()  # the record is there when it is read
-        raise RestartFromCheckpoint("the run goes back to its newest checkpoint: call main(args) again")
+        run.accelerator.wait_for_everyone()  # until the record is written
+        raise RestartFromCheckpoint("the run rolls back to its newest checkpoint: call main(args) again")
 
     def closed(self, run) -> None:
         if self.watchdog:
@@ -106,7 +107,7 @@ class Guard:
 
 
 def check_shared(accelerator, folder: Path) -> None:
-    """Refuse a folder of which each machine has its own: each would save a part of every checkpoint.
+    """Refuse an output folder that the machines do not share: each would save only a part of every checkpoint.
 
     Raises:
         UserError: on every process.
@@ -117,13 +118,13 @@ def check_shared(accelerator, folder: Path) -> None:
     accelerator.wait_for_everyone()
     deadline = time.monotonic() + 2
     while not (seen := token.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)  # a network's file system may be late
+        time.sleep(0.1)  # a network file system may lag
     found = gather_object([(seen, f"process {accelerator.process_index} on {platform.node()}")])
     if accelerator.is_main_process:
         token.unlink()
     blind = [name for seen, name in found if not seen]
     if blind:
         raise UserError(
-            f"--output_dir {folder} must be on a file system that all machines share: what {found[0][1]} writes there, "
-            f"{', '.join(blind)} does not see. Choose a shared folder"
+            f"--output_dir {folder} must be on a file system that all machines share: {', '.join(blind)} cannot find "
+            f"a file written by {found[0][1]}. Choose a shared folder"
         )

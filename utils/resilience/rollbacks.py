@@ -1,7 +1,7 @@
-"""Back to the newest checkpoint, and around the images that made it necessary.
+"""Rollback to the newest checkpoint, and the record of the batches that a run skips.
 
-All that is drawn at random follows from the number of a sample. So a run can leave out the samples of one optimizer
-step, for good, and the others stay what they were: it ends with the same bits whether or not it is killed in between.
+All random numbers are a function of the number of a sample. So a run can skip the samples of one optimizer step and
+leave the others unchanged. It ends with the same bits whether or not it is killed in between.
 """
 
 import itertools
@@ -13,11 +13,11 @@ from accelerate.utils import broadcast_object_list
 
 from .. import UserError, write_record
 
-RECORD = "rollbacks.json"  # in the output folder: one entry for each time
+RECORD = "rollbacks.json"  # in the output folder, with an entry for each rollback
 
 
 def read(output_dir: Path) -> list[dict]:
-    """Read what the run in this folder has left out, an entry for each time: ``global_batch``, ``step`` and why.
+    """Read the rollbacks of the run in this folder: ``global_batch``, ``step`` and the reason of each.
 
     Raises:
         UserError: the record is damaged.
@@ -28,13 +28,13 @@ def read(output_dir: Path) -> list[dict]:
         return [{**entry, "global_batch": int(entry["global_batch"])} for entry in entries]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{file} is damaged ({type(error).__name__}: {error}); expected a list of entries with global_batch. The "
-            "newest checkpoint holds all but the last of them: delete the file, and the same command resumes from there"
+            f"{file} is damaged ({type(error).__name__}: {error}). Expected a list of entries with global_batch. The "
+            "newest checkpoint holds all entries except the last. To resume from it, delete the file"
         ) from error
 
 
 def add(output_dir: Path, entries: list[dict]) -> None:
-    """Leave these out, too, from now on."""
+    """Add entries to the record, so that their batches are skipped, too."""
     found = read(output_dir)
     new = [entry for entry in entries if entry["global_batch"] not in {known["global_batch"] for known in found}]
     if new:
@@ -42,11 +42,11 @@ def add(output_dir: Path, entries: list[dict]) -> None:
 
 
 def read_together(accelerator, output_dir: Path) -> list[dict]:
-    """``read`` by the main process for all: another machine may see an older state of the file. Call it on all."""
+    """Read on the main process for all, because other machines may find an older file. Call it on all processes."""
     return broadcast_object_list([read(output_dir)])[0] if accelerator.num_processes > 1 else read(output_dir)
 
 
 def global_batches(entries: list[dict]) -> Iterator[int]:
-    """Yield the number of the global batch that each optimizer step takes: 0, 1, 2 ..., less what is left out."""
-    left_out = {entry["global_batch"] for entry in entries}
-    return (number for number in itertools.count() if number not in left_out)
+    """Yield the number of the global batch of each optimizer step: 0, 1, 2 ..., without the skipped ones."""
+    skipped = {entry["global_batch"] for entry in entries}
+    return (number for number in itertools.count() if number not in skipped)

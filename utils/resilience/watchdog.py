@@ -1,8 +1,8 @@
-"""A run that hangs is ended, and says where it was.
+"""Detection of a run that hangs: abort it, and print where it was.
 
-Progress is counted, not time: a batch, a model call while sampling, a piece of a file while saving. A run hangs when
-none of its processes has made any for ``--hang_timeout`` seconds. What it waits for then never comes by itself: another
-process that is stopped or stuck, a file system that is gone.
+Progress is an event, such as a batch, a sampling step, or a piece of a file while saving. A run hangs if none of its
+processes makes progress for ``--hang_timeout`` seconds. Waiting longer does not help then, because another process is
+stopped or stuck, or a file system is gone.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from .. import signals
 from ..training import process
 from . import EXIT_PEER_LOST
 
-COMPILING = 10  # times as long may nothing move while --compile compiles
+COMPILING = 10  # factor on the time limit while --compile compiles
 
 
 class Watchdog:
-    """Two threads: one tells the other processes of progress and hears of theirs, one looks at the clock.
+    """Two threads: one exchanges progress with the other processes, and one checks the time.
 
-    They are two because the first may wait for ever for a process that has stopped. A process that is itself suspended,
-    by Ctrl-Z or with its machine, has not hung.
+    They are two because the first may wait without end for a process that has stopped. A process that was itself
+    suspended, by Ctrl-Z or with its machine, does not count as hanging.
 
     Args:
-        accelerator: of this process.
-        seconds: without progress of any process, until this one prints the stacks of its threads and exits with
-            ``EXIT_PEER_LOST``; 0 for never.
+        accelerator: ``Accelerator`` of this process.
+        seconds: seconds without progress of any process, until this one prints the stack traces of its threads and
+            exits with ``EXIT_PEER_LOST``; 0: never.
     """
 
     def __init__(self, accelerator, seconds: float):
@@ -40,7 +40,7 @@ class Watchdog:
         self.interval = min(5.0, seconds / 10)
 
     def heartbeat(self, global_step: int) -> None:
-        """Note the end of an optimizer step; the first one starts the watch, for before it there are downloads."""
+        """Note the end of an optimizer step. The first one starts the watch, because downloads come before it."""
         self.step = max(self.step, global_step)
         if self.moved_at or not self.seconds:
             return
@@ -56,16 +56,18 @@ class Watchdog:
         count, woken_at = signals.count, time.monotonic()
         while not self.ended.wait(self.interval):
             now = time.monotonic()
-            if count != signals.count or now - woken_at > self.interval + self.seconds / 2:  # it was suspended itself
+            if (
+                count != signals.count or now - woken_at > self.interval + self.seconds / 2
+            ):  # this process was suspended
                 count, self.moved_at = signals.count, now
             woken_at = now
             if now - self.moved_at > self.seconds * (COMPILING if signals.compiling else 1):
                 self._abort()
 
     def _share_progress(self) -> None:
-        """One number that all processes add to; whether each still adds is asked only when it does not move."""
+        """Add to a number that all processes share. If it does not change, find out which of them still add to it."""
         if process.store:
-            with contextlib.suppress(RuntimeError):  # the process that keeps the store has ended
+            with contextlib.suppress(RuntimeError):  # the process that keeps the store may have ended
                 self._exchange(process.store.clone())
 
     def _exchange(self, store) -> None:
@@ -89,15 +91,15 @@ class Watchdog:
         silent = "".join(f" Process {rank} does not answer either." for rank in self.silent)
         where = f"process {self.rank} of {self.world_size} on {platform.node()}"
         print(
-            f"\nerror: nothing has moved for {self.seconds:g} s (--hang_timeout): {where} has done {self.step} "
+            f"\nerror: no progress for {self.seconds:g} s (--hang_timeout): {where} has done {self.step} "
             f"optimizer steps and is in: {signals.activity}.{silent} Its threads:",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         print("The same command resumes from the newest checkpoint.", file=sys.stderr, flush=True)
         for machine, pid in (name.rsplit(" ", 1) for name in self.silent.values()):
-            with contextlib.suppress(OSError):  # it has ended, or this is not Linux
+            with contextlib.suppress(OSError):  # the process has ended, or this is not Linux
                 parent = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
-                if machine == platform.node() and int(parent) == os.getppid():  # of this run, and stopped: only this
-                    os.kill(int(pid), signal.SIGKILL)  # ends it
+                if machine == platform.node() and int(parent) == os.getppid():  # it belongs to this run
+                    os.kill(int(pid), signal.SIGKILL)  # a stopped process ends only by this signal
         os._exit(EXIT_PEER_LOST)
