@@ -104,11 +104,8 @@ def test_an_output_folder_of_each_machines_own_is_refused_everywhere(tmp_path):
     results = own_folders(tmp_path, tiny(f"--output_dir={tmp_path / 'run'}"), str(tmp_path / "run"))
     for code, said in results:
         assert code == 1 and said.count("error: ") == 1, said
-        assert re.search(
-            r"run-\d must be on a file system that all machines share: process 1 on .* cannot find a file written by process 0",
-            said,
-        )
-        assert "process 1 on " in said and "Traceback" not in said
+        assert re.search(r"run-\d must be on a file system that all machines share: process 1 on ", said)
+        assert "cannot find a file written by process 0 on " in said and "Traceback" not in said
     assert not [path for rank in range(2) for path in tmp_path.glob(f"run-{rank}/*") if path.name != ".lock"]
 
 

@@ -1,7 +1,8 @@
 """The curves of a run: loss by noise level and by class, gradient norm, learning rate, speed, memory, stragglers.
 
-Trackers group curves by the part of the name before the slash, and sort the groups by name. The names are chosen so that
-the most important groups come first: ``loss``, ``loss_by_timestep``, ``loss_per_label``, ``metrics``, ``optimizer``, ``system``.
+Trackers group curves by the part of the name before the slash, and sort the groups by name. The names are chosen so
+that the most important groups come first: ``loss``, ``loss_by_timestep``, ``loss_per_label``, ``metrics``,
+``optimizer``, ``system``.
 
 Losses stay on the device between two points of the curves, so that no step waits for the device.
 """
@@ -117,7 +118,7 @@ class MetricLogger:
         self.sums.zero_()
 
     def _check_load(self) -> None:
-        """Warn once if other programs use the same cores, because threads that wait for each other wait for them, too."""
+        """Warn once if other programs use the same cores: threads that wait for each other then wait for them, too."""
         waited, now = waiting_seconds(), time.perf_counter()
         if self.load_seen_at is None:  # the first interval includes work that is done only once
             self.load_seen_at = now, waited
