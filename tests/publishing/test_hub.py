@@ -154,7 +154,7 @@ def test_the_card(hub, finished, tmp_path):
     card = hub.files("me/digits")["README.md"].decode()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "diffusers" and metadata["license"] == "unknown"
-    assert "--hub_license` says" in said
+    assert "with `push.py --hub_license`" in said
     assert metadata["pipeline_tag"] == "unconditional-image-generation"
     metrics = metadata["model-index"][0]["results"][0]["metrics"]
     assert {metric["type"]: metric["value"] for metric in metrics} == {"fd_digits": 7.5, "recall": 0.9}
@@ -172,7 +172,7 @@ def test_the_card(hub, finished, tmp_path):
     assert "![samples](samples.png)" in card and "![curves](curves.png)" in card
     assert "## People" not in card  # digits
     code, said = run(hub, finished, f"--evaluation={tmp_path}/results.json", "--hub_license=mit", script="push.py")
-    assert code == 0 and "--hub_license` says" not in said, said
+    assert code == 0 and "with `push.py --hub_license`" not in said, said
     again = hub.files("me/digits")["README.md"].decode()
     assert yaml.safe_load(again.split("---")[1])["license"] == "mit" and again.count("## Evaluation") == 1
     snippet = card.split("```python\n")[1].split("```")[0]
@@ -256,23 +256,23 @@ def test_only_what_is_allowed_is_pushed(hub, finished, tmp_path):
         (finished / name).write_text("private")
     (finished / "best").mkdir()
     code, said = run(hub, finished, script="push.py")
-    assert code == 0 and "linked.png is, or is below, a link: not pushed" in said, said
+    assert code == 0 and "linked.png is not pushed, because it is a link" in said, said
     assert not {b"my diary", b"private"} & set(hub.files("me/digits").values())
     assert not [path for path in hub.files("me/digits") if path.startswith(("checkpoint", "logs", "best", "hub", "."))]
     (finished / "unet").rename(tmp_path / "unet")
     (finished / "unet").symlink_to(tmp_path / "unet")
     code, said = run(hub, finished, "--hub_model_id=me/second", script="push.py")
-    assert code == PUSH_FAILED and "below, a link, and only files are pushed" in said, said
+    assert code == PUSH_FAILED and "in a linked folder. Only files are pushed" in said, said
     assert hub.files("me/second") == {}
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
 
 REFUSED = [
-    ("auth-check", 403, "the token may not write to me/digits"),
+    ("auth-check", 403, "The token may not write to me/digits"),
     slow("whoami", 401, "Run `hf auth login`, or set HF_TOKEN"),
-    slow("create", 403, "the token may not write to me/digits"),
-    slow("auth-check", 404, "me/digits is not there, or this token may not see it"),
+    slow("create", 403, "The token may not write to me/digits"),
+    slow("auth-check", 404, "me/digits does not exist, or this token may not read it"),
 ]
 
 
@@ -320,7 +320,7 @@ FAULTS = [  # where, what, how often; whether the push succeeds
 
 @pytest.mark.parametrize("where, action, times, succeeds", FAULTS)
 def test_a_fault_never_costs_the_model(hub, finished, where, action, times, succeeds):
-    """Protection: ``_persist``, ``_with_timeout`` and the thread in ``Hub.push``."""
+    """Protection: ``_retry``, ``_with_timeout`` and the thread in ``Hub.push``."""
     before = count_files(finished / "checkpoint-6")
     hub.fail(where, action, times)
     began = time.monotonic()

@@ -233,7 +233,7 @@ def test_classes_stay(tmp_path, teachers):
     flags = [str(tmp_path / "run"), f"--output_dir={tmp_path / 'drawn'}", "--class_labels=3,7", "--num_samples=4"]
     assert exit_code(sample.main, sample.parse_args(flags)) == 0
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "It can be asked for 10 classes" in card and "guidance_scale" not in card
+    assert "It has 10 classes" in card and "guidance_scale" not in card
 
 
 # ------------------------------------------------------------------------------------------------------ who knows it

@@ -73,7 +73,7 @@ def test_checkpoints_and_card(finished):
         assert "class ClassConditionalPipeline" in (folder / "pipeline.py").read_text()
         assert UNet2DModel.load_config(folder / "unet")["_class_names"] == NAMES
     card = (finished / "README.md").read_text()
-    assert "It can be asked for 10 classes" in card and "class_labels=[0, 1, 2, 3]" in card
+    assert "It has 10 classes" in card and "class_labels=[0, 1, 2, 3]" in card
     assert "guidance_scale=1.5" in card and "`pipeline.py`" in card and str(finished) not in card
 
 

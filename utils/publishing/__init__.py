@@ -1,21 +1,21 @@
-"""The model card, and the path to the Hub."""
+"""The model card of a run, and its upload to the Hub."""
 
 from ..args import Parser
 
 
 # fmt: off
 def add_arguments(parser: Parser) -> None:
-    """Add the flags that a run needs to push its model; push.py has all of them."""
+    """Add the flags of a run that pushes its model; push.py has more of them."""
     group = parser.group("Hub")
-    parser.switch(group, "--push_to_hub", False, "push the model at the end; log in with `hf auth login` or HF_TOKEN")
+    parser.switch(group, "--push_to_hub", False, "upload of the model at the end. Log in first, with `hf auth login` or HF_TOKEN")
     add_hub_arguments(parser, group)
     parser.checks.append(_check)
 
 
 def add_hub_arguments(parser: Parser, group) -> None:
-    """Add the flags that say where a model goes on the Hub."""
-    group.add_argument("--hub_model_id", metavar="ID", help="USER/NAME, or NAME in the user's own account (default: the name of the output folder)")
-    parser.switch(group, "--hub_private_repo", False, "a private repository; an existing public one is refused")
+    """Add the flags for the repository of a model on the Hub."""
+    group.add_argument("--hub_model_id", metavar="ID", help="repository on the Hub: USER/NAME, or NAME in the user's own account (default: the name of the output folder)")
+    parser.switch(group, "--hub_private_repo", False, "a private repository. An existing public one is refused")
 
 
 def _check(parser: Parser, args) -> None:
@@ -26,14 +26,14 @@ def _check(parser: Parser, args) -> None:
 
 
 def take_part(run):
-    """Write the page of a run's model, and push it, see ``published_run.PublishedRun``."""
+    """Return what writes the model card of a run and pushes its model, see ``published_run.PublishedRun``."""
     from .published_run import PublishedRun
 
     return PublishedRun()
 
 
 def update_card(folder) -> None:
-    """Write a finished run's page again, where something in its folder has changed."""
+    """Update the model card of a finished run after a change in its folder."""
     from .model_card import write_card
 
     write_card(folder, folder)

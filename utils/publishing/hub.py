@@ -1,8 +1,8 @@
-"""Pushing a model to the Hub, so that it never costs the model.
+"""Upload of a model to the Hub. The model is safe on disk if the upload fails.
 
-What is pushed is copied to ``hub/`` in the output folder first, by a list of what may be published: never optimizer
-states, checkpoints, links, or pictures that hold training images. That folder is what the Hub shows, and nothing else
-writes to it.
+The files to push are first copied to ``hub/`` in the output folder, by a list of what may be published. This excludes
+optimizer states, checkpoints, links, and pictures that show training images. The Hub gets a copy of that folder, and
+nothing else writes to it.
 """
 
 import json
@@ -32,8 +32,8 @@ from .model_card import write_card
 logger = logging.getLogger(__name__)
 
 PUSH_FAILED = 75  # exit code, EX_TEMPFAIL of sysexits.h: try again
-REQUEST_TIMEOUT = 60.0  # seconds without an answer; the client's default is to wait for ever
-ALLOWED = (  # of the code only what these scripts write
+REQUEST_TIMEOUT = 60.0  # seconds without an answer; the client has no limit by default
+ALLOWED = (  # code only if these scripts have written it
     "model_index.json", "README.md", "pipeline.py", "linear_mix.py", "unet/config.json", "unet/*.safetensors",
     "unet/*.safetensors.index.json", "unet/basic_unet.py", "unet/own_net_*.py", "vqvae/config.json",
     "vqvae/*.safetensors", "vae/config.json", "vae/*.safetensors", "scheduler/scheduler_config.json",
@@ -43,19 +43,19 @@ PICTURES = ("samples.png", "curves.png", "walk.png", "before_after.png", "guided
 
 
 class Hub:
-    """A model's place on the Hub. Only one process uses it.
+    """The repository of a model on the Hub. Only one process uses it.
 
     Args:
-        folder: of the run.
+        folder: output folder of the run.
         repo_id: USER/NAME, or NAME; by default the folder's name in the user's account.
-        private: create a private repository, and refuse a public one.
+        private: True to create a private repository, and to refuse a public one.
         revision: branch to push to.
-        logs: push TensorBoard's files, too.
-        timeout: seconds of failing, until a push is given up.
+        logs: True to push TensorBoard's files, too.
+        timeout: seconds of failing requests, after which the push is given up.
         card: further arguments of ``model_card.write_card``.
     """
 
-    # Of repository; the folder with what is sent; the flag that names it; how it is created
+    # Kind of the repository, folder with the files to send, flag that names the repository, options to create it
     kind, sent, flag, options = "model", "hub", "--hub_model_id", {}
 
     def __init__(
@@ -65,26 +65,26 @@ class Hub:
         self.folder, self.repo_id, self.private, self.revision = Path(folder), repo_id, private, revision
         self.logs, self.timeout, self.card, self.failure = logs, timeout, card, None
         huggingface_hub.set_client_factory(lambda: _with_timeout(min(REQUEST_TIMEOUT, timeout / 4)))
-        constants.HF_HUB_DISABLE_XET = True  # another client, of its own, on whose requests there is no time limit
+        constants.HF_HUB_DISABLE_XET = True  # Xet's client has no time limit for its requests
         disable_progress_bars()
 
     def check(self) -> None:
         """Check login, repository and the right to write.
 
         Raises:
-            UserError: not logged in, no right to write there, a public repository where a private one is asked for.
+            UserError: the user is not logged in or may not write there, or the repository is public instead of private.
         """
         if constants.ENDPOINT != constants._HF_DEFAULT_ENDPOINT:
             logger.warning(f"HF_ENDPOINT is set: the model and your token go to {constants.ENDPOINT}")
         try:
             self._create()
-        except Exception as error:  # httpx2's errors, the client's and ConnectionError share no class
+        except Exception as error:  # httpx2's errors, the client's and ConnectionError have no common class
             if _is_refusal(error):
                 raise UserError(f"cannot push: {self._explain(error)}") from error
             logger.warning(f"The Hub cannot be reached now: {self._explain(error)}. The push is tried again at the end")
 
     def _create(self) -> None:
-        """Find out the repository's full name, create it if need be, and see that it can be written to."""
+        """Find the repository's full name, create it if it is missing, and check the right to write to it."""
         api = HfApi()
         if not self.repo_id or "/" not in self.repo_id:
             name = self.repo_id or re.sub(r"[^\w.-]+", "-", self.folder.resolve().name).strip("-.") or "model"
@@ -100,14 +100,13 @@ class Hub:
             api.create_branch(self.repo_id, repo_type=self.kind, branch=self.revision, exist_ok=True)
 
     def push(self) -> None:
-        """Upload the finished model, and say what became of it; exit with ``PUSH_FAILED`` if it was not pushed."""
+        """Upload the finished model and print the result; exit with ``PUSH_FAILED`` if the upload failed."""
         handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number, handler in handlers.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler)
-        thread = threading.Thread(
-            target=self._send, daemon=True, name=UPLOAD_THREAD
-        )  # which a signal does not wait for
+        # A signal does not wait for this thread
+        thread = threading.Thread(target=self._send, daemon=True, name=UPLOAD_THREAD)
         try:
             thread.start()
             while thread.is_alive():
@@ -123,21 +122,21 @@ class Hub:
             return
         print(
             f"\nNot pushed: {self._explain(self.failure)}.\nThe model is complete in {self.folder}. "
-            f"This sends what is missing:\n  {self._command()}",
+            f"This command sends what is missing:\n  {self._command()}",
             flush=True,
         )
         sys.exit(PUSH_FAILED)
 
     def _send(self) -> None:
-        """Upload in this thread; what goes wrong is kept in ``failure``."""
+        """Upload in this thread; an error is kept in ``failure``."""
         try:
-            _persist(self._create, self.timeout)
+            _retry(self._create, self.timeout)
             self._snapshot()
             upload = lambda: HfApi().upload_folder(  # noqa: E731
                 repo_id=self.repo_id, repo_type=self.kind, folder_path=self.folder / self.sent,
                 revision=self.revision, commit_message=f"Upload {self.kind}",
             )  # fmt: skip
-            _persist(upload, self.timeout)
+            _retry(upload, self.timeout)
         except Exception as error:  # the disk, the network, or files that may not be published
             self.failure = error
 
@@ -159,7 +158,7 @@ class Hub:
         return shlex.join([*parts, *more])
 
     def _snapshot(self) -> None:
-        """Renew the folder with what is sent; it is complete, or as it was."""
+        """Replace the folder with the files to send; it is always complete, old or new."""
         target, staging = self.folder / self.sent, self.folder / f"{self.sent}-staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -168,26 +167,30 @@ class Hub:
         staging.rename(target)
 
     def _fill(self, staging: Path) -> None:
-        """Copy what may be published.
+        """Copy the files that may be published.
 
         Raises:
-            ValueError: a part of the pipeline is a link, or it has no weights.
+            ValueError: a part of the pipeline is a link, or there are no weights.
         """
         logs = self.folder / "logs"
         files = [path for pattern in ALLOWED for path in sorted(self.folder.glob(pattern))]
         for path in files:
             if path.is_symlink() or path.parent.is_symlink():
-                raise ValueError(f"{path} is, or is below, a link, and only files are pushed: put a copy in its place")
+                raise ValueError(
+                    f"{path} is a link, or in a linked folder. Only files are pushed: put a copy in its place"
+                )
         if not any(path.suffix == ".safetensors" for path in files):
             raise ValueError(f"{self.folder}/unet has no weights (.safetensors)")
         files += [path for pattern in PICTURES for path in self.folder.glob(pattern)]
         files = [(path, path.relative_to(self.folder)) for path in files]
         for path in logs.glob("**/events.out.*") if self.logs and not logs.is_symlink() else ():
-            parts = path.name.split(".")  # events.out.tfevents.TIME.HOST.PID.NUMBER, without the name of this machine
+            parts = path.name.split(
+                "."
+            )  # events.out.tfevents.TIME.HOST.PID.NUMBER; HOST is left out, because it is private
             files.append((path, Path("logs", ".".join(parts[:4] + parts[-2:]))))
         for path, place in files:
             if path.is_symlink() or path.parent.is_symlink():
-                logger.warning(f"{path} is, or is below, a link: not pushed")
+                logger.warning(f"{path} is not pushed, because it is a link or in a linked folder")
                 continue
             (staging / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, staging / place)
@@ -195,7 +198,7 @@ class Hub:
         write_card(staging, self.folder, final=True, name=self.repo_id, **self.card)
 
     def _write_arguments(self, folder: Path) -> None:
-        """``training_args.json`` without paths of this machine."""
+        """Write ``training_args.json`` without paths of this machine."""
         record = read_arguments(self.folder)
         if "public_arguments" in record:
             record["arguments"] = record.pop("public_arguments")
@@ -203,18 +206,20 @@ class Hub:
 
 
 def _with_timeout(seconds: float):
-    """The client's own HTTP client, but no request waits for ever."""
-    from huggingface_hub.utils._http import default_client_factory  # private: only a run that pushes depends on it
+    """Return the Hub client's default HTTP client, with a time limit for each request."""
+    from huggingface_hub.utils._http import (
+        default_client_factory,
+    )  # a private name; only a run that pushes depends on it
 
     client = default_client_factory()
     client.timeout = seconds
     return client
 
 
-def _persist(action: Callable[[], object], patience: float) -> None:
-    """Try again what may succeed later, for so many seconds after it failed first.
+def _retry(action: Callable[[], object], patience: float) -> None:
+    """Repeat an action after temporary errors, until ``patience`` seconds after the first one.
 
-    The client tries some requests again by itself; ``create_repo`` and a commit without Xet it does not.
+    The Hub client repeats some requests, but not ``create_repo`` and not a commit without Xet.
     """
     wait, deadline = 1.0, None
     while True:
@@ -225,7 +230,7 @@ def _persist(action: Callable[[], object], patience: float) -> None:
             deadline, response = deadline or time.monotonic() + patience, _response(error)
             asked_for = response.headers.get("retry-after", "") if response is not None else ""
             pause = max(wait, int(asked_for) if asked_for.isdigit() else 0)
-            if not _may_pass(error) or time.monotonic() + pause > deadline:
+            if not _is_temporary(error) or time.monotonic() + pause > deadline:
                 raise
             logger.info(f"The Hub: {_explain(error, '')}; trying again in {pause:.0f} s")
             time.sleep(pause)
@@ -233,7 +238,7 @@ def _persist(action: Callable[[], object], patience: float) -> None:
 
 
 def _response(error: BaseException | None):
-    """The Hub's answer that led to an error; None if there was none."""
+    """Return the Hub's answer that led to an error; None if there was none."""
     while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__ or error.__context__
     return error.response if error else None
@@ -245,14 +250,14 @@ def _status(error: Exception) -> int:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the Hub, or the client for it, has said no."""
+    """Return whether the Hub or its client has refused the request."""
     if isinstance(error, (UserError, LocalTokenNotFoundError, HFValidationError)):
         return True
-    return 400 <= _status(error) < 500 and not _may_pass(error)
+    return 400 <= _status(error) < 500 and not _is_temporary(error)
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether trying again may help: a server that is busy, two commits at once, a connection that broke."""
+def _is_temporary(error: Exception) -> bool:
+    """Return whether trying again may help: after a busy server, two commits at once, or a broken connection."""
     import httpx2  # the client's own HTTP library
 
     if _response(error) is not None:
@@ -262,16 +267,16 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _explain(error: Exception, repo_id: str | None, flag: str = "--hub_model_id") -> str:
-    """One line: what failed, and what to do about it."""
+    """Return one line about what failed and what to do about it."""
     status = _status(error)
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         return "you are not logged in, or the token is not valid. Run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it to push"
+        return "HF_HUB_OFFLINE is set. Unset it to push"
     advice = {
-        403: f"the token may not write to {repo_id}: it needs the role write; or choose another {flag}",
-        404: f"{repo_id} is not there, or this token may not see it; check {flag} and --hub_revision",
-        413: "a file is too large for the Hub",
+        403: f"The token may not write to {repo_id}. Use a token with the role write, or choose another {flag}",
+        404: f"{repo_id} does not exist, or this token may not read it. Check {flag} and --hub_revision",
+        413: "A file is too large for the Hub",
     }.get(status, "")
     reason = " ".join(str(error).split())[:300] or "no reason given"
     return f"{type(error).__name__}: {reason}{'. ' if advice else ''}{advice}"

@@ -1,4 +1,4 @@
-"""The README.md of a trained model, written by the run that trained it."""
+"""The model card (README.md) of a trained model, written by the run that trained it."""
 
 import contextlib
 import functools
@@ -30,27 +30,29 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "numpy", "pillow")
 TRAINING_FLAGS = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "use_ema", "random_flip", "seed")
-SHOWN_OTHERWISE = {"pretrained_model_name_or_path", "sampler", "num_inference_steps"}  # base; how samples were drawn
+# The card shows these flags as the base model, and as the settings of the samples
+SHOWN_OTHERWISE = {"pretrained_model_name_or_path", "sampler", "num_inference_steps"}
 INTENDED_USE = """
 ## Intended use and limits
 
-For studying and illustrating diffusion models, and to start others from. It draws what its training images show, with
-their gaps and biases; what it draws is evidence of nothing. Small data sets are memorised: compare samples with the
-training images before showing them. The licence of the training images applies, too.
+This model is for studying and illustrating diffusion models, and for training other models from it. Its images resemble
+its training images, with their gaps and biases. They are not evidence of anything. Models memorise small data sets, so
+compare samples with the training images before showing them. The licence of the training images also applies.
 """
-UNLICENSED = "The page says `license: unknown`: `push.py --hub_license` says under which one others may use the model"
+UNLICENSED = "The model card has `license: unknown`. State the licence of the model with `push.py --hub_license`"
 PEOPLE = """
 ## People
 
-The training images may show real people. Whoever trains or publishes such a model needs their consent, or a licence
-that covers it. A model adapted to few images repeats them: before showing samples, compare them with the training
-images (`nearest.png`, written by the run, shows the nearest by their pixels: that finds copies, not likenesses).
-Intended for studying and illustrating generative models. Not for depicting an identifiable person without consent, for
-deceiving anyone, or for recognising or judging people; what it draws says nothing about anybody.
+The training images may show real people. To train or publish such a model, you need their consent, or a licence that
+covers it. A model that was adapted to few images repeats them. Compare samples with the training images before showing
+them. `nearest.png`, written by the run, shows the training images with the most similar pixels. This finds copies, but
+not likenesses. Use the model for studying and illustrating generative models. Do not use it to depict an identifiable
+person without consent, to deceive anyone, or to recognise or judge people. Its images are not evidence about any real
+person.
 """
 DATA_WITHOUT_PEOPLE = {"digits", "mnist", "ylecun/mnist"}  # images that show no people
 DATA_TITLES = {"digits": "scikit-learn's digits", "mnist": "MNIST", "faces": "scikit-image's faces"}
-PAPERS = {  # by a setting and its value, ... for any: what it comes from
+PAPERS = {  # source of a setting with a value; ... is any value
     ("ddpm", True): ("Denoising diffusion probabilistic models", "2006.11239"),
     ("prediction_type", "v_prediction"): ("Progressive distillation: v-prediction", "2202.00512"),
     ("prediction_type", "flow_prediction"): ("Flow matching for generative modeling", "2210.02747"),
@@ -69,14 +71,14 @@ PAPERS = {  # by a setting and its value, ... for any: what it comes from
 
 
 def add_to_record(folder: Path, args, title: str, caption: str, state) -> None:
-    """Add to ``training_args.json`` what a page needs that only the run knows.
+    """Add to ``training_args.json`` the facts that a model card needs and that only the run has.
 
     Args:
-        folder: of the run.
-        args: all flags, for the command that reproduces it.
-        title: what kind of model it is, a few words.
-        caption: how its samples are drawn.
-        state: accelerate's, of the processes.
+        folder: output folder of the run.
+        args: all flags, for the command that reproduces the run.
+        title: kind of the model, in a few words.
+        caption: description of the settings that its samples are drawn with.
+        state: accelerate's state of the processes.
     """
     record = read_arguments(folder)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
@@ -85,7 +87,7 @@ def add_to_record(folder: Path, args, title: str, caption: str, state) -> None:
     text = f"    {command}\n\n{_commit()}{versions}; {where}"
     shown = record["public_arguments"]
     if cut := [flag for flag, value in record["arguments"].items() if flag in shown and shown[flag] != value]:
-        text += f". Of what --{', --'.join(cut)} named on that machine, the command has no path"
+        text += f". The command leaves out the paths on that machine in --{', --'.join(cut)}"
     write_record(folder / ARGUMENTS, {**record, "card": {"title": title, "caption": caption, "reproduce": text}})
 
 
@@ -93,19 +95,19 @@ def write_card(
     folder: Path, run_folder: Path, final: bool | None = None, name: str | None = None, license: str | None = None,
     dataset_name: str | None = None, evaluation: dict | None = None,
 ) -> None:  # fmt: skip
-    """Write ``README.md``: valid metadata, the samples, how to load the model, and what reproduces it.
+    """Write ``README.md``: metadata, samples, code that loads the model, and the command that reproduces it.
 
-    Of a finished model the snippet is there only if the pipeline loads and draws. Training images of this machine are
-    named by their number.
+    The card of a finished model has the code only if the pipeline loads and draws. It describes training images from
+    this machine by their number.
 
     Args:
-        folder: a saved pipeline.
-        run_folder: of the run that saved it, with its record; without ``add_to_record`` nothing is written.
-        final: it is the finished model, with its pictures; by default where the folders are the same.
-        name: by which it is loaded; by default that of the run's folder.
-        license: of the model; by default ``unknown``, and a warning where the card has a name.
-        dataset_name: what the training images are called.
-        evaluation: ``results.json`` of evaluate.py.
+        folder: folder of a saved pipeline.
+        run_folder: output folder of the run, with its record. Without ``add_to_record`` nothing is written.
+        final: True for the finished model, with its pictures; by default True if the folders are the same.
+        name: name that the code loads the model by; by default the path or name of ``run_folder``.
+        license: licence of the model; by default ``unknown``, with a warning if ``name`` is given.
+        dataset_name: name of the training images.
+        evaluation: content of ``results.json`` of evaluate.py.
 
     Raises:
         ValueError: see ``describe_results``.
@@ -136,20 +138,20 @@ def write_card(
         eval_results=results,
     )
     if name and not license:
-        logger.warning(f"{UNLICENSED} (the training images: {record.get('data_license', 'not stated')})")
+        logger.warning(f"{UNLICENSED} (licence of the training images: {record.get('data_license', 'not stated')})")
     known = {"script", "arguments", "public_arguments", "public_data", "constants", "card", "ran", "versions"}
     known |= {"num_processes", "mixed_precision", "device", "finished_at_step", "fingerprint", "classes", "file"}
     found = {key: value for key, value in record.items() if key not in known and value is not None}
     settings = public(found) | {"data": data} | record.get("ran", {})
-    own = {*flags} - _common_flags() - {*settings} - SHOWN_OTHERWISE  # of the script
-    own -= {"class_dropout_prob"} if not classes else set()  # the flag of a script for both
+    own = {*flags} - _common_flags() - {*settings} - SHOWN_OTHERWISE  # flags of the script itself
+    own -= {"class_dropout_prob"} if not classes else set()  # a script for both kinds of models has this flag
     settings |= {key: flags[key] for key in (*TRAINING_FLAGS, *sorted(own)) if flags.get(key) is not None}
     settings |= public(record.get("constants", {}))
     code = [
         f"`{path.relative_to(folder)}`" for part in ("", "scheduler", "unet") for path in (folder / part).glob("*.py")
     ]
     trust = f"`trust_remote_code=True` runs the code that comes with the model: {', '.join(code)}. Read it first.\n\n"
-    ours = index["_class_name"] in ("DDPMPipeline", "ConsistencyModelPipeline")  # not linear mixing
+    ours = index["_class_name"] in ("DDPMPipeline", "ConsistencyModelPipeline")  # linear mixing has a class of its own
     used = flags | found | {"ddpm": ours and not scheduler.get("use_flow_sigmas"), "classes": bool(classes)}
     used["sampler"] = index["scheduler"][1]
     papers = {
@@ -157,7 +159,7 @@ def write_card(
     }
     links = "\n".join(f"* [{name}](https://arxiv.org/abs/{number})" for name, number in sorted(papers))
     steps = record.get("num_inference_steps", flags["num_inference_steps"])
-    named, given = name or _place(run_folder), record.get("model_inputs")
+    named, given = name or _loading_name(run_folder), record.get("model_inputs")
     snippet = _snippet(folder, named, steps, classes, flags.get("guidance_scale"), final, given)
     text = f"""---
 {metadata.to_yaml()}
@@ -165,10 +167,10 @@ def write_card(
 
 # {_escape(record["card"]["title"])} trained on {_escape(subject)}
 
-{"![samples](samples.png)" if final else "From before the end of training."}
+{"![samples](samples.png)" if final else "This is a checkpoint from before the end of training."}
 
-{_drawn(index["scheduler"][1], record) if final else ""}Draws {_shape(record)}images like those of \
-{_escape(subject)}, with a {index["unet"][1]}.{_said_of(classes)}
+{_describe_samples(index["scheduler"][1], record) if final else ""}This model draws {_shape(record)}images \
+like those of {_escape(subject)} with a {index["unet"][1]}.{_describe_classes(classes)}
 
 ## Use
 
@@ -187,7 +189,7 @@ def write_card(
 
 @functools.cache
 def _common_flags() -> set[str]:
-    """Return the flags that scripts do not add themselves."""
+    """Return the flags that all scripts share."""
     parser = Parser("")
     add_unet_arguments(parser)
     add_common_arguments(parser)
@@ -206,13 +208,13 @@ def _tags(index: dict, scheduler: dict, classes) -> list[str]:
 
 
 def _shows_people(base: str | None) -> bool:
-    """Whether the model that training started from may have been trained on images of people."""
+    """Return whether the base model may have been trained on images of people."""
     card = Path(base or "") / "README.md"
     return bool(base) and not (card.is_file() and "## People" not in card.read_text(encoding="utf-8"))
 
 
-def _place(folder: Path) -> str:
-    """Return the path from here, which the snippet is tried from; of a folder elsewhere its name."""
+def _loading_name(folder: Path) -> str:
+    """Return the path from the working directory, or the name of a folder elsewhere."""
     folder = folder.resolve()
     return folder.relative_to(Path.cwd()).as_posix() if folder.is_relative_to(Path.cwd()) else folder.name
 
@@ -239,52 +241,50 @@ def _shape(record: dict) -> str:
     return f"{height} x {width} {'grey ' if channels == 1 else ''}"
 
 
-def _drawn(sampler: str, record: dict) -> str:
-    """Say how the picture above was made."""
+def _describe_samples(sampler: str, record: dict) -> str:
+    """Return a sentence about the picture of samples."""
     flags, caption = record["public_arguments"], record["card"]["caption"]
     if sampler == "LCMScheduler":
-        return f"The teacher's samples and this model's from the same noise, {caption}, not selected. "
-    return f"{flags['num_samples']} samples, not selected: {caption}. "
+        return f"The picture shows unselected samples of the teacher and this model from the same noise ({caption}). "
+    return f"The picture shows {flags['num_samples']} samples, not selected: {caption}. "
 
 
 def _metrics(output_dir: Path) -> str:
-    """What the run has measured of its samples while it trained (``--evaluate_steps``)."""
+    """Return the metrics of the samples that were drawn during training (``--evaluate_steps``)."""
     file = output_dir / "evaluation.json"
     if not file.is_file():
         return ""
     values = json.loads(file.read_text(encoding="utf-8"))
     shown = {name: f"{value:.4g}" for name, value in values.items() if name != "step"}
-    said = f"After {values['step']} optimizer steps, N samples against as many training images; lower is better."
-    return f"{said}\n\n{_table(shown)}"
+    heading = f"After {values['step']} optimizer steps, from N samples and N training images. Lower is better."
+    return f"{heading}\n\n{_table(shown)}"
 
 
-def _said_of(classes) -> str:
-    """One sentence about what a conditional model can be asked for."""
+def _describe_classes(classes) -> str:
+    """Return a sentence about the classes of a conditional model."""
     if not classes:
         return ""
     shown = ", ".join(_escape(name) for name in classes[:50]) + (" ..." if len(classes) > 50 else "")
-    return f" It can be asked for {len(classes)} classes, by number from 0 or by name: {shown}."
+    return f" It has {len(classes)} classes, which are chosen by number from 0 or by name: {shown}."
 
 
 def _snippet(
     folder: Path, name: str, steps: int, classes: list[str], guidance_scale: float | None, final: bool,
     given: str | None,
 ) -> str:  # fmt: skip
-    """Show how to load and draw, as Markdown; of a finished model nothing if that fails here."""
+    """Return code that loads the model and draws, as Markdown; nothing if the code of a finished model fails."""
     load = how_to_load(folder, name)
     if beside := inputs_beside(folder, given):
         code = f"from diffusers import {load.pipeline}\n\nunet = {load.call}.unet"
-        said = (
-            f"Beside the noisy images the net takes {beside}. No pipeline of diffusers gives it that: the script that "
-        )
-        said += "trained it draws."
-        return f"```python\n{code}\n```\n\n{said}\n\n"
+        note = f"Besides the noisy images, the net takes {beside} as input. No pipeline of diffusers can pass that. "
+        note += "Use the script that trained the model to draw samples."
+        return f"```python\n{code}\n```\n\n{note}\n\n"
     asked = f", class_labels={[k % len(classes) for k in range(4)]}" if classes else ""
     how = repr(list(classes[:4])) if load.own_pipeline else f"batch_size=4{asked}"
     code = f"from diffusers import {load.pipeline}\n\npipeline = {load.call}\n"
     code += f"images = pipeline({how}, num_inference_steps={steps}).images\n"
     code += 'images[0].save("sample.png")'
-    guided = bool(classes) and guidance_scale is not None  # a model that was distilled has learnt its teacher's
+    guided = bool(classes) and guidance_scale is not None  # a distilled model has learnt its teacher's guidance
     if guided:
         scale = 1.5 if guidance_scale == 1 else guidance_scale
         more = "from diffusers import DiffusionPipeline\n\n"
@@ -294,7 +294,7 @@ def _snippet(
         code = (
             more
             if load.own_pipeline
-            else f"{code}\n\n# With guidance, two calls of the model a step, and classes by name\n{more}"
+            else f"{code}\n\n# With guidance: two function evaluations per step. Classes are given by name\n{more}"
         )
     if final:
         try:
@@ -308,10 +308,10 @@ def _snippet(
 
 
 def _try(folder: Path, load: Loading, guided: bool, classes: list[str]) -> None:
-    """Load the pipeline as the snippet does, and draw with one step; the libraries raise what does not work."""
+    """Load the pipeline as the snippet does, and draw with one step. Errors of the libraries are passed on."""
     place, options = str(folder.resolve()), {"num_inference_steps": 1}
     trusted = {"trust_remote_code": True} if load.runs_code else {}
-    with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+    with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # hide a progress bar
         if not load.own_pipeline:
             pipeline = getattr(diffusers, load.pipeline).from_pretrained(place, **trusted)
             pipeline(batch_size=1, **({"class_labels": [0]} if classes else {}), **options)
@@ -321,9 +321,9 @@ def _try(folder: Path, load: Loading, guided: bool, classes: list[str]) -> None:
 
 
 def _command(arguments: dict, defaults: dict, script: str, state) -> str:
-    """Return the command that a run takes to come out the same.
+    """Return the command that reproduces a run.
 
-    It has every flag that differs from its default, wherever it was given.
+    It has every flag that differs from its default, whether it was given on the command line or in a file.
     """
     command = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
@@ -344,7 +344,7 @@ def _command(arguments: dict, defaults: dict, script: str, state) -> str:
 
 @functools.cache
 def _commit() -> str:
-    """Which version of the scripts ran, as far as git knows it."""
+    """Return the commit of the scripts, or nothing without git."""
 
     def git(*words):
         folder = Path(__file__).parents[2]
@@ -353,12 +353,12 @@ def _commit() -> str:
     try:
         commit = git("log", "-1", "--format=%H", "--", ".")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
-    except (OSError, subprocess.SubprocessError):  # no git here
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or hangs
         return ""
     return f"Scripts: commit {commit[:12]}{', with changes' * bool(changed)}. " if commit else ""
 
 
 def _escape(value) -> str:
-    """One line of Markdown text without markup, whatever the user named things."""
+    """Return one line of Markdown text without markup, for names that a user has chosen."""
     text = " ".join(str(value).split())
     return "".join("\\" + character if character in "\\`*_[]<>|#" else character for character in text)

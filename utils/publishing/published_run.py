@@ -1,4 +1,4 @@
-"""A run's model for others to see: its page, and its place on the Hub."""
+"""Publication of a run's model: its model card, and its repository on the Hub."""
 
 import accelerate
 
@@ -8,7 +8,7 @@ from .model_card import add_to_record, write_card
 
 
 class PublishedRun:
-    """Takes part in a training run, see ``training.loop.Run``."""
+    """Part of a training run that publishes its model, see ``training.loop.Run``."""
 
     hub = None
 
@@ -22,7 +22,7 @@ class PublishedRun:
             return
         if run.accelerator.is_main_process:
             self.hub = Hub(run.output_dir, run.args.hub_model_id, run.args.hub_private_repo)
-        on_main_process(run.accelerator, lambda: self.hub.check())  # the others have none
+        on_main_process(run.accelerator, lambda: self.hub.check())  # other processes have no hub
 
     def started(self, run) -> None:
         if run.accelerator.is_main_process:
@@ -30,7 +30,7 @@ class PublishedRun:
             add_to_record(run.output_dir, run.args, run.title, run.caption, state)
 
     def saved(self, run, folder) -> None:
-        if folder != run.output_dir:  # that page is written when the pictures are there
+        if folder != run.output_dir:  # the card there is written at the end, when there are pictures
             write_card(folder, run.output_dir)
 
     def finished(self, run) -> None:

@@ -1,4 +1,4 @@
-"""The results of evaluate.py, for a model's page."""
+"""The results of evaluate.py, for a model card."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ MEASURED = ("fd_", "fid_", "kid_", "precision", "recall", "coverage", "class_acc
 
 
 def describe_results(folder: Path, results: dict) -> tuple[str, list[EvalResult]]:
-    """Return the section of the page, and the entries of its metadata.
+    """Return the section of a model card, and the entries of its metadata.
 
     Args:
-        folder: a saved pipeline.
-        results: of a ``results.json``; rows of these weights count.
+        folder: folder of a saved pipeline.
+        results: content of a ``results.json``. Only rows about the weights in ``folder`` are used.
 
     Raises:
-        ValueError: none of them does.
+        ValueError: there are no such rows.
     """
     weights = file_hash(*(folder / "unet").glob("*.safetensors"))[:12]
     rows = [row for row in results["results"] if row.get("weights") == weights]
@@ -27,7 +27,7 @@ def describe_results(folder: Path, results: dict) -> tuple[str, list[EvalResult]
         raise ValueError(
             f"none of its rows is about the weights in {folder} ({weights}): {names}. Run evaluate.py again"
         )
-    reference = results.get("public_reference", OWN_IMAGES)  # as evaluate.py saw it
+    reference = results.get("public_reference", OWN_IMAGES)  # the name that evaluate.py found fit to publish
     names = [name for name in rows[0] if name.startswith(MEASURED) and "error" not in name]
     settings = [name for name in ("sampler", "algorithm", "steps", "guidance_scale", "N") if name in rows[0]]
     head = [*settings, *names]
@@ -47,4 +47,4 @@ def describe_results(folder: Path, results: dict) -> tuple[str, list[EvalResult]
         for metric, value in row.items()
         if metric in names
     ]
-    return f"`evaluate.py` against {reference}, {results['reference_split']}:\n\n{table}", entries
+    return f"Measured by `evaluate.py` against {reference}, {results['reference_split']}:\n\n{table}", entries

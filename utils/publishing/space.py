@@ -1,4 +1,4 @@
-"""A Space that draws with a model on the Hub: demo.py, with what it imports."""
+"""A Space that draws with a model on the Hub: demo.py and the modules that it imports."""
 
 import re
 import shutil
@@ -15,14 +15,14 @@ NEEDED = ("demo.py", "utils/evaluation", "requirements.txt", "requirements-demo.
 
 
 class Space(Hub):
-    """The demo's place on the Hub, private if the model is; see ``Hub``.
+    """The repository of the demo on the Hub, private if the model is; see ``Hub``.
 
     Args:
-        model: the model's place; it has been pushed.
-        repo_id: of the Space; "" for the model's.
+        model: repository of the model, which has been pushed.
+        repo_id: USER/NAME or NAME of the Space; "" for the name of the model.
 
     Raises:
-        UserError: the demo, or what it imports, is not there; the model is on a branch.
+        UserError: the demo or a file that it needs is missing, or the model is on a branch.
     """
 
     kind, sent, flag, options = "space", "space", "--space", {"space_sdk": "gradio"}
@@ -30,9 +30,9 @@ class Space(Hub):
     def __init__(self, model: Hub, repo_id: str):
         missing = [name for name in NEEDED if not (ROOT / name).exists()]
         if missing:
-            raise UserError(f"--space: {', '.join(missing)} is not here; a Space consists of demo.py and all of utils/")
+            raise UserError(f"--space: {', '.join(missing)} is missing. A Space consists of demo.py and all of utils/")
         if model.revision:
-            raise UserError("--space: a Space draws with what is on main; leave --hub_revision out")
+            raise UserError("--space: a Space loads the model from main, so leave --hub_revision out")
         self.model, self.named = model, repo_id
         super().__init__(model.folder, repo_id or model.repo_id, model.private, timeout=model.timeout)
 
@@ -65,5 +65,5 @@ class Space(Hub):
             models=[self.model.repo_id],
             license=ModelCard.load(self.folder / self.model.sent / "README.md").data.license,
         )
-        text = f"---\n{card.to_yaml()}\n---\n\n# {self.model.repo_id}\n\nDraws with this model.\n"
+        text = f"---\n{card.to_yaml()}\n---\n\n# {self.model.repo_id}\n\nThis Space draws images with the model.\n"
         RepoCard(text).save(staging / "README.md")
