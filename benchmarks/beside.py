@@ -1,11 +1,11 @@
-"""Images/s of another training script and of train_ddpm.py, as whole commands in turn.
+"""Compare images/s of another training script and of train_ddpm.py, as whole commands in turn.
 
     python benchmarks/beside.py train_unconditional.py
 
-The script is diffusers' examples/unconditional_image_generation/train_unconditional.py as it comes, which needs
-torchvision, or another that takes its flags. Both have the same net, folder of colour images and batches. What comes
-before the first step and after the last cancels out: the time is the difference between a long and a short run. Both
-get all cores: `accelerate launch` gives a CPU process one thread otherwise, and not every script asks for more.
+The script is an unchanged copy of diffusers' examples/unconditional_image_generation/train_unconditional.py, or another
+script with its flags. diffusers' script needs torchvision. Both scripts have the same net, folder of colour images and
+batches. The time is the difference between a long and a short run, so the time before the first step and after the last
+one cancels out. Both scripts get all cores, because `accelerate launch` gives a CPU process only one thread by default.
 """
 
 import argparse
@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from utils.diffusion.unets import UNETS
 
-BATCHES = 10  # an epoch
-THEIRS = (  # which draws and saves after the first epoch and the last, whatever it is told
+BATCHES = 10  # per epoch
+THEIRS = (  # it always draws and saves after the first epoch and the last
     "--ddpm_num_inference_steps=1", "--eval_batch_size=1", "--save_images_epochs=1000000", "--use_ema",
     "--save_model_epochs=1000000", "--checkpointing_steps=1000000", "--num_epochs={epochs}",
 )  # fmt: skip
@@ -39,13 +39,13 @@ OURS = (
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("script", type=Path, help="with the flags of train_unconditional.py")
+    parser.add_argument("script", type=Path, help="script with the flags of train_unconditional.py")
     parser.add_argument("--unet", choices=UNETS, default="small")
     parser.add_argument("--resolution", type=int, default=28)
     parser.add_argument("--train_batch_size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="N of each median")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements per median")
     parser.add_argument("--precisions", nargs="+", choices=("no", "bf16"), default=("no", "bf16"))
-    parser.add_argument("--epochs", type=int, default=8, help=f"of {BATCHES} steps, that are timed")
+    parser.add_argument("--epochs", type=int, default=8, help=f"number of timed epochs, each of {BATCHES} steps")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     sides = ((options.script.absolute(), THEIRS), (ROOT / "train_ddpm.py", OURS))
@@ -61,13 +61,13 @@ def main():
                     rates[-1].append(options.epochs * BATCHES * options.train_batch_size / (long - short))
             theirs, ours = np.median(rates, axis=0)
             ratios = sorted(ours / theirs for theirs, ours in rates)
-            ratio = f"x {statistics.median(ratios):.2f}, of single rounds {ratios[0]:.2f} to {ratios[-1]:.2f}"
+            ratio = f"x {statistics.median(ratios):.2f}, single rounds {ratios[0]:.2f} to {ratios[-1]:.2f}"
             print(f"{precision:5}{options.script.name} {theirs:.0f}, train_ddpm.py {ours:.0f} images/s: {ratio}")
     print(f"--unet {options.unet}, {options.resolution} pixels, batch {options.train_batch_size}, N={options.rounds}")
 
 
 def write_inputs(folder: Path, options) -> list[str]:
-    """Colour images and the config of a UNet, and the flags that name them in both scripts."""
+    """Write colour images and the config of a UNet, and return the flags that name them in both scripts."""
     (folder / "images").mkdir()
     side = options.resolution
     for number in range(BATCHES * options.train_batch_size):
@@ -81,7 +81,7 @@ def write_inputs(folder: Path, options) -> list[str]:
 
 
 def seconds(script: Path, flags: list[str], epochs: int) -> float:
-    """Of the whole command."""
+    """Return the seconds that the whole command takes."""
     with tempfile.TemporaryDirectory() as output_dir:
         start = time.perf_counter()
         accelerate(script, f"--output_dir={output_dir}", *(flag.format(epochs=epochs) for flag in flags))

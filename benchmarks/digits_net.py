@@ -1,8 +1,8 @@
-"""Train the digit classifier whose features evaluate.py compares samples by, on MNIST.
+"""Train the digit classifier that gives evaluate.py its features, on MNIST.
 
     python benchmarks/digits_net.py --dataset_name mnist
 
-writes utils/evaluation/digits_net.safetensors and its card. The seed is fixed: the same machine writes the same file.
+This writes utils/evaluation/digits_net.safetensors and its card. The seed is fixed, so a machine repeats the same file.
 The images are augmented by shifts of up to two pixels and rotations of up to ten degrees.
 """
 
@@ -24,18 +24,18 @@ from utils.evaluation.features import DIGITS_WEIGHTS, DigitsNet  # noqa: E402
 
 CARD = """# digits_net.safetensors
 
-A classifier of 28x28 digits, for comparing samples: `features.py: DigitsNet`, {parameters:,} weights, 64
-features. Trained by `python benchmarks/digits_net.py --dataset_name mnist` on MNIST's 60,000 training images (LeCun et
+A classifier of 28x28 digits with 64 features for comparing samples: `features.py: DigitsNet`, {parameters:,} weights.
+It was trained by `python benchmarks/digits_net.py --dataset_name mnist` on MNIST's 60,000 training images (LeCun et
 al. 1998, CC BY-SA 3.0), {epochs} epochs, seed {seed}. Test accuracy {accuracy:.2%} of 10,000. SHA-256 `{digest}`.
 
-For ranking models of digits among each other. Distances in its features say nothing about other images, and cannot be
-compared with those in other features.
+Use it to rank models of digits. Distances in its features mean nothing for other images, and cannot be compared with
+distances in other features.
 """
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset_name", default="ylecun/mnist", help="MNIST: a Hub id or a local copy")
+    parser.add_argument("--dataset_name", default="ylecun/mnist", help="Hub id or local copy of MNIST")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -71,7 +71,7 @@ def main():
 
 
 def load(dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (N, 1, 28, 28) in [0, 1] and labels (N,)."""
+    """Return images (N, 1, 28, 28) in [0, 1] and labels (N,)."""
     images = torch.from_numpy(np.stack([np.asarray(image) for image in dataset["image"]]))
     return images[:, None].float() / 255, torch.tensor(dataset["label"])
 

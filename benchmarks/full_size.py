@@ -1,9 +1,10 @@
-"""Whether finetune_faces.py runs at full size here: two optimizer steps with each method, their time and peak memory.
+"""Run finetune_faces.py at full size: two optimizer steps with each method, their time and peak memory.
 
     python benchmarks/full_size.py
 
 The model has the config of google/ddpm-celebahq-256 (113.7 M weights, 256x256) and random weights, so that nothing is
-downloaded. Batch 1, bf16, gradient checkpointing. Peak memory is that of the process, or of the GPU where there is one.
+downloaded. The runs use batch 1, bf16 and gradient checkpointing. Peak memory is that of the GPU if there is one,
+otherwise that of the process.
 """
 
 import argparse
@@ -48,11 +49,11 @@ def main():
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 sys.exit(result.stdout + result.stderr)
-            said = re.search(r"-> .*: ([\d,]+) trainable weights.* keeps ([\d.]+) MiB", result.stderr)
+            found = re.search(r"-> .*: ([\d,]+) trainable weights.* keeps ([\d.]+) MiB", result.stderr)
             events = EventAccumulator(str(Path(folder, method, "logs", method))).Reload()
             peak = events.Scalars("system/peak_memory_gib")[-1].value
             seconds = options.train_batch_size / events.Scalars("system/images_per_second")[-1].value
-            print(f"| {method} | {said[1]} | {said[2]} | {peak:.1f} | {seconds:.1f} |", flush=True)
+            print(f"| {method} | {found[1]} | {found[2]} | {peak:.1f} | {seconds:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What each stage of the ladder buys: trains all of them on MNIST and compares their samples in one table.
+"""Train all stages of the ladder on MNIST, and compare their samples in one table.
 
     python benchmarks/ladder.py --dataset_name mnist
 
-First every stage with the same number of images; then every stage for the time that stage 3 took, by the median of its
-images/s. Interrupted, the same command goes on. About 70 minutes on 2 cores, a quarter of it for the comparison.
+First every stage is trained with the same number of images. Then the first two stages are trained for the time that
+stage 3 took, by the median of its images/s. After an interruption, the same command resumes. All takes about 70 minutes
+on 2 cores, of which the comparison takes a quarter.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
-EPSILON = ("--prediction_type=epsilon", "--beta_schedule=linear")  # as in the paper
+EPSILON = ("--prediction_type=epsilon", "--beta_schedule=linear")  # the settings of the paper
 STAGES = {
     "basic": ("train_basic.py",),
     "unet2d": ("train_unet2d.py",),
@@ -25,26 +26,27 @@ STAGES = {
     "flow": ("train_flow.py",),
     "conditional": ("train_conditional.py",),
 }
-SHARES = {"conditional": 0.75}  # of the steps: guidance is learnt by a second call of the model, without gradients
+# Share of the steps, because guidance is learnt with a second function evaluation, without gradients
+SHARES = {"conditional": 0.75}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset_name", default="mnist", help="as in the training scripts")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of 64 images")
-    parser.add_argument("--num_samples", type=int, default=2000, help="of each model")
+    parser.add_argument("--dataset_name", default="mnist", help="training images, as in the training scripts")
+    parser.add_argument("--steps", type=int, default=1200, help="number of optimizer steps of 64 images")
+    parser.add_argument("--num_samples", type=int, default=2000, help="number of samples of each model")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/stages"))
     options = parser.parse_args()
     folders = [train(options, name, round(options.steps * SHARES.get(name, 1))) for name in STAGES]
     speeds = [median_speed(folder) for folder in folders]
-    for name, speed in zip(("basic", "unet2d"), speeds, strict=False):  # the others have had that time
+    for name, speed in zip(("basic", "unet2d"), speeds, strict=False):  # the other stages have trained for that time
         folders.append(train(options, name, round(options.steps * speed / speeds[2]), "-same-time"))
         speeds.append(median_speed(folders[-1]))
     run(
         "evaluate.py", *folders, f"--reference={options.dataset_name}", f"--num_samples={options.num_samples}",
         "--mixed_precision=bf16", f"--output_dir={options.output_dir / 'evaluation'}",
     )  # fmt: skip
-    print(f"\n{'':24}{'steps':>6}{'images/s':>10}{'minutes':>9}   median of the training, its sampling not counted")
+    print(f"\n{'':24}{'steps':>6}{'images/s':>10}{'minutes':>9}   median speed of training, without sampling")
     for folder, speed in zip(folders, speeds, strict=True):
         steps = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["finished_at_step"]
         print(f"{folder.name:24}{steps:6}{speed:10.0f}{steps * 64 / speed / 60:9.1f}")
@@ -64,7 +66,7 @@ def run(script: str, *flags) -> None:
 
 
 def median_speed(folder: Path) -> float:
-    """Images per second, from the curves."""
+    """Return the median of images per second, from the curves."""
     events = [str(path) for path in folder.rglob("events.out.*")]
     speeds = []
     for event in events:

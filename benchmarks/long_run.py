@@ -1,9 +1,9 @@
-"""Whether a long run stays as it began: memory, open files and checkpoints of 2,000 steps with samples and saves.
+"""Watch memory, open files and checkpoints of a long run: 2,000 steps with samples and saves.
 
     python benchmarks/long_run.py
 
-trains the tiny UNet on the embedded digits, and prints a row every 200 steps. "memory" is what the process holds
-(resident), after Python's garbage collection; its growth from row to row should come to an end.
+This trains the tiny UNet on the embedded digits, and prints a row every 200 steps. "memory" is the resident memory of
+the process after Python's garbage collection. It should stop growing from row to row.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from unittest import mock
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script: the repository is one level up
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script does not find the repository otherwise
 import train_ddpm
 
 ROWS = 10
@@ -25,7 +25,7 @@ ROWS = 10
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2000, help="number of optimizer steps")
     options = parser.parse_args()
     from utils.training.loop import Run
 

@@ -1,8 +1,8 @@
-"""What a checkpoint costs: seconds of one of a model of the size of google/ddpm-celebahq-256 (113.7 M weights, AdamW).
+"""Time the saving of checkpoints, for a model as large as google/ddpm-celebahq-256 (113.7 M weights, AdamW).
 
     python benchmarks/saving.py
 
-Compare them with the seconds between two checkpoints: --checkpointing_steps times those of a step.
+Compare the seconds with the time between two checkpoints: --checkpointing_steps times the seconds of a step.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from utils.training import checkpoints  # noqa: E402
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=5, help="checkpoints, each beside the one before")
-    parser.add_argument("--folder", help="where to write them (default: a temporary folder)")
+    parser.add_argument("--times", type=int, default=5, help="number of checkpoints, each beside the previous one")
+    parser.add_argument("--folder", help="folder for the checkpoints (default: a temporary folder)")
     options = parser.parse_args()
     accelerator = Accelerator()
     unet = UNet2DModel(sample_size=256, in_channels=3, out_channels=3, **UNETS["large"])
@@ -38,11 +38,11 @@ def main():
 
     def timed(name, function):
         def call(*arguments, **named):
-            began = time.perf_counter()
+            start = time.perf_counter()
             try:
                 return function(*arguments, **named)
             finally:
-                spent.setdefault(name, []).append(time.perf_counter() - began)
+                spent.setdefault(name, []).append(time.perf_counter() - start)
 
         return call
 

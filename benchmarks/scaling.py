@@ -1,12 +1,12 @@
-"""How training on a CPU scales: one process on one core, two on two, and two machines of one core each.
+"""Measure the scaling of training on a CPU: one process, two processes, and two machines, with one core each.
 
-Two runs that do not know of each other, one on each core, show what the machine itself has to give.
+Two independent runs, one on each core, show the upper limit of the machine itself.
 
     python benchmarks/scaling.py
 
-The machines are network namespaces joined by a cable, where the kernel and the user's rights allow it (Linux, root).
-Each process has one core, one thread and its own 64 images a step. Prints images/s and ratios, of rounds in which the
-cases alternate, and the share of a step in which a process waits for the sum of the gradients.
+The machines are network namespaces with a virtual cable, if the kernel and the user's rights allow it (Linux, root).
+Each process has one core, one thread and its own 64 images per step. The output has images/s and ratios of rounds in
+which the cases alternate. It also has the share of a step in which a process waits for the sum of the gradients.
 """
 
 import argparse
@@ -46,10 +46,13 @@ json.dump([rates, {{name: value for name, value in data.items() if name.startswi
 
 
 def run(processes: int, how: list[Machine] | str, steps: int, unet: str, resolution: int) -> tuple[float, float]:
-    """Images/s of all processes (median over the points of a curve), and the share of waiting (in the mean).
+    """Return images/s of all processes (median over the points of a curve), and the mean share of waiting.
 
     Args:
-        how: a machine for each process, none for this one, or "apart".
+        processes: number of processes.
+        how: machines of the processes, an empty list for this machine, or "apart" for independent runs.
+        steps: number of optimizer steps.
+        unet, resolution: flags of the training script.
     """
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -74,8 +77,8 @@ def run(processes: int, how: list[Machine] | str, steps: int, unet: str, resolut
                 preexec_fn=how[rank].enter if how and how != "apart" else None,
             )  # fmt: skip
             children.append(process)
-        said = [child.communicate()[0].decode() for child in children]
-        for child, text in zip(children, said, strict=True):
+        outputs = [child.communicate()[0].decode() for child in children]
+        for child, text in zip(children, outputs, strict=True):
             if child.returncode:
                 sys.exit(text)
         results = [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
@@ -88,7 +91,7 @@ def run(processes: int, how: list[Machine] | str, steps: int, unet: str, resolut
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=30, help="number of optimizer steps of each run")
     parser.add_argument("--unet", default="small")
     parser.add_argument("--resolution", type=int, default=28)
     options = parser.parse_args()
@@ -101,7 +104,7 @@ def main():
             stack.callback(machines.close)
             cases["2 machines"] = (2, machines.all)
         except OSError as error:
-            print(f"No two machines here: {error}")
+            print(f"Two machines cannot be set up here: {error}")
         found = {name: [] for name in cases}
         for number in range(options.rounds):
             for name, case in cases.items():

@@ -2,7 +2,7 @@
 
     python benchmarks/sketches.py outputs/sketches
 
-makes a folder that --train_data_dir takes: 30 drawings in train/, those of the 70 other faces in test/.
+This makes a folder for --train_data_dir, with 30 drawings in train/ and drawings of the 70 other faces in test/.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter, ImageOps
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 TRAINED_ON = 30
-SIDE = 64  # pixels; lines are thinner than the pixels of the photographs
+SIDE = 64  # pixels; more than the photographs have, because lines are thin
 
 
 def sketch(image: Image.Image) -> Image.Image:

@@ -1,11 +1,11 @@
-"""How good a model gets in a given time: trains for a number of seconds with several seeds, and evaluates the samples.
+"""Train for a given number of seconds with several seeds, and evaluate the samples.
 
     python benchmarks/speedrun.py --dataset_name mnist --seconds 150 300
 
-A few steps tell the pace of the machine, and from it the number of steps that fit: the learning rate is zero when the
-time is over. Seconds count from the command to the last step; drawing is not among them. Flags behind -- go to the
-training script: what a change of recipe gains is the difference between two such runs, on a machine that does nothing
-else. Interrupted, the same command goes on. Half an hour on 2 cores, of which 23 minutes are training.
+A few steps measure the speed of the machine, which gives the number of steps that fit into the time. So the learning
+rate reaches zero when the time is over. Seconds count from the start of the command to the last step, without sampling.
+Flags after -- go to the training script. To measure a change of settings, compare two such runs on an idle machine.
+After an interruption, the same command resumes. All takes half an hour on 2 cores, of which training takes 23 minutes.
 """
 
 import argparse
@@ -20,21 +20,21 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-PACE = 60  # steps that tell it
+PACE = 60  # steps that measure the speed
 THRESHOLDS = (10, 5, 3)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--script", default="train_ddpm.py")
-    parser.add_argument("--dataset_name", default="mnist", help="as in the training scripts, and for evaluate.py")
+    parser.add_argument("--dataset_name", default="mnist", help="training images, also the reference of evaluate.py")
     parser.add_argument("--seconds", type=float, nargs="+", default=[150, 300])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_samples", type=int, default=2000, help="of each model")
+    parser.add_argument("--num_samples", type=int, default=2000, help="number of samples of each model")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--evaluate", nargs="*", default=[], help="flags for evaluate.py, each as NAME=VALUE")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/speedrun"))
-    parser.add_argument("flags", nargs="*", help="behind --: flags for the training script")
+    parser.add_argument("flags", nargs="*", help="flags for the training script, after --")
     options = parser.parse_args()
     folders, steps = {}, {}
     for seconds in options.seconds:
@@ -51,16 +51,16 @@ def main():
 
 
 def train(options, folder: Path, seconds: float, seed: int) -> int:
-    """Train for so many seconds, unless that is done; returns the number of optimizer steps."""
+    """Train for so many seconds, unless that is done, and return the number of optimizer steps."""
     recipe = [options.script, options.dataset_name, *options.flags]
     if (folder / "seconds.json").is_file():
         record = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
         if record["recipe"] != recipe:
-            sys.exit(f"{folder} is of {' '.join(record['recipe'])}; choose another --output_dir")
+            sys.exit(f"{folder} has a run of {' '.join(record['recipe'])}. Choose another --output_dir")
     else:
         startup, pace = measured_pace(options.script, options.dataset_name, options.output_dir / "pace", *options.flags)
         steps = max(1, round((seconds - startup) / pace))
-        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
+        shutil.rmtree(folder, ignore_errors=True)  # it may hold an interrupted run
         start = time.time()
         launch(
             options.script, options.dataset_name, folder, *options.flags, f"--seed={seed}", f"--max_train_steps={steps}"
@@ -74,9 +74,9 @@ def train(options, folder: Path, seconds: float, seed: int) -> int:
 
 @cache
 def measured_pace(script: str, dataset_name: str, folder: Path, *flags: str) -> tuple[float, float]:
-    """Seconds before the first step and for each step, from two short runs."""
+    """Return the seconds before the first step and for each step, from two short runs."""
     times = []
-    for steps in (1, 1, 1 + PACE):  # the first prepares the images
+    for steps in (1, 1, 1 + PACE):  # the first run prepares the images
         shutil.rmtree(folder, ignore_errors=True)
         start = time.time()
         launch(script, dataset_name, folder, *flags, f"--max_train_steps={steps}")
@@ -91,13 +91,13 @@ def launch(script: str, dataset_name: str, folder: Path, *flags: str) -> None:
 
 
 def accelerate(script: Path, *flags) -> None:
-    """A training script, as the README launches it."""
+    """Run a training script as in the README."""
     config = ROOT / "accelerate_config.yaml"
     run("-m", "accelerate.commands.launch", "--quiet", "--config_file", config, script, *flags)
 
 
 def run(script, *arguments) -> None:
-    """A Python program of the repository, or of Python itself; what it says is shown if it fails."""
+    """Run a Python script of the repository, or Python with flags; show the output if it fails."""
     program = [ROOT / script] if str(script).endswith(".py") else [script]
     done = subprocess.run(
         [sys.executable, *map(str, program), *map(str, arguments)], capture_output=True, text=True, encoding="utf-8"
@@ -110,7 +110,7 @@ def report(options, folders: dict, steps: dict) -> None:
     text = (options.output_dir / "evaluation" / "results.json").read_text(encoding="utf-8")
     rows = json.loads(text)["results"]
     metric = next(key for key in rows[0] if key.startswith(("fd_", "fid_")))
-    values = {row["model"].split()[0]: row[metric] for row in rows}  # without sampler and guidance
+    values = {row["model"].split()[0]: row[metric] for row in rows}  # the name of the folder
     print(f"\n{options.script} {' '.join(options.flags)}")
     print(f"| seconds | steps | {metric} | of each seed |\n|---|---|---|---|")
     means = {}

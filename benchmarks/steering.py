@@ -1,4 +1,4 @@
-"""How far colour guidance moves samples: mean distance of their pixels to a colour, with and without it, same seeds.
+"""Measure colour guidance: the mean distance of the samples' pixels to a colour, with and without it, same seeds.
 
     python benchmarks/steering.py MODEL --color teal
 
@@ -28,15 +28,17 @@ def main():
     parser.add_argument("--color", default="teal")
     parser.add_argument("--num_samples", type=int, default=16)
     parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 1.0])
-    parser.add_argument("--picture", metavar="FILE", help="eight samples with each guidance, from the same seeds")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="picture to write, with eight samples for each guidance, from the same seeds"
+    )
     options = parser.parse_args()
     unet, scheduler, space = load_pipeline(options.model)
     accelerator, sampler = Accelerator(mixed_precision="bf16"), make_sampler("ddim", scheduler)
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
     target = np.array(ImageColor.getrgb(options.color)[:3]).reshape(1, 3, 1, 1)
     print(f"| Guidance towards {options.color} | Mean distance, of 255 | Share | Seconds |\n|---|---|---|---|")
-    wanted = [(mode, scale) for mode in ("direct", "net") for scale in options.scales]
-    guides = {f"{mode}, {scale:g}": Guidance(color_loss(options.color), scale, mode, space) for mode, scale in wanted}
+    settings = [(mode, scale) for mode in ("direct", "net") for scale in options.scales]
+    guides = {f"{mode}, {scale:g}": Guidance(color_loss(options.color), scale, mode, space) for mode, scale in settings}
     first, rows = None, []
     for name, guidance in {"none": None, **guides}.items():
         start = time.perf_counter()

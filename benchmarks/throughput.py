@@ -1,13 +1,14 @@
-"""Images/s of this project's training step beside a plain one: same UNet, same batch, same loss, one run.
+"""Compare images/s of this project's training step and of a plain one: same UNet, same batch, same loss, one run.
 
     python benchmarks/throughput.py --unet small --resolution 28
 
-The plain step is that of the usual example script: float32 (and, in a second column, bf16 autocast), images decoded and
-resized one by one in the DataLoader's process, AdamW not fused, an EMA parameter by parameter, ``.item()`` every step.
-Ours is what train_ddpm.py does, with its caches and its utils; flags behind -- are its flags. Blocks of steps alternate
-between the variants, so that a noisy machine disturbs all alike; medians are over blocks. Beside them stand the UNet's
-convolutions alone, one after the other in the same shapes, forward and backward: what no script makes faster. Whole
-commands of another script, such as diffusers' own, are timed by benchmarks/beside.py.
+The plain step is that of a usual example script. It uses float32 or bf16 autocast, decodes and resizes images one by
+one in the DataLoader's process, and calls ``.item()`` in every step. Its AdamW is not fused, and its EMA treats
+parameters one by one. Our step is that of train_ddpm.py, with its caches and utils. Flags after -- are flags of
+train_ddpm.py. Blocks of steps alternate between the variants, so that a busy machine disturbs all of them equally.
+Medians are over blocks.
+The convolutions of the UNet are also timed alone, forward and backward, as a limit for every script. To time whole
+commands of another script, such as diffusers' own, use benchmarks/beside.py.
 """
 
 import argparse
@@ -113,7 +114,7 @@ class Plain:
 
 
 def convolutions_alone(unet, images: torch.Tensor, timesteps: torch.Tensor, precision: torch.dtype, blocks: int):
-    """Seconds of all convolutions of the UNet, forward and backward, and their floating-point operations."""
+    """Return the seconds and the floating-point operations of all convolutions of the UNet, forward and backward."""
     calls, seconds, operations = [], 0.0, 0
 
     def record(module, inputs, output):
@@ -136,19 +137,21 @@ def convolutions_alone(unet, images: torch.Tensor, timesteps: torch.Tensor, prec
             convolution(inputs).backward(gradient)
             times.append(now(images.device) - start)
         seconds += count * statistics.median(times[2:])
-        operations += count * 6 * out.numel() * key[0] * math.prod(key[2])  # a product and a sum, three times
+        operations += (
+            count * 6 * out.numel() * key[0] * math.prod(key[2])
+        )  # a product and a sum, for one forward and two backward passes
     return seconds, operations
 
 
 def now(device: torch.device) -> float:
-    """Seconds, with the device's work done."""
+    """Return the time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def profile(variant, device: torch.device, steps: int = 3) -> None:
-    """The ten operations that take the most time."""
+    """Print the ten operations that take the most time."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + (device.type == "cuda")]
     with torch.profiler.profile(activities=kinds) as profiler:
         for _ in range(steps):
@@ -164,10 +167,12 @@ def main():
     parser.add_argument("--unet", choices=UNETS, default="small")
     parser.add_argument("--resolution", type=int, default=28)
     parser.add_argument("--train_batch_size", type=int, default=64)
-    parser.add_argument("--blocks", type=int, default=7, help="N of each median")
-    parser.add_argument("--steps", type=int, default=3, help="steps in a block")
-    parser.add_argument("--profile", action="store_true", help="also which operations ours spends its time on")
-    parser.add_argument("flags", nargs="*", help="behind --: flags for train_ddpm.py, such as --compile")
+    parser.add_argument("--blocks", type=int, default=7, help="number of blocks per median")
+    parser.add_argument("--steps", type=int, default=3, help="number of steps in a block")
+    parser.add_argument(
+        "--profile", action="store_true", help="additional table of the operations that take the most time in our step"
+    )
+    parser.add_argument("flags", nargs="*", help="flags for train_ddpm.py, such as --compile, after --")
     options = parser.parse_args()
     names = ("dataset_name", "unet", "resolution", "train_batch_size")
     args = train_ddpm.parse_args([*(f"--{name}={getattr(options, name)}" for name in names), *options.flags])
@@ -194,7 +199,7 @@ def main():
             start = now(device)
             for _ in range(options.steps):
                 variant.step()
-            if block:  # the first is warm-up
+            if block:  # the first block is a warm-up
                 seconds[name].append((now(device) - start) / options.steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ours = medians["train_ddpm.py, bf16"]
