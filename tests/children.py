@@ -1,7 +1,7 @@
 """Scripts in child processes, as `python SCRIPT` runs them, without the seconds that importing torch takes.
 
-A child is forked from a server that has imported slow libraries. It has its own environment; where that differs in what
-huggingface_hub, datasets and the like read while they are imported, the server is one that has not imported those.
+A child is forked from a server that has imported slow libraries. It has its own environment. If a variable differs that
+huggingface_hub, datasets or others read during import, the server is one that has not imported those libraries.
 """
 
 import contextlib
@@ -43,18 +43,18 @@ SERVERS = {_read_by_libraries(os.environ): _server(SLOW + READERS)}  # by what i
 
 
 def keep_server(environment):
-    """Have the next children in this environment start as fast as those in this process's."""
+    """Make the next children in this environment start as fast as those in the environment of this process."""
     SERVERS.setdefault(_read_by_libraries(environment), _server(SLOW + READERS))
 
 
 def start(what, *arguments, log, folder=None, environment=None, file_limit=None, machine=None):
-    """Start a script, or a line of code that knows nothing of this repository, in a child; it writes to ``log``.
+    """Start a script, or a line of code that does not depend on this repository, in a child; it writes to ``log``.
 
     Args:
-        what: a path, or code.
-        folder: that it runs in; this process's unless given. So for ``environment``, all of it.
-        file_limit: no file may grow over so many bytes.
-        machine: of ``machines.Machines``, that it runs on; this one unless given.
+        what: path of a script, or code.
+        folder: working folder, by default that of this process. Likewise the whole ``environment``.
+        file_limit: maximum size of a file in bytes.
+        machine: machine of ``machines.Machines`` to run on, by default this one.
     """
     environment = dict(os.environ if environment is None else environment)
     arguments = (
@@ -81,7 +81,7 @@ def start(what, *arguments, log, folder=None, environment=None, file_limit=None,
 
 
 def finish(child, seconds=120):
-    """Wait for a child; its exit code and what it said."""
+    """Wait for a child, and return its exit code and output."""
     child.join(seconds)
     if child.exitcode is None:
         child.kill()
@@ -91,14 +91,14 @@ def finish(child, seconds=120):
 
 
 def run(what, *arguments, processes=1, environment=None, **options):
-    """``start`` and ``finish``; several processes know of each other as torchrun's do.
+    """Start and finish a script in one or several processes, connected like those of torchrun.
 
     Returns:
-        The exit code, of several the first that is not 0, and what they said.
+        The exit code, or the first of several that is not 0, and the output.
     """
     environment = dict(os.environ if environment is None else environment)
     children = []
-    port = free_port()  # for the first process to listen at
+    port = free_port()  # the first process listens at it
     with tempfile.NamedTemporaryFile() as log:
         for rank in range(processes):
             group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_PORT=port)
@@ -117,7 +117,7 @@ def _child(what, arguments, log, folder, environment, file_limit, machine):
     os.dup2(descriptor, 2)
     os.environ.clear()
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # as in a process that is no child of a server
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that is not a child of a server
     os.chdir(folder)
     if file_limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -145,7 +145,7 @@ run_script(train_ddpm.main, train_ddpm.parse_args)
 
 
 def patched(patch):
-    """The code of a process that runs train_ddpm.py after these lines, which find it, sys and time imported."""
+    """Return code that runs these lines and then train_ddpm.py, with it, sys and time imported."""
     return DRIVER.format(patch=patch)
 
 
@@ -188,16 +188,16 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def launch(command, *arguments, log, **options):
-    """Start a launcher, [python, "-m", module, flags and script ...]. What it starts is forked from it.
+    """Start a launcher, [python, "-m", module, flags and script ...]. It forks the processes that it starts.
 
-    So neither it nor its processes take eight seconds to import torch; all else is as the launcher does it.
+    So neither the launcher nor its processes take eight seconds to import torch. The launcher does the rest as usual.
     """
     assert command[:2] == [sys.executable, "-m"]
     return start(LAUNCHER, *command[2:], *arguments, log=log, **options)
 
 
 def ended(child, seconds=120):
-    """``finish``, and no process is left that writes to the log."""
+    """Finish a child, and check that no process is left that writes to the log."""
     deadline = time.monotonic() + seconds
     code, _ = finish(child, seconds)
     while any(_points_to(path, child.log) for path in glob.glob("/proc/[0-9]*/fd/1")):
@@ -209,25 +209,25 @@ def ended(child, seconds=120):
 def _points_to(path, file):
     try:
         return os.readlink(path) == str(file)
-    except OSError:  # it has ended, or is somebody else's
+    except OSError:  # it has ended, or belongs to another user
         return False
 
 
 def kill(launcher):
-    """End a launcher and what it has started, at once."""
+    """End a launcher and its processes at once."""
     for pid in [*(family(launcher) if launcher.is_alive() else []), launcher.pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def free_port():
-    """A port that nobody listens at, now."""
+    """Return a port that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
 def family(child):
-    """Process ids below a child, by rank."""
+    """Return the process ids below a child, by rank."""
     pids = {}
     for pid in [int(name) for name in os.listdir("/proc") if name.isdecimal()]:
         try:
@@ -236,4 +236,4 @@ def family(child):
             continue
         if int(fields[1]) == child.pid and fields[0] != "Z":
             pids[pid] = fields
-    return sorted(pids, key=lambda pid: int(pids[pid][19]))  # in the order of their start: that of the ranks
+    return sorted(pids, key=lambda pid: int(pids[pid][19]))  # in the order of their start, which is that of the ranks

@@ -3,11 +3,11 @@
 import os
 import tempfile
 
-# Caches of the libraries: children have the same, so that one server has imported for all
+# Children share the caches of the libraries, so that one server can import for all of them
 os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="tests-home-")}
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""}
-os.environ["OMP_NUM_THREADS"] = "1"  # here and in every child, with pytest's workers and without: the same results
+os.environ["OMP_NUM_THREADS"] = "1"  # results are the same here and in every child, with pytest's workers and without
 
 import functools
 import json
@@ -33,7 +33,7 @@ TINY = [
 ]  # fmt: skip
 
 
-# Made once instead of for each run: encoding 1,797 PNG files takes a quarter of the time of a tiny run
+# Made once instead of for each run, because encoding 1,797 PNG files takes a quarter of the time of a tiny run
 sources._embedded_digits = functools.cache(sources._embedded_digits)
 # TensorBoard reads files in the order of their names: by second, process, number. Several are made here in a second
 event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
@@ -41,7 +41,7 @@ _decode, _decoded = Cache._decode, {}
 
 
 def _decode_once(self, images, show, write):
-    """As ``Cache._decode``; the embedded digits, which most tests train on, once for each way to prepare them."""
+    """Decode like ``Cache._decode``, but decode the embedded digits of most tests only once for each preparation."""
     if images.images.name != "digits" or images.images.columns:
         return _decode(self, images, show, write)
     how = (images.images.dataset._fingerprint, images.mode, images.size, images.center_crop)
@@ -55,7 +55,7 @@ def _decode_once(self, images, show, write):
 
 
 Cache._decode = _decode_once
-named_images.QUICK = float("inf")  # decoded images stay in memory, out of the user's cache
+named_images.QUICK = float("inf")  # decoded images stay in memory and do not fill the user's cache
 
 
 def pytest_unconfigure():
@@ -84,7 +84,7 @@ def accelerator():
 
 
 def tiny(*flags, script=train_ddpm):
-    """Flags of a tiny run on the embedded digits; another source of images or weights replaces the tiny one."""
+    """Return flags of a tiny run on the embedded digits; another source of images or weights replaces the tiny one."""
     flags = [str(flag) for flag in flags]
     other_data = any(flag.startswith("--train_data_dir") for flag in flags)
     base = [flag for flag in TINY if not (other_data and "dataset_name" in flag)]
@@ -94,12 +94,12 @@ def tiny(*flags, script=train_ddpm):
 
 
 def parse(*flags, script=train_ddpm):
-    """Arguments of a tiny run."""
+    """Return the arguments of a tiny run."""
     return script.parse_args(tiny(*flags, script=script))
 
 
 def exit_code(main, args):
-    """Run a script's ``main`` in this process, with a fresh accelerate state; returns its exit code."""
+    """Run a script's ``main`` in this process, with a fresh accelerate state, and return its exit code."""
     reset_accelerate()
     try:
         main(args)
@@ -109,7 +109,7 @@ def exit_code(main, args):
 
 
 def train(output_dir, *flags, script=train_ddpm):
-    """Run a training script in this process; returns its exit code."""
+    """Run a training script in this process, and return its exit code."""
     return exit_code(script.main, parse("--output_dir", output_dir, *flags, script=script))
 
 
@@ -125,12 +125,12 @@ def interrupt(folder, keep):
 
 
 def scalars(folder, tag):
-    """A curve in TensorBoard as {step: value}."""
+    """Return a curve in TensorBoard as {step: value}."""
     return {event.step: event.value for event in events(folder).Scalars(tag)}
 
 
 def events(folder):
-    """What TensorBoard has of the run in ``folder``."""
+    """Return the events of the run in ``folder``, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (runs,) = {path.parent for path in (folder / "logs").glob("*/events*")}
@@ -138,14 +138,14 @@ def events(folder):
 
 
 def equal_weights(first, second):
-    """Whether two safetensors files hold the same tensors, bit for bit."""
+    """Return whether two safetensors files hold the same tensors, bit for bit."""
     first, second = load_file(first), load_file(second)
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """A finished run with TensorBoard events, sample grids and class curves, to look at; do not change it."""
+    """Return the folder of a finished run with TensorBoard events, sample grids and class curves; do not change it."""
     folder = tmp_path_factory.mktemp("finished") / "ddpm"
     code = train(folder, "--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2")
     assert code == 0
@@ -154,7 +154,7 @@ def finished_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def browser():
-    """Headless Chromium, or the test is skipped."""
+    """Return headless Chromium, or skip the test."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser test")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not chromium:
@@ -164,15 +164,15 @@ def browser():
 
 
 def slow(*values):
-    """A case of a parametrized test that only `make test-all` runs."""
+    """Return a case of a parametrized test that only `make test-all` runs."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def count_files(folder):
-    """Every file below a folder, with its size and time."""
+    """Return every file below a folder, with its size and time."""
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 def count(model):
-    """Number of weights."""
+    """Return the number of weights."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -16,9 +16,9 @@ class FakeHub:
     """Repositories and requests of a server that runs in a thread.
 
     Attributes:
-        url: of the server.
-        repos: by id: ``private``, ``branches`` (name -> path -> bytes), ``commits``.
-        requests: "METHOD path" of each, in order.
+        url: address of the server.
+        repos: repositories by id: ``private``, ``branches`` (name -> path -> bytes), ``commits``.
+        requests: "METHOD path" of each request, in order.
         faults: [pattern, action, how often]; an action is a status, "drop", "hang", or (status, headers).
     """
 

@@ -24,7 +24,7 @@ def _ip(*arguments):
 
 @dataclass
 class Machine:
-    """One of the two.
+    """One of the two machines.
 
     Attributes:
         name: its hostname.
@@ -37,7 +37,7 @@ class Machine:
     hosts: str
 
     def enter(self):
-        """Have the calling process, and what it starts, be on this machine."""
+        """Move the calling process, and the processes that it starts, to this machine."""
         libc = ctypes.CDLL(None, use_errno=True)
 
         def call(name, *arguments):
@@ -53,7 +53,7 @@ class Machine:
 
 
 class Machines:
-    """The two of them, ``head`` and ``worker``; taken down by ``close``.
+    """Two machines, ``head`` and ``worker``; ``close`` removes them.
 
     Raises:
         OSError: the kernel, or this user's rights, do not allow it.

@@ -1,4 +1,4 @@
-"""utils/args.py and train_ddpm.parse_args: what cannot work is refused in one line, before anything heavy."""
+"""utils/args.py and train_ddpm.parse_args: wrong flags are refused in one line, before heavy imports."""
 
 import contextlib
 import subprocess
@@ -63,7 +63,7 @@ def test_bad_flags_exit_with_one_line(capsys, flags, message):
     assert message in refused(capsys, *flags)
 
 
-SCRIPTS = {  # with the arguments that they cannot do without
+SCRIPTS = {  # with their required arguments
     train_basic: [],
     train_unet2d: [],
     train_ddpm: [],
@@ -79,8 +79,10 @@ SCRIPTS = {  # with the arguments that they cannot do without
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_flag_refuses_what_it_cannot_be(capsys, script, monkeypatch):
-    """A property of the parser: whatever a flag is, a wrong type, a number out of its range or an unknown choice is one
-    line that names it, with exit code 2; a value that it takes stays what it was given."""
+    """A wrong type, a number out of range or an unknown choice gives one line that names the flag, and exit code 2.
+
+    A valid value stays unchanged.
+    """
     actions = []
     original = Parser.parse
     monkeypatch.setattr(Parser, "parse", lambda self, argv=None: actions.extend(self._actions) or original(self, argv))
@@ -89,7 +91,7 @@ def test_every_flag_refuses_what_it_cannot_be(capsys, script, monkeypatch):
     del flags["-h"], flags["--config"]
     typed = {flag for flag, action in flags.items() if action.type or action.choices or action.nargs == "?"}
     assert len(typed) >= (2 if script is demo else 10)
-    assert len(flags) - len(typed) < 25  # what is left takes any text: names, paths, columns
+    assert len(flags) - len(typed) < 25  # the other flags take any text: names, paths, columns
     for flag in sorted(typed):
         action = flags[flag]
         wrong = ["certainly not", ""]
@@ -108,7 +110,7 @@ def test_every_flag_refuses_what_it_cannot_be(capsys, script, monkeypatch):
 
 
 def flags_of(script):
-    """The flags that a script defines."""
+    """Return the flags that a script defines."""
     found = []
 
     class Listed(Exception):
@@ -125,7 +127,7 @@ def flags_of(script):
 
 
 def test_a_new_flag_is_a_decision():
-    """tests/frozen_flags.txt lists every flag and the scripts that have it; one that comes or goes changes the file."""
+    """tests/frozen_flags.txt lists every flag and the scripts that have it. Adding or removing one changes the file."""
     table = {}
     for script in (*SCRIPTS, push):
         for flag in flags_of(script):

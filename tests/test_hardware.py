@@ -1,4 +1,4 @@
-"""utils/hardware.py: who chose the number of threads. (test_launch.py asks the launchers themselves.)"""
+"""utils/hardware.py: the origin of the number of threads. (test_launch.py tests the launchers themselves.)"""
 
 import os
 import subprocess
@@ -14,12 +14,12 @@ from utils.hardware import LAUNCHER_SETS, is_launched, usable_cores, use_all_cor
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PROC = Path("/proc/self/environ").exists()
-OTHER = CORES + 1  # a number of threads that nobody chooses
+OTHER = CORES + 1  # an unusual number of threads
 
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Threads after ``use_all_cores``, which starts from ``OTHER``, in a given environment below a given launcher."""
+    """Return the threads after ``use_all_cores``, starting from ``OTHER``, in this environment below this launcher."""
     before = torch.get_num_threads()
     for name in (*LAUNCHER_SETS, "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -94,7 +94,7 @@ def test_the_quota_of_a_container_counts(threads, monkeypatch, tmp_path, quota, 
     monkeypatch.setattr(hardware, "affinity", lambda: 64)
     (tmp_path / "cgroup" / "pod" / "container").mkdir(parents=True)
     (tmp_path / "own").write_text("12:cpu:/other\n0::/pod/container\n")
-    (tmp_path / "cgroup" / "pod" / "cpu.max").write_text(f"{quota}\n")  # of a group around it
+    (tmp_path / "cgroup" / "pod" / "cpu.max").write_text(f"{quota}\n")  # the limit of a group around it
     assert usable_cores(tmp_path / "cgroup", tmp_path / "own") == cores
     assert usable_cores(tmp_path / "cgroup", tmp_path / "nothing") == 64
     monkeypatch.setattr(hardware, "usable_cores", lambda: cores)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 UTILS = sorted((ROOT / "utils").rglob("*.py"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LAYERS = [  # of utils/, each may import those above it in this list and its own files; files right in utils/ come first
+LAYERS = [  # folders of utils/ may import those above them in this list; files right in utils/ come first
     {"data", "diffusion"}, {"training"}, {"sources"}, {"resilience"}, {"monitoring"}, {"evaluation"}, {"publishing"},
 ]  # fmt: skip
 OPTIONAL = {"monitoring": set(), "resilience": set(), "publishing": set(), "sources": set(), "evaluation": {"sources"}}
@@ -32,8 +32,8 @@ def name_of(path):
 
 
 def imported(path):
-    """Every module that a file imports, at any depth of its functions: dotted names, files of this repository among
-    them as ``utils.data.sources`` even where the import is relative."""
+    """Return every module that a file imports, at any depth of its functions, as dotted names. Files of this repository
+    have names like ``utils.data.sources`` even if the import is relative."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -46,7 +46,7 @@ def imported(path):
 
 
 def files_imported(path):
-    """The files of utils/ that an import of this file brings along directly, packages' ``__init__.py`` among them."""
+    """Return the files of utils/ that an import of this file loads directly, with ``__init__.py`` of packages."""
     files = set()
     for module in imported(path):
         parts = module.split(".")
@@ -70,7 +70,7 @@ def test_no_script_imports_a_script_and_nothing_needs_torchvision():
 
 
 def test_text_files_say_their_encoding():
-    """The system's own is not UTF-8 on Windows."""
+    """The default encoding on Windows is not UTF-8."""
     for path in [*SCRIPTS, *UTILS, *ROOT.glob("benchmarks/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = getattr(getattr(node, "func", None), "attr", getattr(getattr(node, "func", None), "id", None))
@@ -89,7 +89,7 @@ def test_imports_go_downwards():
         for other in files_imported(path):
             there = folder_of(other)
             assert there == here or rank[there] < rank[here], f"{name_of(path)} imports {name_of(other)}"
-            if there in OPTIONAL and there != here:  # what may be deleted is needed by nothing that may stay
+            if there in OPTIONAL and there != here:  # nothing that stays may need a folder that may be deleted
                 assert there in OPTIONAL.get(here, ()), f"{name_of(path)} imports {name_of(other)}"
 
 
@@ -116,7 +116,7 @@ def test_utils_never_import_each_other_in_a_circle():
 
 
 def closure(script):
-    """The files of utils/ that a script needs."""
+    """Return the files of utils/ that a script needs."""
     reached, todo = set(), [script]
     while todo:
         for other in files_imported(todo.pop()) - reached:
@@ -126,7 +126,7 @@ def closure(script):
 
 
 def test_nothing_drags_along_what_it_does_not_show():
-    """The smallest denoiser needs no guidance, no adapter and nothing of the tools."""
+    """The smallest denoiser needs no guidance, no adapter and no tool."""
     for script in ("train_basic.py", "train_unet2d.py", "train_ddpm.py"):
         names = {path.stem for path in closure(ROOT / script)}
         assert not names & {"guidance", "adapters", "pipelines", "few_steps", "flow"}, script
@@ -150,7 +150,7 @@ TRAINING = {path.name: path.read_text() for path in SCRIPTS if path.name not in 
 
 
 def update_block(text):
-    """From the backward pass to the end of the loop."""
+    """Return the lines from the backward pass to the end of the loop."""
     return text[text.index("            accelerator.backward(loss)") : text.index("    run.finish()\n")]
 
 
@@ -161,7 +161,7 @@ def headings(text):
 
 
 def test_the_update_and_the_headings_are_the_same_text_in_every_script():
-    """So that the diff of two scripts is what they teach, and nothing of the update is right in one alone."""
+    """The diff of two scripts should show only their methods, and a fix of the update must reach all of them."""
     assert len(TRAINING) == 7
     assert len({update_block(text) for text in TRAINING.values()}) == 1
     for name, text in TRAINING.items():
@@ -187,8 +187,8 @@ def test_every_flag_is_tested_or_documented(capsys, script):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
 def test_benchmarks_still_fit_the_rest(path, monkeypatch):
-    """Only that they can be imported; they are too long to be run here."""
-    monkeypatch.syspath_prepend(path.parent)  # as `python benchmarks/...` has it
+    """Check only that they can be imported, because they run for too long."""
+    monkeypatch.syspath_prepend(path.parent)  # as with `python benchmarks/...`
     runpy.run_path(str(path), run_name="imported")
     assert f"`benchmarks/{path.name}`" in (ROOT / "docs" / "results.md").read_text()
 
@@ -236,7 +236,7 @@ def test_readme_results_are_those_of_the_records():
 
 @pytest.mark.parametrize("script", [path.removesuffix(".py") for path in TRAINING])
 def test_the_mistake_of_a_flag_is_found_without_torch(script):
-    """Parsing must not import what takes seconds."""
+    """Parsing must not import slow libraries."""
     flags = ["--dataset_name=digits", *["--pretrained_model_name_or_path=x"] * (script == "distill_few_steps")]
     program = f"import sys, {script}; {script}.parse_args({flags})"
     program += "; assert not {'torch', 'diffusers'} & set(sys.modules)"

@@ -1,4 +1,4 @@
-"""utils/randomness.py: draws depend on seed, purpose and sample number only, and are as random as they should be."""
+"""utils/randomness.py: draws depend only on seed, purpose and sample number, and have the right distribution."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_noise_has_a_flat_spectrum():
 def test_random_bits_of_an_id_alone_are_those_in_a_batch():
     batch = random_bits(7, "dropout", np.arange(10))
     assert [random_bits(7, "dropout", np.int64(k)).item() for k in range(10)] == batch.tolist()
-    assert batch[0] == 0x12752B5BC8DAA0FE  # frozen: a checkpoint goes on with the same bits in every version
+    assert batch[0] == 0x12752B5BC8DAA0FE  # fixed, so that a checkpoint resumes with the same bits in every version
     noise = sample_noise(7, "noise", np.array([3]), (1, 2, 2))
     assert torch.allclose(noise.flatten(), torch.tensor([-0.5714, -0.8507, -0.4836, 1.4384]), atol=1e-4)
 

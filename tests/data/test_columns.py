@@ -1,4 +1,4 @@
-"""Further tensors of a row: they come with their image, are cut and flipped as it is, and are refused by name."""
+"""Further tensors of a row are cut and flipped like their image, or refused by name."""
 
 from pathlib import Path
 
@@ -189,7 +189,7 @@ def test_the_range_of_deep_partners_is_said_kept_and_may_be_given(tmp_path, acce
 
 
 def test_a_cache_is_renewed_for_other_partners(tmp_path, accelerator):
-    folder_of(tmp_path / "images", PICTURES.repeat(4, axis=0))  # 96: not all are looked at
+    folder_of(tmp_path / "images", PICTURES.repeat(4, axis=0))  # 96 images; only some are probed
     folder_of(tmp_path / "partners", PICTURES.repeat(4, axis=0))
     args = parse(*FLAGS, f"--train_data_dir={tmp_path}/images", f"--cache_images={tmp_path}/cache")
     columns = {"twin": Column(tmp_path / "partners")}

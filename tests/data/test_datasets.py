@@ -1,4 +1,4 @@
-"""utils/data and utils/sources: the same samples in the same order however they are loaded."""
+"""utils/data and utils/sources: the samples and their order do not depend on how they are loaded."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def png(value):
 
 
 class Process:
-    """Stands for one of several processes; what the loaders ask an accelerator for."""
+    """One of several processes, with the attributes of an accelerator that the loaders use."""
 
     def __init__(self, index, count):
         self.process_index, self.num_processes, self.is_main_process = index, count, index == 0
@@ -183,7 +183,7 @@ def test_ambiguous_image_columns_are_listed(accelerator, tmp_path):
 def test_bad_images_stop_or_are_skipped(accelerator, tmp_path, cache, workers, caplog):
     for k in range(70):
         Image.new("L", (8, 8), k).save(tmp_path / f"{k:02}.png")
-    (tmp_path / "67.png").write_bytes(b"")  # not among those that are looked at first
+    (tmp_path / "67.png").write_bytes(b"")  # not among the probed images
     flags = ["--train_data_dir", tmp_path, f"--cache_images={cache}"]
     flags += [f"--dataloader_num_workers={workers}", "--train_batch_size=64"]
     with pytest.raises(UserError, match=r"67\.png \(image 67 of .*the file is empty.*--max_bad_images N skips"):
@@ -191,7 +191,7 @@ def test_bad_images_stop_or_are_skipped(accelerator, tmp_path, cache, workers, c
     caplog.clear()
     first, second = (batches(accelerator, *flags, "--max_bad_images=100")[1] for _ in range(2))
     assert same(first, second)
-    assert sum("67.png" in record.message for record in caplog.records) == 2  # once a run
+    assert sum("67.png" in record.message for record in caplog.records) == 2  # once per run
 
 
 def test_a_skipped_image_is_replaced_by_the_same_one_with_and_without_the_cache(accelerator, tmp_path):
@@ -267,7 +267,7 @@ def test_shape_flags_reach_the_images(accelerator, folder):
 
 @pytest.fixture
 def decoded(monkeypatch, caplog):
-    """A list that grows by each image that is decoded to be kept."""
+    """Return a list that grows by each image that is decoded into the cache."""
     from utils.data.images import PreparedImages
 
     caplog.set_level("INFO", "utils")
@@ -279,7 +279,7 @@ def decoded(monkeypatch, caplog):
 
 
 def only_file(folder):
-    """The file of decoded images, and nothing else but its lock."""
+    """Return the file of decoded images, and check that there is nothing else but its lock."""
     (found,) = [path for path in folder.iterdir() if path.suffix != ".lock"]
     return found
 
@@ -344,7 +344,7 @@ def test_a_file_of_decoded_images_is_complete_or_not_there(accelerator, folder, 
         lambda file: (file / "pixels").write_bytes(b"few"),
         lambda file: (file / "table.npz").write_bytes(b"PK"),
         lambda file: (file / "table.npz").unlink(),
-        lambda file: file.rename(file.with_name(f".tmp-{file.name}")),  # as a kill leaves it
+        lambda file: file.rename(file.with_name(f".tmp-{file.name}")),  # as after a kill
     ):
         damage(only_file(kept))
         decoded.clear()
@@ -405,7 +405,7 @@ def test_unreadable_images_are_tried_again_by_every_run(accelerator, folder, tmp
 
 
 def test_other_pixels_under_the_same_fingerprint_are_decoded_anew(accelerator, tmp_path, decoded):
-    """datasets hashes how a table was made, not what came out."""
+    """The fingerprint of datasets depends on the steps that made a table, not on its content."""
     seen = []
     for value in (3, 200):
         image = {"bytes": png(value), "path": None}

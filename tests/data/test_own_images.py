@@ -1,4 +1,4 @@
-"""Images that are in Python already: the same batches as from any other source, and clear errors."""
+"""Images in memory give the same batches as those of any other source, and clear errors."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""utils/diffusion/adapters.py: what learns, what stays, and adapters that become weights."""
+"""utils/diffusion/adapters.py: which weights are trained, and adapters that are merged into weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Models from elsewhere: what diffusers loads is drawn rightly, or refused in one line."""
+"""Models from elsewhere: each model that diffusers loads is sampled correctly, or refused in one line."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ SMALL = dict(
 
 
 def make(folder, scheduler=None, **options):
-    """A pipeline with random weights, as diffusers saves it, whatever its UNet and its scheduler are."""
+    """Save a pipeline of diffusers with random weights, and with this UNet and scheduler."""
     torch.manual_seed(0)
     unet = UNet2DModel(**{"sample_size": 16, **SMALL, **options})
     DDPMPipeline(unet, scheduler or DDPMScheduler()).save_pretrained(folder)
@@ -46,7 +46,7 @@ def draw(model, folder, *flags):
 
 @pytest.fixture
 def hub_id(tmp_path):
-    """A repository in the Hub's cache whose files lie in its root, as those of google/ddpm-* do."""
+    """Return the id of a repository in the Hub's cache with its files in the root, like those of google/ddpm-*."""
     make(tmp_path / "made")
     commit = "0123456789" * 4
     snapshot = tmp_path / "hf" / "hub" / "models--google--toy" / "snapshots" / commit
@@ -78,7 +78,7 @@ def test_a_size_of_two_numbers_and_none(tmp_path):
     assert Image.open(tmp_path / "a" / "images" / "000000.png").size == (16, 16)
     with pytest.raises(UserError, match=r"config\.json has no sample_size"):
         draw(make(tmp_path / "none", sample_size=None), tmp_path / "b")
-    for name in ("two", "none"):  # of which the second takes the images' size
+    for name in ("two", "none"):  # the second has the size of the images
         start = f"--pretrained_model_name_or_path={tmp_path / name}"
         assert train(tmp_path / f"from-{name}", start, "--max_train_steps=1") == 0
 
@@ -116,7 +116,7 @@ def test_classes_of_a_model_that_was_never_told_nothing(tmp_path):
         train(tmp_path / "ddpm", f"--model_config_name_or_path={tmp_path / 'model' / 'unet'}")
 
 
-FOREIGN = {  # schedulers whose models do not predict what a DDPMScheduler adds
+FOREIGN = {  # models of these schedulers do not predict the noise of a DDPMScheduler
     "ScoreSdeVeScheduler": {},
     "FlowMatchEulerDiscreteScheduler": {},
     "EDMEulerScheduler": {},
@@ -138,7 +138,7 @@ def test_other_noise_is_never_taken_for_that_of_a_ddpm_scheduler(tmp_path, name)
         ):
             train(tmp_path / "run", start, **script)
     _, own, _ = load_pipeline(str(tmp_path / "model"))
-    if name == "DPMSolverMultistepScheduler":  # of straight paths: tests/scripts/test_train_flow.py
+    if name == "DPMSolverMultistepScheduler":  # tests/scripts/test_train_flow.py tests those of straight paths
         return
     with pytest.raises(UserError, match=f"the model of its {name} .* was not trained on straight paths"):
         train(tmp_path / "run", start, script=train_flow)

@@ -1,4 +1,4 @@
-"""utils/diffusion/guidance.py: steering goes where it says, by the gradient that it says."""
+"""utils/diffusion/guidance.py: guidance moves samples along the gradient of its loss."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_predicted_images_and_outputs_are_inverse_and_fit_add_noise(prediction_t
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("mode", ["direct", "net"])
 def test_the_prediction_moves_by_the_gradient(monkeypatch, mode, prediction_type):
-    """Against finite differences. The net's output stays float64 here."""
+    """Compare with finite differences. The net's output stays float64 here."""
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
     net, scheduler = Toy(), DDIMScheduler(prediction_type=prediction_type)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
@@ -133,7 +133,7 @@ def test_colour_guidance_halves_the_distance_with_every_sampler(accelerator, nam
 
 def test_guidance_works_on_the_first_stages_and_on_grey_images(accelerator):
     class Follows(torch.nn.Module):
-        """Predicts what it is given."""
+        """Net that returns its input."""
 
         def forward(self, sample, timestep):
             return Output(sample)
@@ -148,7 +148,7 @@ def test_guidance_works_on_the_first_stages_and_on_grey_images(accelerator):
 
 
 def test_own_functions_may_draw_random_numbers_and_leave_no_trace(accelerator):
-    """The same image whatever the batch, and torch's global generator as it was."""
+    """The image does not depend on the batch, and torch's global generator is unchanged."""
     net, sampler = unet(), make_sampler("ddim", DDPMScheduler())
 
     def function(images):
@@ -169,7 +169,7 @@ def test_own_functions_may_draw_random_numbers_and_leave_no_trace(accelerator):
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A CLIP model with random weights: the real classes, tiny."""
+    """Return the folder of a tiny CLIP model with random weights, in the real classes."""
     folder = tmp_path_factory.mktemp("clip")
     small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     text = dict(vocab_size=60, max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1)

@@ -1,4 +1,4 @@
-"""utils/diffusion/linear_mix.py: what is saved loads where this repository is not."""
+"""utils/diffusion/linear_mix.py: a saved scheduler loads without this repository."""
 
 import json
 

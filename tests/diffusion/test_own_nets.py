@@ -1,4 +1,4 @@
-"""A net of one's own: an nn.Module that is saved and loaded as a model of diffusers, with its code."""
+"""An nn.Module of the user is saved and loaded as a model of diffusers, with its code."""
 
 import sys
 
@@ -36,7 +36,7 @@ SHAPE = dict(sample_size=8, in_channels=1, out_channels=1)
 
 
 class Raw(nn.Module):
-    """No model of diffusers, but called as one."""
+    """Module that is not a model of diffusers, but is called like one."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ def unets_output(sample):
 
 @pytest.fixture
 def net(tmp_path, monkeypatch):
-    """The class of a net in a file of its own."""
+    """Return the class of a net in a file of its own."""
 
     def write(text=NET, name="a_net"):
         (tmp_path / f"{name}.py").write_text(text)

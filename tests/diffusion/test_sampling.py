@@ -1,4 +1,4 @@
-"""utils/diffusion/sampling.py: image k is image k, and training does not notice."""
+"""utils/diffusion/sampling.py: image k is always the same, and sampling does not affect training."""
 
 from types import SimpleNamespace
 
@@ -93,7 +93,7 @@ def test_a_line_of_text_goes_below_a_picture():
 
 
 class Oracle(torch.nn.Module):
-    """Predicts the same image, whatever it is given."""
+    """Model that predicts the same image for any input."""
 
     def __init__(self, image):
         super().__init__()

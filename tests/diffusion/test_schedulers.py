@@ -28,7 +28,7 @@ def test_min_snr_weights_amount_to_the_same_loss_on_the_clean_image(prediction_t
     noisy = noise_scheduler.add_noise(clean, noise, timesteps)
     alpha_bar = noise_scheduler.alphas_cumprod[timesteps].double().view(-1, 1, 1, 1)
     a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    noise_of_wrong = (noisy - a * wrong) / s  # what says "the clean image is `wrong`" in each parametrization
+    noise_of_wrong = (noisy - a * wrong) / s  # predicts `wrong` in each parametrization
     output = {"epsilon": noise_of_wrong, "sample": wrong, "v_prediction": a * noise_of_wrong - s * wrong}
     target = {"epsilon": noise, "sample": clean, "v_prediction": a * noise - s * clean}
     snr = (alpha_bar / (1 - alpha_bar)).flatten()
@@ -60,7 +60,7 @@ def test_samplers_know_every_noise_schedule():
 
 
 class Oracle(torch.nn.Module):
-    """Knows that every image is `clean`, and predicts accordingly."""
+    """Model that predicts `clean` for every image."""
 
     def __init__(self, noise_scheduler, clean):
         super().__init__()
@@ -135,8 +135,8 @@ def test_an_error_of_predicted_noise_is_not_magnified_in_the_first_step(name):
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "sde-dpmsolver++", "ddpm"])
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_more_steps_do_not_make_an_error_worse(name, prediction_type):
-    """A model whose images are too bright by a tenth: what it is given stays an image with noise of deviation 1. With
-    diffusers' default DDIM, which clips the image and keeps the noise, that noise is 11 after 100 steps."""
+    """Let a model predict images that are too bright by a tenth: its inputs keep noise of deviation 1. With diffusers'
+    default DDIM, which clips the image and keeps the noise, the deviation is 11 after 100 steps."""
     noise_scheduler = DDPMScheduler(prediction_type=prediction_type)
     wanted = 1.1 * torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
     sampler, noise = make_sampler(name, noise_scheduler), []
@@ -153,7 +153,7 @@ def test_more_steps_do_not_make_an_error_worse(name, prediction_type):
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_the_saved_ddim_draws_what_the_grids_show(prediction_type):
-    """The pipeline's loop cannot tell DDIM to derive the noise again. Images that are too bright, as above."""
+    """The pipeline's loop cannot make DDIM derive the noise again. Images are too bright, as above."""
     noise_scheduler = DDPMScheduler(prediction_type=prediction_type)
     model = Oracle(noise_scheduler, 1.5 * torch.linspace(-1, 1, 16).view(1, 1, 4, 4))
     given = {"grid": [], "pipeline": []}
@@ -198,7 +198,7 @@ def test_a_step_is_eulers_method_and_moves_a_fraction_of_the_way(steps):
         assert torch.allclose(result.prev_sample, euler, atol=1e-6)
         assert torch.allclose(result.prev_sample, fraction, atol=1e-6)
         sample = scheduler.step(prediction, timestep, sample, return_dict=False)[0]
-    assert torch.equal(sample, prediction)  # the last step goes all the way
+    assert torch.equal(sample, prediction)  # the last step reaches the clean image
 
 
 def test_sampling_with_the_true_images_walks_the_line_of_training():

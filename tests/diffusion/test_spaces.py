@@ -1,4 +1,4 @@
-"""Latents: what a model denoises where that is not pixels, and pipelines that bring an autoencoder."""
+"""Latents: models that denoise latents instead of pixels, and pipelines with an autoencoder."""
 
 import json
 import shutil
@@ -84,7 +84,7 @@ def test_samples_are_those_of_the_pipeline(pipeline_folder):
 
 
 def test_samplers_clip_pixels_and_no_latents():
-    """A model that predicts noise: far from [-1, 1] the clean images are clipped where the scheduler says so."""
+    """The model predicts noise. Clean images far outside of [-1, 1] are clipped if the scheduler is set to do so."""
     for clips in (True, False):
         scheduler = DDPMScheduler(prediction_type="epsilon", clip_sample=clips)
         for name in ("ddpm", "ddim", "dpmsolver++", "unipc"):

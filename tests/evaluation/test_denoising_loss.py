@@ -1,4 +1,4 @@
-"""utils/evaluation/denoising_loss.py: the same questions every time; and the nearest training images."""
+"""utils/evaluation/denoising_loss.py: every measurement uses the same triples. Also the nearest training images."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from utils.evaluation.denoising_loss import DenoisingLoss
 
 
 class Knows:
-    """A model that knows the images, up to an error."""
+    """Model that predicts the true images, up to an error."""
 
     training = True
 
@@ -107,7 +107,7 @@ def test_a_validation_split_that_is_trained_on_is_refused(tmp_path):
         train(tmp_path / "run", "--dataset_split=train[:100]", "--validation_split=train[90:]", script=train_basic)
     assert not (tmp_path / "run" / "training_args.json").exists()
     flags = ["--dataset_split=train[:100]+train[200:300]", "--validation_split=train[150:220]", "--max_train_steps=1"]
-    with pytest.raises(UserError, match="shares images"):  # a sample may be of any rows
+    with pytest.raises(UserError, match="shares images"):  # a sample may come from any rows
         train(tmp_path / "run", *flags, "--max_train_samples=100", script=train_basic)
     flags[1] = "--validation_split=train[150:200]"
     assert train(tmp_path / "run", *flags, "--max_train_samples=100", script=train_basic) == 0

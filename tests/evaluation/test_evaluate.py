@@ -67,7 +67,7 @@ def test_the_table_ranks_models_between_floor_and_ceiling(tmp_path, finished_run
 
 
 def test_samples_survive_a_stop_and_a_mistake(tmp_path, finished_run, capsys, monkeypatch):
-    """Drawn in blocks that are kept; the same samples whoever drew them."""
+    """Samples are saved in blocks, and do not depend on the process that draws them."""
     import utils.diffusion.sampling
     from utils.evaluation import kept_samples
 
@@ -87,7 +87,7 @@ def test_samples_survive_a_stop_and_a_mistake(tmp_path, finished_run, capsys, mo
     drawn.append("stopped")
     again, _ = run(tmp_path / "out", *flags)
     assert drawn == [0, 10, "stopped", 20] and "10 of 30 images, the others are kept" in capsys.readouterr().out
-    pixels, _ = run(tmp_path / "out", *flags, "--features=pixels")  # the samples are not drawn again for it
+    pixels, _ = run(tmp_path / "out", *flags, "--features=pixels")  # the samples are not drawn again
     assert len(drawn) == 4 and "1 steps: kept in" in capsys.readouterr().out
     assert pixels[finished_run.name]["images_per_second"] == again[finished_run.name]["images_per_second"] > 0
     whole, _ = run(tmp_path / "other", *flags)
@@ -104,7 +104,7 @@ def test_samples_survive_a_stop_and_a_mistake(tmp_path, finished_run, capsys, mo
 
 @pytest.mark.slow
 def test_samples_are_found_again_by_another_process(tmp_path, finished_run):
-    """Where sets have another order."""
+    """The order of sets differs between processes."""
     flags = [
         finished_run,
         "--num_inference_steps=1",
@@ -144,7 +144,7 @@ def held_out(digits, tmp_path_factory):
 
 
 def test_a_folder_of_held_out_images_is_not_flagged(tmp_path, held_out, copies):
-    """The folder's images are not those that the threshold comes from: these are the digits after them."""
+    """The images of the folder are other digits than those that set the threshold."""
     rows, _ = run(tmp_path / "out", held_out, copies, "--held_out_split=train[1350:]")
     assert rows[str(held_out)]["copies"] < 0.1 < 0.95 < rows[str(copies)]["copies"]
     assert rows[str(held_out)]["fd_digits"] < 0.1 * rows["noise, for comparison"]["fd_digits"]

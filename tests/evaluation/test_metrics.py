@@ -1,4 +1,4 @@
-"""utils/evaluation/metrics.py: against scipy, closed forms and sets whose answer is known."""
+"""utils/evaluation/metrics.py: against scipy, closed forms and sets with a known answer."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_frechet_distance_equals_scipys_and_the_closed_forms(normal):
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(first, first + 0.5) == pytest.approx(8 * 0.25)
     assert frechet_distance(first, 3 * (first - first.mean(0)) + first.mean(0)) == pytest.approx(4 * np.trace(c1))
-    flat = np.hstack([first, np.zeros((500, 3))])  # units that never fire
+    flat = np.hstack([first, np.zeros((500, 3))])  # units that are always zero
     assert frechet_distance(flat, flat) == pytest.approx(0, abs=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""evaluate.py is given what it says: cuts, duplicates, shapes, order, splits; what is measured while training, too."""
+"""evaluate.py measures the images that it names: crops, duplicates, shapes, order, splits."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def write(folder, pictures):
 
 
 def wide(picture, size=14):
-    """A digit in the middle of a picture twice as wide as high."""
+    """Return pictures twice as wide as high, with a digit in the middle."""
     canvas = Image.new("L", (2 * size, size))
     canvas.paste(Image.fromarray(picture).resize((size, size), Image.BICUBIC), (size // 2, 0))
     return canvas
@@ -44,7 +44,7 @@ def evaluated(output_dir, *flags):
 
 @pytest.fixture(scope="module")
 def crops(tmp_path_factory):
-    """Wide pictures; the parts of some at every place, and the middle of those that are held out."""
+    """Return folders of wide pictures, of crops at every position, and of the middle of held-out pictures."""
     folder = tmp_path_factory.mktemp("crops")
     write(folder / "wide" / "train", map(wide, DIGITS[:300]))
     write(folder / "wide" / "test", map(wide, DIGITS[900:1200]))
@@ -59,7 +59,7 @@ def crops(tmp_path_factory):
 def test_parts_of_training_images_are_copies_wherever_they_were_cut(tmp_path, crops, capsys):
     flags = [f"--reference={crops}/wide", "--features=pixels", "--num_samples=300"]
     rows = evaluated(tmp_path / "random", crops / "parts", crops / "mirrored", *flags)
-    for name in ("parts", "mirrored"):  # it is not known whether a run has mirrored
+    for name in ("parts", "mirrored"):  # it is unknown whether a run mirrored images
         assert rows[name]["copies"] > 0.95
     assert rows["parts"]["fd_pixels"] < rows["floor: held-out images"]["fd_pixels"]
     assert rows["floor: held-out images"]["copies"] < 0.05
@@ -71,7 +71,7 @@ def test_parts_of_training_images_are_copies_wherever_they_were_cut(tmp_path, cr
 
 
 def test_what_a_run_did_to_its_images_is_done_to_real_ones(tmp_path, crops):
-    """Samples that are training images as the run saw them, while it trains and after it."""
+    """Use prepared training images as samples, during training and after it."""
     for name, flags in {"random": ["--random_flip"], "centre": ["--center_crop"]}.items():
         data = [f"--train_data_dir={crops}/wide", "--resolution=12x16", "--max_train_steps=2", "--lr_warmup_steps=1"]
         quality = ["--evaluate_steps=2", "--num_evaluation_samples=200", "--features=pixels", "--report_to=tensorboard"]
@@ -188,7 +188,7 @@ def test_efficientnet_ranks_what_people_rank_and_pixels_do_not():
     assert list(found) == sorted(found, key=found.get), found
     pixels = load_extractor("pixels")
     by_pixels = {name: frechet_distance(pixels(images[:, None]), pixels(real)) for name, images in worse.items()}
-    assert by_pixels["blurred"] < by_pixels["held out"]  # they like what is smooth
+    assert by_pixels["blurred"] < by_pixels["held out"]  # pixel distances favour smooth images
 
 
 def test_a_record_of_elsewhere_is_refused_in_one_line(tmp_path, finished_run):

@@ -52,7 +52,7 @@ def test_a_resumed_run_remembers_the_best_before_it_and_forgets_what_came_later(
 
 
 class FakeRun:
-    """What ``SampleQuality`` needs of a run."""
+    """Run with the attributes that ``SampleQuality`` needs."""
 
     def __init__(self, folder, accelerator, images):
         self.output_dir, self.accelerator, self.global_step = folder, accelerator, 0
@@ -71,7 +71,7 @@ def fake_run(tmp_path, accelerator):
 
 
 def uniform_images(seed, high=256):
-    """A script's ``draw``."""
+    """Draw like a script's ``draw``."""
     return lambda count: np.random.default_rng(seed).integers(0, high, (count, 1, 4, 4), dtype=np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""What trackers show of a run: TensorBoard in a browser, Weights & Biases and trackio offline."""
+"""Trackers of a run: TensorBoard in a browser, Weights & Biases and trackio offline."""
 
 import os
 import sqlite3
@@ -39,7 +39,7 @@ def test_trackers_show_a_resumed_run_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_tensorboard_in_a_browser(tmp_path, finished_run, browser):
-    """What opens first is the loss; the pictures, the overlaid curves and the table of metrics are there."""
+    """The loss is shown first. The pictures, the overlaid curves and the table of metrics are there."""
     port = free_port()
     address = f"http://127.0.0.1:{port}/"
     command = [sys.executable, "-m", "tensorboard.main", f"--logdir={finished_run}", "--host=127.0.0.1"]
@@ -68,7 +68,7 @@ def open_when_there(page, address, seconds=60):
     for attempt in range(seconds):
         try:
             return page.goto(address)
-        except Exception:  # the server is not there yet
+        except Exception:  # the server has not started yet
             if attempt == seconds - 1:
                 raise
             time.sleep(1)

@@ -1,4 +1,4 @@
-"""utils/publishing/hub.py and push.py: the real client, as users start it, against a server with the Hub's protocol."""
+"""utils/publishing/hub.py and push.py: the real client, and a server with the Hub's protocol."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ numpy.save(sys.argv[2], pipeline(2, generator=generator, num_inference_steps=3, 
 
 @pytest.fixture(scope="session")
 def port_and_home(tmp_path_factory):
-    """Port of the server and home of the libraries, the same for all tests: then these are imported once for all."""
+    """Return the server's port and the libraries' home, the same for all tests, so that one import is enough."""
     port, home = children.free_port(), tmp_path_factory.mktemp("home")
     children.keep_server(environment(SimpleNamespace(url=f"http://127.0.0.1:{port}", home=home)))
     return port, home
@@ -72,7 +72,7 @@ def environment(hub):
 
 
 def run(hub, folder, *flags, script="train_ddpm.py", processes=1, **changes):
-    """Train in a child and push; returns exit code and output. ``changes`` to the environment; None removes."""
+    """Train in a child and push; return exit code and output. ``changes`` to the environment may be None."""
     name = Path(script).name
     if name.startswith(("train", "finetune")):
         unet = ["--unet=tiny"] if name.startswith("train_ddpm") else []
@@ -88,7 +88,7 @@ def run(hub, folder, *flags, script="train_ddpm.py", processes=1, **changes):
 
 @pytest.fixture
 def finished(finished_run, tmp_path):
-    """A copy of a finished run: what push.py is for."""
+    """Return a copy of a finished run, for push.py."""
     shutil.copytree(finished_run, tmp_path / "digits")
     return tmp_path / "digits"
 
@@ -117,7 +117,7 @@ def test_a_run_is_pushed_and_a_stranger_draws_the_same_pixels(hub, tmp_path):
     assert not tokens_in(tmp_path)
     assert not [path for path, content in files.items() if str(tmp_path).encode() in content]
     assert "output_dir" not in json.loads(files["training_args.json"])["arguments"]
-    # Drawn by somebody who has only the id
+    # Draw with nothing but the id
     results = []
     for name in ("me/digits", str(folder)):
         target = tmp_path / f"{len(results)}.npy"
@@ -133,7 +133,7 @@ def test_a_run_is_pushed_and_a_stranger_draws_the_same_pixels(hub, tmp_path):
     assert code == 0 and "This run was finished before" in said and "Pushed to" in said, said
     assert hub.repos["me/digits"]["commits"] == commits
     assert not [request for request in hub.requests if request.startswith("PUT") or "/commit/" in request]
-    # With what only push.py knows
+    # With facts that only push.py has
     code, said = run(hub, folder, "--hub_license=apache-2.0", "--hub_logs", "--hub_dataset_name=Cats", script="push.py")
     assert code == 0 and "--hub_license" not in said, said
     files = hub.files("me/digits")
@@ -230,7 +230,7 @@ def test_a_space_is_pushed_with_the_code_that_it_runs(hub, finished):
     assert metadata["sdk"] == "gradio" and metadata["app_file"] == "app.py" and metadata["models"] == ["me/digits"]
     assert metadata["license"] == "mit" and f"gradio=={metadata['sdk_version']}" in files["requirements.txt"].decode()
     assert "main(parse_args(['me/digits']))" in files["app.py"].decode()
-    # Elsewhere, and private because the model is; what sends it again names both
+    # The Space has another name, and is private because the model is. The command that sends it again names both
     hub.fail("models/space.me/demo/commit", 500)
     again = ["--hub_model_id=me/digits", "--space=me/demo", "--hub_timeout=4"]
     code, said = run(hub, finished, *again, script="push.py")
@@ -395,7 +395,7 @@ def test_flags_of_the_hub_need_a_push(capsys, script):
             parse(flag, *start, script=script)
         assert "needs --push_to_hub" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        parse("--hub_token=x", *start, script=script)  # there is none: it would be in logs and process lists
+        parse("--hub_token=x", *start, script=script)  # such a flag would show the token in logs
 
 
 def test_paths_are_cut_down_to_their_names(tmp_path):

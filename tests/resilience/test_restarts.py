@@ -1,4 +1,4 @@
-"""Nobody wakes up: runs that are killed go on by themselves, and runs that hang end and say where."""
+"""Runs without supervision: killed runs resume by themselves, and hanging runs abort and print where."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def newest(folder):
 
 @pytest.fixture(autouse=True)
 def launch(tmp_path):
-    """A function: start a script under an agent; none is left behind, whatever happens."""
+    """Return a function that starts a script under an agent; no agent is left behind."""
     agents = []
 
     def start(*flags, restarts, processes=2):
@@ -55,7 +55,7 @@ def launch(tmp_path):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A function: the weights of two processes after so many steps that nobody has disturbed."""
+    """Return a function for the weights of two processes after so many undisturbed steps."""
     folder, made = tmp_path_factory.mktemp("straight"), {}
 
     def train(steps):
@@ -71,8 +71,8 @@ def straight(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("kills, steps", [(3, 16), (20, 90)])
 def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch, straight, kills, steps):
-    """Protection: ``process._rendezvous``, without which a restarted process looks for one that is gone; the lock on
-    the folder, which ends with its process; ``resilience.EXIT_PEER_LOST`` of the others."""
+    """Protection: ``process._rendezvous``, because a restarted process would look for one that is gone without it; the
+    lock on the folder, which ends with its process; ``resilience.EXIT_PEER_LOST`` of the others."""
     rng, folder, log = random.Random(0), tmp_path / "run", tmp_path / "log"
     agent = launch(*flags_of(folder, steps), restarts=kills)
     for kill in range(kills):
@@ -100,7 +100,7 @@ def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch,
     ],
 )
 def test_a_mistake_burns_no_restarts(tmp_path, launch, flags, message):
-    """Protection: ``resilience.ended``. Otherwise each is tried, and said, four times."""
+    """Protection: ``resilience.ended``. Without it each mistake would be tried and reported four times."""
     flags = [*flags_of(tmp_path / "run", 4), *flags]
     code, said = finish(launch(*flags, restarts=3, processes=1))
     assert code not in (0, None) and said.count("error: ") == 1 and message in said, said
@@ -108,7 +108,7 @@ def test_a_mistake_burns_no_restarts(tmp_path, launch, flags, message):
 
 @pytest.mark.slow
 def test_a_stop_and_a_finished_run_burn_none_either(tmp_path, launch, straight):
-    """Slurm's job, for one, signals the processes, and not the launcher."""
+    """A Slurm job signals the processes, not the launcher."""
     folder = tmp_path / "run"
     flags = flags_of(folder, 16)
     agent = launch(*flags, restarts=3)
@@ -161,7 +161,7 @@ m.starting_noise = lambda *a: calls.append(time.sleep(99 * (len(calls) == 1))) o
 
 @pytest.mark.parametrize("place, patch", [slow("data", DATA), ("sampling", SAMPLING)])
 def test_a_hang_names_the_place(tmp_path, place, patch):
-    """Protection: ``signals.progress``. One process, which nobody restarts."""
+    """Protection: ``signals.progress``. There is one process, without a launcher that restarts it."""
     flags = [*flags_of(tmp_path / "run", 5), "--hang_timeout=2", "--sample_steps=2"]
     code, said = children.run(children.patched(patch), *flags, folder=tmp_path)
     assert code == EXIT_PEER_LOST and f"optimizer steps and is in: {place}. Its threads:" in said, said
@@ -180,7 +180,7 @@ UNet2DModel.forward = forward
 
 @pytest.mark.slow
 def test_slow_is_not_hung(tmp_path):
-    """Sampling that takes twice the limit and more, each of its model calls less. Protection: ``progress``."""
+    """Sampling takes more than twice the limit, but each function evaluation takes less. Protection: ``progress``."""
     flags = [*flags_of(tmp_path / "run", 3), "--hang_timeout=2", "--sample_steps=2", "--num_inference_steps=8"]
     code, said = children.run(children.patched(SLOW), *flags, "--num_samples=8", processes=2, folder=tmp_path)
     assert code == 0 and "--hang_timeout" not in said, said

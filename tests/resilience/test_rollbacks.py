@@ -1,4 +1,4 @@
-"""Back to the newest checkpoint and around the bad samples, exactly."""
+"""Rollback to the newest checkpoint, and exact skipping of the bad samples."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ TrainData.batches = batches
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """A function: the images of these global batches, counted from 0, are multiplied by the factor."""
+    """Return a function that multiplies the images of these global batches, counted from 0, by the factor."""
     original = TrainData.batches
 
     def poison(*numbers, factor=float("nan")):
@@ -46,7 +46,7 @@ def poisoned(monkeypatch):
 
 
 def train_again(folder, *flags):
-    """Train until it ends. Returns how often it went back."""
+    """Train until the end, and return the number of rollbacks."""
     before = len(read(folder))
     assert train(folder, *flags) == 0
     return len(read(folder)) - before
@@ -60,7 +60,7 @@ def test_the_run_goes_around_what_is_not_finite_and_ends_as_if_it_had_never_been
     assert [(entry["global_batch"], entry["step"]) for entry in record] == [(1, 2), (4, 4)]
     assert "nan" in record[0]["loss"] and "(2 of 2 rollbacks)" in capsys.readouterr().err
 
-    # A run that knows from the start what to leave out, and meets nothing bad
+    # A run that skips these batches from the start, and so has no bad step
     assert train(tmp_path / "known", *FLAGS, "--max_train_steps=1") == 0
     shutil.rmtree(tmp_path / "known" / "checkpoint-1")
     (tmp_path / "known" / RECORD).write_text(json.dumps(record))
@@ -85,7 +85,7 @@ def test_rollbacks_come_to_an_end(tmp_path, poisoned):
 
 
 def test_a_gradient_that_is_much_larger_than_those_before_is_left_out(tmp_path, monkeypatch, poisoned):
-    """The norms that it is compared with are in the checkpoint: a resumed run decides as the other one does."""
+    """The norms for the comparison are in the checkpoint, so a resumed run decides like an uninterrupted one."""
     monkeypatch.setattr(guard, "GRAD_NORM_DEVIATIONS", 8)
     window = 30
     monkeypatch.setattr(guard, "WINDOW", window)
@@ -129,7 +129,7 @@ def test_a_stream_reads_past_what_is_left_out(tmp_path, poisoned):
 
 @pytest.mark.parametrize("processes", [2, slow(1)])
 def test_several_processes_go_back_together(tmp_path, processes):
-    """All go back together; what is killed afterwards goes on to the same bits."""
+    """All processes roll back together. A run that is killed afterwards ends with the same bits."""
     flags = tiny(f"--output_dir={tmp_path / 'run'}", "--max_rollbacks=1")
     code, said = children.run(children.patched(POISON), *flags, processes=processes, folder=tmp_path)
     assert code == 0 and said.count("Rolling back to the newest checkpoint") == 1, said
@@ -142,8 +142,8 @@ def test_several_processes_go_back_together(tmp_path, processes):
 
 @pytest.mark.parametrize("steps", [1, 10])
 def test_a_signal_is_not_lost_when_the_run_goes_back(tmp_path, poisoned, monkeypatch, steps):
-    """It comes before the bad step is found, at a point of the curves or by the look before saving: the run goes back,
-    and then stops at its next step."""
+    """The signal comes before the bad step is found, at a point of the curves or by the check before saving. The run
+    rolls back, and then stops at its next step."""
     flags = [*FLAGS, f"--logging_steps={steps}"]
     poisoned(4)
     original = StopSignal.check
@@ -151,7 +151,7 @@ def test_a_signal_is_not_lost_when_the_run_goes_back(tmp_path, poisoned, monkeyp
     def check(self, global_step):
         if global_step == 4 + (steps > 1):
             signal.raise_signal(signal.SIGTERM)
-            return None  # as between two looks on a GPU
+            return None  # as between two checks on a GPU
         return original(self, global_step)
 
     monkeypatch.setattr(StopSignal, "check", check)

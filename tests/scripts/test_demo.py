@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def serve():
-    """A function: start demo.py, or a script of another folder, and get the address of its page."""
+    """Return a function that starts demo.py, or a script of another folder, and returns the address of its page."""
     servers = []
 
     def start(*command, folder=ROOT, **environment):
@@ -57,7 +57,7 @@ def page(browser):
 
 
 def drawn(page, before=None):
-    """The picture, when it has changed from ``before`` and nothing is being drawn any more."""
+    """Return the picture, after it has changed from ``before`` and drawing has ended."""
     page.wait_for_function(
         """before => {
             const shown = document.querySelector("#picture img");

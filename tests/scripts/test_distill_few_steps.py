@@ -1,4 +1,4 @@
-"""distill_few_steps.py: what the student learns, what draws it, and who knows it."""
+"""distill_few_steps.py: training of the student, its sampler, and the tools that support it."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def run(folder, teacher, *flags):
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """Folders of tiny teachers: one for each prediction type, one with classes, one of straight paths."""
+    """Return folders of tiny teachers: one for each prediction type, one with classes, one of straight paths."""
     folder, made = tmp_path_factory.mktemp("teachers"), {}
     scripts = {"flow": train_flow, "classes": train_conditional}
     for name in (*TYPES, *scripts):
@@ -49,7 +49,7 @@ def teachers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, teachers):
-    """The folder of a finished run; do not change it."""
+    """Return the folder of a finished run; do not change it."""
     folder = tmp_path_factory.mktemp("few") / "run"
     flags = ["--report_to=tensorboard", "--sample_steps=3", "--evaluate_steps=3", "--num_evaluation_samples=130"]
     assert run(folder, teachers["v_prediction"], *flags) == 0
@@ -77,7 +77,7 @@ def test_training_and_the_sampler_mean_the_same_image(prediction_type):
 
 
 def calls_of(monkeypatch, folder, teacher, *flags):
-    """What the UNets were given in one training step, teacher and student apart: (images, timesteps, classes)."""
+    """Return the inputs of teacher and student in one training step: (images, timesteps, classes)."""
     seen, forward = {"teacher": [], "student": []}, UNet2DModel.forward
 
     def spy(self, images, timesteps, class_labels=None, **options):
@@ -122,7 +122,7 @@ def test_the_student_learns_from_points_of_the_ways_that_the_teacher_walks(
 
 
 def test_a_student_that_is_consistent_has_nothing_to_learn(tmp_path, monkeypatch, teachers):
-    """Teacher and student know the one image that there is: every way ends there, whatever the interval."""
+    """Teacher and student predict the only image, so every trajectory ends there, for any interval."""
     image, losses = torch.full((1, 8, 8), 0.5), []
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     original = UNet2DModel.forward
@@ -196,7 +196,7 @@ def test_the_output_is_a_pipeline_of_diffusers_at_one_two_and_four_calls(finishe
     pipeline = DDPMPipeline.from_pretrained(finished)
     assert isinstance(pipeline.scheduler, LCMScheduler) and pipeline.scheduler.config.prediction_type == "v_prediction"
     with pytest.raises(ValueError, match=r"8 x 1\.0 is smaller than `num_inference_steps`: 1000"):
-        pipeline()  # a thousand calls at timesteps that it never saw
+        pipeline()  # a thousand sampling steps, at timesteps that it was not trained on
     pipeline.set_progress_bar_config(disable=True)
     images = [
         pipeline(num_inference_steps=calls, generator=torch.Generator().manual_seed(0), output_type="np").images

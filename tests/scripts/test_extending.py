@@ -14,7 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 SECTIONS = {title: text for title, text in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)}
-CHANGED = {  # what a run that resumes must not find changed: the old text, the new one, and what the refusal says
+CHANGED = {  # changes that a resumed run refuses: the old text, the new one, and the message
     "A net": ("WIDTH = 48", "WIDTH = 32", "WIDTH was 48, is 32"),
     "A loss": ("default=0.1, help", "default=0.2, help", "huber_delta was 0.1, is 0.2"),
     "Noise": ("0.04 * ", "0.03 * ", "trained_betas"),
@@ -79,7 +79,7 @@ def test_a_change_has_fifteen_lines_at_most():
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory):
-    """The folder in which each change was trained, and what the changed constant was answered."""
+    """Return the folder in which each change was trained, and the answer to the changed constant."""
     from diffusers import AutoencoderKL
 
     folder = tmp_path_factory.mktemp("changed")

@@ -1,4 +1,4 @@
-"""finetune_faces.py: what learns, what stays, what is shown, and resuming."""
+"""finetune_faces.py: trained and frozen weights, pictures, and resuming."""
 
 import json
 
@@ -30,7 +30,7 @@ def small_unet(**options):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A pipeline with random weights and attention."""
+    """Return the folder of a pipeline with random weights and attention."""
     folder = tmp_path_factory.mktemp("base")
     DDPMPipeline(small_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(folder)
     return folder
@@ -43,7 +43,7 @@ def finetune(output_dir, base, *flags):
 
 @pytest.fixture(scope="session")
 def adapted(base, tmp_path_factory):
-    """A finished run with everything switched on; do not change it."""
+    """Return the folder of a finished run with everything switched on; do not change it."""
     folder = tmp_path_factory.mktemp("adapted") / "faces"
     flags = ["--dataset_name=faces", "--dataset_split=train[:90]", "--validation_split=train[90:]", "--center_crop"]
     flags += ["--prior_dataset_name=digits", "--guidance_color=white", "--sample_steps=3"]
@@ -58,7 +58,7 @@ def test_before_after_nearest_and_guided_pictures(adapted):
         assert [picture.step for picture in events(adapted).Images(name)] == [3, 6]
     assert Image.open(adapted / "samples.png").height == 3 * 68 + 4 + 24
     rows = np.asarray(Image.open(adapted / "before_after.png")).astype(int)
-    assert np.abs(rows[4:68, -68:-4] - rows[72:136, -68:-4]).max() > 0  # it has learned something
+    assert np.abs(rows[4:68, -68:-4] - rows[72:136, -68:-4]).max() > 0  # training has changed the weights
     first = np.asarray(Image.open(adapted / "samples.png"))[4:68, 4:68]
     assert (rows[72:136, -8 * 68 : -8 * 68 + 64] == first).all()  # the strip shows the same samples
 

@@ -1,6 +1,6 @@
-"""The first 20 losses of every script: a change of recipe that nobody meant is seen here.
+"""The first 20 losses of every script: they show an unintended change of the training.
 
-A change that is meant writes them anew, and what has changed in golden_losses.json is looked at:
+After an intended change, write them again and check the differences in golden_losses.json:
 
     WRITE_GOLDEN_LOSSES=1 .venv/bin/python -m pytest -n 0 tests/scripts/test_golden_losses.py
 """
@@ -31,7 +31,7 @@ FLAGS = ["--report_to=tensorboard", "--max_train_steps=20", "--checkpointing_ste
 
 
 def first_losses(name, folder, *flags):
-    """Losses of the script's own recipe on the embedded digits, a small batch and net aside."""
+    """Return the losses of a script with its defaults on the embedded digits, but with a small batch and net."""
     script, start = SCRIPTS[name], []
     if name in ("finetune_faces", "distill_few_steps"):
         if not (folder / "base").exists():

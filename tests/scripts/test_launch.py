@@ -1,4 +1,4 @@
-"""The script as users start it: launchers, two processes, signals, a reader who has only diffusers."""
+"""The script as users start it: launchers, two processes, signals, and loading with only diffusers."""
 
 import json
 import os
@@ -31,12 +31,12 @@ pipeline(batch_size=2, num_inference_steps=2).images[1].save("sample.png")
 
 
 def tiny(script, folder):
-    """Flags of a tiny run of the script into the folder."""
+    """Return flags of a tiny run of the script into the folder."""
     return [*TINY, *(["--unet=tiny"] if script == SCRIPT else []), f"--output_dir={folder}"]
 
 
 def changed(**changes):
-    """The environment with changes; None removes a variable."""
+    """Return the environment with changes; None removes a variable."""
     return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
 
 
@@ -47,7 +47,7 @@ def start(command, folder, *flags, **changes):
 
 
 def start_anew(command, folder, *flags, **changes):
-    """The same as a user does, in new processes."""
+    """Start a launcher like a user does, in new processes."""
     return subprocess.Popen(
         [*command, *tiny(command[-1], folder), *map(str, flags)], cwd=folder.parent, env=changed(**changes),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -55,7 +55,7 @@ def start_anew(command, folder, *flags, **changes):
 
 
 def run_script(script, folder, *flags, processes=1):
-    """A script in as many processes, without a launcher, which takes longer to start than to train."""
+    """Run a script in so many processes, without a launcher, which would take longer than the training."""
     return children.run(Path(script), *tiny(script, folder), *flags, processes=processes, folder=folder.parent)
 
 
@@ -96,7 +96,7 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     state = tmp_path / "two" / "checkpoint-6" / "training_state"
     assert (state / "random_states_0.pkl").is_file() and (state / "random_states_1.pkl").is_file()
 
-    # The last checkpoint of each is lost; the other number of processes goes on from the one before
+    # The last checkpoint of each is lost. The other number of processes resumes from the one before
     for name in ("one", "two"):
         interrupt(tmp_path / name, "checkpoint-3")
         shutil.move(tmp_path / name / WEIGHTS, tmp_path / f"{name}.safetensors")
@@ -109,7 +109,7 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
 
 @pytest.mark.parametrize("script, flag", [slow("conditional", "--class_dropout_prob=0.4"), ("flow", "--flow_shift=2")])
 def test_two_processes_of_a_sibling_learn_what_one_learns(tmp_path, script, flag):
-    """Labels, what is left unsaid, and the nearest of several noises follow the sample's id."""
+    """Labels, dropped labels, and the nearest of several noises depend on the sample's id."""
     flags = ["--unet=tiny", "--learning_rate=1e-4", flag, "--max_train_steps=3", "--num_samples=10"]
     script = str(Path(SCRIPT).with_name(f"train_{script}.py"))
     code, output = run_script(script, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
@@ -138,7 +138,7 @@ def test_a_process_that_is_slower_than_the_others_is_seen(tmp_path):
     assert code == 0, output
     slowest, fastest = (scalars(tmp_path / "run", f"system/{name}_seconds") for name in ("slowest", "fastest"))
     assert list(slowest) == list(fastest) == [2, 4, 6]
-    for step in (4, 6):  # before the first step other things than data are waited for
+    for step in (4, 6):  # before the first step, processes wait for other things than data
         assert 0.2 < slowest[step] < 1 and slowest[step] - fastest[step] > 0.15
 
 
@@ -248,7 +248,7 @@ def test_engines_that_cut_up_the_weights_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_fsdp_is_refused_where_accelerate_only_ignores_it(tmp_path):
-    """On a CPU nothing but the launcher's command line tells of it."""
+    """On a CPU only the launcher's command line shows it."""
     command = [*LAUNCH, "--num_processes=1", "--use_fsdp", SCRIPT]  # on a CPU, where accelerate only ignores it
     code, output = run_anew(command, tmp_path / "run")
     assert code != 0 and "error: the accelerate configuration asks for FSDP" in output, output
@@ -275,7 +275,7 @@ def test_a_signal_to_the_launcher_stops_everything_and_the_same_command_goes_on(
     process = start(command, tmp_path / "run", *flags, PYTHONUNBUFFERED="1")
     wait_for_training(tmp_path / "run")
     os.kill(process.pid, number)
-    code, output = children.ended(process)  # no orphan goes on
+    code, output = children.ended(process)  # no orphan trains on
     assert code not in (0, None)
     assert "Stopped by SIG" in output, output
     step = saved_step(tmp_path / "run")
@@ -292,7 +292,7 @@ def wait_for_training(folder):
 
 
 def saved_step(folder):
-    """The number of the only checkpoint."""
+    """Return the number of the only checkpoint."""
     (saved,) = folder.glob("checkpoint-*")
     assert (saved / "manifest.json").is_file()
     return int(saved.name.split("-")[1])

@@ -1,4 +1,4 @@
-"""Several machines: two that are network namespaces of this one, joined by a cable."""
+"""Several machines: two network namespaces of this machine, with a virtual cable."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def machines(tmp_path_factory):
 
 @pytest.fixture
 def launch(tmp_path, machines):
-    """A function: ``accelerate launch`` with configs/multi_node.yaml on both machines; nothing of it is left behind."""
+    """Return a function for ``accelerate launch`` with configs/multi_node.yaml on both machines."""
     launched = []
 
     def start(*flags):
@@ -88,7 +88,7 @@ def test_a_machine_that_goes_is_named_and_the_same_command_goes_on(tmp_path, lau
 
 
 def own_folders(tmp_path, script_flags, name):
-    """Two processes, each of which sees another folder by the name."""
+    """Run two processes that find different folders under one name."""
     port, started = children.free_port(), []
     for rank in range(2):
         group = dict(RANK=rank, LOCAL_RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=1, MASTER_PORT=port)

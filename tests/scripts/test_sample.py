@@ -1,4 +1,4 @@
-"""sample.py: any model of ours and of diffusers, the same images however they are drawn, and going on."""
+"""sample.py: models of ours and of diffusers, images that do not depend on batches, and resuming."""
 
 import functools
 import json
@@ -188,7 +188,7 @@ def test_an_interpolation_is_a_row_and_a_film(tmp_path, finished_run):
     assert not (tmp_path / "walk" / "walk.png").exists()
     drawn = images(tmp_path / "walk").astype(float)
     steps, whole = np.abs(np.diff(drawn, axis=0)).mean(axis=(1, 2)), np.abs(drawn[0] - drawn[-1]).mean()
-    assert max(steps) < whole / 2  # a way, though the pipeline's own sampler adds noise at every step
+    assert max(steps) < whole / 2  # a smooth path, although the pipeline's own sampler adds noise at every step
     assert sample.parse_args(["x", "--interpolate", "0", "3"]).num_samples == 8
 
 

@@ -26,7 +26,7 @@ SCRIPTS = (
     "train_flow.py",
     "distill_few_steps.py",
 )
-FOLDERS = ("sources", "monitoring", "resilience", "evaluation", "publishing")  # each may be deleted
+FOLDERS = ("sources", "monitoring", "resilience", "evaluation", "publishing")  # each of them may be deleted
 FLAGS_OF = {  # a flag that goes with each
     "sources": "--train_data_dir", "monitoring": "--report_to", "resilience": "--max_rollbacks",
     "evaluation": "--evaluate_steps", "publishing": "--push_to_hub",
@@ -59,7 +59,7 @@ print("RESUMED", digest, json.loads(Path("cut/training_args.json").read_text()).
 
 
 def copy(folder, script="train_ddpm.py", without=(), edits=()):
-    """An empty folder with a script and utils/, less these folders, with pieces of the script's text replaced."""
+    """Return a folder with a script and utils/ without these folders, with pieces of the script's text replaced."""
     folder.mkdir()
     shutil.copytree(ROOT / "utils", folder / "utils", ignore=shutil.ignore_patterns("__pycache__", *without))
     text = (ROOT / script).read_text()
@@ -70,7 +70,7 @@ def copy(folder, script="train_ddpm.py", without=(), edits=()):
 
 
 def known(flags, without):
-    """The flags that are left without these folders."""
+    """Return the flags that are left without these folders."""
     gone = [
         name for folder, name in (("sources", "--dataset_name"), ("monitoring", "--report_to")) if folder in without
     ]
@@ -78,7 +78,7 @@ def known(flags, without):
 
 
 def run_copy(folder, script, *flags, without=()):
-    """Train in the copy, cut short and resume; compare. Returns what was printed."""
+    """Train in the copy, interrupt and resume it, compare, and return the output."""
     flags = [*known(TINY, without), *flags]
     code, said = children.run(DRIVER.format(script=script.removesuffix(".py")), *flags, folder=folder)
     assert code == 0 and "RESUMED" in said, said[-3000:]
@@ -87,7 +87,7 @@ def run_copy(folder, script, *flags, without=()):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The digest of the weights that the whole copy ends with."""
+    """Return the digest of the final weights of the whole copy."""
     folder = tmp_path_factory.mktemp("whole") / "copy"
     copy(folder)
     return run_copy(folder, "train_ddpm.py", "--unet=tiny").split("RESUMED ")[1].split()[0]
@@ -207,7 +207,7 @@ def test_a_model_that_cannot_draw_is_found_out_before_the_first_step(tmp_path, m
 
 
 def forget(folder, *flags, **added):
-    """Make an interrupted run of one of an older script, which had not these flags, and had others."""
+    """Change an interrupted run into one of an older script with other flags."""
     interrupt(folder, "checkpoint-3")
     for path, key in ((folder / "training_args.json", "arguments"), (folder / "checkpoint-3" / STATE, "settings")):
         record = json.loads(path.read_text())

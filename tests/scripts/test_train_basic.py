@@ -1,4 +1,4 @@
-"""train_basic.py, and what train_unet2d.py has in common with it: what a run leaves behind, resuming, bad input."""
+"""train_basic.py and the parts that train_unet2d.py shares: files of a run, resuming, bad input."""
 
 import json
 
@@ -20,7 +20,7 @@ SCRIPTS = pytest.mark.parametrize("script", [train_basic, train_unet2d], ids=["b
 
 @pytest.fixture(scope="module", params=[train_basic, train_unet2d], ids=["basic", "unet2d"])
 def finished(request, tmp_path_factory):
-    """The folder of a finished run of each script; do not change it."""
+    """Return the folder of a finished run of each script; do not change it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     flags = ["--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2"]
     assert train(folder, *flags, script=request.param) == 0

@@ -1,4 +1,4 @@
-"""train_conditional.py and what goes with it: classes, guidance, two ways to load the result, labels of many kinds."""
+"""train_conditional.py and its tools: classes, guidance, two ways to load the result, labels of many kinds."""
 
 import json
 
@@ -32,7 +32,7 @@ def run(folder, *flags):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a finished run; do not change it."""
+    """Return the folder of a finished run; do not change it."""
     folder = tmp_path_factory.mktemp("conditional") / "run"
     flags = ["--report_to=tensorboard", "--num_samples=20", "--sample_steps=2", "--logging_steps=2"]
     flags += ["--dataset_split=train[:1500]", "--validation_split=train[1500:]", "--validation_steps=3"]
@@ -130,7 +130,7 @@ def test_model_guidance_moves_the_target_of_what_is_said_away_from_what_is_said_
     monkeypatch.setattr(UNet2DModel, "forward", spy_forward)
     monkeypatch.setattr(
         "utils.diffusion.pretrained.zero_init", lambda unet: unet
-    )  # it would say the same of all classes
+    )  # its outputs would be the same for all classes
     for weight in (0.0, 0.4):
         seen["labels"] = []
         flags = ["--max_train_steps=1", "--train_batch_size=64", "--class_dropout_prob=0.5"]
@@ -141,7 +141,7 @@ def test_model_guidance_moves_the_target_of_what_is_said_away_from_what_is_said_
     assert torch.equal(output, same)
     moved = (target - plain).flatten(1).abs().amax(1)
     assert (moved[labels == 10] < 1e-6).all() and (moved[labels < 10] > 1e-6).all()
-    without = (target - plain) / -0.4 + output  # what the model says of nothing, for every image
+    without = (target - plain) / -0.4 + output  # the unconditional output, for every image
     nothing_said = labels == 10
     assert torch.allclose(without[nothing_said], output[nothing_said], atol=1e-5)
 
@@ -209,7 +209,7 @@ def test_an_unconditional_model_gets_classes_and_draws_what_it_drew(finished_run
 
 
 def table(tmp_path, labels, feature=None):
-    """A parquet file of small images with these labels."""
+    """Write a parquet file of small images with these labels."""
     images = [Image.new("L", (8, 8), 10 * k) for k in range(len(labels))]
     features = datasets.Features({"image": datasets.Image(), "kind": feature or datasets.Value("string")})
     datasets.Dataset.from_dict({"image": images, "kind": labels}, features=features).to_parquet(tmp_path / "x.parquet")

@@ -1,4 +1,4 @@
-"""train_ddpm.py in this process: what a run leaves behind, and what it must not depend on."""
+"""train_ddpm.py in this process: the files of a run, and things that it must not depend on."""
 
 import fcntl
 import gc
@@ -42,7 +42,7 @@ def test_the_output_folder_is_a_pipeline(finished_run):
     pipeline = DDPMPipeline.from_pretrained(finished_run, use_safetensors=True)
     assert pipeline.unet.config.sample_size == 8 and pipeline.unet.config.in_channels == 1
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
-    assert type(pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"  # what drew the samples
+    assert type(pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"  # the sampler of the samples
     image = pipeline(num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (8, 8, 1) and np.isfinite(image).all()
     assert not [*finished_run.rglob("*.bin"), *finished_run.rglob(".tmp*")] or all(
@@ -115,7 +115,7 @@ def test_the_last_lines_name_only_what_is_there(tmp_path, finished_run, photos, 
     shutil.rmtree(tmp_path / "run" / "logs")
     assert lines() == ["samples", "pipeline", "train", "your"]
     record = json.loads((tmp_path / "run" / "training_args.json").read_text())
-    del record["public_data"]  # of a run before there was this
+    del record["public_data"]  # from a run of an earlier version
     (tmp_path / "run" / "training_args.json").write_text(json.dumps(record))
     assert lines() == ["samples", "pipeline", "train"]
     train(tmp_path / "own", f"--train_data_dir={photos}", "--max_train_steps=1")
@@ -124,7 +124,7 @@ def test_the_last_lines_name_only_what_is_there(tmp_path, finished_run, photos, 
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of twelve images with a private name."""
+    """Return a folder of twelve images with a private name."""
     folder = tmp_path / "aunt-marys-photos"
     folder.mkdir()
     for k in range(12):
@@ -139,7 +139,7 @@ def test_the_card_names_no_private_folder(tmp_path, photos):
     record = json.loads((tmp_path / "run" / "training_args.json").read_text())
     assert "# DDPM trained on 12 own images" in card and "## People" in card
     assert "aunt" not in card and "aunt" not in str(record["public_arguments"])
-    shutil.move(photos, tmp_path / "gone")  # what is a path cannot be seen any more
+    shutil.move(photos, tmp_path / "gone")  # a path cannot be recognised any more
     with pytest.raises(UserError):
         train(tmp_path / "run", *flags)
     write_card(tmp_path / "run", tmp_path / "run", dataset_name="Our cats")
@@ -211,7 +211,7 @@ def test_a_signal_while_drawing_stops_the_drawing(tmp_path, monkeypatch, capsys)
 
 
 def test_one_process_trains_again_and_again_as_a_notebook_does(tmp_path):
-    """In another precision, too; no thread, no open file and no tensor is left of a run."""
+    """Another precision works, too. No thread, open file or tensor is left of a run."""
 
     def left():
         gc.collect()
@@ -226,7 +226,7 @@ def test_one_process_trains_again_and_again_as_a_notebook_does(tmp_path):
         train_ddpm.main(args)
         seen.append(left())
     assert seen[1] == seen[2]
-    with open(tmp_path / "0" / ".lock", "w") as file:  # another process may go on
+    with open(tmp_path / "0" / ".lock", "w") as file:  # another process may resume
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

@@ -1,4 +1,4 @@
-"""train_flow.py and utils/diffusion/flow.py: straight paths, what draws along them, and who knows them."""
+"""train_flow.py and utils/diffusion/flow.py: straight paths, their samplers, and the tools that support them."""
 
 import itertools
 import json
@@ -61,7 +61,7 @@ def test_outputs_and_images_are_two_ways_to_say_the_same(make, prediction_type):
 
 
 class Field:
-    """A model: the velocity of a flow that is not straight, and how often it was asked."""
+    """Model with the velocity of a curved flow, which counts its function evaluations."""
 
     training, eval, train = False, lambda self: self, lambda self, mode=True: self
 
@@ -83,7 +83,7 @@ def drawn(accelerator, name, calls, shift=1.0):
 
 
 def plain_euler(calls):
-    """Without any scheduler, on the noise that samples start from."""
+    """Integrate without a scheduler, from the noise that samples start from."""
     field, sample = Field(), sample_noise(0, "samples", np.arange(2), (1, 4, 4))
     levels = [1 - k / calls for k in range(calls + 1)]
     for here, there in itertools.pairwise(levels):
@@ -100,7 +100,7 @@ def test_every_call_of_the_model_counts_and_is_made_once(accelerator, name, call
 
 
 def test_the_saved_scheduler_is_eulers_method_in_first_order(accelerator):
-    """Up to its start at 0.999 and timesteps that are whole numbers."""
+    """Equality holds up to the start at 0.999 and the rounding of timesteps to whole numbers."""
     for calls in (2, 10, 40):
         images, _ = drawn(accelerator, "euler", calls)
         assert np.abs(images - plain_euler(calls)).max() <= 2
@@ -158,7 +158,7 @@ def test_the_loss_falls_and_is_that_of_the_velocity(tmp_path, monkeypatch, predi
     saved = DDPMPipeline.from_pretrained(tmp_path / "run").scheduler.config.prediction_type
     assert saved == {"velocity": "flow_prediction"}.get(prediction_type, prediction_type)
 
-    # a model that knew the clean image would have no loss
+    # a perfect model would have no loss
     known = {}
 
     def clean(self, images, timesteps, **options):
@@ -239,7 +239,7 @@ def test_the_tools_know_straight_paths(tmp_path, finished):
     assert all(not np.array_equal(plain, picture) for picture in pictures)
     assert pictures[2].mean() > plain.mean()
     near = np.abs(pictures[3].astype(int) - plain[0]).mean() < np.abs(plain[1:].astype(int) - plain[0]).mean()
-    assert near  # what is started from a picture stays near it
+    assert near  # an image that starts from a picture stays near it
     flags = [str(finished), "--reference=digits", "--reference_split=train[:200]", "--held_out_split=train[200:400]"]
     flags += ["--num_samples=20", f"--output_dir={tmp_path / 'e'}", "--validation_loss", "--num_validation_images=9"]
     flags += ["--sweep", "dpmsolver++:3,5", "euler:3"]

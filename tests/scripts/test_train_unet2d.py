@@ -1,4 +1,4 @@
-"""train_unet2d.py: what its UNet has and train_basic.py's has not; the rest is in test_train_basic.py."""
+"""train_unet2d.py: parts of its UNet that train_basic.py's does not have. The rest is in test_train_basic.py."""
 
 import torch
 from conftest import count, train
@@ -17,7 +17,7 @@ def test_size_and_parts():
     kinds = [type(module).__name__ for module in unet.modules()]
     assert "GroupNorm" in kinds and "Attention" in kinds
     down, up = unet.down_blocks[0].downsamplers[0], unet.up_blocks[0].upsamplers[0]
-    assert count(down) > 0 and count(up) > 0  # learned
+    assert count(down) > 0 and count(up) > 0  # training changes it
     assert len(unet.down_blocks[0].resnets) == 2
 
 

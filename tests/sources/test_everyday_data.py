@@ -1,4 +1,4 @@
-"""Labels, splits, tables and archives as people have them: what is right, and what is said."""
+"""Labels, splits, tables and archives as users have them: correct results, and messages."""
 
 import tarfile
 import zipfile
@@ -42,7 +42,7 @@ def classes(data):
 
 
 def mean(data, count=3):
-    """Mean pixel of some batches, 0 to 255."""
+    """Return the mean pixel of some batches, 0 to 255."""
     return float(torch.cat([batch["images"] for batch in data.batches(range(count))]).mean() + 1) * 127.5
 
 
@@ -78,7 +78,7 @@ def test_a_sample_is_drawn_at_random_by_the_seed_and_a_run_of_before_keeps_the_f
     assert first.settings["sample"] == "at random, seed 0"
     assert load(accelerator, *flags, "--seed=1").images.dataset["image"][:] != first.images.dataset["image"][:]
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "training_args.json").write_text('{"arguments": {}}')  # of a version that took the first ones
+    (tmp_path / "run" / "training_args.json").write_text('{"arguments": {}}')  # by a version that took the first ones
     before = load(accelerator, *flags)
     assert classes(before) == {"a": 30} and "sample" not in before.settings
     (tmp_path / "run" / "training_args.json").write_text('{"arguments": {}, "sample": "at random, seed 0"}')

@@ -1,4 +1,4 @@
-"""utils/sources/: folders, sources and columns: whatever the data look like, every image counts, and as itself."""
+"""utils/sources/: folders, sources and columns of all kinds. Every image is used, and used unchanged."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from utils.training import checkpoints
 
 
 def draw(*paths, size=(16, 16), **options):
-    """Pictures that differ: the first pixel of the k-th is (7 k, 40, 9)."""
+    """Write different pictures: the first pixel of the k-th is (7 k, 40, 9)."""
     for k, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, (7 * k, 40, 9)).save(path, **options)
@@ -81,7 +81,7 @@ def test_links_are_followed_once(accelerator, tmp_path):
     assert len(load(accelerator, linked)) == 12
     os.symlink(tmp_path / "source", tmp_path / "again")
     assert len(load(accelerator, tmp_path)) == 12
-    os.symlink(tmp_path / "nowhere.png", linked / "broken.png")  # a picture that is missing is no picture less
+    os.symlink(tmp_path / "nowhere.png", linked / "broken.png")  # a missing picture does not shrink the data set
     with pytest.raises(UserError, match=r"broken\.png.*No such file"):
         train(accelerator, "--train_data_dir", linked)
 
@@ -284,7 +284,7 @@ def test_an_unwritable_cache_is_named(accelerator, tmp_path, monkeypatch):
 
 
 def deep(tmp_path, values, count=12, kind=np.uint16, suffix="png"):
-    """Images of a gradient over ``values``, with one picture that reaches both ends."""
+    """Write images of a gradient over ``values``, with one picture that reaches both ends."""
     for k in range(count):
         ramp = np.linspace(*values, 64).reshape(8, 8).astype(kind)
         Image.fromarray(ramp).save(tmp_path / f"{k:02}.{suffix}")
@@ -456,7 +456,7 @@ def test_another_range_is_refused_when_a_run_goes_on(accelerator, tmp_path):
 
 
 def test_evaluation_reads_a_folder_as_training_does(accelerator, tmp_path):
-    """Exact copies of 16-bit training files are copies, and as good as it gets."""
+    """Exact copies of 16-bit training files count as copies, and have the best metrics."""
     (tmp_path / "a").mkdir()
     noise = np.random.default_rng(0).integers(0, 4095, (40, 8, 8))
     for k, image in enumerate(noise):
@@ -542,7 +542,7 @@ def test_a_table_of_paths_has_a_fingerprint_of_the_files(accelerator, tmp_path):
 
     before = fingerprint("a")
     assert before == fingerprint("b")
-    Image.effect_noise((16, 16), 99).save(tmp_path / "b" / "198.png")  # which is not among those looked at
+    Image.effect_noise((16, 16), 99).save(tmp_path / "b" / "198.png")  # it is not among the probed images
     assert before != fingerprint("b")
 
 

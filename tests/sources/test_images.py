@@ -1,4 +1,4 @@
-"""utils/data/images.py: every kind of file comes out right, or is refused by name."""
+"""utils/data/images.py: every kind of file is read correctly, or refused by name."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""utils/training/checkpoints.py: a checkpoint is complete or does not count; no older one is lost for a newer one."""
+"""utils/training/checkpoints.py: incomplete checkpoints are ignored, and a newer one never costs an older one."""
 
 import errno
 import json
@@ -186,7 +186,7 @@ def test_nothing_in_a_checkpoint_runs_code_when_loaded(save):
     folder = save(1)
     suffixes = {file.suffix for file in folder.rglob("*") if file.is_file()}
     assert suffixes <= {".json", ".safetensors", ".bin", ".pkl"}
-    assert not list(folder.rglob("custom_checkpoint_*"))  # accelerate loads those without weights_only
+    assert not list(folder.rglob("custom_checkpoint_*"))  # accelerate loads these files without weights_only
     for file in folder.rglob("*"):
         if file.suffix in (".bin", ".pkl"):
             from accelerate.utils.other import load  # as accelerate reads it, with its list of safe types

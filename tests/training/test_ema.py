@@ -1,4 +1,4 @@
-"""utils/training/ema.py against a closed form, and swapping that cannot lose weights."""
+"""utils/training/ema.py: comparison with a closed form, and safe swapping of weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The fault matrix: what may go wrong with a run, and that nothing is lost. Tests name the line that protects it."""
+"""The fault matrix: faults of a run, after which nothing may be lost. Tests name the code that protects it."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ def start(name, folder, *flags, file_limit=None):
 
 
 def folders(folder, pattern):
-    """Names and inodes: a folder that is made again under its name is another one."""
+    """Return names and inodes, because a folder that is made again under its name has another inode."""
     found = set()
     for path in folder.glob(pattern):
         with contextlib.suppress(FileNotFoundError):  # just renamed
@@ -64,7 +64,7 @@ def folders(folder, pattern):
 
 
 def wait_until(folder, pattern, child, before, seconds=60):
-    """Until the folder has a folder that it had not before."""
+    """Wait until there is a new folder in the folder."""
     deadline = time.monotonic() + seconds
     while not folders(folder, pattern) - before:
         assert child.is_alive() and time.monotonic() < deadline, child.log.read_text()[-2000:]
@@ -126,7 +126,7 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, ki
 
 def test_a_write_that_fails_halfway_leaves_the_older_checkpoint(tmp_path):
     """Protection: ``on_all_processes``, and the staging folder of ``save_checkpoint``. The system refuses to let
-    a file grow over a limit, as a quota or a full disk would."""
+    a file grow over a limit, like a quota or a full disk."""
     adamw = "--optimizer=adamw"  # its state is twice as large as the weights
     assert finish(start("ddpm", tmp_path / "straight", adamw))[0] == 0
     assert finish(start("ddpm", tmp_path / "run", adamw, "--max_train_steps=3"))[0] == 0
@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_training(tmp_path):
 
 
 def at_moment(monkeypatch, moment, number):
-    """Send the signal to this process in the middle of something."""
+    """Send the signal to this process at a given moment."""
     import utils.diffusion.sampling
     import utils.evaluation.denoising_loss
     import utils.evaluation.while_training
@@ -339,7 +339,7 @@ def test_steps_that_fp16_skips_are_counted_and_shown(capsys, caplog):
 
 @pytest.mark.parametrize("gone", ["random_states_0.pkl", "optimizer.bin", "scheduler.bin", "model.safetensors"])
 def test_missing_state_is_loud(tmp_path, gone):
-    """Protection: the manifest; accelerate alone passes over a missing random state without a word."""
+    """Protection: the manifest; accelerate alone ignores a missing random state silently."""
     train(tmp_path / "run", "--max_train_steps=3")
     (tmp_path / "run" / "checkpoint-3" / "training_state" / gone).unlink()
     with pytest.raises(UserError, match=f"is not a complete checkpoint: training_state/{gone} is missing"):
@@ -384,8 +384,8 @@ def test_the_same_run_with_another_geometry_of_the_same_batch_goes_on(tmp_path, 
 
 
 def test_hundreds_of_mutated_files_in_the_loader(tmp_path, accelerator):
-    """Protection: ``except Exception`` in ``images.decode_image``. Skipped by name and the same with and without
-    workers, refused by name; no crash, no hang."""
+    """Protection: ``except Exception`` in ``images.decode_image``. Files are skipped by name, equally with and
+    without workers, or refused by name. There is no crash and no hang."""
     from utils.data.train_data import load_train_data
 
     rng = np.random.default_rng(0)
@@ -451,7 +451,7 @@ def test_one_pixel_is_an_image(tmp_path, accelerator):
 
 
 class Executes:
-    """A pickle that would make a file."""
+    """Pickle that would make a file."""
 
     def __init__(self, path):
         self.path = path
@@ -474,7 +474,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path, name):
 
     (folder / MANIFEST).unlink()
     _write_manifest(folder)  # by someone who knows how
-    with contextlib.suppress(UserError):  # accelerate passes over a random state that it cannot read
+    with contextlib.suppress(UserError):  # accelerate ignores a random state that it cannot read
         train(tmp_path / "run", *flags)
     assert not (tmp_path / "executed").exists()
 
@@ -533,7 +533,7 @@ def test_control_characters_of_a_file_name_do_not_reach_the_terminal(tmp_path, c
     assert printable("a\x1b[2J\nb\u202e") == "a\\x1b[2J\nb\\u202e"
 
 
-# ------------------------------------------------------------------------------------------------------ what is said
+# -------------------------------------------------------------------------------------------------------- messages
 
 
 def raised(error, *flags, capsys, script=train_ddpm):

@@ -1,4 +1,4 @@
-"""utils/training/loop.py: what is due at a step is done, whatever ends the run, and nothing stays behind."""
+"""utils/training/loop.py: the actions of a step are done however the run ends, and nothing stays behind."""
 
 import ast
 import json
@@ -36,13 +36,13 @@ from utils.training.output_dir import check_settings
 ROOT = Path(train_ddpm.__file__).parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPTS = [train_basic, train_unet2d, train_ddpm, train_flow, train_conditional, finetune_faces, distill_few_steps]
-EVERYTHING = [  # all that is repeated coincides with the checkpoints, as it does by default
+EVERYTHING = [  # all repeated actions coincide with the checkpoints, as by default
     "--report_to=tensorboard", "--checkpointing_steps=2", "--sample_steps=2", "--evaluate_steps=2",
     "--num_evaluation_samples=10", "--features=pixels", "--dataset_split=train[:64]", "--checkpoints_total_limit=9",
     "--gradient_accumulation_steps=2", "--random_flip",
 ]  # fmt: skip
 VALIDATION = ["--validation_split=train[64:96]", "--validation_steps=2"]
-PLACES = {  # where a run is killed, in the order in which things are due at a step
+PLACES = {  # points at which a run is killed, in the order of the actions of a step
     "validation": (while_training.Validation, "measure"),
     "evaluation": (while_training.SampleQuality, "measure"),
     "samples": (Run, "_save_samples"),
@@ -50,7 +50,7 @@ PLACES = {  # where a run is killed, in the order in which things are due at a s
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches a kill."""
+    """Exception that is not caught, like a kill."""
 
 
 def flags_of(script, finished_run):
@@ -60,7 +60,7 @@ def flags_of(script, finished_run):
 
 
 def curves(folder):
-    """All curves but those of the machine."""
+    """Return all curves except those of the machine."""
     names = ("loss/train", "loss/validation_held_out", "metrics/fd_pixels_N10", "loss_by_timestep/0-249")
     found = {}
     for name in names:
@@ -77,7 +77,7 @@ def curves(folder):
     ids=lambda script: script.__name__,
 )
 def test_what_is_due_at_a_step_is_done_although_the_run_is_killed_before(tmp_path, monkeypatch, finished_run, script):
-    """Killed in validation at step 2, in the samples of step 4 and in the evaluation of step 6, the last."""
+    """Kill the run in validation at step 2, in sampling at step 4 and in the evaluation of step 6, the last one."""
     monkeypatch.setattr(while_training, "NUM_VALIDATION_IMAGES", 4)
     if hasattr(script, "DROPOUT"):
         monkeypatch.setattr(script, "DROPOUT", 0.3)
@@ -150,7 +150,7 @@ def test_a_real_kill_and_a_polite_one_lose_nothing_that_is_due(tmp_path, place, 
 
 @pytest.mark.parametrize("flags", [[], slow(["--gradient_accumulation_steps=2", "--train_batch_size=4"])])
 def test_the_point_after_a_stop_is_that_of_a_run_without_one(tmp_path, monkeypatch, flags):
-    """A point of the curves is a mean over the steps since the last one: those before the stop count, too."""
+    """A point of the curves is a mean over the steps since the last point, also those before the stop."""
     flags = [*flags, "--report_to=tensorboard", "--logging_steps=4", "--max_train_steps=8", "--label_column=label"]
     assert train(tmp_path / "straight", *flags) == 0
     original = StopSignal.check
@@ -164,7 +164,7 @@ def test_the_point_after_a_stop_is_that_of_a_run_without_one(tmp_path, monkeypat
 
 
 def edited(*pairs):
-    """A module like train_ddpm.py, with pieces of its text replaced."""
+    """Return a module like train_ddpm.py, with pieces of its text replaced."""
     text = (ROOT / "train_ddpm.py").read_text()
     for old, new in pairs:
         assert text.count(old) == 1, old
@@ -274,7 +274,7 @@ def test_an_error_and_an_interrupt_leave_nothing_behind(tmp_path, error):
 
 
 def test_what_fails_after_a_signal_is_a_stop(tmp_path, capsys):
-    """A signal to a process group ends a compiler's helpers, too, and what waits for those fails first."""
+    """A signal to a process group also ends a compiler's helpers, and code that waits for them fails first."""
     body = "if run.global_step == 4:\n                run.stop_signal.received = 15\n                raise RuntimeError"
     names = edited((UPDATE, UPDATE + f"            {body}\n"))
     assert exit_code(names["main"], names["parse_args"](tiny("--output_dir", tmp_path / "run"))) == 143
@@ -376,7 +376,7 @@ def test_compiling_may_take_longer(monkeypatch):
 
 
 def test_every_so_many_steps_of_ones_own_come_before_the_checkpoint(tmp_path):
-    """So that a run that is killed in between does them again."""
+    """A run that is killed in between then repeats them."""
     line = "            if run.every(3):\n                made.append(sorted(run.output_dir.glob('checkpoint-*')))\n"
     names = edited((UPDATE, UPDATE + line))
     names["made"] = made = []

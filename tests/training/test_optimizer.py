@@ -1,4 +1,4 @@
-"""utils/training/optimizer.py: Muon's steps are what they should be, and its state survives."""
+"""utils/training/optimizer.py: Muon's steps are correct, and its state survives."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def unet(**options):
 
 
 def newton_schulz(matrix):
-    """As Jordan writes it, step by step, in float64."""
+    """Compute the iteration as Jordan writes it, step by step, in float64."""
     x = matrix.double() / matrix.double().norm()
     for _ in range(5):
         square = x @ x.T
@@ -46,7 +46,7 @@ def test_a_step_is_orthogonal(shape, rank):
     assert (
         values.quantile(0.1) > 0.3 and values.max() < 1.25 and values.median() > 0.65
     )  # a random square is near singular
-    assert torch.allclose(orthogonal(1e-6 * matrix), result, atol=1e-2)  # whatever the gradient's size
+    assert torch.allclose(orthogonal(1e-6 * matrix), result, atol=1e-2)  # for any size of the gradient
     assert orthogonal(torch.zeros(shape)).abs().max() == 0
 
 
