@@ -175,7 +175,7 @@ def test_a_column_of_another_length_is_refused():
         OwnImages(PICTURES, columns={"mask": Column(MASKS[:10], kind="mask")})
 
 
-def test_the_range_of_deep_partners_is_said_kept_and_may_be_given(tmp_path, accelerator, caplog):
+def test_the_range_of_partners_of_high_bit_depth_is_reported_kept_and_may_be_given(tmp_path, accelerator, caplog):
     folder_of(tmp_path / "images", PICTURES)
     folder_of(tmp_path / "deep", (PICTURES.astype(np.uint16) * 4))  # up to 1020
     args = parse(*FLAGS, f"--train_data_dir={tmp_path}/images", "--center_crop")

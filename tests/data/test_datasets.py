@@ -136,7 +136,7 @@ def test_unnamed_source_falls_back_to_digits_with_one_warning(accelerator, caplo
     assert "ylecun/mnist is not available" in warnings[0] and "--dataset_name" in warnings[0]
 
 
-def test_a_split_that_an_unnamed_source_does_not_have_is_said_of_it(accelerator, caplog, monkeypatch):
+def test_a_missing_split_of_an_unnamed_source_is_reported(accelerator, caplog, monkeypatch):
     def has_two(path, split=None, **options):
         if split not in (None, "train", "test"):
             raise ValueError(f"Unknown split \"{split}\". Should be one of ['train', 'test'].")
@@ -404,7 +404,7 @@ def test_unreadable_images_are_tried_again_by_every_run(accelerator, folder, tmp
         load_train_data(parse(*flags), accelerator)
 
 
-def test_other_pixels_under_the_same_fingerprint_are_decoded_anew(accelerator, tmp_path, decoded):
+def test_other_pixels_under_the_same_fingerprint_are_decoded_again(accelerator, tmp_path, decoded):
     """The fingerprint of datasets depends on the steps that made a table, not on its content."""
     seen = []
     for value in (3, 200):

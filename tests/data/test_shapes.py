@@ -67,7 +67,7 @@ def test_every_script_trains_on_them_and_its_pipeline_draws_them(tmp_path, wide,
     assert Image.open(tmp_path / "drawn" / "images" / "000001.png").size == (16, 8)
 
 
-def test_ddpm_pipeline_draws_them_and_training_goes_on_from_it(tmp_path, wide, model):
+def test_ddpm_pipeline_draws_them_and_training_continues_from_it(tmp_path, wide, model):
     assert size_of(model) == [8, 16]
     assert DDPMPipeline.from_pretrained(model)(num_inference_steps=2).images[0].size == (16, 8)
     start = f"--pretrained_model_name_or_path={model}"

@@ -114,7 +114,7 @@ def test_what_the_unet_does_not_have_is_refused():
         choose_trainable(unet(), "lora", 4, ["to_z"], 0)
 
 
-def test_counts_are_said_for_every_method(caplog):
+def test_counts_are_logged_for_every_method(caplog):
     model = unet()
     with caplog.at_level("INFO", logger="utils.diffusion.adapters"):
         log_trainable_counts(model, "lora", 4, TARGETS, "adamw")

@@ -90,7 +90,7 @@ def test_a_size_of_two_numbers_and_none(tmp_path):
         (dict(class_embed_type="timestep"), "class_embed_type 'timestep'"),
     ],
 )
-def test_embeddings_that_nothing_here_knows_are_refused(tmp_path, options, message):
+def test_unknown_embeddings_are_refused(tmp_path, options, message):
     make(tmp_path / "model", **options)
     with pytest.raises(UserError, match=message):
         draw(tmp_path / "model", tmp_path / "drawn")

@@ -125,12 +125,12 @@ def test_copies_of_training_images_are_flagged_and_held_out_ones_are_not(tmp_pat
     assert rows["noise, for comparison"]["copies"] < 0.2
 
 
-def test_another_split_than_trained_on_is_said(tmp_path, finished_run, capsys):
+def test_another_split_than_trained_on_is_reported(tmp_path, finished_run, capsys):
     run(tmp_path / "out", finished_run, "--num_inference_steps=1", "--features=pixels")
     assert "was trained on train, not on --reference_split train[:900]" in capsys.readouterr().out
 
 
-def test_too_few_images_are_said(tmp_path, copies, capsys):
+def test_too_few_images_are_reported(tmp_path, copies, capsys):
     run(tmp_path / "out", copies, "--num_samples=100")
     assert "100 images for 64 features; fewer than twice as many" in capsys.readouterr().out
 
@@ -225,7 +225,7 @@ def test_the_denoising_loss_of_both_splits(tmp_path, finished_run):
     assert "Denoising loss on fixed" in (tmp_path / "out" / "results.md").read_text()
 
 
-def test_the_digit_net_knows_digits(digits):
+def test_the_digit_net_recognises_digits(digits):
     assert DIGITS_WEIGHTS.stat().st_size < 600_000
     card = DIGITS_WEIGHTS.with_suffix(".md").read_text()
     assert load_extractor("digits").hash in card

@@ -277,7 +277,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("where, status, message", REFUSED)
-def test_what_cannot_work_is_said_before_training(hub, tmp_path, where, status, message):
+def test_what_cannot_work_is_reported_before_training(hub, tmp_path, where, status, message):
     """Protection: ``Hub.check``."""
     hub.fail(where, status)
     began = time.monotonic()
@@ -287,7 +287,7 @@ def test_what_cannot_work_is_said_before_training(hub, tmp_path, where, status, 
 
 
 @pytest.mark.slow
-def test_no_login_is_said_before_training(hub, tmp_path):
+def test_no_login_is_reported_before_training(hub, tmp_path):
     code, said = run(hub, tmp_path / "digits", HF_TOKEN=None)
     assert code == 1 and "you are not logged in" in said, said
 
@@ -348,7 +348,7 @@ def test_a_fault_never_costs_the_model(hub, finished, where, action, times, succ
 
 
 @pytest.mark.slow
-def test_without_a_network_training_goes_on(hub, tmp_path):
+def test_without_a_network_training_continues(hub, tmp_path):
     code, said = run(hub, tmp_path / "run", HF_HUB_OFFLINE="1")
     assert code == PUSH_FAILED and "The Hub cannot be reached now" in said and "HF_HUB_OFFLINE is set" in said, said
     assert "Finished, after 6 optimizer steps" in said and "Not pushed" in said
@@ -357,7 +357,7 @@ def test_without_a_network_training_goes_on(hub, tmp_path):
     assert code == 0 and WEIGHTS in hub.files("me/run"), said
 
 
-def test_what_cannot_be_copied_is_said(hub, tmp_path):
+def test_what_cannot_be_copied_is_reported(hub, tmp_path):
     """Protection: ``except Exception`` in ``Hub._send``."""
     driver = tmp_path / "train_ddpm_driver.py"
     driver.write_text(
@@ -420,7 +420,7 @@ def test_push_refuses_what_it_cannot_push(hub, finished, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_pushes_what_it_has_become(hub, tmp_path):
+def test_a_resumed_run_pushes_its_new_weights(hub, tmp_path):
     code, said = run(hub, tmp_path / "run", "--lr_scheduler=constant")
     assert code == 0, said
     before = hub.files("me/run")[WEIGHTS]

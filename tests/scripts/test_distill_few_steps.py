@@ -302,7 +302,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path, capsys, finished, teacher
         assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_the_teacher_must_be_the_same_when_a_run_goes_on(tmp_path, teachers):
+def test_the_teacher_must_be_the_same_when_a_run_resumes(tmp_path, teachers):
     teacher = tmp_path / "teacher"
     shutil.copytree(teachers["sample"], teacher)
     assert run(tmp_path / "run", teacher) == 0

@@ -72,7 +72,7 @@ def test_two_processes_draw_what_one_draws(tmp_path, finished_run):
     assert np.abs(images(tmp_path / "one") - images(tmp_path / "two")).max() <= 1
 
 
-def test_interrupted_it_goes_on_where_it_stopped(tmp_path, finished_run, monkeypatch, capsys):
+def test_an_interrupted_run_resumes_where_it_stopped(tmp_path, finished_run, monkeypatch, capsys):
     calls, stop_at = [], 5
     original = DPMSolverMultistepScheduler.step
 

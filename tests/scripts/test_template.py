@@ -219,7 +219,7 @@ def forget(folder, *flags, **added):
     _write_manifest(folder / "checkpoint-3")
 
 
-def test_a_new_flag_at_its_default_goes_on_with_an_old_run(tmp_path, capsys):
+def test_a_new_flag_at_its_default_resumes_an_old_run(tmp_path, capsys):
     train(tmp_path / "run")
     forget(tmp_path / "run", "weighting_scheme", "lr_scheduler", bygone=7, weighting_scheme="logit_normal")
     assert train(tmp_path / "run") == 0

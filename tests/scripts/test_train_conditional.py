@@ -114,7 +114,7 @@ def test_labels_are_dropped_by_sample_id_and_nothing_else_changes(tmp_path, monk
 # ------------------------------------------------------------------------------------------------------------- guidance
 
 
-def test_model_guidance_moves_the_target_of_what_is_said_away_from_what_is_said_of_nothing(tmp_path, monkeypatch):
+def test_model_guidance_moves_the_conditional_target_away_from_the_unconditional_output(tmp_path, monkeypatch):
     seen, mse_loss, forward = {}, F.mse_loss, UNet2DModel.forward
 
     def spy_loss(output, target, **options):

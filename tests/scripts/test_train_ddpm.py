@@ -230,7 +230,7 @@ def test_one_process_trains_again_and_again_as_a_notebook_does(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_run_under_the_noise_of_before_goes_on_with_a_warning(tmp_path, capsys):
+def test_a_run_with_the_noise_of_an_earlier_version_resumes_with_a_warning(tmp_path, capsys):
     train(tmp_path / "run")
     interrupt(tmp_path / "run", keep="checkpoint-3")
     checkpoint = tmp_path / "run" / "checkpoint-3"
@@ -306,7 +306,7 @@ def test_a_longer_run_continues_a_finished_one(tmp_path):
     assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "long" / WEIGHTS)
 
 
-def test_an_extended_run_goes_on_with_the_rates_of_the_longer_schedule(tmp_path, capsys):
+def test_an_extended_run_resumes_with_the_rates_of_the_longer_schedule(tmp_path, capsys):
     flags = ["--report_to=tensorboard", "--lr_warmup_steps=0"]
     train(tmp_path / "run", *flags)
     train(tmp_path / "run", *flags, "--max_train_steps=12")

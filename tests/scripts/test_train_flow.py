@@ -200,7 +200,7 @@ def test_each_sampler_draws_and_a_pipeline_is_saved(tmp_path, name):
     assert order == (1 if name == "euler" else 2)
 
 
-def test_training_goes_on_from_a_flow_and_from_nothing_else(tmp_path, finished, finished_run):
+def test_training_continues_from_a_flow_and_from_nothing_else(tmp_path, finished, finished_run):
     start = f"--pretrained_model_name_or_path={finished}"
     assert train(tmp_path / "on", start, "--max_train_steps=1", "--learning_rate=0", script=train_flow) == 0
     state = [folder / "checkpoint-6" / "training_state" / "model.safetensors" for folder in (finished,)]

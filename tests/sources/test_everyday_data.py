@@ -113,7 +113,7 @@ def test_loose_images_beside_splits_are_left_out_by_name(accelerator, tmp_path, 
     assert data.length == 6 and "1 images beside the splits are left out" in caplog.text and "000.png" in caplog.text
 
 
-def test_a_class_that_is_called_like_a_split_is_said(accelerator, tmp_path, caplog):
+def test_a_class_that_is_called_like_a_split_is_reported(accelerator, tmp_path, caplog):
     for name in ("bus", "car", "train"):
         write(tmp_path / "data" / name, 4)
     data = load(accelerator, f"--train_data_dir={tmp_path}/data", "--label_column=label")

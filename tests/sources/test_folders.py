@@ -325,7 +325,7 @@ def test_values_outside_are_clipped_and_counted(accelerator, tmp_path, caplog):
     assert "clipped in 10 images read so far" in caplog.text and "outside of 0 to 2000" in caplog.text
 
 
-def test_long_images_are_refused_and_animations_said(accelerator, tmp_path, caplog):
+def test_long_images_are_refused_and_animations_reported(accelerator, tmp_path, caplog):
     draw(*(tmp_path / f"{k}.png" for k in range(12)))
     frames = [Image.new("RGB", (16, 16), (k, 0, 0)) for k in (10, 250)]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
@@ -338,7 +338,7 @@ def test_long_images_are_refused_and_animations_said(accelerator, tmp_path, capl
         train(accelerator, "--train_data_dir", tmp_path, "--resolution=256")
 
 
-def test_colours_of_16_bits_that_pillow_shortens_are_said(accelerator, tmp_path, caplog):
+def test_colours_of_16_bits_that_pillow_shortens_are_reported(accelerator, tmp_path, caplog):
     draw(*(tmp_path / f"{k}.png" for k in range(12)))
 
     def chunk(name, content):
@@ -406,7 +406,7 @@ def test_a_fingerprint_is_of_the_images_and_not_of_their_place(accelerator, tmp_
     assert fingerprint("--dataset_name=digits") != fingerprint("--dataset_name=digits", "--max_train_samples=100")
 
 
-def test_a_run_goes_on_with_the_same_images_from_another_place_and_with_no_others(accelerator, tmp_path, capsys):
+def test_a_run_resumes_with_the_same_images_from_another_place_and_with_no_others(accelerator, tmp_path, capsys):
     draw(*(tmp_path / "a" / f"{k}.png" for k in range(12)))
     run = tmp_path / "run"
 
@@ -426,7 +426,7 @@ def test_a_run_goes_on_with_the_same_images_from_another_place_and_with_no_other
         go(tmp_path / "a", "--max_train_steps=9")
 
 
-def test_a_checkpoint_of_before_fingerprints_goes_on_with_a_line(accelerator, tmp_path, capsys):
+def test_a_checkpoint_without_a_fingerprint_resumes_with_a_line(accelerator, tmp_path, capsys):
     draw(*(tmp_path / "a" / f"{k}.png" for k in range(12)))
     flags = ["--train_data_dir", tmp_path / "a", "--resolution=8", "--unet=tiny"]
     flags += ["--optimizer=adamw", "--weighting_scheme=uniform"]
@@ -445,7 +445,7 @@ def test_a_checkpoint_of_before_fingerprints_goes_on_with_a_line(accelerator, tm
     assert "has no record of its images" in said and "3 optimizer steps done" in said
 
 
-def test_another_range_is_refused_when_a_run_goes_on(accelerator, tmp_path):
+def test_another_range_is_refused_when_a_run_resumes(accelerator, tmp_path):
     (tmp_path / "a").mkdir()
     deep(tmp_path / "a", (0, 4095))
     flags = ["--train_data_dir", tmp_path / "a", "--unet=tiny"]
@@ -487,7 +487,7 @@ def test_classes_below_each_split(accelerator, tmp_path):
     assert dataset.features["label"].names == ["cat", "dog"] and dataset["label"][:] == [0] * 3
 
 
-def test_links_in_a_circle_and_twice_are_said(accelerator, tmp_path, caplog):
+def test_links_in_a_circle_and_twice_are_reported(accelerator, tmp_path, caplog):
     draw(*(tmp_path / "a" / f"{k}.png" for k in range(12)), tmp_path / "__background__" / "x.png")
     os.symlink("self", tmp_path / "self")
     os.symlink(tmp_path / "a", tmp_path / "b")

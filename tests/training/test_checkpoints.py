@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_synced_is_no_fault(tmp_path, monkeypatch):
         sync(tmp_path / "file")
 
 
-def test_another_number_of_threads_is_said(accelerator, save, caplog):
+def test_another_number_of_threads_is_reported(accelerator, save, caplog):
     checkpoint = save(1)
     state = checkpoints.read_state(checkpoint)
     checkpoints.load_checkpoint(accelerator, checkpoint, state)

@@ -371,7 +371,7 @@ def test_changed_settings_are_refused_with_the_difference(tmp_path, finished_run
     assert count_files(tmp_path / "run" / "checkpoint-3") == before
 
 
-def test_the_same_run_with_another_geometry_of_the_same_batch_goes_on(tmp_path, finished_run):
+def test_a_run_resumes_with_another_geometry_of_the_same_batch(tmp_path, finished_run):
     shutil.copytree(finished_run, tmp_path / "run")
     interrupt(tmp_path / "run", "checkpoint-3")
     flags = ["--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2"]

@@ -106,7 +106,7 @@ def test_the_first_step_by_hand():
     assert torch.allclose(bias, torch.full_like(bias, 0.95 - 0.1))  # Adam's first step is the rate
 
 
-def test_a_restored_state_goes_on_bit_for_bit():
+def test_a_restored_state_continues_bit_for_bit():
     def steps(model, optimizer, first, last):
         for number in range(first, last):
             images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))
