@@ -72,7 +72,9 @@ def check_classes(config, real: Reference) -> list[str]:
     return names
 
 
-def asked_classes(names: list[str], real: Reference, extract: Extractor, how, count: int) -> AskedClasses | None:
+def asked_classes(
+    names: list[str], real: Reference, extract: Extractor, preparation, count: int
+) -> AskedClasses | None:
     """Return the classes to request, as often as the reference has them; None for an unconditional model.
 
     If the reference has no labels, all classes are requested equally often.
@@ -81,7 +83,7 @@ def asked_classes(names: list[str], real: Reference, extract: Extractor, how, co
         return None
     if not real.labels()[1]:
         return AskedClasses(np.arange(count) % len(names), names, np.zeros((0, 1)), np.zeros(0, int))
-    features, labels, real_names = real.labelled(extract, how, len(real.images(real.args.reference_split)))
+    features, labels, real_names = real.labelled(extract, preparation, len(real.images(real.args.reference_split)))
     labels = translate_labels(labels, real_names, names)
     features, labels = features[labels >= 0], labels[labels >= 0]  # an image without a class requests nothing
     if len(labels) < count:

@@ -25,11 +25,11 @@ class Copies:
 
     Args:
         reference: real images, a ``Reference``.
-        how: preparation of the images, a ``Preparation``.
+        preparation: preparation of the images, a ``Preparation``.
     """
 
-    def __init__(self, reference, how):
-        self.reference, self.how, self.pixels = reference, how, load_extractor("pixels")
+    def __init__(self, reference, preparation):
+        self.reference, self.preparation, self.pixels = reference, preparation, load_extractor("pixels")
         self.trained, self.trained_groups = self._vectors(reference.args.reference_split)
         self.unseen = None
         self.clear()
@@ -39,8 +39,8 @@ class Copies:
     def _vectors(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Return features of a split's image parts (M, D), and each image's index, first row and end row (N, 3)."""
         vectors, groups, position = [], [], 0
-        prepared = self.reference.prepared(split, self.how, mirrored=True)
-        for parts, index in prepared.crops(len(self.reference.images(split)), self._most(split)):
+        prepared = self.reference.prepared(split, self.preparation, mirrored=True)
+        for parts, index in prepared.crops(len(self.reference.images(split)), self._max_crops(split)):
             vectors.append(self.pixels(parts))
             groups.append((index, position, position := position + len(parts)))
         return np.concatenate(vectors), np.array(groups)
@@ -114,11 +114,11 @@ class Copies:
         """Decode the part of a training image that this row of the features belongs to."""
         split = self.reference.args.reference_split
         index, start, _ = self.trained_groups[np.searchsorted(self.trained_groups[:, 1], row, side="right") - 1]
-        prepared = self.reference.prepared(split, self.how, mirrored=True)
-        return prepared.parts(self.reference.images(split)[int(index)], self._most(split))[row - start]
+        prepared = self.reference.prepared(split, self.preparation, mirrored=True)
+        return prepared.parts(self.reference.images(split)[int(index)], self._max_crops(split))[row - start]
 
-    def _most(self, split: str) -> int:
+    def _max_crops(self, split: str) -> int:
         """Return the number of crop positions per image that fit into ``BYTES``, together with mirrored parts."""
-        channels, height, width = self.how.shape
+        channels, height, width = self.preparation.shape
         size = 4 * channels * min(height, 16) * min(width, 16)
         return max(1, BYTES // (2 * size * len(self.reference.images(split))))

@@ -58,9 +58,9 @@ class ImageFolder:
 
     def __init__(self, accelerator, args, num_inference_steps: int, model, sampler, space):
         self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir)
-        inspect_together(accelerator, self.folder, lambda: self._claim(num_inference_steps, model, sampler, space))
+        inspect_together(accelerator, self.folder, lambda: self._prepare(num_inference_steps, model, sampler, space))
 
-    def _claim(self, num_inference_steps, model, sampler, space) -> None:
+    def _prepare(self, num_inference_steps, model, sampler, space) -> None:
         settings = {flag: value for flag, value in vars(self.args).items() if flag not in MAY_CHANGE}
         settings["num_inference_steps"] = num_inference_steps
         settings["weights"] = weights_digest(model)[:12]

@@ -12,7 +12,7 @@ import numpy as np
 from .. import UserError
 
 BLOCK = 5000  # points converted to float64 at once
-FEWEST = 6  # images: density and coverage need a fifth neighbour
+MIN_IMAGES = 6  # images: density and coverage need a fifth neighbour
 
 
 def check_count(count: int, source: str) -> None:
@@ -23,10 +23,10 @@ def check_count(count: int, source: str) -> None:
         source: origin of the images, for the message.
 
     Raises:
-        UserError: there are fewer than ``FEWEST``.
+        UserError: there are fewer than ``MIN_IMAGES``.
     """
-    if count < FEWEST:
-        raise UserError(f"{source}: {count} images. Expected at least {FEWEST}, better a few hundred")
+    if count < MIN_IMAGES:
+        raise UserError(f"{source}: {count} images. Expected at least {MIN_IMAGES}, better a few hundred")
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:

@@ -66,10 +66,10 @@ class Reference:
         self.held_out_split = self._find_held_out()
         for split, images in self._sources.items():
             check_count(len(images), f"{args.reference}, {split}")
-        looked_at = [*_look(self._sources[args.reference_split])]
-        self.image_range = choose_range(args.image_range, deep_values(looked_at))
-        self.mode = "L" if all(image.mode in GREY_MODES for image in looked_at) else "RGB"
-        sizes = {image.size for image in looked_at}
+        probe_images = [*_probe_images(self._sources[args.reference_split])]
+        self.image_range = choose_range(args.image_range, deep_values(probe_images))
+        self.mode = "L" if all(image.mode in GREY_MODES for image in probe_images) else "RGB"
+        sizes = {image.size for image in probe_images}
         self.size = sizes.pop()[::-1] if len(sizes) == 1 else None  # (H, W) if all images have the same size
 
     def _find_held_out(self) -> str | None:
@@ -130,31 +130,31 @@ class Reference:
         """Return the images of a split."""
         return self._sources[split]
 
-    def prepared(self, split: str, how: Preparation, mirrored: bool = False) -> PreparedImages:
+    def prepared(self, split: str, preparation: Preparation, mirrored: bool = False) -> PreparedImages:
         """Return a split's images, prepared.
 
         Args:
             split: name of the split.
-            how: preparation of the images.
+            preparation: preparation of the images.
             mirrored: True to mirror images also if it is unknown whether training did.
         """
-        flip = bool(how.random_flip) or (mirrored and how.random_flip is None)
+        flip = bool(preparation.random_flip) or (mirrored and preparation.random_flip is None)
         return PreparedImages(
-            self._sources[split], MODES[how.shape[0]], how.shape[1:], how.center_crop, flip, self.args.seed,
-            image_range=how.image_range,
+            self._sources[split], MODES[preparation.shape[0]], preparation.shape[1:], preparation.center_crop, flip,
+            self.args.seed, image_range=preparation.image_range,
         )  # fmt: skip
 
-    def blocks(self, how: Preparation, count: int, split: str | None = None) -> Iterator[tuple]:
+    def blocks(self, preparation: Preparation, count: int, split: str | None = None) -> Iterator[tuple]:
         """Yield images of a split (default: the reference split), shuffled and prepared as in training."""
-        return self.prepared(split or self.args.reference_split, how).shown(count)
+        return self.prepared(split or self.args.reference_split, preparation).shown(count)
 
-    def features(self, extract, how: Preparation, count: int) -> np.ndarray:
+    def features(self, extract, preparation: Preparation, count: int) -> np.ndarray:
         """Return features of ``count`` images of the reference, or of all if there are fewer: float32 (N, D)."""
-        return self._extracted(extract, how, count)[0]
+        return self._extracted(extract, preparation, count)[0]
 
-    def labelled(self, extract, how: Preparation, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    def labelled(self, extract, preparation: Preparation, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Return features as ``features`` does, the images' labels (-1: no label), and the names of the classes."""
-        features, indices = self._extracted(extract, how, count)
+        features, indices = self._extracted(extract, preparation, count)
         labels, names = self.labels()
         return features, labels[indices], names
 
@@ -180,19 +180,19 @@ class Reference:
                 self._labels[split] = np.full(len(self._sources[split]), -1), []
         return self._labels[split]
 
-    def _extracted(self, extract, how: Preparation, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _extracted(self, extract, preparation: Preparation, count: int) -> tuple[np.ndarray, np.ndarray]:
         count = min(count, len(self._sources[self.args.reference_split]))
-        found = self._features.get((extract.name, how))
+        found = self._features.get((extract.name, preparation))
         if found is None or len(found[0]) < count:
-            blocks = [(extract(images), indices) for images, indices, _ in self.blocks(how, count)]
-            found = self._features[extract.name, how] = tuple(map(np.concatenate, zip(*blocks, strict=True)))
+            blocks = [(extract(images), indices) for images, indices, _ in self.blocks(preparation, count)]
+            found = self._features[extract.name, preparation] = tuple(map(np.concatenate, zip(*blocks, strict=True)))
         return found[0][:count], found[1][:count]
 
-    def copies(self, how: Preparation) -> Copies:
+    def copies(self, preparation: Preparation) -> Copies:
         """Return the detector of copies of training images, with distances that are measured once."""
-        if how not in self._copies:
-            self._copies = {how: Copies(self, how)}  # only one is kept, because it is large
-        return self._copies[how]
+        if preparation not in self._copies:
+            self._copies = {preparation: Copies(self, preparation)}  # only one is kept, because it is large
+        return self._copies[preparation]
 
     def noise(self, shape: tuple[int, int, int], count: int) -> Iterator[np.ndarray]:
         """Yield uniform noise of this shape in blocks, because computing it needs 20 times its memory."""
@@ -201,7 +201,7 @@ class Reference:
             yield to_uint8(randomness.sample_noise(self.args.seed, "ceiling", ids, shape, "cpu", "uniform"))
 
 
-def _look(images: NamedImages):
+def _probe_images(images: NamedImages):
     """Yield some of the images, evenly spread and decoded one after the other; raise if one is damaged."""
     for image in images.look():
         if isinstance(image, BadImage):

@@ -39,7 +39,7 @@ class MetricLogger:
     def __init__(self, report_to: str):
         self.trackers, self.skipped, self.restored = check_trackers(report_to), 0, None
         self.began = self.forward_ended = self.alone = 0.0  # seconds, see ``_forward_ended``
-        self.load_seen_at = None  # time, and seconds that threads had waited for a core until then
+        self.load_measured_at = None  # time, and seconds that threads had waited for a core until then
 
     def started(self, run) -> None:
         start_trackers(run, self.trackers, run.output_dir / LOGS)
@@ -120,13 +120,13 @@ class MetricLogger:
     def _check_load(self) -> None:
         """Warn once if other programs use the same cores: threads that wait for each other then wait for them, too."""
         waited, now = waiting_seconds(), time.perf_counter()
-        if self.load_seen_at is None:  # the first interval includes work that is done only once
-            self.load_seen_at = now, waited
+        if self.load_measured_at is None:  # the first interval includes work that is done only once
+            self.load_measured_at = now, waited
             return
-        since, before = self.load_seen_at
+        since, before = self.load_measured_at
         if waited is None or before is None or now - since < LOAD_SECONDS:
             return
-        threads, self.load_seen_at = torch.get_num_threads(), (math.inf, None)
+        threads, self.load_measured_at = torch.get_num_threads(), (math.inf, None)
         share = (waited - before) / ((now - since) * threads)
         if threads > 1 and share > LOAD_SHARE:
             logger.warning(

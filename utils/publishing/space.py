@@ -33,7 +33,7 @@ class Space(Hub):
             raise UserError(f"--space: {', '.join(missing)} is missing. A Space consists of demo.py and all of utils/")
         if model.revision:
             raise UserError("--space: a Space loads the model from main, so leave --hub_revision out")
-        self.model, self.named = model, repo_id
+        self.model, self.given_id = model, repo_id
         super().__init__(model.folder, repo_id or model.repo_id, model.private, timeout=model.timeout)
 
     def _create(self) -> None:
@@ -41,7 +41,7 @@ class Space(Hub):
         super()._create()
 
     def _command(self) -> str:
-        return self.model._command("--space", *([self.named] if self.named else []))
+        return self.model._command("--space", *([self.given_id] if self.given_id else []))
 
     def _fill(self, staging: Path) -> None:
         """Write README.md, app.py, requirements.txt and copies of the code."""

@@ -36,15 +36,15 @@ class Watchdog:
 
     def __init__(self, accelerator, seconds: float):
         self.rank, self.world_size, self.seconds = accelerator.process_index, accelerator.num_processes, seconds
-        self.step, self.moved_at, self.silent, self.ended = 0, 0.0, {}, threading.Event()
+        self.step, self.progress_at, self.silent, self.ended = 0, 0.0, {}, threading.Event()
         self.interval = min(5.0, seconds / 10)
 
     def heartbeat(self, global_step: int) -> None:
         """Note the end of an optimizer step. The first one starts the watch, because downloads come before it."""
         self.step = max(self.step, global_step)
-        if self.moved_at or not self.seconds:
+        if self.progress_at or not self.seconds:
             return
-        self.moved_at = time.monotonic()
+        self.progress_at = time.monotonic()
         for task in (self._watch, self._share_progress)[: min(2, self.world_size)]:
             threading.Thread(target=task, daemon=True, name="watchdog").start()
 
@@ -56,12 +56,11 @@ class Watchdog:
         count, woken_at = signals.count, time.monotonic()
         while not self.ended.wait(self.interval):
             now = time.monotonic()
-            if (
-                count != signals.count or now - woken_at > self.interval + self.seconds / 2
-            ):  # this process was suspended
-                count, self.moved_at = signals.count, now
+            # Either there was progress, or this process was suspended
+            if count != signals.count or now - woken_at > self.interval + self.seconds / 2:
+                count, self.progress_at = signals.count, now
             woken_at = now
-            if now - self.moved_at > self.seconds * (COMPILING if signals.compiling else 1):
+            if now - self.progress_at > self.seconds * (COMPILING if signals.compiling else 1):
                 self._abort()
 
     def _share_progress(self) -> None:
@@ -72,13 +71,13 @@ class Watchdog:
 
     def _exchange(self, store) -> None:
         store.set(f"watchdog/name/{self.rank}", f"{platform.node()} {os.getpid()}")
-        told, total, pulses = 0, 0, {}
+        reported, total, pulses = 0, 0, {}
         while True:
             store.add(f"watchdog/{self.rank}", 1)
-            moved = signals.count
-            before, total, told = total, store.add("watchdog", moved - told), moved
+            count = signals.count
+            before, total, reported = total, store.add("watchdog", count - reported), count
             if total != before:
-                self.moved_at, self.silent, pulses = time.monotonic(), {}, {}
+                self.progress_at, self.silent, pulses = time.monotonic(), {}, {}
             else:
                 first, others = not pulses, [rank for rank in range(self.world_size) if rank != self.rank]
                 heard = {rank: store.add(f"watchdog/{rank}", 0) for rank in others}
