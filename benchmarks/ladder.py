@@ -26,7 +26,7 @@ STAGES = {
     "flow": ("train_flow.py",),
     "conditional": ("train_conditional.py",),
 }
-# Share of the steps, because guidance is learnt with a second function evaluation, without gradients
+# Share of the steps: a step takes longer, because guidance needs a second function evaluation without gradients
 SHARES = {"conditional": 0.75}
 
 

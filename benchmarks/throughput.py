@@ -5,10 +5,11 @@
 The plain step is that of a usual example script. It uses float32 or bf16 autocast, decodes and resizes images one by
 one in the DataLoader's process, and calls ``.item()`` in every step. Its AdamW is not fused, and its EMA treats
 parameters one by one. Our step is that of train_ddpm.py, with its caches and utils. Flags after -- are flags of
-train_ddpm.py. Blocks of steps alternate between the variants, so that a busy machine disturbs all of them equally.
-Medians are over blocks.
-The convolutions of the UNet are also timed alone, forward and backward, as a limit for every script. To time whole
-commands of another script, such as diffusers' own, use benchmarks/beside.py.
+train_ddpm.py.
+
+Blocks of steps alternate between the variants, so that a busy machine disturbs all of them equally. Medians are over
+blocks. The convolutions of the UNet are also timed alone, forward and backward, as a limit for every script. To time
+whole commands of another script, such as diffusers' own, use benchmarks/beside.py.
 """
 
 import argparse

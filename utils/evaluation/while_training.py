@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "evaluation.json"
 NUM_VALIDATION_IMAGES = 64  # per set
-NUM_PROBE_IMAGES = 64  # the features are chosen by so many images
+NUM_PROBE_IMAGES = 64  # number of images by which features are chosen
 
 
 class Evaluation:
@@ -129,7 +129,7 @@ class SampleQuality:
             values = {self._distance: frechet_distance(features, self.reference), self._kid: kid}
             run.log({f"metrics/{name}": value for name, value in values.items()})
             values["step"] = run.global_step
-            write_record(self.folder.parent / RECORD, values)  # for the model's page
+            write_record(self.folder.parent / RECORD, values)  # the model card shows the values
             if not self.announced:
                 self.announced = True
                 logger.info(

@@ -232,7 +232,7 @@ def _retry(action: Callable[[], object], patience: float) -> None:
             pause = max(wait, int(asked_for) if asked_for.isdigit() else 0)
             if not _is_temporary(error) or time.monotonic() + pause > deadline:
                 raise
-            logger.info(f"The Hub: {_explain(error, '')}; trying again in {pause:.0f} s")
+            logger.info(f"The Hub: {_explain(error, '')}. Trying again in {pause:.0f} s")
             time.sleep(pause)
             wait = min(2 * wait, 60)
 

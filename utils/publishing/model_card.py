@@ -84,7 +84,7 @@ def add_to_record(folder: Path, args, title: str, caption: str, state) -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     where = f"{state.num_processes} x {device_name(state.device)}, Python {platform.python_version()}"
     command = _command(record["public_arguments"], defaults_of(args), record["file"], state)
-    text = f"    {command}\n\n{_commit()}{versions}; {where}"
+    text = f"    {command}\n\n{_commit()}Packages: {versions}. Run on {where}"
     shown = record["public_arguments"]
     if cut := [flag for flag, value in record["arguments"].items() if flag in shown and shown[flag] != value]:
         text += f". The command leaves out the paths on that machine in --{', --'.join(cut)}"
