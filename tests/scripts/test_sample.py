@@ -144,7 +144,7 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path, finished_run):
         draw(on, tmp_path / "on")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("two years of work")
-    with pytest.raises(UserError, match=r"is not empty and not the output of sample\.py"):
+    with pytest.raises(UserError, match=r"is not empty, and is not the output of sample\.py"):
         draw(finished_run, tmp_path / "thesis")
 
 

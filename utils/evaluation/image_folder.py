@@ -84,7 +84,9 @@ class ImageFolder:
                     "the old values to resume, or another --output_dir"
                 )
         elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"--output_dir {self.folder} is not empty and not the output of sample.py. Choose another")
+            raise UserError(
+                f"--output_dir {self.folder} is not empty, and is not the output of sample.py. Choose another"
+            )
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
