@@ -110,7 +110,7 @@ def test_a_run_is_pushed_and_a_stranger_draws_the_same_pixels(hub, tmp_path):
     assert files["samples.png"] == (folder / "samples.png").read_bytes()
     assert (
         "The Hub" not in said
-        and "`push.py --hub_license` says" in said
+        and "with `push.py --hub_license`" in said
         and "HF_ENDPOINT is set: the model and your token go to" in said
     )
     # No token, and no path of this machine
