@@ -25,7 +25,7 @@ SLOW = ["torch._dynamo", "torch.utils.tensorboard", "scipy.stats", "sklearn.data
 SLOW += ["torch.distributed.elastic.multiprocessing"]
 READERS = ["accelerate", "datasets", "diffusers.optimization", "diffusers.pipelines.ddpm.pipeline_ddpm"]
 READERS += [f"diffusers.schedulers.scheduling_{name}" for name in ("ddpm", "ddim", "dpmsolver_multistep", "lcm")]
-READ = re.compile("HF_|HUGGINGFACE|XDG_|HOME$|DIFFUSERS|TRANSFORMERS")  # by them, of the environment
+READ = re.compile("HF_|HUGGINGFACE|XDG_|HOME$|DIFFUSERS|TRANSFORMERS")  # environment variables that they read
 
 
 def _server(libraries):
@@ -39,7 +39,7 @@ def _read_by_libraries(environment):
 
 
 BARE = _server(SLOW)
-SERVERS = {_read_by_libraries(os.environ): _server(SLOW + READERS)}  # by what its libraries have read
+SERVERS = {_read_by_libraries(os.environ): _server(SLOW + READERS)}  # by environment
 
 
 def keep_server(environment):

@@ -205,7 +205,7 @@ def test_readme_names_every_script_and_folder():
     rows = re.findall(
         r"\n\| `utils/(\w+)/` \|", text[text.index("## Make it yours") : text.index("## Draw and measure")]
     )
-    assert sorted(rows) == sorted(OPTIONAL)  # what may be deleted
+    assert sorted(rows) == sorted(OPTIONAL)  # the folders that may be deleted
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)

@@ -32,7 +32,7 @@ def batches(train_data, numbers=range(5)):
 
 
 def check(found):
-    """The column ``twin`` is the image, cut and flipped as it is; ``mask`` has its own values only."""
+    """The column ``twin`` must equal the image, cut and flipped; ``mask`` has its own values only."""
     for batch in found:
         assert batch["images"].shape == batch["twin"].shape == (8, 1, 8, 8)
         assert torch.equal(batch["twin"], batch["images"])

@@ -25,7 +25,7 @@ def test_tensorboard_has_one_run_over_resumes_and_the_flags_that_differ(tmp_path
     content = data.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
     given = dict(parse_session_start_info_plugin_data(content).hparams)
     assert given["label_column"].string_value == "label" and given["parameters"].number_value > 1e5
-    assert not {"lr_scheduler", "max_grad_norm", "output_dir"} & set(given)  # defaults, and what is private
+    assert not {"lr_scheduler", "max_grad_norm", "output_dir"} & set(given)  # defaults and private flags are left out
     assert "custom_scalars" in str(data.summary_metadata.values())
 
 

@@ -56,7 +56,7 @@ def finished(tmp_path_factory, teachers):
     return folder
 
 
-# --------------------------------------------------------------------------------------------------- what is learnt
+# --------------------------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
@@ -189,7 +189,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, teachers, kind):
     assert (tmp_path / "straight" / "samples.png").read_bytes() == (tmp_path / "cut" / "samples.png").read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------ what a run leaves
+# --------------------------------------------------------------------------------------------------- files of a run
 
 
 def test_the_output_is_a_pipeline_of_diffusers_at_one_two_and_four_calls(finished, recwarn, capfd):
@@ -236,7 +236,7 @@ def test_classes_stay(tmp_path, teachers):
     assert "It has 10 classes" in card and "guidance_scale" not in card
 
 
-# ------------------------------------------------------------------------------------------------------ who knows it
+# ------------------------------------------------------------------------------------------------------------- tools
 
 
 def test_the_tools_draw_it_with_two_calls_and_with_no_other_sampler(tmp_path, finished, teachers):

@@ -267,8 +267,8 @@ def test_fsdp_is_refused_where_accelerate_only_ignores_it(tmp_path):
     ],
 )
 def test_a_signal_to_the_launcher_stops_everything_and_the_same_command_goes_on(tmp_path, command, number, workers):
-    """Protection: ``prctl`` in ``hardware.set_up_process``, for ``accelerate launch`` with one process passes nothing
-    on; ``StopSignal.check`` for several."""
+    """Protection: ``prctl`` in ``hardware.set_up_process``, because ``accelerate launch`` with one process passes no
+    signal on; ``StopSignal.check`` for several."""
     cache = "always" if workers == 0 else "never"
     flags = [f"--cache_images={cache}", f"--dataloader_num_workers={workers}"]
     flags += ["--max_train_steps=400", "--checkpointing_steps=1000", "--no-use_ema", "--num_train_epochs=1"]

@@ -21,7 +21,7 @@ def test_the_notebook_runs_and_ends_with_a_seven(tmp_path, monkeypatch):
         if path.suffix == ".py" or path.name in ("utils", "notebooks"):
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.setenv("LADDER_STEPS", "1000" if write else "5")
-    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):  # as it is at a user's
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):  # as a user has it
         monkeypatch.delenv(name)
     if write:
         monkeypatch.delenv("OMP_NUM_THREADS")

@@ -95,7 +95,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("without", [*((folder,) for folder in FOLDERS), FOLDERS], ids="+".join)
 def test_a_folder_is_deleted_and_nothing_else(tmp_path, whole, without):
-    """The script as it is trains, resumes and ends with the same bits; the folder's flags are gone, the others stay."""
+    """The unchanged script trains, resumes and ends with the same bits. Only the folder's flags are gone."""
     copy(tmp_path / "copy", without=without)
     assert (tmp_path / "copy" / "train_ddpm.py").read_bytes() == (ROOT / "train_ddpm.py").read_bytes()
     flags = ["--evaluate_steps=3", "--num_evaluation_samples=10", "--features=pixels"]

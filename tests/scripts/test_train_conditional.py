@@ -41,7 +41,7 @@ def finished(tmp_path_factory):
     return folder
 
 
-# --------------------------------------------------------------------------------------------- what a run leaves behind
+# ------------------------------------------------------------------------------------------------------ files of a run
 
 
 def test_the_grid_has_a_row_for_each_class_and_the_curves_their_losses(finished):

@@ -35,7 +35,7 @@ from utils.training.loop import Run
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-# ------------------------------------------------------------------------------------------------ what is left behind
+# ---------------------------------------------------------------------------------------------------- files of a run
 
 
 def test_the_output_folder_is_a_pipeline(finished_run):

@@ -289,7 +289,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-# ---------------------------------------------------------------------------------------- what must not be lost
+# ------------------------------------------------------------------------------------------ weights and states
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
@@ -312,7 +312,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
 
 
 def test_steps_that_fp16_skips_are_counted_and_shown(capsys, caplog):
-    """Protection: ``overflows`` in ``MetricLogger.logged``. (A scaler needs a GPU; this is what it leaves behind.)"""
+    """Protection: ``overflows`` in ``MetricLogger.logged``. (A scaler needs a GPU, so the test sets its results.)"""
     logged = []
     fake = types.SimpleNamespace(
         device=torch.device("cpu"), num_processes=1, mixed_precision="fp16", is_main_process=True, log_with=[],
@@ -473,7 +473,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path, name):
     from utils.training.checkpoints import _write_manifest
 
     (folder / MANIFEST).unlink()
-    _write_manifest(folder)  # by someone who knows how
+    _write_manifest(folder)  # an attacker may also update the manifest
     with contextlib.suppress(UserError):  # accelerate ignores a random state that it cannot read
         train(tmp_path / "run", *flags)
     assert not (tmp_path / "executed").exists()
