@@ -1,4 +1,4 @@
-"""What adapting gains over training from scratch, by what learns, by learning rate, and by the number of pictures.
+"""Compare adapting with training from scratch: by method, by learning rate, and by the number of pictures.
 
     python benchmarks/adapting.py faces --keep outputs/adapting
     python benchmarks/adapting.py PORTRAITS --resolution 64 --base_steps 4000 --keep outputs/adapting-portraits
