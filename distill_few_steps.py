@@ -1,43 +1,44 @@
-"""Make a trained diffusion model draw in one to four calls instead of twenty-five: it learns where its teacher's way ends.
+"""Distil a diffusion model into a student that draws in one to four sampling steps instead of twenty-five.
 
     accelerate launch --quiet --config_file accelerate_config.yaml distill_few_steps.py --pretrained_model_name_or_path outputs/digits --dataset_name digits --resolution 16
 
-takes what train_ddpm.py or train_conditional.py made, or another DDPMPipeline with the noise of a DDPMScheduler, and
-minutes on 2 CPU cores. The output loads as its teacher did:
+takes minutes on 2 CPU cores. The teacher is an output of train_ddpm.py or train_conditional.py, or another DDPMPipeline
+with the noise of a DDPMScheduler. The student loads as its teacher does:
 
     DDPMPipeline.from_pretrained("outputs/few-steps")(num_inference_steps=2)
 
-A diffusion model goes from noise to an image by small steps. Without new noise on the way, the noise decides where the way
-ends. Here the teacher walks, and the student learns to say at any point where the way ends: the consistency of Song et
-al. 2023, arXiv:2303.01469, with ends that are walked to instead of the student's own guesses at the next point.
+A diffusion model moves from noise to an image in small steps. When no noise is added on this trajectory, the starting
+noise determines the image at its end. Here the teacher computes trajectories, and the student learns to predict the end
+from any point. This is the consistency of Song et al. 2023, arXiv:2303.01469. Its target is the end that the teacher
+reaches, where the paper uses the student's own prediction at the next point.
 """
 
 from utils.args import Parser, add_common_arguments, integer, real
 from utils.diffusion.unets import add_speed_arguments
 from utils.exits import run_script, training_script
 
-POINTS_PER_TRAJECTORY = 4  # images of a batch on one trajectory; fewer are less alike, and cost more teacher calls
-NOISY_POINTS = 2.0  # place u of a trajectory, from noise to image, is u to this power; more is nearer to noise
-HUBER_C = 0.03  # pseudo-Huber loss sqrt(d^2 + c^2) - c: below about c errors count squared; d: rms over the pixels
-TEACHER_STEPS = 25  # sampling steps of the teacher's samples, to compare with
+POINTS_PER_TRAJECTORY = 4  # images of a batch on one trajectory; fewer are more varied and cost more of the teacher
+NOISY_POINTS = 2.0  # exponent of a uniform position on the trajectory, from noise to image; larger: more noisy points
+HUBER_C = 0.03  # c of the pseudo-Huber loss sqrt(d^2 + c^2) - c, quadratic for d below about c; d: rms over the pixels
+TEACHER_STEPS = 25  # sampling steps of the teacher's samples, for comparison
 
 
 # fmt: off
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
-    parser.group("model").add_argument("--pretrained_model_name_or_path", required=True, help="teacher: DDPMPipeline, or what train_conditional.py made; a Hub id or a folder")
+    parser.group("model").add_argument("--pretrained_model_name_or_path", required=True, help="teacher: Hub id or folder of a DDPMPipeline, or of an output of train_conditional.py")
     add_speed_arguments(parser)
     group = parser.group("distillation (noise schedule and target are the teacher's)")
-    group.add_argument("--solver_steps", type=integer(2, 1000), default=8, help="UNet calls of the teacher on each trajectory, by DPM-Solver++; a divisor of its noise levels")
-    group.add_argument("--teacher_guidance_scale", type=real(0), default=1.0, help="guidance of a teacher with classes, learnt by the student: 1 is the teacher as it is, more is purer and less varied")
-    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="with classes: share of trajectories without one, so that the student can be guided, too")
+    group.add_argument("--solver_steps", type=integer(2, 1000), default=8, help="steps of DPM-Solver++ that the teacher takes on each trajectory, a divisor of its number of noise levels")
+    group.add_argument("--teacher_guidance_scale", type=real(0), default=1.0, help="guidance scale of a teacher with classes, learnt by the student. 1: no guidance. More makes samples more typical and less varied")
+    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="for a teacher with classes: share of trajectories with the null class, so that the student can be guided, too")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/few-steps", num_inference_steps=2, num_samples=16, optimizer="muon", learning_rate=5e-4)
     args = parser.parse(argv)
     if vars(args).get("validation_split"):
-        parser.error("--validation_split: the loss of single steps says nothing about a model that does without them; --evaluate_steps measures samples")
+        parser.error("--validation_split: the denoising loss does not measure a few-step model. Use --evaluate_steps, which compares samples")
     if args.num_inference_steps > args.solver_steps:
-        parser.error(f"--num_inference_steps {args.num_inference_steps} is more than --solver_steps {args.solver_steps}, the timesteps that the student knows")
+        parser.error(f"--num_inference_steps {args.num_inference_steps} is more than --solver_steps {args.solver_steps}, the timesteps that the student is trained on")
     if args.train_batch_size % POINTS_PER_TRAJECTORY:
         parser.error(f"--train_batch_size {args.train_batch_size} is not a multiple of {POINTS_PER_TRAJECTORY}: each trajectory has all its points in one batch")
     return args
@@ -45,11 +46,11 @@ def parse_args(argv=None):
 
 
 def trajectory_end(sampler, model_output, noisy_images, timesteps):
-    """Images (B, C, H, W) at the end of the trajectory through noisy ones: themselves, where there is no noise (B,)."""
+    """Return the images (B, C, H, W) at the ends of the trajectories through noisy images at timesteps (B,)."""
     from utils.diffusion.schedulers import predicted_images
 
     t = timesteps.view(-1, 1, 1, 1)
-    c_skip, c_out = sampler.get_scalings_for_boundary_condition_discrete(t)  # the same that draws samples
+    c_skip, c_out = sampler.get_scalings_for_boundary_condition_discrete(t)  # as in sampling
     return c_skip * noisy_images + c_out * predicted_images(sampler, model_output, noisy_images, t)
 
 
@@ -85,7 +86,7 @@ def main(args):
     pretrained = load_pretrained(args.pretrained_model_name_or_path, conditional=True)
     conditional = pretrained.unet.class_embedding is not None
     if args.teacher_guidance_scale != 1 and not conditional:
-        raise UserError("--teacher_guidance_scale: the teacher has no classes; leave the flag out")
+        raise UserError("--teacher_guidance_scale: the teacher has no classes. Leave the flag out")
     train_data = load_train_data(args, accelerator, pretrained.unet.config, conditional=conditional)
     if run.already_finished(train_data):
         return
@@ -96,7 +97,7 @@ def main(args):
     if conditional:
         classes = train_data.label_names
         add_class_embedding(unet, classes)
-    teacher = copy.deepcopy(unet).requires_grad_(False).eval().to(accelerator.device)  # it is in no checkpoint
+    teacher = copy.deepcopy(unet).requires_grad_(False).eval().to(accelerator.device)  # not in checkpoints
     prepare_unet(teacher, accelerator.device, False, args.compile)
     prepare_unet(unet, accelerator.device, args.gradient_checkpointing, args.compile)
     ema_model = EMA(unet, args.ema_max_decay, inv_gamma=1.0, power=0.75, enabled=args.use_ema)
@@ -124,7 +125,7 @@ def main(args):
     def model_inputs(batch):
         if not conditional:
             return {}
-        labels = batch["labels"]  # (B,), -1 where it is not known
+        labels = batch["labels"]  # (B,), -1: unknown
         return {"class_labels": labels.where(labels >= 0, len(classes))}
 
     def draw(count, num_inference_steps=args.num_inference_steps, drawn_by=unet, sampler=sampler):
@@ -156,34 +157,34 @@ def main(args):
         model_inputs=model_inputs,
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
-        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
 
-        # Noise and timesteps, in float32 whatever the UNet computes in
+        # Noise and timesteps are float32, whatever the precision of the UNet
         noise = sample_noise(args.seed, "noise", sample_ids[first], train_data.image_shape, accelerator.device)
         images = noise_scheduler.add_noise(clean_images[first], noise, last.expand(len(noise)))  # next to pure noise
         inputs, labels = model_inputs(batch), batch.pop("labels", None)
         if conditional:
-            told = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.class_dropout_prob)
-            inputs["class_labels"] = inputs["class_labels"].where(told.to(accelerator.device), len(classes))
-        inputs = {name: value[first] for name, value in inputs.items()}  # of each trajectory
+            keep_label = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.class_dropout_prob)
+            inputs["class_labels"] = inputs["class_labels"].where(keep_label.to(accelerator.device), len(classes))
+        inputs = {name: value[first] for name, value in inputs.items()}  # one row per trajectory
 
-        # The teacher follows its trajectories
-        passed = []
+        # The teacher computes its trajectories
+        states = []
         teacher_sampler.set_timesteps(args.solver_steps, device=accelerator.device)
         teacher_sampler.set_begin_index(0)
         for timestep in teacher_sampler.timesteps:
-            passed.append(images)
+            states.append(images)
             with torch.no_grad(), accelerator.autocast():
                 teacher_output = guided_teacher(images, timestep.expand(len(images)), **inputs).sample.float()
             images = teacher_sampler.step(teacher_output, timestep, images).prev_sample
 
-        # Points of the trajectories, one from each part, parts shorter near noise
+        # Each trajectory has one point in each of its parts, and parts near the noise are shorter
         fractions = uniform(args.seed, "timesteps", sample_ids)
         fractions = (sample_ids % POINTS_PER_TRAJECTORY + fractions) / POINTS_PER_TRAJECTORY
-        places = torch.from_numpy(discretize(fractions**NOISY_POINTS, args.solver_steps)).to(accelerator.device)
+        step_index = torch.from_numpy(discretize(fractions**NOISY_POINTS, args.solver_steps)).to(accelerator.device)
         trajectories = torch.arange(len(sample_ids), device=accelerator.device) // POINTS_PER_TRAJECTORY
-        noisy_images = torch.stack(passed)[places, trajectories]  # (B, C, H, W)
-        timesteps = teacher_sampler.timesteps[places]  # (B,)
+        noisy_images = torch.stack(states)[step_index, trajectories]  # (B, C, H, W)
+        timesteps = teacher_sampler.timesteps[step_index]  # (B,)
         target = images.clamp(-1, 1)[trajectories]
         inputs = {name: value[trajectories] for name, value in inputs.items()}
         if conditional:

@@ -2,13 +2,14 @@
 
     accelerate launch --quiet --config_file accelerate_config.yaml finetune_faces.py --train_data_dir DIR
 
-starts from google/ddpm-celebahq-256, or from any other DDPMPipeline: --pretrained_model_name_or_path takes a Hub id or
-a folder, such as the output of train_ddpm.py. `make faces` does it all without a network. The output folder is again
+starts from google/ddpm-celebahq-256. --pretrained_model_name_or_path takes the Hub id or folder of another
+DDPMPipeline, such as the output of train_ddpm.py. `make faces` is an example that needs no network. The output folder
+is again a DDPMPipeline:
 
     DDPMPipeline.from_pretrained("outputs/faces")
 
-What is new against train_ddpm.py: only some weights may learn (--method), the model is compared with the one that it
-comes from, and samples can be steered towards a colour or a sentence (--guidance_color, --guidance_prompt).
+Differences from train_ddpm.py: --method selects the weights to train, the model is compared with its base model, and
+--guidance_color and --guidance_prompt steer samples towards a colour or a sentence.
 """
 
 from utils.args import SAMPLERS, Parser, add_common_arguments, integer
@@ -16,7 +17,7 @@ from utils.diffusion.guidance_args import add_guidance_arguments
 from utils.diffusion.unets import add_speed_arguments
 from utils.exits import run_script, training_script
 
-LORA_TARGETS = "to_q,to_k,to_v,to_out.0,conv1,conv2"  # layers that get adapters, by the end of their names
+LORA_TARGETS = "to_q,to_k,to_v,to_out.0,conv1,conv2"  # layers that get adapters, by the ends of their names
 
 
 # fmt: off
@@ -24,7 +25,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     group = parser.group("model")
     group.add_argument("--pretrained_model_name_or_path", default="google/ddpm-celebahq-256", help="DDPMPipeline to adapt: a Hub id or a folder")
-    group.add_argument("--method", choices=("full", "attention", "norm", "lora"), default="full", help="weights that learn: all; attention layers; norms and biases; low-rank adapters (arXiv:2106.09685), merged in the end")
+    group.add_argument("--method", choices=("full", "attention", "norm", "lora"), default="full", help="weights to train: all, attention layers, norms and biases, or low-rank adapters (arXiv:2106.09685), which are merged at the end")
     group.add_argument("--lora_rank", type=integer(1), default=8, help="rank of the adapters' matrices")
     add_speed_arguments(parser)
     group = parser.group("diffusion (noise schedule and target are the pretrained pipeline's)")
@@ -67,7 +68,7 @@ def main(args):
 
     # Data
     pretrained = load_pretrained(args.pretrained_model_name_or_path)
-    # Images that are in Python already: own_images=OwnImages(...)
+    # For images in memory, pass own_images=OwnImages(...)
     train_data = load_train_data(args, accelerator, pretrained.unet.config)
     if run.already_finished(train_data):
         return
@@ -108,7 +109,7 @@ def main(args):
             args.seed, run.stop_requested, guidance=guidance,
         )  # fmt: skip
 
-    base_samples = draw(min(8, args.num_samples))  # what the pretrained model draws, to compare with
+    base_samples = draw(min(8, args.num_samples))  # samples of the pretrained model, for comparison
     training_parts = train_data.crops(1000)
 
     def sample():
@@ -135,13 +136,13 @@ def main(args):
         method=args.method, base=args.pretrained_model_name_or_path, parameters=parameters,
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
-        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
 
-        # Noise and timesteps, in float32 whatever the UNet computes in
+        # Noise and timesteps are float32, whatever the precision of the UNet
         noise = sample_noise(args.seed, "noise", sample_ids, train_data.image_shape, accelerator.device)
-        fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
-        places = sample_ids % train_data.global_batch_size
-        fractions = (places + fractions) / train_data.global_batch_size  # one from each equal part
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # fractions of T, in [0, 1)
+        positions = sample_ids % train_data.global_batch_size
+        fractions = (positions + fractions) / train_data.global_batch_size  # one from each equal part of [0, 1)
         timesteps = torch.from_numpy(discretize(fractions, num_train_timesteps))
         timesteps = timesteps.to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper

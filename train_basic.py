@@ -1,14 +1,14 @@
-"""Train the smallest honest denoiser: a hand-written UNet that finds images in a mixture with uniform noise.
+"""Train a minimal denoiser: a hand-written UNet that predicts images from their mixtures with uniform noise.
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_basic.py --dataset_name digits
 
-draws digits after a minute on 2 CPU cores. The output folder is a pipeline that brings its code along:
+draws digits after a minute on 2 CPU cores. The output folder is a pipeline that contains its own code:
 
     DiffusionPipeline.from_pretrained("outputs/basic", trust_remote_code=True)
 
-An image is mixed with noise by a random amount, x_a = (1 - a) x_0 + a u; a UNet of six convolutions that is not told a
-learns to predict x_0; samples start from noise and move towards the predictions in small steps. Nothing more: this is
-how far one gets. train_unet2d.py puts a better UNet in its place, train_ddpm.py another noise.
+An image is mixed with a random amount of noise, x_a = (1 - a) x_0 + a u. A UNet of six convolutions learns to predict
+x_0 without being given a. Sampling starts from noise and moves towards the predictions in small steps.
+train_unet2d.py uses a better UNet, and train_ddpm.py also changes the noise.
 """
 
 from utils.args import Parser, add_common_arguments
@@ -45,7 +45,7 @@ def main(args):
     accelerator = run.accelerator
 
     # Data
-    # Images that are in Python already: own_images=OwnImages(...)
+    # For images in memory, pass own_images=OwnImages(...)
     train_data = load_train_data(args, accelerator)
     if run.already_finished(train_data):
         return
@@ -93,11 +93,11 @@ def main(args):
         caption=f"{args.num_inference_steps} calls, seed {args.seed}",
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
-        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
 
-        # Noise and timesteps, in float32 whatever the UNet computes in
+        # Noise and timesteps are float32, whatever the precision of the UNet
         noise = sample_noise(args.seed, "noise", sample_ids, train_data.image_shape, accelerator.device, "uniform")
-        fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of noise, in [0, 1)
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # fractions of noise, in [0, 1)
         timesteps = torch.from_numpy(fractions * num_train_timesteps).float().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # x_a = (1 - a) x_0 + a u
 

@@ -1,15 +1,16 @@
-"""Train a denoising diffusion model that is told what to draw, and guided without a classifier (arXiv:2207.12598).
+"""Train a class-conditional diffusion model with classifier-free guidance (arXiv:2207.12598).
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_conditional.py --dataset_name digits
 
-draws the digits that it is asked for after a few minutes on 2 CPU cores. The output folder loads with diffusers alone:
+draws the requested digits after a few minutes on 2 CPU cores. The output folder loads with diffusers alone:
 
     ConsistencyModelPipeline.from_pretrained("outputs/conditional")(batch_size=2, class_labels=[7, 3], num_inference_steps=25)
 
-and, for guidance and classes by name, with the pipeline.py in it: see utils/diffusion/class_conditional.py.
+For guidance and class names, load it with the pipeline.py in it: see utils/diffusion/class_conditional.py.
 
-train_ddpm.py with classes: the UNet is told each image's class and, now and then, nothing (--class_dropout_prob). So it learns
-what a seven looks like and what any digit does. Away from the latter sevens become surer: --model_guidance learns that.
+This is train_ddpm.py with classes. The UNet is given each image's class or, with --class_dropout_prob, the null class.
+So it learns a prediction for each class and an unconditional one. Moving away from the unconditional prediction makes
+samples more recognisable. --model_guidance trains the model to do so in one evaluation.
 """
 
 from utils.args import SAMPLERS, Parser, add_common_arguments, real
@@ -21,11 +22,9 @@ NOISE = dict(
     rescale_betas_zero_snr=False,  # True makes the last noise level pure noise (arXiv:2305.08891)
 )  # fmt: skip
 DROPOUT = 0.0  # in the residual blocks of --unet
-TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); or "uniform": independent
-LOGIT_MEAN, LOGIT_STD = (
-    0.4,
-    1.0,
-)  # of --weighting_scheme logit_normal: more noise if above 0; fewer at the ends if smaller
+TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); "uniform": independent timesteps
+# --weighting_scheme logit_normal: a larger mean gives more noise, a smaller deviation fewer timesteps near 0 and T
+LOGIT_MEAN, LOGIT_STD = 0.4, 1.0
 SNR_GAMMA = None  # min-SNR loss weighting (arXiv:2303.09556); the paper uses 5
 
 
@@ -34,13 +33,13 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     add_unet_arguments(parser)
     group = parser.group("diffusion (defaults: NOISE in this script, or the pretrained pipeline's)")
-    group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="growth of the noise with t")
+    group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="increase of the noise with t")
     group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="target: the noise, the clean image, or v (arXiv:2202.00512)")
-    group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
+    group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="scheduler that draws samples")
-    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="share of samples that are trained without their class")
-    group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), about that of a scale of 1 / (1 - W); 0: none, a third quicker")
-    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="further guidance of the samples that are drawn, at two calls a step: 1 is the model as it is, more is purer and less varied")
+    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="share of samples that are trained with the null class")
+    group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), similar to a guidance scale of 1 / (1 - W). 0: none, which trains a third faster")
+    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="further guidance when samples are drawn. 1: none. More makes samples more typical and less varied, and a step twice as slow")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/conditional", num_inference_steps=25, num_samples=80)
     return parser.parse(argv)
@@ -77,7 +76,7 @@ def main(args):
     if run.already_finished(train_data):
         return
     class_names = train_data.label_names
-    null_class = len(class_names)  # the last class of the model: any
+    null_class = len(class_names)  # the model's last class means any class
 
     # Model
     if pretrained:
@@ -112,7 +111,7 @@ def main(args):
 
     # Samples
     def model_inputs(batch):
-        labels = batch["labels"]  # (B,), -1 where it is not known
+        labels = batch["labels"]  # (B,), -1: unknown
         return {"class_labels": labels.where(labels >= 0, null_class)}
 
     guided = GuidedModel(unet, args.guidance_scale)
@@ -138,11 +137,11 @@ def main(args):
         model_inputs=model_inputs,
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
-        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
 
-        # Noise and timesteps, in float32 whatever the UNet computes in
+        # Noise and timesteps are float32, whatever the precision of the UNet
         noise = sample_noise(args.seed, "noise", sample_ids, train_data.image_shape, accelerator.device)
-        fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # fractions of T, in [0, 1)
         if TIMESTEP_SAMPLING == "stratified":
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
         if args.weighting_scheme == "logit_normal":
@@ -151,9 +150,9 @@ def main(args):
         timesteps = timesteps.to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
-        # The class that the model is told, or the null class
-        told = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.class_dropout_prob)
-        class_labels = model_inputs(batch)["class_labels"].where(told.to(accelerator.device), null_class)
+        # The model is given the class or, at random, the null class
+        keep_label = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.class_dropout_prob)
+        class_labels = model_inputs(batch)["class_labels"].where(keep_label.to(accelerator.device), null_class)
 
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps, class_labels).sample.float()
@@ -163,7 +162,7 @@ def main(args):
                 target = clean_images
             else:
                 target = noise_scheduler.get_velocity(clean_images, noise, timesteps)
-            if args.model_guidance:  # learn what guidance would draw: aim further away from the unconditional output
+            if args.model_guidance:  # the target moves away from the unconditional output, as guidance would move it
                 with torch.no_grad():
                     unconditional = model(noisy_images, timesteps, torch.full_like(class_labels, null_class)).sample
                 target = target + args.model_guidance * (model_output.detach() - unconditional.float())

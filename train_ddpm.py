@@ -6,8 +6,8 @@ draws digits after a few minutes on 2 CPU cores. The output folder is a DDPMPipe
 
     DDPMPipeline.from_pretrained("outputs/ddpm")
 
-An image is noised step by step, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise; a UNet that is told t learns
-what undoes it; samples start from noise and follow its predictions back.
+Noise is added to an image step by step, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise. A UNet that is
+conditioned on t learns to undo a step. Sampling starts from noise and follows the predictions back to an image.
 """
 
 from utils.args import SAMPLERS, Parser, add_common_arguments
@@ -19,11 +19,9 @@ NOISE = dict(
     rescale_betas_zero_snr=False,  # True makes the last noise level pure noise (arXiv:2305.08891)
 )  # fmt: skip
 DROPOUT = 0.0  # in the residual blocks of --unet
-TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); or "uniform": independent
-LOGIT_MEAN, LOGIT_STD = (
-    0.4,
-    1.0,
-)  # of --weighting_scheme logit_normal: more noise if above 0; fewer at the ends if smaller
+TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); "uniform": independent timesteps
+# --weighting_scheme logit_normal: a larger mean gives more noise, a smaller deviation fewer timesteps near 0 and T
+LOGIT_MEAN, LOGIT_STD = 0.4, 1.0
 SNR_GAMMA = None  # min-SNR loss weighting (arXiv:2303.09556); the paper uses 5
 
 
@@ -32,9 +30,9 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     add_unet_arguments(parser)
     group = parser.group("diffusion (defaults: NOISE in this script, or the pretrained pipeline's)")
-    group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="growth of the noise with t")
+    group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="increase of the noise with t")
     group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="target: the noise, the clean image, or v (arXiv:2202.00512)")
-    group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
+    group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
     group.add_argument("--sampler", choices=SAMPLERS, default="sde-dpmsolver++", help="scheduler that draws samples")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/ddpm", num_inference_steps=25)
@@ -67,7 +65,7 @@ def main(args):
     # Data
     start = args.pretrained_model_name_or_path
     pretrained = load_pretrained(start) if start else None
-    # Images that are in Python already: own_images=OwnImages(...)
+    # For images in memory, pass own_images=OwnImages(...)
     train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)
     if run.already_finished(train_data):
         return
@@ -120,11 +118,11 @@ def main(args):
         caption=f"{args.sampler}, {args.num_inference_steps} calls, seed {args.seed}",
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
-        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
 
-        # Noise and timesteps, in float32 whatever the UNet computes in
+        # Noise and timesteps are float32, whatever the precision of the UNet
         noise = sample_noise(args.seed, "noise", sample_ids, train_data.image_shape, accelerator.device)
-        fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # fractions of T, in [0, 1)
         if TIMESTEP_SAMPLING == "stratified":
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
         if args.weighting_scheme == "logit_normal":

@@ -1,4 +1,4 @@
-"""Train a model that carries noise to images on straight paths (flow matching, arXiv:2209.03003, arXiv:2210.02747).
+"""Train a flow-matching model, from noise to images on straight paths (arXiv:2209.03003, arXiv:2210.02747).
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_flow.py --dataset_name digits
 
@@ -6,8 +6,8 @@ draws digits after a few minutes on 2 CPU cores. The output folder is a DDPMPipe
 
     DDPMPipeline.from_pretrained("outputs/flow")
 
-An image and a noise are mixed, x_s = (1 - s) x_0 + s noise, as in train_basic.py; a UNet that is told s learns the
-velocity from one to the other, noise - x_0, on average over all pairs; samples start from noise and go against it.
+An image is mixed with noise, x_s = (1 - s) x_0 + s noise, as in train_basic.py. A UNet that is conditioned on s learns
+the velocity noise - x_0, averaged over all pairs. Sampling starts from noise and follows the velocity backwards.
 """
 
 from utils.args import SOLVERS, Parser, add_common_arguments, real
@@ -15,11 +15,9 @@ from utils.diffusion.unets import add_unet_arguments
 from utils.exits import run_script, training_script
 
 DROPOUT = 0.0  # in the residual blocks of --unet
-TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); or "uniform": independent
-LOGIT_MEAN, LOGIT_STD = (
-    0.4,
-    1.0,
-)  # of --weighting_scheme logit_normal: more noise if above 0; fewer at the ends if smaller
+TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); "uniform": independent timesteps
+# --weighting_scheme logit_normal: a larger mean gives more noise, a smaller deviation fewer timesteps near 0 and T
+LOGIT_MEAN, LOGIT_STD = 0.4, 1.0
 
 
 # fmt: off
@@ -27,9 +25,9 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     add_unet_arguments(parser)
     group = parser.group("flow (defaults: those shown, or the pretrained pipeline's)")
-    group.add_argument("--prediction_type", choices=("velocity", "sample"), help="target: noise - image, or the clean image with the loss on the velocity (arXiv:2511.13720; default: velocity)")
-    group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: even, or higher in the middle (arXiv:2403.03206)")
-    group.add_argument("--flow_shift", type=real(0.01, 100), help="more noise for larger images, in training and in sampling (arXiv:2403.03206; default: 1 up to 64 pixels, then in proportion to the side)")
+    group.add_argument("--prediction_type", choices=("velocity", "sample"), help="target: the velocity noise - image, or the clean image with the loss on the velocity (arXiv:2511.13720, default: velocity)")
+    group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
+    group.add_argument("--flow_shift", type=real(0.01, 100), help="shift of the timesteps towards noise, for larger images, in training and sampling (arXiv:2403.03206, default: 1 up to 64 pixels, then proportional to the side)")
     group.add_argument("--sampler", choices=SOLVERS, default="dpmsolver++", help="scheduler that draws samples")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/flow", num_inference_steps=25)
@@ -62,7 +60,7 @@ def main(args):
     # Data
     start = args.pretrained_model_name_or_path
     pretrained = load_pretrained(start, flow=True) if start else None
-    # Images that are in Python already: own_images=OwnImages(...)
+    # For images in memory, pass own_images=OwnImages(...)
     train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config)
     if run.already_finished(train_data):
         return
@@ -113,11 +111,11 @@ def main(args):
         caption=f"{args.sampler}, {args.num_inference_steps} calls, seed {args.seed}",
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
-        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
 
-        # Noise and timesteps, in float32 whatever the UNet computes in
+        # Noise and timesteps are float32, whatever the precision of the UNet
         noise = sample_noise(args.seed, "noise", sample_ids, train_data.image_shape, accelerator.device)
-        fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of T, in [0, 1)
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # fractions of T, in [0, 1)
         if TIMESTEP_SAMPLING == "stratified":
             fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
         if args.weighting_scheme == "logit_normal":
@@ -129,7 +127,7 @@ def main(args):
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps).sample.float()
             target = noise - clean_images
-            if prediction_type == "sample":  # the velocities that go with both images, but for the last bit of noise
+            if prediction_type == "sample":  # both images become velocities; the clamp avoids dividing by almost zero
                 levels = (timesteps / num_train_timesteps).clamp(min=0.05).view(-1, 1, 1, 1)
                 model_output, target = ((noisy_images - images) / levels for images in (model_output, clean_images))
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)

@@ -1,28 +1,28 @@
-"""Train a UNet2DModel to find images in a mixture with uniform noise: what the architecture alone buys.
+"""Train a UNet2DModel on images mixed with uniform noise: train_basic.py with a better architecture.
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_unet2d.py --dataset_name digits
 
-draws digits after minutes on 2 CPU cores. The output folder is a pipeline that brings its code along:
+draws digits after minutes on 2 CPU cores. The output folder is a pipeline that contains its own code:
 
     DiffusionPipeline.from_pretrained("outputs/unet2d", trust_remote_code=True)
 
-The noise, the target and the sampling are those of train_basic.py. The UNet is deeper, normalized, has attention, learns
-its down- and up-sampling, and is told how much noise there is. train_ddpm.py changes the noise.
+The noise, the target and the sampling are those of train_basic.py. The UNet is deeper, is normalized, has attention,
+learns its down- and up-sampling, and is conditioned on the noise level. train_ddpm.py changes the noise.
 """
 
 from utils.args import Parser, add_common_arguments
 from utils.diffusion.unets import add_speed_arguments
 from utils.exits import run_script, training_script
 
-UNET = dict(  # 1.7 M parameters; every line but the first is something that train_basic.py's UNet has not
+UNET = dict(  # 1.7 M parameters; every line but the first adds a feature that the UNet of train_basic.py lacks
     block_out_channels=(32, 64, 64),
-    layers_per_block=2,  # residual layers of two convolutions at each size, one more on the way up
+    layers_per_block=2,  # residual layers of two convolutions per resolution, one more in each up block
     norm_num_groups=32,  # GroupNorm before each convolution
     down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),  # attention at the lower resolutions
     up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    attention_head_dim=64,  # one head; diffusers' default of 8 makes eight small ones, and a step nearly twice as long
-    downsample_type="conv",  # learned, where train_basic.py takes a maximum
-    upsample_type="conv",  # a convolution after the doubling
+    attention_head_dim=64,  # one head; diffusers' default of 8 makes eight small ones and nearly doubles the step time
+    downsample_type="conv",  # learned; train_basic.py uses max pooling
+    upsample_type="conv",  # a convolution follows the upsampling
     dropout=0.0,  # in the residual layers
 )
 
@@ -30,7 +30,7 @@ UNET = dict(  # 1.7 M parameters; every line but the first is something that tra
 # fmt: off
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
-    parser.switch(parser.group("model"), "--timestep_conditioning", True, "tell the UNet how much noise there is")
+    parser.switch(parser.group("model"), "--timestep_conditioning", True, "conditioning of the UNet on the noise level")
     add_speed_arguments(parser)
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/unet2d", num_inference_steps=40)
@@ -62,14 +62,14 @@ def main(args):
     accelerator = run.accelerator
 
     # Data
-    # Images that are in Python already: own_images=OwnImages(...)
+    # For images in memory, pass own_images=OwnImages(...)
     train_data = load_train_data(args, accelerator)
     if run.already_finished(train_data):
         return
 
     # Model
     unet = zero_init(UNet2DModel(**train_data.model_shape, **UNET))
-    if not args.timestep_conditioning:  # the embedding of the timestep is held at zero
+    if not args.timestep_conditioning:  # the timestep embedding stays zero
         torch.nn.init.zeros_(unet.time_embedding.linear_2.weight)
         torch.nn.init.zeros_(unet.time_embedding.linear_2.bias)
         unet.time_embedding.requires_grad_(False)
@@ -115,11 +115,11 @@ def main(args):
         caption=f"{args.num_inference_steps} calls, seed {args.seed}",
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
-        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + place in it; all randomness follows
+        sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
 
-        # Noise and timesteps, in float32 whatever the UNet computes in
+        # Noise and timesteps are float32, whatever the precision of the UNet
         noise = sample_noise(args.seed, "noise", sample_ids, train_data.image_shape, accelerator.device, "uniform")
-        fractions = uniform(args.seed, "timesteps", sample_ids)  # shares of noise, in [0, 1)
+        fractions = uniform(args.seed, "timesteps", sample_ids)  # fractions of noise, in [0, 1)
         timesteps = torch.from_numpy(fractions * num_train_timesteps).float().to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # x_a = (1 - a) x_0 + a u
 

@@ -292,7 +292,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path, capsys, finished, teacher
     with pytest.raises(UserError, match="draws in a few calls, and knows too few noise levels"):
         sample.main(sample.parse_args([str(finished), f"--output_dir={tmp_path / 's'}", "--init_image=x.png"]))
     for flags, said in (
-        (["--validation_split=train"], "--validation_split: the loss of single steps"),
+        (["--validation_split=train"], "--validation_split: the denoising loss does not measure a few-step model"),
         (["--num_inference_steps=9"], "--num_inference_steps 9 is more than --solver_steps 8"),
         (["--train_batch_size=30"], "--train_batch_size 30 is not a multiple of 4"),
         ([], "the following arguments are required: --pretrained_model_name_or_path"),
