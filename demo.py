@@ -1,10 +1,10 @@
-"""Play with a model in the browser: seeds, sampling steps, samplers, classes, colours, interpolation between two seeds.
+"""Explore a model in the browser: seeds, sampling steps, samplers, classes, colours, interpolation between seeds.
 
     pip install -r requirements-demo.txt
     python demo.py outputs/digits
 
-prints the page's address, which only this machine can open. It takes what sample.py takes, and runs no code that comes
-with a model unless it is asked for. `push.py --space` makes a Space of it.
+prints the page's address, which only this machine can open. The models are those that sample.py takes. Code that comes
+with a model runs only with --trust_remote_code. `push.py --space` publishes the page as a Space.
 """
 
 from utils.args import SAMPLERS, SOLVERS, Parser, integer
@@ -14,15 +14,11 @@ from utils.exits import run_script
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub id of a pipeline, or of a UNet2DModel")
-    parser.switch(
-        parser, "--trust_remote_code", False, "run the code of a net that comes with the model; read it first"
-    )
+    parser.switch(parser, "--trust_remote_code", False, "run the network code that comes with the model. Read it first")
     parser.add_argument(
         "--port", type=integer(1, 65535), help="port of the page (default: the first free one from 7860)"
     )
-    parser.switch(
-        parser, "--share", False, "public address through Gradio's servers; training images are not shown there"
-    )
+    parser.switch(parser, "--share", False, "public address through Gradio's servers, without training images")
     return parser.parse(argv)
 
 
@@ -36,7 +32,7 @@ def main(args):
     from pathlib import Path
     from types import SimpleNamespace
 
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # it works offline
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page works offline
     import numpy as np
     import torch
 
@@ -80,40 +76,40 @@ def main(args):
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     is_public = args.share or host not in ("127.0.0.1", "localhost", "::1")
 
-    # Training images, where the run's folder says which they are, and they are there
+    # Training images are shown if the run's folder names them and they are available
     training_images, record = None, read_arguments(args.model)
     if record and is_public:
-        print("Others can open this page, so that it shows no training images")
+        print("Others can open this page, so it shows no training images")
     elif record:
         try:
             flags = SimpleNamespace(**record["arguments"])
             if not flags.train_data_dir and not flags.dataset_name:
-                flags.dataset_name = record["data"]  # found where none was named; images of a program have no name
+                flags.dataset_name = record["data"]  # the default data set; images in Python have no name
             images = NamedImages(ImageSource.from_args(flags), accelerator)
             if images.length != record["images"]:
-                raise UserError(f"{images.name} has not the {record['images']} images that this was trained on")
+                raise UserError(f"{images.name} does not have the {record['images']} images that this was trained on")
             prepared = PreparedImages(
                 images, MODES[shape[0]], shape[1:], flags.center_crop, flags.random_flip, flags.seed,
                 image_range=scaled_from(args.model)[1],
             )  # fmt: skip
             training_images = prepared.all_parts(1000)
         except UserError as error:
-            print(f"Without the nearest training images: {error}")
+            print(f"The nearest training images are not shown: {error}")
         except (KeyError, AttributeError, TypeError):
-            print(f"Without the nearest training images: {args.model} has no training_args.json of these scripts")
+            print(f"The nearest training images are not shown: {args.model} has no training_args.json of these scripts")
 
     numbers = itertools.count()
 
     @torch.no_grad()
     def grid(samples):
         picture = make_grid(to_uint8(space.decode(samples)), 96)
-        # Gradio names files by content, and would write one again while another visitor loads it
+        # Gradio names files by content, so an equal picture would overwrite a file that another visitor is loading
         picture.info["number"] = str(next(numbers))
         return picture
 
-    # What the page does
+    # Actions of the page
     def draw(seed, count, steps, sampler, guidance_scale, classes=(), steer=False, color=None, noise=None, text=""):
-        """Yield the prediction at each sampling step, and at the end the samples, how, and the nearest images."""
+        """Yield the prediction at each sampling step, then the samples, their description and the nearest images."""
         if steer and shape[0] == 1:
             color = "#" + 3 * f"{int(color):02x}"
         color = color if steer else None
@@ -121,7 +117,7 @@ def main(args):
             name = None if sampler == samplers[0] else sampler
             try:
                 chosen, model, watched = pipelines.choose_sampler(own, name, int(steps), steered=True), unet, True
-            except UserError:  # noise of another kind: drawn, but neither steered nor shown as it arises
+            except UserError:  # with other noise, samples are neither guided nor shown at each step
                 chosen, model, watched = pipelines.choose_sampler(own, name, int(steps), bool(color)), unet, False
             options = {"noise": noise}
             if names:
@@ -130,7 +126,7 @@ def main(args):
                 model = GuidedModel(unet, guidance_scale)
             elif color:
                 options["guidance"] = Guidance(color_loss(color), guidance_scale, space=space)
-            # Along an interpolation all else is as for the first image
+            # In an interpolation, all other randomness is that of the first image
             ids = np.zeros(int(count), int) if noise else np.arange(int(count))
             predictions = queue.Queue()
             with ThreadPoolExecutor(1) as pool:
@@ -152,18 +148,18 @@ def main(args):
         yield grid(samples), text, nearest
 
     def interpolate(other_seed, seed, count, steps, sampler, *rest):
-        """Draw from noise between that of two seeds, with a sampler that adds none."""
+        """Draw from noise interpolated between two seeds, with a sampler that adds none."""
         text = f"From seed {int(seed or 0)} to seed {int(other_seed or 0)}"
         if sampler in (samplers[0], "ddpm", "sde-dpmsolver++") and pipelines.interpolation_sampler(own):
             asked, sampler = sampler, pipelines.interpolation_sampler(own)
-            text += f", drawn by {sampler}: {asked} adds noise at each step, so its own image of a seed is another"
+            text += f", drawn by {sampler}: {asked} adds noise at each step, so its own image of a seed differs"
         ends = [starting_noise(own, int(end or 0), np.zeros(1, int), space.shape, "cpu") for end in (seed, other_seed)]
         between = pipelines.interpolate_noise(own, *ends, torch.linspace(0, 1, int(count)))
         yield from draw(seed, count, steps, sampler, *rest, noise=lambda ids: between, text=text)
 
-    # The page; on a phone the second column lies below the first
+    # The page; on a phone the second column is below the first
     usual, title = min(25, pipelines.default_steps(own)), Path(args.model).name
-    seed_input = partial(gr.Number, precision=0, minimum=0, maximum=2**53 - 1)  # which a browser can tell apart
+    seed_input = partial(gr.Number, precision=0, minimum=0, maximum=2**53 - 1)  # browsers round larger numbers
     image = partial(gr.Image, type="pil", format="png", interactive=False, show_label=False)
     with gr.Blocks(title=title) as page:
         gr.Markdown(f"# {title}\n{shape[1]} x {shape[2]} pixels; the same seed draws the same images.")
@@ -190,7 +186,7 @@ def main(args):
         gr.Markdown("The first samples, and the training images nearest to them", visible=known)
         nearest = image(label="Nearest training images", elem_id="nearest", visible=known)
         inputs = [seed, count, steps, sampler, scale, classes, steer, color]
-        # One at a time, because the scheduler has a state
+        # One request at a time, because the scheduler has a state
         one = dict(outputs=[picture, how, nearest], concurrency_id="model")
         steer.change(lambda on: [gr.update(visible=on)] * 2, steer, [color, scale])
         start.click(draw, inputs, **one)
@@ -201,7 +197,7 @@ def main(args):
             server_name=host, server_port=args.port, share=args.share, quiet=True, prevent_thread_lock=True
         )
     except OSError as error:
-        raise UserError(f"--port {args.port}: {error}. Leave the flag out, and a free one is found") from error
+        raise UserError(f"--port {args.port}: {error}. Without the flag, a free port is found") from error
     if is_public and not args.share:
         print(f"GRADIO_SERVER_NAME={host}: other machines of the network can open this page, too")
     print(f"Open {public or here}", flush=True)

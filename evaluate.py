@@ -1,11 +1,11 @@
-"""One yardstick: compare samples of models, or folders of images, with real images.
+"""Compare samples of models, or folders of images, with real images.
 
     python evaluate.py outputs/basic outputs/ddpm --reference mnist
 
-prints one table and writes it to --output_dir as JSON, Markdown and a picture. The first row, the floor, are real images
-that are held out, in the place of samples; the last is noise, for comparison. Real images are prepared as the run's were.
-Results are good for comparing rows of one table. Metrics carry the name of the features: fd_digits is a Frechet distance
-in a digit classifier, and no FID.
+prints one table and writes it to --output_dir as JSON, Markdown and a picture. The first row, the floor, evaluates
+held-out real images in the place of samples. The last row is noise, for comparison. Real images are prepared as in the
+run. Results compare rows of one table. A metric's name contains its features: fd_digits is a Frechet distance with the
+features of a digit classifier, and no FID.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from utils.exits import run_script
 
 
 def scales(text):
-    """An argparse type: numbers from 0 up, separated by commas."""
+    """Parse numbers from 0 up, separated by commas."""
     return [real(0)(part) for part in text.split(",")]
 
 
@@ -24,45 +24,45 @@ def scales(text):
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="pipelines (folders or Hub ids), or folders of images")
-    parser.add_argument("--output_dir", metavar="DIR", default="outputs/evaluation", help="results.json, results.md, samples.png, nearest.png")
-    parser.switch(parser, "--trust_remote_code", False, "run the code of models that bring a net of their author's own; read it first")
+    parser.add_argument("--output_dir", metavar="DIR", default="outputs/evaluation", help="folder for results.json, results.md, samples.png and nearest.png")
+    parser.switch(parser, "--trust_remote_code", False, "run the network code that comes with models. Read it first")
 
     group = parser.add_argument_group("real images")
-    group.add_argument("--reference", required=True, help="what samples are compared with: Hub id, local path, mnist, digits or faces")
-    group.add_argument("--reference_split", default="train", help="what the models were trained on")
+    group.add_argument("--reference", required=True, help="real images to compare samples with: Hub id, local path, mnist, digits or faces")
+    group.add_argument("--reference_split", default="train", help="split that the models were trained on")
     group.add_argument("--image_column", help="column with the images, as in training (default: the only one of type Image)")
-    group.add_argument("--label_column", help="column with class labels, for a model with classes (default: the only one of type ClassLabel)")
-    group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, of images with more than 8 bits, as in training: LOW,HIGH, full or auto")
-    parser.switch(group, "--center_crop", None, "the middle of images of another shape, instead of a random part (default: as the run did; where that is not known, a random part)")
-    parser.switch(group, "--random_flip", None, "half of the images mirrored (default: as the run did; where that is not known, no, but copies are looked for among mirrored images, too)")
-    group.add_argument("--held_out_split", help="real images that they have not seen: the floor, and the measure of copying (default: test; where there is no such split, half of --reference_split, at most --num_samples)")
+    group.add_argument("--label_column", help="column with class labels, for models with classes (default: the only one of type ClassLabel)")
+    group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, for images with more than 8 bits, as in training: LOW,HIGH, full or auto")
+    parser.switch(group, "--center_crop", None, "crop of the middle of images of another shape, instead of a random crop (default: as in the run, or a random crop if that is unknown)")
+    parser.switch(group, "--random_flip", None, "mirroring of half of the images (default: as in the run, or none if that is unknown). Without a known run, copies are also searched among mirrored images")
+    group.add_argument("--held_out_split", help="split of real images that the models were not trained on, for the floor and the measure of copying (default: test, or half of --reference_split, at most --num_samples, if there is no such split)")
 
     group = parser.add_argument_group("samples")
     group.add_argument("--num_samples", type=integer(10), default=2000, help="N: samples of each model, and real images of each split")
     group.add_argument("--resolution", metavar="SIDE|HxW", type=resolution, help="size that folders of images are resized to (default: their own)")
-    group.add_argument("--sampler", choices=ALL_SAMPLERS, help="instead of the scheduler that a pipeline carries")
-    group.add_argument("--num_inference_steps", type=integer(1, 1000), help="UNet calls per image (default: 40; 2 of a model of distill_few_steps.py)")
-    group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="evaluate each model with all of these instead, for example ddim:10,50 dpmsolver++:10,20")
-    parser.switch(group, "--write_best", False, "with --sweep: put the best sampler's scheduler into the pipeline, which must be a folder")
-    group.add_argument("--guidance_scale", metavar="SCALE,SCALE", type=scales, default=[1.0], help="for models with classes: each is evaluated with all of these")
-    group.add_argument("--sample_batch_size", type=integer(1), default=128, help="images at once, per process")
+    group.add_argument("--sampler", choices=ALL_SAMPLERS, help="scheduler to draw with, instead of the pipeline's")
+    group.add_argument("--num_inference_steps", type=integer(1, 1000), help="sampling steps (default: 40, or 2 for a model of distill_few_steps.py)")
+    group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="samplers and steps, each model is evaluated with all of them: ddim:10,50 dpmsolver++:10,20")
+    parser.switch(group, "--write_best", False, "with --sweep: save the best sampler's scheduler in the pipeline, which must be a folder")
+    group.add_argument("--guidance_scale", metavar="SCALE,SCALE", type=scales, default=[1.0], help="guidance scales, each model with classes is evaluated with all of them")
+    group.add_argument("--sample_batch_size", type=integer(1), default=128, help="images in a batch, per process")
     group.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of samples, subsets and bootstrap")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: that of the accelerate config)")
 
     add_features_arguments(parser.add_argument_group("features"))
 
     group = parser.add_argument_group("denoising loss")
-    parser.switch(group, "--validation_loss", False, "also the loss on frozen (image, timestep, noise) triples: trained on against held out, by noise level")
+    parser.switch(group, "--validation_loss", False, "also the denoising loss on fixed triples (image, timestep, noise) of training and held-out images, by noise level")
     group.add_argument("--num_validation_images", type=integer(1), default=256, help="images of each split")
     args = parser.parse(argv)
     if args.write_best and not args.sweep:
-        parser.error("--write_best needs --sweep: the best of what?")
+        parser.error("--write_best needs --sweep")
     if args.sweep and (args.sampler or args.num_inference_steps):
-        parser.error("--sweep says which samplers and how many calls: leave out --sampler and --num_inference_steps")
+        parser.error("--sweep sets samplers and steps. Leave out --sampler and --num_inference_steps")
     for entry in args.sweep or ():
         name, _, steps = entry.partition(":")
         if args.write_best and name == "unipc":
-            parser.error(f"--write_best cannot write {name}: DDPMPipeline does not call it; leave it out of --sweep")
+            parser.error(f"--write_best cannot write {name}: DDPMPipeline does not call it. Leave it out of --sweep")
         if name not in ALL_SAMPLERS or not all(step.isdecimal() and 0 < int(step) <= 1000 for step in steps.split(",")):
             parser.error(f"--sweep {entry}: expected SAMPLER:STEPS,STEPS with one of {', '.join(ALL_SAMPLERS)} and steps from 1 to 1000")
     return args
@@ -111,7 +111,7 @@ def main(args):
     rows, losses, grids, pairs, by_class = [], [], {}, {}, {}
     say = partial(print, flush=True) if accelerator.is_main_process else lambda text: None
 
-    # What will be compared: everything is opened once, so that a mistake is found before hours of drawing
+    # All models and folders are opened once, so that a mistake is found before hours of sampling
     lasts = [Path(model).resolve().name for model in args.models]
     plans = []
     for model, last in zip(args.models, lasts, strict=True):
@@ -123,7 +123,7 @@ def main(args):
             unet, own, space = load_pipeline(model, args.trust_remote_code)
             plan.record, shape = read_arguments(model), space.image_shape
             if shape[0] not in MODES:
-                raise UserError(f"{model} draws images of {shape[0]} channels; expected 1 or 3")
+                raise UserError(f"{model} draws images of {shape[0]} channels. Expected 1 or 3")
             plan.settings = settings(args, model, own, say)
             for name, steps in plan.settings:
                 choose_sampler(own, name, steps)
@@ -131,7 +131,7 @@ def main(args):
         plan.how = reference.preparation(shape, plan.record)
         plans.append(plan)
     known = {plan.how.shape: plan.how for plan in reversed(plans) if plan.record}
-    for plan in plans:  # what is of no run that is known is compared as the first one of its size that is
+    for plan in plans:  # without a known run, images are prepared as for the first known run of the same size
         plan.how = plan.how if plan.record else known.get(plan.how.shape, plan.how)
     hows = list(dict.fromkeys(plan.how for plan in plans))
     middle = replace(hows[0], center_crop=True, random_flip=False)
@@ -143,9 +143,9 @@ def main(args):
         say(f"N is {count} for all: --reference_split has no more images")
 
     def measure(name, blocks, how, asked=None, **facts):
-        """Add a row for images that come in blocks, uint8 (B, C, H, W); return it, on other processes None.
+        """Add a row for images that come in blocks, uint8 (B, C, H, W). Return it, or None on other processes.
 
-        Blocks of held-out images are pairs, with their indices. ``asked`` are the classes to be seen, if any.
+        Blocks of held-out images are pairs of images and indices. ``asked`` are the requested classes, if any.
         """
         features, probabilities, copies, shown = (
             [],
@@ -168,7 +168,7 @@ def main(args):
         row = dict(model=name, N=len(features), **facts)
         if len(features) < 2 * features.shape[1]:
             say(
-                f"warning: {name}: {len(features)} images for {features.shape[1]} features; fewer than twice as many make fd and kid unreliable"
+                f"warning: {name}: {len(features)} images for {features.shape[1]} features. Fewer than twice as many make fd and kid unreliable"
             )
         row |= compare(features, reference.features(extract, how, len(features)), extract.name, args.seed)
         probabilities = np.concatenate(probabilities) if probabilities else None
@@ -184,15 +184,15 @@ def main(args):
         grids[name] = shown
         return row
 
-    # Real images that the models have not seen, in the place of samples: nothing can be expected to be better
+    # Held-out real images in the place of samples: no model can be expected to be better
     for how in hows if reference.held_out_split else ():
         size = "" if len(hows) == 1 else f" ({describe(how)})"
         found = reference.blocks(how, count, reference.held_out_split)
         row = measure(f"floor: held-out images{size}", (block[:2] for block in found), how)
         if row and row["N"] < 0.9 * count:
             say(
-                f"warning: the floor has N={row['N']}, for there are no more held-out images. Its fd is higher than with "
-                f"{count}, as that of all small sets; its kid is not"
+                f"warning: the floor has N={row['N']}, because there are no more held-out images. Its fd is higher than "
+                f"with {count}, as for all small sets. Its kid is not"
             )
 
     # Samples
@@ -211,14 +211,14 @@ def main(args):
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         space.to(accelerator.device)
         if args.validation_loss and is_few_step(own):
-            say(f"{model} has no denoising loss: it does without the small steps that it is of")
+            say(f"{model} has no denoising loss, because it is a few-step model")
         elif args.validation_loss:
             splits = {"--reference_split": args.reference_split, "--held_out_split": reference.held_out_split}
             for flag, split in ((flag, split) for flag, split in splits.items() if split):
                 found = [*reference.blocks(plan.how, args.num_validation_images, split)]
                 images, numbers = (np.concatenate([block[k] for block in found]) for k in (0, 1))
                 images, inputs = encode_in_batches(space, from_uint8(images), accelerator.device), {}
-                if plan.classes:  # by name, for the classes of strings are those that occur in the split
+                if plan.classes:  # by name, because the classes of strings are those in the split
                     labels, names = reference.labels(split, flag)
                     labels = torch.from_numpy(translate_labels(labels[numbers], names, plan.classes))
                     inputs["class_labels"] = labels.where(labels >= 0, len(plan.classes))
@@ -226,7 +226,7 @@ def main(args):
                 losses.append(dict(model=plan.name, images=split, **loss.measure(unet, accelerator)))
         asked = asked_classes(plan.classes, reference, extract, plan.how, count)
         options = dict(model_inputs=cycle_labels(asked.labels, accelerator.device)) if asked else {}
-        tried = []  # samplers' names, and their rows
+        tried = []  # names of samplers, and their rows
         for name, steps in plan.settings:
             for scale in args.guidance_scale if asked else [None]:
                 sampler = choose_sampler(own, name, steps)
@@ -255,49 +255,49 @@ def main(args):
             write_scheduler(Path(model), sampler, steps)
             if publishing := optional.find("publishing"):
                 publishing.update_card(Path(model))
-            say(f"{model} carries {type(sampler).__name__} now, at its best with {steps} steps")
+            say(f"{model} now has the scheduler {type(sampler).__name__}, which was best with {steps} steps")
         accelerator.free_memory()
 
-    # Noise: no floor and no limit, but a number to compare with
+    # Noise, for comparison; it is neither a floor nor a limit
     for shape in dict.fromkeys(how.shape for how in hows):
         how = next(how for how in hows if how.shape == shape)
         size = "" if len({how.shape for how in hows}) == 1 else f" ({describe(how)})"
         measure(f"noise, for comparison{size}", reference.noise(shape, count), how)
     if accelerator.is_main_process:
         facts = dict(features=extract.name, features_hash=extract.hash, reference=args.reference)
-        facts |= dict(public_reference=public_data(args.reference))  # while it can be seen whether it is a path
+        facts |= dict(public_reference=public_data(args.reference))  # a path is recognised only where it exists
         facts |= dict(reference_split=args.reference_split, held_out_split=reference.held_out_split, seed=args.seed)
         write_report(Path(args.output_dir), rows, losses, grids, pairs, by_class, bool(args.sweep), **facts)
         say(f"peak memory {peak_memory(accelerator.device) / 2**30:.2f} GiB")
 
 
 def describe(how):
-    """Shape and cut of real images, where rows of one table have several."""
+    """Return the shape, crop and mirroring of real images as text."""
     channels, height, width = how.shape
     return f"{height}x{width}{' grey' * (channels == 1)}{', centre' * how.center_crop}{', mirrored' * bool(how.random_flip)}"
 
 
 def warn_of_differences(args, plan, reference, say):
-    """Say where a run had other images than it is compared with."""
+    """Warn if a run had other images than it is compared with."""
     flags, model = plan.record.get("arguments", {}), plan.model
     if flags.get("dataset_split") not in (None, args.reference_split):
         say(
-            f"warning: {model} was trained on {flags['dataset_split']}, not on --reference_split {args.reference_split}: copies and floor mislead"
+            f"warning: {model} was trained on {flags['dataset_split']}, not on --reference_split {args.reference_split}. Copies and floor are misleading"
         )
     trained_range = plan.record.get("scaled_from")
     if "scaled_from" in plan.record and tuple(trained_range or ()) != tuple(plan.how.image_range or ()):
-        said = ",".join(f"{value:g}" for value in trained_range) if trained_range else "full"
-        say(f"warning: {model} was trained with --image_range {said}, the reference is read otherwise; say the same")
+        given = ",".join(f"{value:g}" for value in trained_range) if trained_range else "full"
+        say(f"warning: {model} was trained with --image_range {given}, unlike the reference. Give the same range")
     _, *size = plan.how.shape
     shape = reference.size or (1, 1)
     if not plan.record and reference.size and shape[0] * size[1] != shape[1] * size[0] and args.center_crop is None:
         say(
-            f"{model}: it is not known how its images were cut: random parts of the reference are compared with, as training takes them; or say --center_crop"
+            f"{model}: it is unknown how its images were cropped. It is compared with random crops of the reference, or with the middle by --center_crop"
         )
 
 
 def drawing(args, accelerator, model, sampler, space, steps, count, title, depends_on, **options):
-    """Samples of one setting, kept in OUTPUT_DIR/drawn, see ``KeptSamples``."""
+    """Return the samples of one setting, which are kept in OUTPUT_DIR/drawn, see ``KeptSamples``."""
     from utils.diffusion.pipelines import estimate_seconds
     from utils.diffusion.sampling import sample_images
     from utils.evaluation.kept_samples import KeptSamples
@@ -324,12 +324,13 @@ def drawing(args, accelerator, model, sampler, space, steps, count, title, depen
 
 
 def is_folder_of_images(name):
+    """Return whether the name is that of a folder without a model."""
     folder = Path(name)
     return folder.is_dir() and not any((folder / file).is_file() for file in ("model_index.json", "config.json"))
 
 
 def settings(args, model, own, say):
-    """Sampler (None for the pipeline's own) and number of steps of each evaluation of a model that carries ``own``."""
+    """Return the sampler (None: the pipeline's own) and the steps of each evaluation of a model with ``own``."""
     from utils import UserError
     from utils.diffusion.few_steps import is_compatible
     from utils.diffusion.pipelines import default_steps
@@ -340,9 +341,11 @@ def settings(args, model, own, say):
     suited = [entry for entry in entries if is_compatible(entry[0], own)]
     others = sorted({name for name, *_ in entries} - {name for name, *_ in suited})
     if not suited:
-        raise UserError(f"--sweep: {', '.join(others)} cannot draw with {model}, which carries {type(own).__name__}")
+        raise UserError(
+            f"--sweep: {', '.join(others)} cannot draw with {model}, which has the scheduler {type(own).__name__}"
+        )
     if others:
-        say(f"{model} is not drawn with {', '.join(others)}: for models of another kind")
+        say(f"{model} is not evaluated with {', '.join(others)}, because it is a model of another kind")
     return [(name, int(n)) for name, _, steps in suited for n in steps.split(",")]
 
 

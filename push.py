@@ -2,7 +2,7 @@
 
     python push.py outputs/ddpm --hub_model_id me/digits --space
 
-Run `hf auth login` before, or set HF_TOKEN. Run again, it sends what is missing or has changed.
+Run `hf auth login` before, or set HF_TOKEN. The same command sends later only what is missing or has changed.
 """
 
 from utils.args import Parser, real
@@ -13,16 +13,16 @@ from utils.publishing import add_hub_arguments
 # fmt: off
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("output_dir", metavar="folder", help="a run's folder, with model_index.json")
-    parser.add_argument("--evaluation", metavar="FILE", help="results.json of evaluate.py; its numbers go into the card")
-    parser.add_argument("--space", metavar="ID", nargs="?", const="", help="also a Space with demo.py; its id (default: the model's)")
-    group = parser.add_argument_group("Hub (defaults of the first two: what the run was started with)")
+    parser.add_argument("output_dir", metavar="folder", help="output folder of a run, with model_index.json")
+    parser.add_argument("--evaluation", metavar="FILE", help="results.json of evaluate.py, for the numbers on the card")
+    parser.add_argument("--space", metavar="ID", nargs="?", const="", help="id of a Space with demo.py, which is pushed, too (default: the model's)")
+    group = parser.add_argument_group("Hub (defaults of the first two: those of the run)")
     add_hub_arguments(parser, group)
     group.add_argument("--hub_revision", metavar="BRANCH", help="branch to push to (default: main)")
-    parser.switch(group, "--hub_logs", False, "push TensorBoard's files, too: the Hub shows them; they may hold pictures of training images")
+    parser.switch(group, "--hub_logs", False, "push TensorBoard's files, too, which the Hub shows. They may hold pictures of training images")
     group.add_argument("--hub_license", metavar="LICENSE", help="the model's licence, for its card: apache-2.0, cc-by-4.0, openrail, other ... (default: unknown)")
-    group.add_argument("--hub_dataset_name", metavar="NAME", help="name of the training images on the model's page (default: their name on the Hub; own images are not named)")
-    group.add_argument("--hub_timeout", type=real(4), default=1800.0, help="seconds of failing until a push is given up")
+    group.add_argument("--hub_dataset_name", metavar="NAME", help="name of the training images on the model's page (default: their name on the Hub, or none for own images)")
+    group.add_argument("--hub_timeout", type=real(4), default=1800.0, help="seconds of failed attempts before a push is given up")
     parser.set_defaults(hub_private_repo=None)
     return parser.parse(argv)
 # fmt: on
@@ -41,9 +41,9 @@ def main(args):
 
     folder = Path(args.output_dir)
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a folder with a pipeline; expected the output of a training script")
+        raise UserError(f"{folder} is not a folder with a pipeline. Expected the output of a training script")
     if (folder / "manifest.json").is_file():
-        raise UserError(f"{folder} is a checkpoint; give the run's folder, {folder.parent}")
+        raise UserError(f"{folder} is a checkpoint. Give the run's folder, {folder.parent}")
     recorded = read_arguments(folder).get("arguments", {})
     private = args.hub_private_repo if args.hub_private_repo is not None else recorded.get("hub_private_repo", False)
     card = dict(license=args.hub_license, dataset_name=args.hub_dataset_name)
@@ -52,7 +52,7 @@ def main(args):
             card["evaluation"] = read_record(Path(args.evaluation))
             write_card(folder, folder, **card)
         except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--evaluation {args.evaluation}: {error}; expected results.json of evaluate.py") from error
+            raise UserError(f"--evaluation {args.evaluation}: {error}. Expected results.json of evaluate.py") from error
     start_process(None)
     hub = Hub(
         folder, args.hub_model_id or recorded.get("hub_model_id"), private, args.hub_revision, args.hub_logs,

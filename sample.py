@@ -1,9 +1,9 @@
-"""Draw images with any model of these scripts, or another pipeline of a UNet2DModel, with classes or without.
+"""Draw images with a model of these scripts, or with another pipeline of a UNet2DModel.
 
     python sample.py outputs/digits --num_samples 1000
 
-Image k depends on the seed and k only: not on the batch size, nor on the number of processes of `accelerate launch`.
-Interrupted, the same command goes on where it stopped. No code that comes with a model is run, unless it is asked for.
+Image k depends only on the seed and k, not on the batch size or the number of processes of `accelerate launch`. After
+an interruption, the same command resumes. Code that comes with a model runs only with --trust_remote_code.
 """
 
 from utils.args import ALL_SAMPLERS, Parser, integer, real
@@ -15,32 +15,32 @@ from utils.exits import run_script
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub id of a pipeline, or of a UNet2DModel")
-    parser.add_argument("--output_dir", metavar="DIR", default="outputs/samples", help="images/, grid.png and what else is asked for")
-    parser.switch(parser, "--trust_remote_code", False, "run the code that a model brings whose net is its author's own; read it first")
-    parser.add_argument("--num_samples", type=integer(1), default=64, help="images (default: 64; with --interpolate 8)")
-    parser.add_argument("--sample_batch_size", type=integer(1), default=64, help="images at once, per process")
-    parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of the noise that images start from")
-    parser.add_argument("--format", choices=("png", "npz", "parquet"), default="png", help="also all images in one file: images.npz or images.parquet")
+    parser.add_argument("--output_dir", metavar="DIR", default="outputs/samples", help="folder for images/, grid.png and the other outputs")
+    parser.switch(parser, "--trust_remote_code", False, "run the network code that comes with the model. Read it first")
+    parser.add_argument("--num_samples", type=integer(1), default=64, help="number of images (default: 64, with --interpolate 8)")
+    parser.add_argument("--sample_batch_size", type=integer(1), default=64, help="images in a batch, per process")
+    parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of all noise")
+    parser.add_argument("--format", choices=("png", "npz", "parquet"), default="png", help="format of the output. npz and parquet also write all images to one file, images.npz or images.parquet")
 
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sampler", choices=ALL_SAMPLERS, help="instead of the scheduler that the pipeline carries")
-    group.add_argument("--num_inference_steps", type=integer(1, 1000), help="UNet calls per image (default: 40; 2 of a model of distill_few_steps.py)")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: what the accelerate config says)")
-    parser.switch(group, "--compile", False, "torch.compile the UNet: minutes at first")
-    parser.switch(group, "--gif", False, "also walk.gif and walk.png: how the first images arise, noisy and predicted; with --interpolate a walk.gif from A to B and back")
-    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images: --num_samples images lead from the noise of one to that of the other (with dpmsolver++ where the pipeline's scheduler would add noise on the way) and, of a model with classes, through --class_labels")
-    group.add_argument("--init_image", metavar="FILE", help="start from this picture with noise on it")
-    group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="how much noise is put on --init_image: 1 leaves nothing of it")
+    group.add_argument("--sampler", choices=ALL_SAMPLERS, help="scheduler to draw with, instead of the pipeline's")
+    group.add_argument("--num_inference_steps", type=integer(1, 1000), help="sampling steps (default: 40, or 2 for a model of distill_few_steps.py)")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: that of the accelerate config)")
+    parser.switch(group, "--compile", False, "compile the UNet with torch.compile, which takes minutes at first")
+    parser.switch(group, "--gif", False, "also walk.gif and walk.png: noisy and predicted images at each step, for the first images. With --interpolate, walk.gif shows the interpolation from A to B and back")
+    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images. The noise of --num_samples images is interpolated between theirs and, for a model with classes, the class between --class_labels. If the pipeline's scheduler adds noise, dpmsolver++ draws")
+    group.add_argument("--init_image", metavar="FILE", help="picture to start from, with noise added")
+    group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="amount of noise added to --init_image. 1 replaces it entirely")
 
     group = parser.add_argument_group("steering")
-    group.add_argument("--class_labels", metavar="LABELS", help="classes to draw, by name or number, such as 7,7,3, repeated in turn; or all (default: all, of a model with classes). --guidance_scale says how firmly")
+    group.add_argument("--class_labels", metavar="LABELS", help="classes to draw in turn, by name or number, such as 7,7,3, or all (default: all, for a model with classes). --guidance_scale sets their strength")
     add_guidance_arguments(parser, group)
     args = parser.parse(argv)
     if args.interpolate:
-        parser.set_defaults(num_samples=8)  # more are nearly equal
+        parser.set_defaults(num_samples=8)  # with more, neighbours look nearly equal
         args = parser.parse(argv)
     if args.strength != parser.get_default("strength") and not args.init_image:
-        parser.error("--strength is of --init_image, which is not given")
+        parser.error("--strength needs --init_image")
     return args
 # fmt: on
 
@@ -77,18 +77,18 @@ def main(args):
     unet, own, space = load_pipeline(args.model, args.trust_remote_code)
     space.to(accelerator.device)
     steered = args.guidance_color or args.guidance_prompt or args.init_image or (args.gif and not args.interpolate)
-    calls = args.num_inference_steps or default_steps(own)
+    steps = args.num_inference_steps or default_steps(own)
     name = args.sampler or (interpolation_sampler(own) if args.interpolate else None)
-    sampler = choose_sampler(own, name, calls, bool(steered))
+    sampler = choose_sampler(own, name, steps, bool(steered))
     if name != args.sampler:
-        accelerator.print(f"--interpolate: with {name}, for the pipeline's own sampler adds noise at every step")
+        accelerator.print(f"--interpolate: using {name}, because the pipeline's own sampler adds noise at every step")
     if accelerator.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)  # on a CPU it costs
+        unet.to(memory_format=torch.channels_last)  # on a CPU it is slower
     if args.compile:
         unet.compile()
     unet = plain = accelerator.prepare_model(unet, evaluation_mode=True)
 
-    # What images start from, and what they are steered to
+    # Starting noise and guidance
     def between(sample_ids):
         ends = [starting_noise(own, args.seed, np.array([k]), space.shape, "cpu") for k in args.interpolate]
         return interpolate_noise(own, *ends, torch.from_numpy(sample_ids / max(1, args.num_samples - 1)).float())
@@ -96,30 +96,26 @@ def main(args):
     guidance = make_guidance(args, accelerator.device, space=space)
     options = dict(guidance=guidance, strength=args.strength)
     classes = choose_classes(unet.config, args.class_labels)
-    if classes is not None:  # the scale is that of the classes, unless samples are steered otherwise
+    if classes is not None:  # --guidance_scale applies to the classes, unless a colour or a prompt guides samples
         names = class_names(unet.config)
         if args.interpolate and not hasattr(unet, "class_embedding"):
-            raise UserError("--interpolate: between classes only of a UNet2DModel; leave the flag out")
+            raise UserError("--interpolate: only a UNet2DModel can interpolate between classes. Leave the flag out")
         if args.interpolate:
             options["model_inputs"] = between_classes(unet, classes, args.num_samples)
         else:
             options["model_inputs"] = cycle_labels(classes, accelerator.device)
         unet = GuidedModel(unet, 1.0 if guidance else args.guidance_scale)
     elif args.guidance_scale != 1 and not guidance:
-        raise UserError(
-            "--guidance_scale: this model knows no classes; give --guidance_color or --guidance_prompt, too"
-        )
+        raise UserError("--guidance_scale: this model has no classes. Give --guidance_color or --guidance_prompt, too")
     if args.interpolate:
         options["noise"] = between
     if args.init_image and is_few_step(own):
-        raise UserError(
-            f"--init_image: {args.model} draws in a few calls, and knows too few noise levels; take its teacher"
-        )
+        raise UserError(f"--init_image: {args.model} is a few-step model with too few noise levels. Use its teacher")
     if args.init_image:
         picture = load_image(args.init_image, space.image_shape, args.model)
         options["init_images"] = space.encode(picture.to(accelerator.device))
     draw = partial(
-        sample_batch, unet, sampler, shape=space.shape, num_inference_steps=calls, seed=args.seed,
+        sample_batch, unet, sampler, shape=space.shape, num_inference_steps=steps, seed=args.seed,
         device=accelerator.device, **options,
     )  # fmt: skip
 
@@ -127,9 +123,9 @@ def main(args):
     def decoded(samples):
         return to_uint8(space.decode(samples))
 
-    # Draw what is not there yet, every process its share
-    images_folder = ImageFolder(accelerator, args, calls, plain, sampler, space)
-    stop_signal = StopSignal(accelerator, "stopping; images that are complete stay")
+    # Each process draws its share of the missing images
+    images_folder = ImageFolder(accelerator, args, steps, plain, sampler, space)
+    stop_signal = StopSignal(accelerator, "stopping, complete images are kept")
     missing = images_folder.missing()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(
@@ -154,7 +150,7 @@ def main(args):
         images_folder.print_stopped()
         sys.exit(128 + stop)
 
-    # Pictures of them all
+    # Pictures of all images
     if accelerator.is_main_process:
         images, captions = images_folder.load(64), ()
         if args.interpolate and len(images) <= 16:
@@ -165,8 +161,8 @@ def main(args):
         if args.format != "png":
             images_folder.export(args.format)
         if args.gif and args.interpolate:
-            ways = [[image[None]] for image in images_folder.load(args.num_samples)]
-            save_gif(ways + ways[::-1], images_folder.folder / "walk.gif")
+            frames = [[image[None]] for image in images_folder.load(args.num_samples)]
+            save_gif(frames + frames[::-1], images_folder.folder / "walk.gif")
         elif args.gif:
             frames = []
             sample_ids = np.arange(min(16, args.num_samples))

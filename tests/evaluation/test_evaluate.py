@@ -185,7 +185,7 @@ def test_the_best_of_a_sweep_goes_into_the_pipeline(tmp_path, finished_run, caps
     pipeline = DDPMPipeline.from_pretrained(model, use_safetensors=True)
     assert type(pipeline.scheduler).__name__ == chosen["sampler"]
     assert pipeline.scheduler.config.timestep_spacing == "trailing"
-    assert f"carries {chosen['sampler']} now" in capsys.readouterr().out
+    assert f"now has the scheduler {chosen['sampler']}" in capsys.readouterr().out
     card = (model / "README.md").read_text()
     assert f"num_inference_steps={chosen['steps']}" in card and f"saved scheduler is `{chosen['sampler']}`" in card
     assert not list(model.rglob("*.tmp"))

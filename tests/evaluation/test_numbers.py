@@ -63,7 +63,7 @@ def test_parts_of_training_images_are_copies_wherever_they_were_cut(tmp_path, cr
         assert rows[name]["copies"] > 0.95
     assert rows["parts"]["fd_pixels"] < rows["floor: held-out images"]["fd_pixels"]
     assert rows["floor: held-out images"]["copies"] < 0.05
-    assert "it is not known how its images were cut" in capsys.readouterr().out
+    assert "it is unknown how its images were cropped" in capsys.readouterr().out
     rows = evaluated(tmp_path / "middle", crops / "middle", *flags, "--center_crop", "--no-random_flip")
     assert rows["middle"]["fd_pixels"] == pytest.approx(rows["floor: held-out images"]["fd_pixels"], rel=0.02)
     rows = evaluated(tmp_path / "unmirrored", crops / "mirrored", *flags, "--no-random_flip")

@@ -411,7 +411,7 @@ def test_push_refuses_what_it_cannot_push(hub, finished, tmp_path, kind):
     if kind == "nowhere":
         folder, expected = tmp_path / "nowhere", "is not a folder with a pipeline"
     elif kind == "a checkpoint":
-        folder, expected = finished / "checkpoint-6", "is a checkpoint; give the run's folder"
+        folder, expected = finished / "checkpoint-6", "is a checkpoint. Give the run's folder"
     else:
         (tmp_path / "results.json").write_text('{"results": [{"model": "digits", "weights": "other"}]}')
         flags, expected = [f"--evaluation={tmp_path}/results.json"], "none of its rows is about the weights in"

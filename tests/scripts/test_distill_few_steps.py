@@ -272,7 +272,7 @@ def test_a_sweep_compares_it_with_its_teacher(tmp_path, capsys, finished, teache
     assert exit_code(evaluate.main, evaluate.parse_args(sweep)) == 0
     rows = json.loads((tmp_path / "e" / "results.json").read_text())["results"]
     assert [row["model"] for row in rows[1:-1]] == ["student lcm 1", "student lcm 2", "v_prediction ddim 3"]
-    assert f"{student} is not drawn with ddim" in capsys.readouterr().out
+    assert f"{student} is not evaluated with ddim" in capsys.readouterr().out
     assert Image.open(tmp_path / "e" / "sweep.png").width > 100
     with pytest.raises(UserError, match=r"--sweep: ddim cannot draw with .*student, which carries LCMScheduler"):
         evaluate.main(evaluate.parse_args([str(student), *flags, "--sweep", "ddim:3"]))
@@ -289,7 +289,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path, capsys, finished, teacher
             train(tmp_path / "again", f"--pretrained_model_name_or_path={finished}", script=script)
     with pytest.raises(UserError, match="--solver_steps 7 does not divide the teacher's 1000 noise levels"):
         run(tmp_path / "seven", teachers["sample"], "--solver_steps=7")
-    with pytest.raises(UserError, match="draws in a few calls, and knows too few noise levels"):
+    with pytest.raises(UserError, match="is a few-step model with too few noise levels"):
         sample.main(sample.parse_args([str(finished), f"--output_dir={tmp_path / 's'}", "--init_image=x.png"]))
     for flags, said in (
         (["--validation_split=train"], "--validation_split: the denoising loss does not measure a few-step model"),

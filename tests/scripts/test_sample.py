@@ -200,5 +200,5 @@ def test_a_flag_of_what_is_not_asked_for_is_refused(flag, capsys):
 
 
 def test_a_scale_without_anything_to_be_guided_by_is_refused(tmp_path, finished_run):
-    with pytest.raises(UserError, match="--guidance_scale: this model knows no classes"):
+    with pytest.raises(UserError, match="--guidance_scale: this model has no classes"):
         draw(finished_run, tmp_path / "drawn", "--guidance_scale=3")
