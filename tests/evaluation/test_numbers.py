@@ -206,7 +206,7 @@ def test_a_model_that_does_not_fit_costs_no_drawing(tmp_path, finished_run, monk
 
     four = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, **UNETS["tiny"])
     DDPMPipeline(four, DDPMScheduler()).save_pretrained(tmp_path / "four")
-    with pytest.raises(UserError, match=r"four draws images of 4 channels; expected 1 or 3"):
+    with pytest.raises(UserError, match=r"four draws images of 4 channels. Expected 1 or 3"):
         evaluated(tmp_path / "out", finished_run, tmp_path / "four", "--reference=digits")
     assert not (tmp_path / "out" / "drawn").exists()
 
