@@ -43,7 +43,7 @@ def refused(capsys, *flags, script=train_ddpm):
         (["--prediction_type=noise"], "invalid choice: 'noise'"),
         (
             ["--learning_rat=1"],
-            "unrecognized arguments: --learning_rat=1 (there is no flag --learning_rat; did you mean --learning_rate?)",
+            "unrecognized arguments: --learning_rat=1 (there is no flag --learning_rat. Did you mean --learning_rate?)",
         ),
         (["--dataset_name=digits", "--train_data_dir=x"], "choose one source of images"),
         (["--streaming", "--dataset_name=x"], "--streaming needs --max_train_steps"),
@@ -156,10 +156,10 @@ def test_config_file_sets_defaults_and_the_command_line_wins(tmp_path, capsys):
     for content, message in [
         ("learning_rat: 1", "there is no flag --learning_rat"),
         ("train_batch_size: many", "'many' is not a whole number"),
-        ("random_flip: 3", "expected true or false"),
+        ("random_flip: 3", "Expected true or false"),
         ("[1, 2]", "expected lines of `flag: value`"),
         ("a: [", "cannot be read as YAML"),
-        ("output_dir: #1", "output_dir has no value; put quotes around one that begins with #"),
+        ("output_dir: #1", "output_dir has no value. Put quotes around one that begins with #"),
     ]:
         config.write_text(content)
         assert message in refused(capsys, f"--config={config}")

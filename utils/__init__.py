@@ -1,4 +1,4 @@
-"""Chores that the training scripts share. The files here know nothing of the folders beside them."""
+"""Helpers that the scripts share. The files here do not import the folders beside them."""
 
 import errno
 import json
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake that the user can correct: what was given, what is expected, what to do. Shown without a traceback."""
+    """A mistake that the user can correct, shown without a traceback.
+
+    The message says what was given, what is expected and what to do.
+    """
 
 
 def counted(number: int, noun: str) -> str:
@@ -16,19 +19,19 @@ def counted(number: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape control characters: a file's name may hold commands for the terminal."""
+    """Escape control characters, because the name of a file may contain commands for the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def sync(path: Path) -> None:
-    """Have the disk write what the system has of a file or folder."""
-    if os.name == "nt":  # opens no folders, and syncs no file that is open for reading
+    """Flush a file or folder from the system's cache to the disk."""
+    if os.name == "nt":  # Windows opens no folders, and syncs no files that are open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # CIFS and vboxsf cannot sync folders; a file that cannot be synced is an error
+        # CIFS and vboxsf cannot sync folders, but a file that cannot be synced is an error
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
             raise
     finally:
@@ -39,7 +42,7 @@ def read_record(path: Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        UserError: the file is not there, broken, or holds something else.
+        UserError: the file is missing, broken, or holds something else.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -48,11 +51,11 @@ def read_record(path: Path) -> dict:
             return found
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())
-    raise UserError(f"{path} cannot be read: {problem}; expected a JSON object. Restore or remove the file")
+    raise UserError(f"{path} cannot be read: {problem}. Expected a JSON object. Restore or remove the file")
 
 
 def write_record(path: Path, content) -> None:
-    """Write JSON so that the file is complete or as it was, whatever happens meanwhile."""
+    """Write JSON atomically."""
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sync(temporary)

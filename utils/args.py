@@ -1,7 +1,8 @@
-"""Command-line flags that every training script has, and the checks that need no heavy import.
+"""Command-line flags that every training script has, and checks of them.
 
-Flags that change the mathematics stand in the scripts. Flags of an optional folder stand there, see ``optional``. Names
-are those of diffusers' examples. The standard library and PyYAML are enough here: ``--help`` answers at once.
+Flags that change the mathematics are in the scripts. Flags of an optional folder are in that folder, see ``optional``.
+Names are those of diffusers' examples. This file imports only the standard library and PyYAML, so that ``--help``
+answers at once.
 """
 
 import argparse
@@ -18,21 +19,21 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc")
 SOLVERS = ("dpmsolver++", "euler")  # for models of train_flow.py
 RENAMED = {"label_dropout": "class_dropout_prob", "time_density": "weighting_scheme"}  # old names of flags
-ALL_SAMPLERS = (*SAMPLERS, "euler", "lcm")  # the last for models of distill_few_steps.py
+ALL_SAMPLERS = (*SAMPLERS, "euler", "lcm")  # lcm is for models of distill_few_steps.py
 
 
 def integer(low: int, high: float = math.inf):
-    """An argparse type: an int in [low, high]."""
+    """Return an argparse type for an int in [low, high]."""
     return _number(int, low, high, "a whole number")
 
 
 def real(low: float, high: float = math.inf):
-    """An argparse type: a finite float in [low, high]."""
+    """Return an argparse type for a finite float in [low, high]."""
     return _number(float, low, high, "a number")
 
 
 def size_of(resolution) -> tuple[int, int] | None:
-    """(H, W) of ``--resolution``, or of a config's ``sample_size``: 32, "32x64", a pair; None of None."""
+    """Return (H, W) of ``--resolution`` or of a config's ``sample_size``: 32, "32x64" or a pair. None gives None."""
     if resolution is None:
         return None
     if isinstance(resolution, int):
@@ -42,15 +43,17 @@ def size_of(resolution) -> tuple[int, int] | None:
 
 
 def resolution(text: str) -> int | str:
-    """An argparse type: a side in pixels, or HEIGHTxWIDTH."""
+    """Parse a side in pixels, or HEIGHTxWIDTH."""
     sides = text.lower().split("x")
     if not (len(sides) <= 2 and all(side.isdecimal() and int(side) >= 4 for side in sides)):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels, from 4 up, nor HEIGHTxWIDTH: 32x64")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a side in pixels, from 4 up, nor HEIGHTxWIDTH, such as 32x64"
+        )
     return int(sides[0]) if len({*map(int, sides)}) == 1 else f"{int(sides[0])}x{int(sides[1])}"
 
 
 def image_range(text: str) -> str:
-    """An argparse type: ``auto``, ``full``, or two numbers LOW,HIGH."""
+    """Check that a text is ``auto``, ``full``, or two numbers LOW,HIGH, and return it."""
     low, _, high = text.partition(",")
     try:
         if text in ("auto", "full") or -math.inf < float(low) < float(high) < math.inf:
@@ -75,7 +78,7 @@ def _number(kind, low, high, noun):
 
 
 class Arguments:
-    """Parsed flags: attributes to read, none to assign. ``vars(args)`` is the dictionary of them."""
+    """Parsed flags as attributes that cannot be assigned. ``vars(args)`` is the dictionary of them."""
 
     __slots__ = ("__dict__", "_defaults")  # ``_defaults`` is not among ``vars(args)``
 
@@ -88,12 +91,12 @@ class Arguments:
 
 
 def defaults_of(args) -> dict:
-    """The default of each flag of parsed arguments, by name."""
+    """Return the default of each flag of parsed arguments, by name."""
     return getattr(args, "_defaults", {})
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one and the text does not name it already."""
+    """Help formatter that adds the default, unless there is none or the text names it already."""
 
     def _get_help_string(self, action):
         if action.default is None or "(default" in (action.help or ""):
@@ -102,7 +105,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Switch(argparse.BooleanOptionalAction):
-    """--name, --name true, --name false, --no-name."""
+    """Flag that is given as --name, --name true, --name false or --no-name."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -116,34 +119,36 @@ class _Switch(argparse.BooleanOptionalAction):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows defaults, takes ``--config file.yaml`` and returns read-only arguments."""
+    """ArgumentParser that shows defaults, reads ``--config file.yaml`` and returns read-only arguments."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
-        self.checks = []  # functions of the parser and the parsed arguments, which refuse what cannot work
-        self.add_argument("--config", metavar="FILE", help="YAML file of flags and values; the command line wins")
+        self.checks = []  # functions of the parser and the parsed arguments that refuse what cannot work
+        self.add_argument(
+            "--config", metavar="FILE", help="YAML file of flags and values, which the command line overrides"
+        )
 
     def error(self, message: str):
-        """Exit with code 2 and one line: the mistake, and the flag that was probably meant."""
+        """Print the mistake and the flag that was probably meant in one line, and exit with code 2."""
         hint = "--help lists the flags"
         if message.startswith("unrecognized arguments: --"):
             given = message.split(": ")[1].split()[0].split("=")[0]
             if new := RENAMED.get(given.removeprefix("--").removeprefix("no-")):
-                given = f"{given}, which is called --{new} now"
+                given = f"{given}, which is now called --{new}"
             close = difflib.get_close_matches(given, self._option_string_actions, n=1, cutoff=0.8)
-            hint = f"there is no flag {given}; {f'did you mean {close[0]}?' if close else hint}"
+            hint = f"there is no flag {given}. {f'Did you mean {close[0]}?' if close else hint}"
         self._print_message(f"error: {message} ({hint})\n", sys.stderr)
         self.exit(2)
 
     def group(self, title: str):
-        """Return the group of flags with this title, which is made where it is not there."""
+        """Return the group of flags with this title, which is created if it is missing."""
         return next((group for group in self._action_groups if group.title == title), None) or self.add_argument_group(
             title
         )
 
     @staticmethod
     def switch(group, name: str, default: bool | None, help: str) -> None:
-        """Add the flag ``--name``, which may be followed by true or false, and its opposite ``--no-name``."""
+        """Add the flag ``--name``, optionally followed by true or false, and its opposite ``--no-name``."""
         group.add_argument(name, action=_Switch, default=default, help=help)
 
     def parse(self, argv: list[str] | None = None):
@@ -153,11 +158,11 @@ class Parser(argparse.ArgumentParser):
         config, rest = known.parse_known_args(argv)
         values = self.parse_args(self._read_config(config.config) + rest)
         values.config = config.config
-        if vars(values).get("optimizer", "") is None:  # what ran is recorded and compared, not "the default"
+        if vars(values).get("optimizer", "") is None:  # so that the run's record and its comparison name a value
             values.optimizer = "adamw" if vars(values).get("pretrained_model_name_or_path") else "muon"
         if vars(values).get("learning_rate", "") is None and not vars(values).get("pretrained_model_name_or_path"):
             values.learning_rate = 1e-3
-        for name, value in vars(values).items():  # no shell does it behind an =, nor in a file
+        for name, value in vars(values).items():  # no shell expands ~ behind an =, or in a file
             given = value if isinstance(value, list) else [value]
             given = [os.path.expanduser(part) if isinstance(part, str) else part for part in given]
             setattr(values, name, given if isinstance(value, list) else given[0])
@@ -167,10 +172,10 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
     def _read_config(self, path: str | None) -> list[str]:
-        """The flags in a YAML file as a list of arguments, so that they are checked as typed ones are.
+        """Return the flags in a YAML file as a list of arguments, so that they are checked as typed ones are.
 
-        Values stay the text that stands there: 1.10, 007 and on are what a flag's own type makes of them. Of the record
-        of a run, ``training_args.json``, its flags are taken.
+        Values stay text, so that the type of a flag parses 1.10, 007 and on. From the record of a run,
+        ``training_args.json``, its flags are taken.
         """
         if path is None:
             return []
@@ -191,13 +196,13 @@ class Parser(argparse.ArgumentParser):
                 close = (
                     [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, actions, n=1, cutoff=0.8)
                 )
-                hint = f"did you mean {close[0]}?" if close else "--help lists them"
-                self.error(f"--config {path}: there is no flag --{name}; {hint}")
+                hint = f"Did you mean {close[0]}?" if close else "--help lists them"
+                self.error(f"--config {path}: there is no flag --{name}. {hint}")
             argv += self._typed(path, name, node, actions[name])
         return argv
 
     def _entries(self, path: str, node) -> dict:
-        """The entries of a YAML mapping, by name."""
+        """Return the entries of a YAML mapping, by name."""
         import yaml
 
         if node is None:
@@ -213,7 +218,7 @@ class Parser(argparse.ArgumentParser):
         return entries
 
     def _typed(self, path: str, name: str, node, action) -> list[str]:
-        """What would be typed for an entry."""
+        """Return the command-line arguments for an entry."""
         import yaml
 
         values = node.value if isinstance(node, yaml.SequenceNode) else [node]
@@ -221,16 +226,16 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--config {path}: {name} is neither a value nor a list of values")
         if isinstance(node, yaml.SequenceNode):
             if action.nargs not in ("+", "*") and not isinstance(action.nargs, int):
-                self.error(f"--config {path}: {name} is a list; expected one value")
+                self.error(f"--config {path}: {name} is a list. Expected one value")
             return [f"--{name}", *(value.value for value in values)]
         if node.tag.endswith(":null"):
             line = node.start_mark.buffer and Path(path).read_text(encoding="utf-8").splitlines()[node.start_mark.line]
             if line and re.search(rf"^\s*{name}: *#\S", line):
-                self.error(f"--config {path}: {name} has no value; put quotes around one that begins with #")
+                self.error(f"--config {path}: {name} has no value. Put quotes around one that begins with #")
             return []
         if isinstance(action, _Switch):
             if node.value.lower() not in ("true", "false"):
-                self.error(f"--config {path}: {name} is {node.value!r}; expected true or false")
+                self.error(f"--config {path}: {name} is {node.value!r}. Expected true or false")
             return [f"--{name}" if node.value.lower() == "true" else f"--no-{name}"]
         if node.value.lower() == "false" and "no" in (action.choices or ()):
             return [f"--{name}=no"]
@@ -241,42 +246,42 @@ class Parser(argparse.ArgumentParser):
 def add_common_arguments(parser: Parser) -> None:
     """Add the flags of data, training, run and samples, and those of the optional folders, with their checks."""
     group = parser.group("data")
-    group.add_argument("--resolution", metavar="SIDE|HxW", type=resolution, help="side of the training images, or height x width, pixels (default: the images' own size, with a shorter side of at most 64; for a pretrained model, its size)")
-    group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L), colour, or as the images are; for a pretrained model, as it expects")
-    group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, for images with more than 8 bits: LOW,HIGH (--image_range=-1000,3000); full, that of the format; auto, that of the images looked at, unless they use half of the format's")
-    parser.switch(group, "--center_crop", False, "the middle of images of another shape, instead of a random part")
-    parser.switch(group, "--random_flip", False, "half of the images mirrored, left to right")
-    group.add_argument("--cache_images", metavar="auto|always|never|DIR", default="auto", help="decode images once: into a file that all processes map where that takes seconds, otherwise into memory, and on the GPU up to a quarter of what is free; auto: up to 32 GiB in the file or half of the free disk, 4 GiB in memory; DIR: a folder for that file, which the next run uses again (default: prepared-images in the cache of datasets)")
-    group.add_argument("--dataloader_num_workers", type=integer(0), default=min(4, os.cpu_count() or 1), help="processes that decode, when images are not cached")
-    group.add_argument("--max_bad_images", metavar="N", type=integer(0), default=0, help="unreadable images to skip before the run stops; 0: the first one stops it")
+    group.add_argument("--resolution", metavar="SIDE|HxW", type=resolution, help="side of the training images, or height x width, in pixels (default: the size of the pretrained model, or the images' own size with a shorter side of at most 64)")
+    group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L) or colour (RGB). auto: as the pretrained model expects, or as the images are")
+    group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, for images with more than 8 bits: LOW,HIGH, as in --image_range=-1000,3000. full: range of the format. auto: range of some of the images, or of the format if they use half of it")
+    parser.switch(group, "--center_crop", False, "crop of the middle of images of another shape, instead of a random crop")
+    parser.switch(group, "--random_flip", False, "mirroring of half of the images, left to right")
+    group.add_argument("--cache_images", metavar="auto|always|never|DIR", default="auto", help="cache of decoded images. If decoding takes seconds, it is a file that all processes map, otherwise memory. Small caches are copied to the GPU. auto: up to 32 GiB or half of the free disk in a file, 4 GiB in memory. DIR: folder for the file, which later runs reuse (default: prepared-images in the cache of datasets)")
+    group.add_argument("--dataloader_num_workers", type=integer(0), default=min(4, os.cpu_count() or 1), help="processes that decode images that are not cached")
+    group.add_argument("--max_bad_images", metavar="N", type=integer(0), default=0, help="number of unreadable images to skip. One more stops the run")
 
     group = parser.group("training")
     group.add_argument("--train_batch_size", type=integer(1), default=64, help="images per process and micro-step")
     group.add_argument("--gradient_accumulation_steps", type=integer(1), default=1, help="micro-steps per optimizer step")
     group.add_argument("--num_train_epochs", type=integer(1), default=40, help="passes over the data")
     group.add_argument("--max_train_steps", type=integer(1), help="optimizer steps; overrides --num_train_epochs")
-    group.add_argument("--learning_rate", type=real(0), help="peak learning rate (default: 1e-3 from random weights; from trained ones by the number of weights that learn, see utils/training/optimizer.py)")
-    group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="muon for matrices learns faster from random weights; adamw8bit keeps a quarter of the state, with bitsandbytes on a GPU or torchao (default: muon; adamw where pretrained weights are trained on, but not where they are distilled)")
-    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="shape of the learning rate over the run; constant has no warm-up")
+    group.add_argument("--learning_rate", type=real(0), help="peak learning rate (default: 1e-3 from random weights, for pretrained ones by the number of trained weights, see utils/training/optimizer.py)")
+    group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="optimizer. muon learns faster from random weights. adamw8bit needs a quarter of adamw's state, and bitsandbytes on a GPU or torchao (default: muon, or adamw for pretrained weights that are not distilled)")
+    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="schedule of the learning rate. constant has no warm-up")
     group.add_argument("--lr_warmup_steps", type=integer(0), default=50, help="optimizer steps from 0 to the peak learning rate")
-    group.add_argument("--max_grad_norm", type=real(0), default=1.0, help="limit of the gradient's norm; 0: no clipping")
-    parser.switch(group, "--use_ema", True, "samples and saved weights from the exponential moving average")
+    group.add_argument("--max_grad_norm", type=real(0), default=1.0, help="limit of the gradient's norm. 0: no clipping")
+    parser.switch(group, "--use_ema", True, "use of the exponential moving average for samples and saved weights")
     group.add_argument("--ema_max_decay", type=real(0, 1), default=0.999, help="upper limit of the average's decay")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the model's arithmetic (default: what the accelerate config says)")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the model's arithmetic (default: that of the accelerate config)")
 
     group = parser.group("run")
-    group.add_argument("--output_dir", metavar="DIR", help="folder for everything that the run makes")
+    group.add_argument("--output_dir", metavar="DIR", help="folder for all output of the run")
     group.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of weights, order, crops, noise and samples")
-    group.add_argument("--logging_steps", type=integer(1), default=10, help="optimizer steps between losses that are shown")
+    group.add_argument("--logging_steps", type=integer(1), default=10, help="optimizer steps between logged losses")
     group.add_argument("--checkpointing_steps", type=integer(1), default=500, help="optimizer steps between checkpoints")
     group.add_argument("--checkpoints_total_limit", type=integer(1), default=2, help="checkpoints to keep, newest first")
-    group.add_argument("--resume_from_checkpoint", metavar="latest|DIR", help="checkpoint to resume from (default: latest, the newest in --output_dir, or a new run where there is none)")
+    group.add_argument("--resume_from_checkpoint", metavar="latest|DIR", help="checkpoint to resume from (default: latest, the newest in --output_dir, or a new run if there is none)")
 
     group = parser.group("samples")
     group.add_argument("--sample_steps", type=integer(1), default=500, help="optimizer steps between sample grids")
     group.add_argument("--num_samples", type=integer(1), default=64, help="images in a grid")
     group.add_argument("--sample_batch_size", type=integer(1), default=64, help="images sampled at once, per process")
-    group.add_argument("--num_inference_steps", type=integer(1, 1000), help="sampling steps: model calls per sample")
+    group.add_argument("--num_inference_steps", type=integer(1, 1000), help="sampling steps of each image")
     for add_arguments in optional.collect("add_arguments"):
         add_arguments(parser)
 # fmt: on

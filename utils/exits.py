@@ -1,6 +1,6 @@
-"""How a script ends: its exit codes, what it says about errors, and that nothing of a run stays behind.
+"""The end of a script: exit codes, messages about errors, and cleanup after a run.
 
-torch is imported only where it is needed: a mistake in a flag is answered at once.
+torch is imported only where it is needed, so that a mistake in a flag is reported at once.
 """
 
 import errno
@@ -18,33 +18,33 @@ from . import UserError, counted, optional, printable
 
 UPLOAD_THREAD = "upload"  # name of a thread that the end of the process does not wait for
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-_runs = []  # training runs that have begun in this process and are not closed
-_restarts = 0  # how often this process has begun its run again
+_runs = []  # training runs that are open in this process
+_restarts = 0  # number of times that this process has restarted its run
 
 
 class RestartFromCheckpoint(Exception):
-    """The run goes back to a checkpoint: ``main`` has to be called again."""
+    """Request to call ``main`` again, because the run rolls back to a checkpoint."""
 
 
 def restarted() -> bool:
-    """Whether this run goes on by itself: after ``RestartFromCheckpoint``, or started again by a launcher."""
+    """Return whether this run was restarted automatically: by ``RestartFromCheckpoint``, or by a launcher."""
     return _restarts > 0 or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def register(run) -> None:
-    """Have ``run.close(again)`` called when the script's ``main`` ends."""
-    close_runs()  # one that was left open, in this process
+    """Register a run, so that ``run.close(again)`` is called when the script's ``main`` ends."""
+    close_runs()  # an earlier run in this process may be open
     _runs.append(run)
 
 
 def close_runs(again: bool = False) -> None:
-    """Close what is still open: signal handlers, trackers, the progress bar, the lock on the output folder."""
+    """Close all open runs: signal handlers, trackers, the progress bar, the lock on the output folder."""
     while _runs:
         _runs.pop().close(again)
 
 
 def training_script(main: Callable) -> Callable:
-    """Decorate a script's ``main(args)``: whatever ends it, also in a notebook, the run that it began is closed."""
+    """Decorate a script's ``main(args)`` so that its run is closed however it ends, also in a notebook."""
 
     @functools.wraps(main)
     def wrapper(args):
@@ -60,7 +60,7 @@ def training_script(main: Callable) -> Callable:
                 stopped = [run for run in _runs if run.stop_signal and run.stop_signal.requested()]
                 if not stopped or explain(error, args)[1]:
                     raise
-                # The signal went to the whole process group, and a helper such as a compiler has ended first
+                # The signal went to the whole process group, and a helper such as a compiler ended first
                 number, step = stopped[0].stop_signal.received, stopped[0].global_step
                 print(
                     f"\nStopped by {signal.Signals(number).name} after {counted(step, 'optimizer step')}, with a "
@@ -70,14 +70,14 @@ def training_script(main: Callable) -> Callable:
                 raise SystemExit(128 + number) from error
             finally:
                 close_runs()
-            gc.collect()  # the model of the attempt that ended
+            gc.collect()  # the model of the ended attempt is freed
 
     return wrapper
 
 
 def run_script(main: Callable, parse_args: Callable) -> NoReturn:
-    """Call ``main(parse_args())`` and exit: with 0, its code, or 1 and one line for a mistake of the user."""
-    code, final, args = 0, True, None  # final: started again, it would end in the same way
+    """Call ``main(parse_args())`` and exit with 0, its code, or 1 and one line for a mistake of the user."""
+    code, final, args = 0, True, None  # final: a restart would end in the same way
     try:
         args = parse_args()
         main(args)
@@ -94,7 +94,7 @@ def run_script(main: Callable, parse_args: Callable) -> NoReturn:
             traceback.print_exc()
     for ended in optional.collect("ended"):
         ended(code, final)
-    # At once, where something may keep the process from ending: other processes, or an upload that was interrupted
+    # The process exits at once if other processes or an interrupted upload might keep it alive
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or any(
         thread.name == UPLOAD_THREAD for thread in threading.enumerate()
     ):
@@ -105,10 +105,10 @@ def run_script(main: Callable, parse_args: Callable) -> NoReturn:
 
 
 def explain(error: Exception, args) -> tuple[int, str | None, bool]:
-    """Find the exit code for an error, what the user can do about it, and whether a restart would meet it again.
+    """Find the exit code for an error, a message for the user, and whether a restart would fail again.
 
     Returns:
-        The message is None for what looks like a mistake of ours, which deserves a traceback.
+        The three of them. The message is None for an error of the program, which is shown with a traceback.
     """
     from safetensors import SafetensorError
 

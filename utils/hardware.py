@@ -1,4 +1,4 @@
-"""What the machine is and can do."""
+"""Properties of the machine: launcher, cores, devices and memory."""
 
 import contextlib
 import ctypes
@@ -12,13 +12,13 @@ import torch
 
 from . import counted
 
-LAUNCHER_SETS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # by `accelerate launch`, by torchrun
+LAUNCHER_SETS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # of `accelerate launch` and of torchrun
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process: one of its variables is set, and the parent process is Python.
+    """Return whether a launcher started this process: one of its variables is set, and the parent process is Python.
 
-    A variable alone does not say so: a user may have exported it, and a shell that ends must not end the run.
+    A variable alone is not enough, because a user may have exported it, and the end of a shell must not end the run.
     """
     try:
         parent_is_python = "python" in os.path.basename(os.readlink(f"/proc/{os.getppid()}/exe"))
@@ -28,7 +28,7 @@ def is_launched() -> bool:
 
 
 def set_up_process() -> None:
-    """On Linux: die with the launcher, which does not pass SIGTERM on; keep freed memory instead of returning it."""
+    """On Linux, end with the launcher, which does not forward SIGTERM, and keep freed memory for later use."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
@@ -40,15 +40,15 @@ def set_up_process() -> None:
 
 
 def use_all_cores(device: torch.device) -> None:
-    """On a CPU, give each process its share of the cores where the launcher left it one thread.
+    """On a CPU, give each process its share of the cores if the launcher set one thread.
 
-    A number of threads that the user has set stays.
+    A number of threads that the user has set is kept.
     """
     if device.type != "cpu":
         return
     cores = usable_cores()
     threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    # torch takes all cores, whatever the quota of a container
+    # torch takes all cores and ignores the quota of a container
     in_container = cores < affinity() and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > threads
     if in_container or _launcher_chose_one_thread():
         torch.set_num_threads(threads)
@@ -77,7 +77,7 @@ def usable_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
 
 
 def waiting_seconds() -> float | None:
-    """Seconds that the threads of this process have waited for a core so far; None where the system does not say."""
+    """Return the seconds that the threads of this process have waited for a core, or None if they are unknown."""
     try:
         files = [task / "schedstat" for task in Path("/proc/self/task").iterdir()]
         return sum(int(file.read_text(encoding="utf-8").split()[1]) for file in files) / 1e9
@@ -86,25 +86,25 @@ def waiting_seconds() -> float | None:
 
 
 def _launcher_chose_one_thread() -> bool:
-    """``accelerate launch`` and ``torchrun`` give their children OMP_NUM_THREADS=1 unless it is set."""
+    """Return whether OMP_NUM_THREADS=1 is from ``accelerate launch`` or ``torchrun``, which set it by default."""
     if os.environ.get("OMP_NUM_THREADS") != "1" or not is_launched():
         return False
     try:
         launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes()  # as it was when the launcher started
-    except OSError:  # not Linux: nobody can tell
+    except OSError:  # not Linux: the origin is unknown
         return True
     return not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in launcher.split(b"\0"))
 
 
 def device_name(device: torch.device) -> str:
-    """For example "NVIDIA H100", "MPS" or "CPU, 2 threads"."""
+    """Return the name of a device, for example "NVIDIA H100", "MPS" or "CPU, 2 threads"."""
     if device.type == "cpu":
         return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 arithmetic is done by the hardware, as far as is known."""
+    """Return whether the hardware computes in bf16, as far as is known."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
@@ -114,7 +114,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at most in use so far: of the GPU, or of this process on a CPU; 0 where neither is known."""
+    """Return the peak memory so far, bytes, of the GPU or of this process on a CPU; 0 if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,4 +1,4 @@
-"""Images as arrays and as pictures: the two ranges they are kept in, grids, captions."""
+"""Conversion of images between uint8 and [-1, 1], grids of images, and captions."""
 
 from collections.abc import Sequence
 
@@ -8,22 +8,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def from_uint8(images: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """uint8 images of any shape as float32 in [-1, 1], on the device that they are on."""
+    """Return uint8 images of any shape as float32 in [-1, 1], on the same device."""
     return torch.as_tensor(images).float() / 127.5 - 1
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Floats in [-1, 1], clipped, as uint8 on the CPU; the same shape."""
+    """Clip floats to [-1, 1] and return them as uint8 on the CPU, in the same shape."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
 
 
 def make_grid(images: np.ndarray, min_cell: int = 64, captions: Sequence[str] = ()) -> Image.Image:
-    """Lay images out in rows, with gaps, small ones enlarged without smoothing.
+    """Arrange images in rows with gaps, and enlarge small images without smoothing.
 
     Args:
         images: uint8 (N, C, H, W) with C of 1 or 3.
-        min_cell: pixels; smaller images are enlarged by a whole factor to at least about this.
-        captions: one for each row, to its left; without them the grid is as square as it gets.
+        min_cell: height in pixels to which smaller images are enlarged, approximately, by a whole factor.
+        captions: texts at the left of the rows. Without them, the grid is about as wide as it is high.
     """
     count, channels, height, width = images.shape
     factor = max(1, round(min_cell / height))
@@ -56,7 +56,7 @@ def with_caption(picture: Image.Image, caption: str) -> Image.Image:
 
 
 def label_log_axis(axes) -> None:
-    """Labels at 1, 2, 5, 10 ... as plain numbers; by default a short logarithmic axis has one label, or none."""
+    """Label a logarithmic axis at 1, 2, 5, 10 ... By default, a short axis has one label or none."""
     from matplotlib.ticker import LogLocator
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,16 +1,16 @@
-"""What of a run's settings may be shown to others: no paths of this machine, no names of a user's own images."""
+"""Redaction of a run's settings before publication: no paths of this machine, no names of a user's own images."""
 
 import re
 from pathlib import Path
 
-# Flags that name places on this machine, or concern it alone
+# Flags that hold paths of this machine, or concern only this machine
 PRIVATE = {"output_dir", "cache_images", "config", "resume_from_checkpoint", "report_to"}
 DATA = {"dataset_name", "prior_dataset_name", "data"}  # flags and results that may name own images
 OWN_IMAGES = "own images"
 
 
 def basename_if_path(value):
-    """Return a flag's value, or ``--flag=value``; a path of this machine is cut down to its last part."""
+    """Return a flag's value, or ``--flag=value``, with a path of this machine cut to its last part."""
     flag, equals, text = value.partition("=") if str(value).startswith("--") else ("", "", value)
     if not isinstance(text, str) or not text or is_hub_id(text):
         return value
@@ -26,14 +26,14 @@ def public(values: dict) -> dict:
 
 
 def public_data(name):
-    """Return the training images' name if it is one on the Hub or of the embedded ones, and ``OWN_IMAGES`` otherwise.
+    """Return the name of the training images if they are on the Hub or embedded, and ``OWN_IMAGES`` otherwise.
 
-    A path is recognised only where it exists: call this where the images have been loaded.
+    A path is recognised only where it exists, so this must be called where the images were loaded.
     """
     local = name and name not in ("digits", "faces", "mnist") and not is_hub_id(name)
     return OWN_IMAGES if local and (Path(name).exists() or not re.fullmatch(r"[\w.-]+", name)) else name
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether it looks like user/name, and no such path is here."""
+    """Return whether a name has the form user/name and is no path that exists here."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists()

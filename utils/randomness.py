@@ -1,9 +1,9 @@
 """Randomness as a function of (seed, purpose, sample id), never of history.
 
 A training run numbers its samples 0, 1, 2 ...: optimizer step ``s`` with a global batch of ``G`` takes the ids
-``s*G ... s*G+G-1``, whichever process and micro-step works on them. Every draw is computed from that id. So nothing
-depends on the number of workers, on prefetching or on where a run was interrupted, and two processes draw what one
-process with twice the accumulation draws.
+``s*G ... s*G+G-1``, in any process and micro-step. Every random number is computed from that id. So nothing depends on
+the number of workers, on prefetching or on the step at which a run was interrupted. Two processes draw the same numbers
+as one process with twice the accumulation.
 """
 
 import math
@@ -13,26 +13,26 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-# SplitMix64's constants. All arithmetic is in int64, which NumPy and torch both have on every device: sums and products
-# wrap around as unsigned ones do, and only shifts need care.
+# SplitMix64's constants. All arithmetic is in int64, because NumPy and torch both have it on every device. Sums and
+# products wrap around as unsigned ones do, and only shifts must be masked.
 _GOLDEN, _FIRST, _SECOND = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
-VERSION = 2  # of what a seed stands for; 1 took the noise of a sample from torch's generators
+VERSION = 2  # version of the numbers that a seed gives; 1 took the noise of a sample from torch's generators
 
 
 def _mix(z):
-    """The finalizer of SplitMix64, for int64 arrays and tensors."""
+    """Apply the finalizer of SplitMix64 to int64 arrays or tensors."""
     z = (z ^ ((z >> 30) & (2**34 - 1))) * _FIRST
     z = (z ^ ((z >> 27) & (2**37 - 1))) * _SECOND
     return z ^ ((z >> 31) & (2**33 - 1))
 
 
 def random_bits(seed: int, purpose: str, sample_ids: np.ndarray) -> np.ndarray:
-    """64 random bits for each sample id: SplitMix64 (Steele et al. 2014) of a key and the id.
+    """Return 64 random bits for each sample id: SplitMix64 (Steele et al. 2014) of a key and the id.
 
     Args:
-        seed: the run's seed.
-        purpose: separates streams, for example "flip" and "timesteps".
+        seed: seed of the run.
+        purpose: name of an independent stream of numbers, for example "flip" or "timesteps".
         sample_ids: non-negative integers, any shape.
 
     Returns:
@@ -45,28 +45,28 @@ def random_bits(seed: int, purpose: str, sample_ids: np.ndarray) -> np.ndarray:
 
 
 def uniform(seed: int, purpose: str, sample_ids: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1) for each sample id; see ``random_bits``."""
+    """Return a float64 in [0, 1) for each sample id, see ``random_bits``."""
     return (random_bits(seed, purpose, sample_ids) >> np.uint64(11)) * 2.0**-53
 
 
 def logit_normal(fractions: np.ndarray, mean: float = 0.0, deviation: float = 1.0) -> np.ndarray:
-    """Uniform numbers in [0, 1) as logit-normal ones: sigmoid(z), z normal; Esser et al. 2024, arXiv:2403.03206."""
+    """Turn uniform numbers in [0, 1) into logit-normal ones: sigmoid(z), z normal (arXiv:2403.03206)."""
     return torch.sigmoid(mean + deviation * torch.special.ndtri(torch.from_numpy(fractions))).numpy()
 
 
 def discretize(fractions: np.ndarray, count: int) -> np.ndarray:
-    """Return the number of the part that each share is in, of equal parts of [0, 1): int64, 0 to count - 1.
+    """Return the index of the part of [0, 1) that each fraction is in, of ``count`` equal parts: int64, 0 to count - 1.
 
-    A share that was rounded to 1 is in the last part, one below 0 in the first.
+    A fraction that was rounded to 1 is in the last part, one below 0 in the first.
     """
     return np.clip((fractions * count).astype(np.int64), 0, count - 1)
 
 
 def shuffled_indices(seed: int, sample_ids: np.ndarray, length: int) -> np.ndarray:
-    """Index into a data set of ``length`` images for each sample id; each epoch is its own permutation.
+    """Return an index into a data set of ``length`` images for each sample id. Each epoch has its own permutation.
 
-    Sample ``k`` is entry ``k % length`` of the permutation of epoch ``k // length``: nothing is dropped at an epoch's
-    end, and the length of the data need not divide by the batch size.
+    Sample ``k`` is entry ``k % length`` of the permutation of epoch ``k // length``. So no image is dropped at the end
+    of an epoch, and the length of the data need not be a multiple of the batch size.
     """
     sample_ids = np.asarray(sample_ids)
     indices = np.empty(sample_ids.shape, dtype=np.int64)
@@ -82,18 +82,18 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def sample_generators(seed: int, purpose: str, sample_ids: np.ndarray) -> list[torch.Generator]:
-    """A torch generator for each sample id, on the CPU: diffusers' schedulers draw the same with them on any device."""
+    """Return a torch generator for each sample id, on the CPU, so that diffusers' schedulers draw the same anywhere."""
     return [torch.Generator().manual_seed(bits) for bits in random_bits(seed, purpose, sample_ids).tolist()]
 
 
 def sample_noise(
     seed: int, purpose: str, sample_ids: np.ndarray, shape: tuple[int, ...], device="cpu", distribution: str = "normal"
 ) -> torch.Tensor:
-    """float32 noise (len(sample_ids), *shape), a function of (seed, purpose, sample id, place in the sample).
+    """Return float32 noise (len(sample_ids), *shape), a function of (seed, purpose, sample id, position in the sample).
 
-    Counter-based (Salmon et al. 2011): the bits of a sample and those of a place are added and mixed by SplitMix64, in
-    a few operations on the device for the whole batch. Uniform noise is the same on every device, to the bit; normal
-    noise (Box and Muller 1958) up to the rounding of logarithm, sine and cosine.
+    The noise is counter-based (Salmon et al. 2011): the bits of a sample and those of a position are added and mixed by
+    SplitMix64, in a few operations on the device for the whole batch. Uniform noise has the same bits on every device.
+    Normal noise (Box and Muller 1958) differs by the rounding of logarithm, sine and cosine.
 
     Args:
         distribution: ``normal``, with mean 0 and variance 1, or ``uniform`` in [-1, 1).
@@ -101,7 +101,7 @@ def sample_noise(
     count = math.prod(shape)
     samples = _as_int64(random_bits(seed, purpose, sample_ids), device)
     places = _as_int64(random_bits(0, "place", np.arange(-(-count // 2))), device)
-    bits = _mix(samples[:, None] + places)  # 64 for two numbers of 32
+    bits = _mix(samples[:, None] + places)  # 64 bits give two numbers of 32 bits
     high, low = (bits >> 32) & 0xFFFFFFFF, bits & 0xFFFFFFFF
     if distribution == "uniform":
         numbers = torch.cat([high, low], dim=1) >> 8  # 24 bits are all that float32 holds

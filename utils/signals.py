@@ -1,7 +1,7 @@
-"""What a process is told and tells: requests to stop, and signs of life.
+"""Requests to stop a process, and its heartbeat.
 
-A request to stop leads to a checkpoint first, then to an exit code that says why. Signs of life are counted, so that a
-watchdog can tell a slow run from one that hangs.
+A request to stop leads to a checkpoint, and then to an exit code that names the reason. The heartbeat counts progress,
+so that a watchdog can tell a slow run from one that hangs.
 """
 
 import os
@@ -12,26 +12,26 @@ import time
 
 import torch
 
-# Ctrl-C; the polite kill; the terminal is gone; Slurm's --signal=USR1@300. Windows has the first two
+# Ctrl-C, kill, a closed terminal, and Slurm's --signal=USR1@300. Windows has the first two
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
-count = 0  # of signs of life
+count = 0  # number of calls of ``progress``
 activity = "starting"
-compiling = 0  # compilations of --compile that have begun and not ended
+compiling = 0  # number of running compilations of --compile
 
 
 def progress(doing: str) -> None:
-    """Record that something has moved. Whatever takes long calls this for each of its parts.
+    """Record progress. Every long task calls this for each of its parts.
 
     Args:
-        doing: what begins or continues now: ``data``, ``step``, ``sampling``, ``saving`` ...
+        doing: name of the current activity: ``data``, ``step``, ``sampling``, ``saving`` ...
     """
     global count, activity
     count, activity = count + 1, doing
 
 
 def watch_compilations() -> None:
-    """Count compilations while they last, which give no signs of life."""
+    """Count running compilations, because they record no progress."""
     from torch._dynamo.callback import callback_handler
 
     def change(by: int) -> None:
@@ -45,24 +45,25 @@ def watch_compilations() -> None:
 
 
 class Interrupted(Exception):
-    """Sampling or measuring was given up, for the run is asked to stop."""
+    """Sampling or measuring was abandoned, because the run was asked to stop."""
 
 
 class StopSignal:
-    """Signals ask for a checkpoint at the end of the step; a second one, later, ends at once.
+    """Signal handlers: the first signal asks for a checkpoint at the end of the step, a later one exits at once.
 
-    A launcher may deliver one signal twice within moments, or SIGTERM after the terminal's SIGINT; that counts once.
-    Signals that are ignored stay so: that is how ``nohup`` works. In a notebook the second signal raises
-    KeyboardInterrupt, for its kernel has to live on. Outside the main thread Python takes no handlers: there are none.
+    A launcher may deliver one signal twice within moments, or SIGTERM after the terminal's SIGINT. Both count as one
+    signal. Ignored signals stay ignored, as ``nohup`` requires. In a notebook the second signal raises
+    KeyboardInterrupt, because the kernel has to survive. Outside the main thread Python allows no handlers, so there
+    are none.
 
     Args:
-        accelerator: of this process.
-        promise: what a signal brings about, for the line that confirms it.
+        accelerator: accelerator of this process.
+        promise: effect of a signal, for the line that confirms it.
     """
 
-    GRACE = 2.0  # seconds in which a repeated signal is the same request; five times that for another one
-    _current = None  # the one that has the handlers
-    _kept = None  # that of a run that goes back to a checkpoint
+    GRACE = 2.0  # seconds in which a repeated signal is the same request; five times that for another signal
+    _current = None  # the instance that has the handlers
+    _kept = None  # the instance of a run that rolls back to a checkpoint
 
     def __init__(self, accelerator, promise="stopping after this step, with a checkpoint"):
         self.accelerator, self.promise, self.received, self.at = accelerator, promise, None, 0.0
@@ -82,22 +83,22 @@ class StopSignal:
     def _handle(self, number, frame):
         if self.received is None:
             self.received, self.at = number, time.monotonic()
-            if self.accelerator.is_main_process:  # os.write, for print may not be interrupted by itself
+            if self.accelerator.is_main_process:  # os.write, because print may not interrupt itself
                 name = signal.Signals(number).name
-                os.write(2, f"\n{name}: {self.promise}; send it again after 2 s to stop at once\n".encode())
+                os.write(2, f"\n{name}: {self.promise}. Send it again after 2 s to stop at once\n".encode())
         elif time.monotonic() - self.at > self.GRACE * (1 if number == self.received else 5):
             if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
                 raise KeyboardInterrupt
             os._exit(128 + number)
 
     def requested(self) -> bool:
-        """Whether this process has received a signal: asked before each model call of what takes long."""
+        """Return whether this process has received a signal. Long tasks check this before each evaluation."""
         return self.received is not None
 
     def check(self, global_step: int = 0) -> int | None:
-        """Return the signal that any process has received, or None. Call it on all, after each optimizer step.
+        """Return the signal that any process has received, or None. Call it on all processes, after each step.
 
-        Several processes ask each other; on GPUs every tenth step only, for the answer waits for the device.
+        Several processes gather their signals. On GPUs they do so every tenth step, because it waits for the device.
         """
         number = self.received
         if self.accelerator.num_processes > 1:
@@ -108,11 +109,11 @@ class StopSignal:
         return number
 
     def keep(self) -> None:
-        """Hand what it has received to the next ``StopSignal``, for the run goes back to a checkpoint."""
+        """Pass the received signal to the next ``StopSignal``, because the run rolls back to a checkpoint."""
         StopSignal._kept = self
 
     def restore(self) -> None:
-        """Put the handlers back that were there before."""
+        """Restore the previous handlers."""
         if StopSignal._current is not self:
             return
         StopSignal._current = None

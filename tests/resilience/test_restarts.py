@@ -91,7 +91,7 @@ def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch,
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--num_sampels=4"], "did you mean --num_samples?"),  # code 2
+        (["--num_sampels=4"], "Did you mean --num_samples?"),  # code 2
         (["--dataset_split=trian"], "trian"),  # code 1
         slow(
             ["--learning_rate=1e30", "--lr_warmup_steps=1", "--max_grad_norm=0"],

@@ -274,7 +274,9 @@ def test_a_sweep_compares_it_with_its_teacher(tmp_path, capsys, finished, teache
     assert [row["model"] for row in rows[1:-1]] == ["student lcm 1", "student lcm 2", "v_prediction ddim 3"]
     assert f"{student} is not evaluated with ddim" in capsys.readouterr().out
     assert Image.open(tmp_path / "e" / "sweep.png").width > 100
-    with pytest.raises(UserError, match=r"--sweep: ddim cannot draw with .*student, which has the scheduler LCMScheduler"):
+    with pytest.raises(
+        UserError, match=r"--sweep: ddim cannot draw with .*student, which has the scheduler LCMScheduler"
+    ):
         evaluate.main(evaluate.parse_args([str(student), *flags, "--sweep", "ddim:3"]))
     best = [str(student), *flags, "--sweep", "lcm:1,4", "--write_best"]
     assert exit_code(evaluate.main, evaluate.parse_args(best)) == 0

@@ -110,7 +110,7 @@ def test_a_folder_is_deleted_and_nothing_else(tmp_path, whole, without):
     for folder, flag in FLAGS_OF.items():
         assert (f"{flag} " in usage) == (folder not in without), flag
     code, said = children.run(tmp_path / "copy" / "train_ddpm.py", FLAGS_OF[without[0]], folder=tmp_path / "copy")
-    assert code == 2 and f"there is no flag {FLAGS_OF[without[0]]};" in said
+    assert code == 2 and f"there is no flag {FLAGS_OF[without[0]]}." in said
 
 
 ALL = """

@@ -316,8 +316,8 @@ def test_values_in_a_config_file_stay_what_stands_there(tmp_path, capsys):
     assert (args.output_dir, args.dataset_name, args.label_column, args.seed) == ("1.10", "007", "on", 42)
     for content, said in (
         ("seed: 1\noutput_dir: x\nseed: 2\n", "seed is given twice, again in line 3"),
-        ("seed: [1, 2]\n", "seed is a list; expected one value"),
-        ("learning_rat: 1\n", "there is no flag --learning_rat; did you mean learning_rate?"),
+        ("seed: [1, 2]\n", "seed is a list. Expected one value"),
+        ("learning_rat: 1\n", "there is no flag --learning_rat. Did you mean learning_rate?"),
     ):
         file.write_text(content)
         with pytest.raises(SystemExit):
