@@ -45,7 +45,7 @@ def refused(capsys, *flags, script=train_ddpm):
             ["--learning_rat=1"],
             "unrecognized arguments: --learning_rat=1 (there is no flag --learning_rat. Did you mean --learning_rate?)",
         ),
-        (["--dataset_name=digits", "--train_data_dir=x"], "choose one source of images"),
+        (["--dataset_name=digits", "--train_data_dir=x"], "Choose one source of images"),
         (["--streaming", "--dataset_name=x"], "--streaming needs --max_train_steps"),
         (["--streaming", "--max_train_steps=1"], "--streaming needs --dataset_name or --train_data_dir"),
         (["--streaming", "--max_train_steps=1", "--dataset_name=x", "--cache_images=always"], "exclude each other"),

@@ -144,11 +144,11 @@ def test_held_out_images_bring_their_columns(tmp_path, accelerator, table):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"images": Column("copy")}, "'images' is what every batch has"),
-        ({"twin": Column("copy", kind="picture")}, "of kind 'picture'; expected image, mask, vector"),
-        ({"twin": Column("nothing")}, "has no 'nothing' for twin; its columns are image"),
+        ({"images": Column("copy")}, "'images' is a name in every batch"),
+        ({"twin": Column("copy", kind="picture")}, "has the kind 'picture'. Expected image, mask, vector"),
+        ({"twin": Column("nothing")}, "has no 'nothing' for twin. Its columns are image"),
         ({"twin": Column("image")}, "'image' of .* is image already"),
-        ({"twin": Column(Path("nowhere"))}, "the folder nowhere of twin is not there"),
+        ({"twin": Column(Path("nowhere"))}, "the folder nowhere of twin is missing"),
     ],
 )
 def test_columns_that_are_not_there_are_refused(accelerator, table, columns, said):
@@ -214,7 +214,7 @@ def test_partners_that_are_ambiguous_are_refused_and_other_files_are_none(tmp_pa
     check_twin = batches(load_train_data(args, accelerator, columns={"twin": Column(partners)}))
     assert all(torch.equal(batch["twin"], batch["images"]) for batch in check_twin)
     Image.fromarray(PICTURES[0]).save(partners / "004.bmp")
-    with pytest.raises(UserError, match="1 names are of several files, such as 004"):
+    with pytest.raises(UserError, match="1 names belong to several files, such as 004"):
         load_train_data(args, accelerator, columns={"twin": Column(partners)})
 
 
@@ -235,9 +235,9 @@ def test_arrays_of_a_table_may_have_any_number_of_channels(tmp_path, accelerator
 @pytest.mark.parametrize(
     ("column", "said"),
     [
-        ("seg", "'m' is 'seg'; expected a Column"),
+        ("seg", "'m' is 'seg'. Expected a Column"),
         (Column(Path("x"), kind="vector"), "'m' is a vector from a folder"),
-        (Column(Path("x")), "m comes from x; expected an array, Dataset or function"),
+        (Column(Path("x")), "m comes from x. Expected an array, Dataset or function"),
         (Column(lambda index: None), "column m of own image 0: expected a value, got None|expected a value, got None"),
         (Column(["a"] * 24, kind="vector"), "expected numbers of shape"),
     ],

@@ -154,12 +154,12 @@ def test_a_missing_split_of_an_unnamed_source_is_reported(accelerator, caplog, m
         (["--dataset_name=./missing"], "there is no such file or folder"),
         (["--train_data_dir=missing"], "--train_data_dir missing: there is no such folder"),
         (["--train_data_dir={tmp}"], "it holds no image files"),
-        (["--train_data_dir={tmp}/notes.txt"], "is a file; expected a folder"),
+        (["--train_data_dir={tmp}/notes.txt"], "is a file. Expected a folder"),
         (["--dataset_name={tmp}/notes.txt"], "expected .parquet, .arrow, .csv, .json, .jsonl, .tar files of one kind"),
         (["--image_column=picture"], r"--image_column picture: .*image \(Image\), label \(ClassLabel\)"),
-        (["--label_column=image"], r"--label_column image: it is the column of images, too"),
+        (["--label_column=image"], r"--label_column image: it is also the column of images"),
         (["--dataset_split=test"], "--dataset_split test: digits has the one split train"),
-        (["--max_train_samples=5"], "digits has 5 images, fewer than one global batch of 8 .*try --train_batch_size 5"),
+        (["--max_train_samples=5"], "digits has 5 images, fewer than one global batch of 8 .*Try --train_batch_size 5"),
     ],
 )
 def test_bad_sources_are_refused_by_name(accelerator, tmp_path, flags, message):
@@ -248,11 +248,11 @@ def test_small_images_are_enlarged_and_counted(accelerator, tmp_path, caplog):
         Image.new("L", (8, 8) if k < 3 else (20, 20)).save(tmp_path / f"{k:02}.png")
     _, (batch, *_) = batches(accelerator, "--train_data_dir", tmp_path, "--resolution=16")
     assert batch["images"].shape[-1] == 16
-    assert "3 of 12 images looked at are smaller than 16 x 16 pixels" in caplog.text
+    assert "3 of 12 inspected images are smaller than 16 x 16 pixels" in caplog.text
 
 
 def test_defaults_from_a_pretrained_model(accelerator):
-    data, _ = batches(accelerator, made_for=SimpleNamespace(sample_size=12, in_channels=3))
+    data, _ = batches(accelerator, pretrained_config=SimpleNamespace(sample_size=12, in_channels=3))
     assert (data.sample_size, data.channels) == (12, 3)
 
 

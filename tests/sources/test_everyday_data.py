@@ -110,7 +110,7 @@ def test_loose_images_beside_splits_are_left_out_by_name(accelerator, tmp_path, 
     write(tmp_path / "data" / "test" / "cat", 4)
     write(tmp_path / "data", 1)
     data = load(accelerator, f"--train_data_dir={tmp_path}/data")
-    assert data.length == 6 and "1 images beside the splits are left out" in caplog.text and "000.png" in caplog.text
+    assert data.length == 6 and "1 images beside the splits are skipped" in caplog.text and "000.png" in caplog.text
 
 
 def test_a_class_that_is_called_like_a_split_is_reported(accelerator, tmp_path, caplog):
@@ -118,7 +118,7 @@ def test_a_class_that_is_called_like_a_split_is_reported(accelerator, tmp_path, 
         write(tmp_path / "data" / name, 4)
     data = load(accelerator, f"--train_data_dir={tmp_path}/data", "--label_column=label")
     assert classes(data) == {"bus": 4, "car": 4, "train": 4}
-    assert "the folders train lie beside bus, car, so they are taken for classes" in caplog.text
+    assert "the folders train are beside bus, car, so they are treated as classes" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------------- floats
@@ -153,7 +153,7 @@ def test_integers_that_do_not_fit_are_refused(accelerator, tmp_path):
     features = datasets.Features({"image": datasets.Array2D((8, 8), "int64")})
     table = datasets.Dataset.from_dict({"image": [np.full((8, 8), 2**33)] * 9}, features=features)
     table.to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=r"values from 8589934592 to 8589934592; expected such as 32 bits hold"):
+    with pytest.raises(UserError, match=r"values from 8589934592 to 8589934592. Expected values that fit into 32 bits"):
         load(accelerator, f"--dataset_name={tmp_path}/x.parquet", "--image_column=image")
 
 
@@ -209,7 +209,7 @@ def test_classes_without_an_image_are_left_out_of_filtered_data(accelerator, tmp
 
 def test_the_column_of_images_is_no_column_of_labels(accelerator, tmp_path):
     flags = table_of(tmp_path, ["a", "b"] * 4)[:-1]
-    with pytest.raises(UserError, match="--label_column image: it is the column of images, too"):
+    with pytest.raises(UserError, match="--label_column image: it is also the column of images"):
         load(accelerator, *flags, "--label_column=image")
 
 
@@ -353,7 +353,7 @@ def test_a_pipe_is_not_waited_for(accelerator, tmp_path, caplog):
     write(tmp_path / "data", 6)
     os.mkfifo(tmp_path / "data" / "pipe.png")
     assert load(accelerator, f"--train_data_dir={tmp_path}/data").length == 6
-    assert "passed over 1 that are no files" in caplog.text and "pipe.png" in caplog.text
+    assert "skipped 1 that are no files" in caplog.text and "pipe.png" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "METADATA.CSV"])
@@ -426,7 +426,7 @@ def test_an_image_with_two_classes_in_the_metadata_is_refused(accelerator, tmp_p
     flags = (f"--train_data_dir={tmp_path}/data", "--label_column=kind")
     assert classes(load(accelerator, *flags)) == {"a": 3, "b": 3}
     table.write_text(f"file_name,kind\n{rows}000.png,b\n")
-    with pytest.raises(UserError, match=r"000.png has two rows, with the kind 'a' and 'b'; expected one"):
+    with pytest.raises(UserError, match=r"000.png has two rows, with the kind 'a' and 'b'. Expected one"):
         load(accelerator, *flags)
 
 

@@ -68,7 +68,7 @@ def test_splits_are_folders_of_their_names_and_nothing_else(accelerator, tmp_pat
         assert len(dataset) == (2 if "50" in name else 4)
         assert dataset.features["label"].names == ["cat", "dog"] and set(dataset["label"][:]) == {1}
     assert len(load(accelerator, tmp_path, "train+val")) == 10
-    with pytest.raises(UserError, match=r"--dataset_split test: .* has the splits train, validation; expected that"):
+    with pytest.raises(UserError, match=r"--dataset_split test: .* has the splits train, validation. Expected that"):
         load(accelerator, tmp_path, "test")
 
 
@@ -114,7 +114,7 @@ def test_names_are_no_patterns_and_litter_is_left_out(accelerator, tmp_path, cap
     (folder / "photo.HEIC").write_text("")
     dataset = load(accelerator, folder)
     assert names_of(dataset, folder) == sorted([*names, "test/x.png"])
-    assert "passed over 2 files that Pillow does not read: .txt (1), .heic (1)" in caplog.text
+    assert "skipped 2 files that Pillow does not read: .txt (1), .heic (1)" in caplog.text
     assert "pip install pillow-heif" in caplog.text
     stream = load(accelerator, folder, streaming=True)
     assert [row["image"]["path"] for row in stream] == [record["path"] for record in dataset["image"]]
@@ -331,7 +331,7 @@ def test_long_images_are_refused_and_animations_reported(accelerator, tmp_path, 
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
     train(accelerator, "--train_data_dir", tmp_path)
     assert re.search(
-        r"1 of 13 images looked at, such as .*film\.gif.*: only the first of several pictures", caplog.text
+        r"1 of 13 inspected images, such as .*film\.gif.*: only the first of several pictures", caplog.text
     )
     Image.new("L", (4000, 1)).save(tmp_path / "strip.png")
     with pytest.raises(UserError, match=r"strip\.png.*4000 x 1 pixels"):
@@ -492,7 +492,7 @@ def test_links_in_a_circle_and_twice_are_reported(accelerator, tmp_path, caplog)
     os.symlink("self", tmp_path / "self")
     os.symlink(tmp_path / "a", tmp_path / "b")
     assert len(load(accelerator, tmp_path)) == 13
-    assert f"{tmp_path / 'b'} is a link to a folder that is read already" in caplog.text
+    assert f"{tmp_path / 'b'} is skipped, because it links to a folder that is already read" in caplog.text
 
 
 def test_masks_and_wide_numbers_in_a_table(accelerator, tmp_path):
@@ -574,7 +574,7 @@ def test_evaluation_reads_every_split_of_a_folder_and_names_no_foreign_flag(acce
     with pytest.raises(UserError, match=r"test\[:1%\]: 0 images\. Expected at least 6"):
         evaluate.main(evaluate.parse_args(flags))
     datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=r"has no column of images. Name one with --image_column; .*\)$"):
+    with pytest.raises(UserError, match=r"has no column of images. Name one with --image_column\. .*\)$"):
         evaluate.main(evaluate.parse_args([str(tmp_path), f"--reference={tmp_path / 'x.parquet'}"]))
 
 

@@ -1,1 +1,1 @@
-"""From images to batches: decoded once or as they come, prepared, and in an order that follows from the seed."""
+"""Decoding, preparation and batching of images, in an order that follows from the seed."""

@@ -20,21 +20,21 @@ from .pixels import BadImage, augment, flips
 
 logger = logging.getLogger(__name__)
 
-ROWS = 128  # encoded images at once: of photographs about a gigabyte
+ROWS = 128  # encoded images read at once; photographs of this number take about a gigabyte
 
 
 class Cache:
-    """All prepared images, decoded once: in memory, or in a file that all processes of this machine map.
+    """All prepared images, decoded once, in memory or in a file that all processes of this machine map.
 
-    Their pixels lie one after another. Where all have the size of the batch they are one tensor, on the device if it
+    Their pixels are concatenated. If all images have the size of the batch, they are one tensor, on the device if it
     fits there.
 
     Args:
-        folder: of the file; None for memory. What is there is used, what is not is written, by one process while the
-            others wait, complete or not at all.
+        folder: folder of the file, None for memory. An existing file is used. A missing one is written atomically by
+            one process, while the others wait.
 
     Raises:
-        OSError: the file cannot be written or read, or its file system knows no locks.
+        OSError: the file cannot be written or read, or its file system has no locks.
     """
 
     def __init__(self, images: PreparedImages, accelerator, folder: Path | None = None):
@@ -52,7 +52,7 @@ class Cache:
         values = {"label": table["labels"], **{name: table[f"vector {name}"] for name in images.layout.shapes}}
         self.values, self.stacked = {name: torch.from_numpy(array) for name, array in values.items()}, None
         if (self.shapes == self.size).all():
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # it is only read
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # the tensor is never written to
                 self.stacked = torch.from_numpy(self.pixels).view(-1, self.channels, *self.size)
             on_gpu = accelerator.device.type == "cuda"
             if on_gpu and self.stacked.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
@@ -60,9 +60,9 @@ class Cache:
             self.places = torch.from_numpy(self.starts // self.stacked[0].numel()).to(self.stacked.device)
 
     def _decode(self, images: PreparedImages, show: bool, write) -> dict[str, np.ndarray]:
-        """Pass each image's pixels to ``write`` and say where they are; a bad one is the next good one again."""
+        """Pass the pixels of each image to ``write`` and return their table. The next good image replaces a bad one."""
         starts, shapes, values, bad, position, total = [], [], [], [], 0, images.images.length
-        nothing = images.blank([])["values"]
+        blank_values = images.blank([])["values"]
         progress = tqdm(total=total, desc="Decoding images", unit="image", delay=2, disable=not show)
         with ThreadPoolExecutor() as pool, progress:
             for first in range(0, total, ROWS):
@@ -74,7 +74,7 @@ class Cache:
                         bad.append(first + k)
                         images.check(len(bad), found)
                         shapes.append((0, 0))
-                        values.append(nothing)
+                        values.append(blank_values)
                     else:
                         image, entry = found
                         values.append(entry)
@@ -88,7 +88,7 @@ class Cache:
         if not good.any():
             raise UserError(f"{images.images.name} has no readable image")
         following = np.append(np.flatnonzero(good), np.flatnonzero(good)[0])
-        instead = following[np.searchsorted(following[:-1], np.arange(total))]  # as PreparedImages does
+        instead = following[np.searchsorted(following[:-1], np.arange(total))]  # as in PreparedImages
         table = {name: values[instead] for name, values in table.items()}
         return table | dict(bad=np.array(bad, int), clipped=images.clipped, size=position)
 
@@ -98,10 +98,10 @@ class Cache:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            logger.info(f"Another process is decoding the images into {folder}; waiting for it.")
+            logger.info(f"Another process is decoding the images into {folder}. Waiting for it.")
             lock.acquire()
         try:
-            if table := self._read_table(images, folder):  # written since this process looked
+            if table := self._read_table(images, folder):  # another process has written it meanwhile
                 return table
             for leftover in (staging, folder):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -123,7 +123,7 @@ class Cache:
         return table
 
     def _read_table(self, images: PreparedImages, folder: Path) -> dict[str, np.ndarray] | None:
-        """What is known of a file that is complete, and whose bad images are still bad."""
+        """Return the table of a file, or None if the file is incomplete or some of its bad images were repaired."""
         try:
             with np.load(folder / "table.npz") as file:
                 table = dict(file)
@@ -138,11 +138,11 @@ class Cache:
         for count, image in enumerate(bad, 1):
             images.check(count, image)
         if table["clipped"]:
-            logger.warning(f"Values were clipped in {table['clipped']} of these images; see --image_range")
+            logger.warning(f"Values were clipped in {table['clipped']} of these images. See --image_range")
         return table
 
-    def take(self, indices: np.ndarray, sample_ids: np.ndarray) -> torch.Tensor:
-        """uint8 (B, C, H, W): the images at ``indices``, cropped and flipped for their sample ids."""
+    def gather(self, indices: np.ndarray, sample_ids: np.ndarray) -> torch.Tensor:
+        """Return the images at ``indices``, cropped and flipped for their sample ids: uint8 (B, C, H, W)."""
         if self.stacked is None:
             pairs = zip(map(self._image, indices), sample_ids, strict=True)
             return torch.from_numpy(

@@ -1,10 +1,10 @@
-"""Further tensors of each row beside its image: a second image, a mask, a vector.
+"""Additional tensors of each row besides its image: a second image, a mask, a vector.
 
     columns = {"depth": Column(Path("depth_maps")), "text": Column("embedding", kind="vector")}
     train_data = load_train_data(args, accelerator, columns=columns)
 
 A batch then has ``batch["depth"]`` and ``batch["text"]``. Second images and masks are resized, cropped and flipped as
-the image of their row. With images that are in Python: ``OwnImages(array, columns={"depth": Column(other)})``.
+the image of their row. For images in Python, use ``OwnImages(array, columns={"depth": Column(other)})``.
 """
 
 import logging
@@ -23,21 +23,21 @@ from .pixels import GREY_MODES, MODES, BadImage, deep_values, to_eight_bits, use
 logger = logging.getLogger(__name__)
 
 KINDS = ("image", "mask", "vector")
-TAKEN = ("images", "label", "labels", "sample_ids")  # by the batch itself
+TAKEN = ("images", "label", "labels", "sample_ids")  # names that every batch has
 
 
 @dataclass(frozen=True)
 class Column:
-    """One such tensor.
+    """An additional tensor of each row.
 
     Args:
-        source: name of a column of the data set; a ``Path``, of a folder of files with the same names as the images; in
-            ``OwnImages`` an array or tensor, a ``Dataset`` or a function from an index to a value.
-        kind: ``image``: float32 (B, C, H, W) in [-1, 1], of any number of channels; ``mask``: int64 (B, H, W), values
-            from 0 to 255 that are neither scaled nor mixed; ``vector``: float32 (B, ...) as it is. Images are kept in 8
-            bits a value.
-        value_range: values that become -1 and 1, for the kind ``image`` in more than 8 bits. By default 0 and 1 in
-            arrays of floats, and in files what those looked at use.
+        source: name of a column of the data set, or ``Path`` of a folder of files with the same names as the images.
+            In ``OwnImages``, an array or tensor, a ``Dataset`` or a function from an index to a value.
+        kind: ``image``: float32 (B, C, H, W) in [-1, 1], with any number of channels; ``mask``: int64 (B, H, W), values
+            from 0 to 255 without scaling or interpolation; ``vector``: float32 (B, ...), unchanged. Images are kept in
+            8 bits a value.
+        value_range: values that become -1 and 1, for the kind ``image`` in more than 8 bits. The default is 0 and 1 for
+            arrays of floats, and the range of some of the files for files.
     """
 
     source: str | Path | np.ndarray | torch.Tensor | torch.utils.data.Dataset | Callable
@@ -50,35 +50,35 @@ class Column:
 
 
 def check_columns(columns: dict[str, Column]) -> None:
-    """Refuse what is no ``Column``, names that a batch has anyway, and kinds that there are not.
+    """Refuse values other than ``Column``, names that every batch has, and unknown kinds.
 
     Raises:
-        UserError: says which.
+        UserError: one of these was found.
     """
     for name, column in columns.items():
         if not isinstance(column, Column):
-            raise UserError(f"columns: {name!r} is {column!r:.80}; expected a Column, such as Column({column!r:.80})")
+            raise UserError(f"columns: {name!r} is {column!r:.80}. Expected a Column, such as Column({column!r:.80})")
         if name in TAKEN:
-            raise UserError(f"columns: {name!r} is what every batch has; choose another name")
+            raise UserError(f"columns: {name!r} is a name in every batch. Choose another name")
         if column.kind not in KINDS:
-            raise UserError(f"columns: {name!r} is of kind {column.kind!r}; expected {', '.join(KINDS)}")
+            raise UserError(f"columns: {name!r} has the kind {column.kind!r}. Expected {', '.join(KINDS)}")
         if column.kind == "vector" and isinstance(column.source, Path):
-            raise UserError(f"columns: {name!r} is a vector from a folder; expected a column of numbers, or an array")
+            raise UserError(f"columns: {name!r} is a vector from a folder. Expected a column of numbers, or an array")
 
 
 class Layout:
-    """What the columns of a source are like, found from some of its rows: how they lie beside an image's channels.
+    """The shapes and value ranges of a source's columns, found from some of its rows.
 
     Args:
-        columns: by name.
-        rows: some rows; a column's entry is ``column:NAME``, a function that returns a value and its name for messages.
+        columns: columns by name.
+        rows: some rows. The entry ``column:NAME`` is a function that returns a value and its name for messages.
 
     Attributes:
         channels: number of channels of each image and mask.
         shapes: shape of each vector.
 
     Raises:
-        UserError: a column has another number of channels in each row.
+        UserError: the number of channels of a column varies between rows.
     """
 
     def __init__(self, columns: dict[str, Column], rows: list[dict]):
@@ -93,7 +93,7 @@ class Layout:
                 found = {_channels(value) for value, _ in values}
                 if len(found) > 1 and found != {1, 3}:
                     raise UserError(
-                        f"{values[0][1]}: {name} has {sorted(found)} channels; expected as many in each row"
+                        f"{values[0][1]}: {name} has {sorted(found)} channels. Expected the same number in each row"
                     )
                 self.channels[name] = max(found)
                 deep = deep_values(v for v, _ in values if isinstance(v, Image.Image))
@@ -107,7 +107,7 @@ class Layout:
 
     @property
     def settings(self) -> dict:
-        """What a resumed run must not find changed."""
+        """Settings that must be the same when a run resumes."""
         shapes = {**self.channels, **{name: list(shape) for name, shape in self.shapes.items()}}
         ranges = {name: [list(found)] for name, found in self.ranges.items() if found}
         return {name: [column.kind, shapes[name], *ranges.get(name, [])] for name, column in self.columns.items()}
@@ -118,19 +118,19 @@ class Layout:
         """Return each channel of a row's second images and masks, at its image's size (width, height).
 
         Args:
-            on_clip: see ``pixels.to_eight_bits``.
+            on_clip: function for messages about clipped values, see ``pixels.to_eight_bits``.
         """
         planes = []
         for name, channels in self.channels.items():
             column, (value, where) = self.columns[name], self._value(row, name)
             array = _eight_bits(value, where, column, channels, self.ranges.get(name), on_clip)
             if len(array) != channels:
-                raise BadImage(f"{where} has {len(array)} channels; expected {channels}, as the others")
+                raise BadImage(f"{where} has {len(array)} channels. Expected {channels}, as in the others")
             height, width = array.shape[1:]
             if abs(round(width * size[1] / height) - size[0]) > 1:
                 raise BadImage(
-                    f"{where} has {width} x {height} pixels beside an image of {size[0]} x {size[1]}; expected the "
-                    "same shape, so that both can be cut alike (arrays are (C, H, W) or (H, W))"
+                    f"{where} has {width} x {height} pixels beside an image of {size[0]} x {size[1]}. Expected the "
+                    "same shape, so that both can be cropped alike (arrays are (C, H, W) or (H, W))"
                 )
             for plane in map(Image.fromarray, array):
                 planes.append((plane if plane.size == size else plane.resize(size, column.resample), column.resample))
@@ -140,7 +140,7 @@ class Layout:
         """Return a row's vectors, float32.
 
         Raises:
-            BadImage: one is missing, or of another shape than the others.
+            BadImage: a vector is missing, or its shape differs from that of the others.
         """
         found = {}
         for name, shape in self.shapes.items():
@@ -154,7 +154,7 @@ class Layout:
         return found
 
     def _value(self, row: dict, name: str) -> tuple:
-        """A column's value in a row, and its name for messages."""
+        """Return a column's value in a row, and its name for messages."""
         try:
             value, where = row[f"column:{name}"]()
         except BadImage as error:
@@ -162,7 +162,7 @@ class Layout:
         return value, f"column {name} of {where}"
 
     def split(self, stacked: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the tensors of a batch, uint8 (B, sum of channels, H, W), that begins with the images."""
+        """Split a batch, uint8 (B, sum of channels, H, W) with the images first, into tensors by name."""
         image_channels = stacked.shape[1] - sum(self.channels.values())
         parts = stacked.split([image_channels, *self.channels.values()], dim=1)
         batch = {"images": from_uint8(parts[0])}
@@ -185,17 +185,17 @@ def _eight_bits(value, where: str, column: Column, channels: int, image_range, o
         if array.ndim != 2 or array.dtype.kind not in "iub" or array.min() < 0 or array.max() > 255:
             values = f", from {array.min()} to {array.max()}" if array.size and array.dtype.kind in "iufb" else ""
             found = f"shape {array.shape}, {array.dtype}{values}"
-            raise BadImage(f"{where}: a mask of {found}; expected (H, W), integers from 0 to 255")
+            raise BadImage(f"{where}: a mask of {found}. Expected (H, W), integers from 0 to 255")
         return array.astype(np.uint8)[None]
     if isinstance(value, Image.Image):
         if channels == 1 and value.mode not in GREY_MODES:
-            raise BadImage(f"{where} has colour (mode {value.mode}), those looked at before training were all grey")
+            raise BadImage(f"{where} has colour (mode {value.mode}), but all inspected before training are grey")
         array = np.asarray(to_eight_bits(value, MODES[channels], where, image_range, on_clip))
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
     array = np.asarray(value)
     array = array[None] if array.ndim == 2 else array
     if array.ndim != 3 or not array.size:
-        raise BadImage(f"{where} has the shape {array.shape}; expected (C, H, W) or (H, W)")
+        raise BadImage(f"{where} has the shape {array.shape}. Expected (C, H, W) or (H, W)")
     return array if array.dtype == np.uint8 else scale_to_eight_bits(array, where, column.value_range or (0.0, 1.0))
 
 
@@ -203,14 +203,14 @@ def scale_to_eight_bits(array: np.ndarray, where: str, value_range: tuple[float,
     """Return floats from black to white as uint8.
 
     Raises:
-        BadImage: other values, or no floats.
+        BadImage: there are other values, or the values are no floats.
     """
     low, high = value_range
     if not np.issubdtype(array.dtype, np.floating):
-        raise BadImage(f"{where} is of {array.dtype}; expected uint8, or floats from {low:g} to {high:g}")
+        raise BadImage(f"{where} has the type {array.dtype}. Expected uint8, or floats from {low:g} to {high:g}")
     if not (array.min() >= low and array.max() <= high):  # also refuses NaN
         raise BadImage(
-            f"{where} has values from {array.min():g} to {array.max():g}; expected {low:g} to {high:g}. "
+            f"{where} has values from {array.min():g} to {array.max():g}. Expected {low:g} to {high:g}. "
             "Give value_range=(black, white)"
         )
     return np.rint((array.astype(np.float64) - low) * (255 / (high - low))).astype(np.uint8)

@@ -1,6 +1,7 @@
-"""The images of a source by their row: prepared for training, uint8 (C, H, W).
+"""The images of a source by row, prepared for training: uint8 (C, H, W).
 
-A row's second images and masks lie behind the channels of its image, so that they are cut, flipped and kept with it.
+The channels of a row's second images and masks follow those of its image, so that they are cropped, flipped and cached
+with it.
 """
 
 import itertools
@@ -20,15 +21,15 @@ from .pixels import GREY_MODES, BadImage, all_crops, augment, float_range, prepa
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 250  # images at once
-PARTS_LIMIT = 2**28  # bytes of parts of images to look for copies in
+CHUNK = 250  # images in a block
+PARTS_LIMIT = 2**28  # bytes of crops in which copies are searched
 
 
 def choose_range(text: str, deep: Sequence[tuple[str, np.ndarray]], say: bool = True) -> tuple[float, float] | None:
-    """Find the values that become black and white by ``--image_range``, None for the format's.
+    """Find the values that become black and white by ``--image_range``. None stands for the format's range.
 
     Args:
-        deep: of the images looked at, see ``pixels.deep_values``.
+        deep: modes and values of some images, see ``pixels.deep_values``.
     """
     if text not in ("auto", "full"):
         low, high = text.split(",")
@@ -38,24 +39,24 @@ def choose_range(text: str, deep: Sequence[tuple[str, np.ndarray]], say: bool = 
         given = f"{used[0]:g},{used[1]:g}"
         logger.warning(
             f"The images have more than 8 bits and values from {used[0]:g} to {used[1]:g}: these become black and "
-            f"white. --image_range {given} does the same; --image_range full takes the range of their format"
+            f"white. --image_range {given} does the same, --image_range full takes the range of their format"
         )
-    return used or float_range(deep)  # which one image alone does not tell
+    return used or float_range(deep)  # one image alone does not determine the range of floats
 
 
 class PreparedImages(torch.utils.data.Dataset):
-    """Decoded and prepared images by row. Knows nothing of processes, so that it travels to workers.
+    """Decoded and prepared images by row. It holds nothing of a process, so that it can be pickled for workers.
 
     Args:
-        images: where they come from.
+        images: source of the images.
         mode: ``L`` or ``RGB``.
         size: (H, W), pixels.
         center_crop: cut the middle out of images of another shape, instead of a random part.
         random_flip: mirror half of the images.
-        seed: of crops, flips and the choice of ``examples``.
-        refuse_colour: whether an image that is not grey is an error.
-        image_range: see ``pixels.to_eight_bits``.
-        layout: of the columns of ``images``; by default they are left out.
+        seed: seed of crops, flips and the choice of ``examples``.
+        refuse_colour: True to treat an image that is not grey as an error.
+        image_range: values that become black and white, see ``pixels.to_eight_bits``.
+        layout: layout of the columns of ``images``. By default they are omitted.
     """
 
     def __init__(
@@ -70,22 +71,22 @@ class PreparedImages(torch.utils.data.Dataset):
         self.channels = len(mode) + sum(self.layout.channels.values())
 
     def examples(self, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Some of the images, cut in the middle: uint8 (N, C, H, W); and their values, see ``values``.
+        """Return random images, cropped in the middle, uint8 (N, C, H, W), and their values, see ``values``.
 
-        The same ones on every process, at random, of a stream from its shuffle buffer; all if there are fewer.
-        Bad images are left out if they may be skipped.
+        They are the same on every process. All are returned if there are fewer, and those of a stream are from its
+        shuffle buffer. Bad images are omitted if they may be skipped.
 
         Raises:
-            BadImage: one cannot be read.
+            BadImage: an image cannot be read.
         """
         found = [(image, values) for _, image, values in self._chosen(count, center_crop=True)]
         if not found:
-            raise UserError(f"{self.images.name}: no readable image found; expected a data set of images")
+            raise UserError(f"{self.images.name}: no readable image found. Expected a data set of images")
         images, values = zip(*found, strict=True)
         return np.stack(images), {name: np.array([entry[name] for entry in values]) for name in values[0]}
 
     def _chosen(self, count: int, center_crop: bool) -> Iterator[tuple[int, np.ndarray, dict]]:
-        """Yield index, image and values of some rows at random, the same on every process; bad ones may be left out."""
+        """Yield index, image and values of random rows, the same on every process. Bad rows may be omitted."""
         rows = iter(self.images.examples(count, self.seed))
         with ThreadPoolExecutor() as pool:
             while chunk := list(itertools.islice(rows, CHUNK)):
@@ -97,10 +98,10 @@ class PreparedImages(torch.utils.data.Dataset):
                         self.check(1, found)
 
     def shown(self, count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield some of the images as training shows them, cut and mirrored at random, in blocks.
+        """Yield random images as training shows them, cropped and mirrored at random, in blocks.
 
         Yields:
-            uint8 (B, C, H, W); their indices (B,); their labels (B,), -1 for none.
+            Images uint8 (B, C, H, W), their indices (B,), and their labels (B,), -1 for none.
         """
         chosen = self._chosen(count, center_crop=False)
         while block := list(itertools.islice(chosen, CHUNK)):
@@ -109,34 +110,35 @@ class PreparedImages(torch.utils.data.Dataset):
             yield np.stack(images), np.array(indices), np.array(labels)
 
     def crops(self, count: int, most: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield the parts of some images that training may show: uint8 (P, C, H, W), with the image's index.
+        """Yield the possible training crops of random images: uint8 (P, C, H, W), with the image's index.
 
         Args:
-            most: places in an image; of more, so many are taken that are evenly spread. With ``random_flip`` each part
-                comes a second time, mirrored.
+            count: number of images.
+            most: maximum number of crop positions in an image, evenly spaced. With ``random_flip`` each crop is also
+                yielded mirrored.
         """
         for index, image, _ in self._chosen(count, center_crop=False):
             yield all_crops(image, self.size, most, self.random_flip), index
 
     def all_parts(self, count: int, limit: int = PARTS_LIMIT) -> np.ndarray:
-        """Return the parts of some images that training may show, in so many bytes: uint8 (M, C, H, W)."""
+        """Return the possible training crops of random images, in at most ``limit`` bytes: uint8 (M, C, H, W)."""
         most = max(1, limit // (2 * count * self.channels * self.size[0] * self.size[1]))
         return np.concatenate([parts for parts, _ in self.crops(count, most)])
 
     def parts(self, row: dict, most: int) -> np.ndarray:
-        """Return the parts of one row, see ``crops``."""
+        """Return the possible training crops of one row, see ``crops``."""
         return all_crops(self.prepared(row), self.size, most, self.random_flip)
 
     def values(self, row: dict) -> dict[str, np.ndarray]:
-        """Return what a row has besides images and masks: ``label``, int64, -1 for none, and its vectors, float32."""
+        """Return the values of a row besides images and masks: ``label``, int64, -1 for none, and float32 vectors."""
         return {"label": np.int64(label_of(row)), **self.layout.vectors(row)}
 
     def prepared(self, row: dict, center_crop: bool = False) -> np.ndarray:
-        """Decode a row: uint8 (C, H, W), of this size at least, and exactly if it is cropped."""
+        """Decode a row: uint8 (C, H, W), at least of the training size, and exactly of it if it is cropped."""
         image, where = row["image"]()
         if self.refuse_colour and image.mode not in GREY_MODES:
             raise UserError(
-                f"{where} has colour (mode {image.mode}), but the images looked at before training were all grey. "
+                f"{where} has colour (mode {image.mode}), but all images inspected before training are grey. "
                 "Choose with --image_mode L or --image_mode RGB"
             )
         size, center_crop = image.size, center_crop or self.center_crop
@@ -148,39 +150,39 @@ class PreparedImages(torch.utils.data.Dataset):
     def _count_clipped(self, message: str) -> None:
         self.clipped += 1
         if self.clipped in (1, 10, 100) or self.clipped % 1000 == 0:
-            logger.warning(f"clipped in {self.clipped} images read so far; {message}")
+            logger.warning(f"clipped in {self.clipped} images read so far: {message}")
 
     def attempt(self, row: dict, center_crop: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]] | BadImage:
-        """``prepared`` and ``values`` for a pool of threads: a bad image is returned as the error that names it."""
+        """Return ``prepared`` and ``values`` of a row or, for a bad image, the error, so that threads do not raise."""
         try:
             return self.prepared(row, center_crop), self.values(row)
         except BadImage as error:
             return error
 
     def check(self, bad: int, problem: BadImage | str) -> None:
-        """Log the latest of so many unreadable images; raise UserError if they are more than may be skipped."""
+        """Log the latest of ``bad`` unreadable images. Raise UserError if they are more than may be skipped."""
         limit = self.images.max_bad_images
         if not limit:
             raise BadImage(f"{problem}. {self.images.advice}" if self.images.advice else str(problem))
         logger.warning(f"skipped ({bad} so far): {problem}")
         if bad > limit:
             raise UserError(
-                f"more than --max_bad_images {limit} images are unreadable; the lines above name them. "
+                f"more than --max_bad_images {limit} images are unreadable. The lines above name them. "
                 "Repair or remove the files, or raise the limit"
             )
 
     def item(self, found: tuple, sample_id: int, bad: list) -> dict:
-        """Return a row that was read, cut and flipped for a sample id, with the bad ones that came before it."""
+        """Return an item: a row that was read, cropped and flipped for a sample id, and the bad rows before it."""
         image = augment(found[0], sample_id, self.size, self.seed, self.random_flip)
         return {"image": image, "values": found[1], "sample_id": sample_id, "bad": bad}
 
     def blank(self, bad: list) -> dict:
-        """Return an item that carries bad rows and nothing else."""
+        """Return an item that reports bad rows and has a blank image."""
         values = {"label": np.int64(0), **{name: np.zeros(s, np.float32) for name, s in self.layout.shapes.items()}}
         return {"image": np.zeros((self.channels, *self.size), np.uint8), "values": values, "sample_id": 0, "bad": bad}
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """The image at an index, cropped and flipped for a sample id; instead of a bad one the next good one."""
+        """Return the image at an index, cropped and flipped for a sample id. The next good image replaces a bad one."""
         index, sample_id = key
         bad = []
         for candidate in range(index, index + self.images.length):

@@ -1,4 +1,4 @@
-"""Samples beside the training images nearest to them: whether a model has copied."""
+"""Samples and the training images nearest to them, to find copies."""
 
 import numpy as np
 import torch
@@ -11,10 +11,10 @@ from ..pictures import make_grid
 def nearest_distances(
     points: np.ndarray, others: np.ndarray, own: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Euclidean distance of each point (N, D) to the nearest of the others (M, D): (N,), and its index (N,).
+    """Return the Euclidean distance of each point (N, D) to the nearest of the others (M, D), and its index: (N,) each.
 
     Args:
-        own: rows of ``others`` that a point skips, from and to: int (N, 2). Without it none.
+        own: range of the rows of ``others`` that a point skips, from and to: int (N, 2). None skips no rows.
     """
     from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
@@ -31,17 +31,17 @@ def nearest_distances(
 
 
 def shrink(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Float images (N, C, H, W), averaged down to at most ``side`` pixels each way; smaller ones as they are."""
+    """Average float images (N, C, H, W) down to at most ``side`` pixels in height and width."""
     size = [min(pixels, side) for pixels in images.shape[-2:]]
     return images if size == [*images.shape[-2:]] else F.interpolate(images, size, mode="area")
 
 
 def show_nearest(samples: np.ndarray, training_images: np.ndarray) -> Image.Image:
-    """Draw samples and, below each, its nearest training image by the pixels, averaged down to 32x32 at most.
+    """Draw samples and, below each, its nearest training image. Distances are between pixels averaged to 32x32 at most.
 
     Args:
         samples: uint8 (N, C, H, W).
-        training_images: the parts of them that training shows, see ``TrainData.crops``; uint8 (M, C, H, W).
+        training_images: crops of training images, see ``TrainData.crops``: uint8 (M, C, H, W).
     """
     first, second = (
         np.concatenate([shrink(torch.from_numpy(images[k : k + 250]).float(), 32).flatten(1).numpy() for k in starts])

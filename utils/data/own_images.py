@@ -1,9 +1,10 @@
-"""Images to train on, as ``train_data.TrainData`` takes them: those that are in Python already, and what sources share.
+"""Images in Python as training data, and the interface of all sources of images.
 
     own_images = OwnImages(array)
     train_data = load_train_data(args, accelerator, own_images=own_images)
 
-An array, a torch ``Dataset`` or a function of an index. Order, crops, cache, checks and resuming are as for any source.
+The images are an array, a torch ``Dataset`` or a function of an index. Order, crops, cache, checks and resuming are as
+for any source.
 """
 
 import hashlib
@@ -19,25 +20,27 @@ from .. import UserError, randomness
 from .columns import Column, check_columns, scale_to_eight_bits
 from .pixels import BadImage, channels_last, grey_if_palette_is
 
-INSPECTED = 64  # images that are looked at to find out what a data set is like
+INSPECTED = 64  # images that are inspected to find the properties of a data set
 MAX_CLASSES = 1000
 
 
 class Images:
-    """Rows by index. A row has ``image``, a function that returns a Pillow image and its name for messages, and perhaps
-    ``label``, an int, or None where it is not known. ``column:NAME`` is a function that returns a column's value and
-    its name for messages.
+    """Rows of images by index.
+
+    In a row, ``image`` is a function that returns a Pillow image and its name for messages. A row may have ``label``,
+    an int, or None if it is unknown. ``column:NAME`` is a function that returns a column's value and its name for
+    messages.
 
     Attributes:
-        name: for messages.
-        columns: further tensors of each row, by name, see ``columns``.
-        sample: how some of the images were chosen; None for all.
+        name: name for messages.
+        columns: additional tensors of each row, by name, see ``columns``.
+        sample: description of the choice of some of the images; None for all.
         length: number of images; None for a stream.
         label_names: names of the classes; empty without labels.
-        license: of the images, as far as it is known.
-        fingerprint: of the images, complete after ``look``; None where there is none.
-        max_bad_images: unreadable images that may be skipped.
-        advice: what the user can do about an unreadable image.
+        license: licence of the images, as far as it is known.
+        fingerprint: hash of the images, set by ``iter_probe_images``; None if they have none.
+        max_bad_images: number of unreadable images that may be skipped.
+        advice: advice to the user about an unreadable image.
     """
 
     name, length, label_names, license, fingerprint = "own images", 0, [], "not stated", None
@@ -47,17 +50,17 @@ class Images:
         return self.length
 
     def __getitem__(self, key: int | slice) -> dict:
-        """Return a row, or for a slice lists of what rows have."""
+        """Return a row or, for a slice, a dictionary of lists."""
         raise NotImplementedError
 
     def labels(self) -> list[int | None]:
         """Return the class of each image."""
         raise NotImplementedError
 
-    def look(self) -> Iterator[Image.Image | BadImage]:
-        """Yield some of the images, evenly spread, each decoded or as the error that names it.
+    def iter_probe_images(self) -> Iterator[Image.Image | BadImage]:
+        """Yield some of the images, evenly spaced, each decoded or as the error that names it.
 
-        Their pixels become the fingerprint of the data, unless a row is another one at each reading.
+        Their pixels become the fingerprint of the data, unless a row changes between two readings.
         """
         digest, repeatable = hashlib.sha256(str(self.length).encode()), True
         for index in evenly_spaced(self.length):
@@ -73,53 +76,53 @@ class Images:
             yield image
         self.fingerprint = digest.hexdigest()[:16] if repeatable else None
 
-    def rows_to_look_at(self) -> Iterator[dict]:
-        """Yield the rows of ``look``."""
+    def iter_probe_rows(self) -> Iterator[dict]:
+        """Yield the rows of ``iter_probe_images``."""
         return (self[index] for index in evenly_spaced(self.length))
 
     def examples(self, count: int, seed: int) -> Iterator[tuple[int, dict]]:
-        """Yield so many rows at random, or all if there are fewer, each with its index."""
+        """Yield ``count`` random rows, or all if there are fewer, each with its index."""
         for index in randomness.shuffled_indices(seed, np.arange(min(count, self.length)), self.length).tolist():
             yield index, self[index]
 
     def held_out(self, split: str, flag: str) -> "Images":
-        """Load another split of the same images, as the flag names it.
+        """Load another split of the same images, which the flag names.
 
         Raises:
             UserError: there is no such split, it shares images with these, or these have no splits.
         """
-        raise UserError(f"{flag} {split}: {self.name} are in Python and have no splits; leave the flag out")
+        raise UserError(f"{flag} {split}: {self.name} are in Python and have no splits. Leave the flag out")
 
     def another(self, name: str, flag: str) -> "Images":
-        """Load other images, as the flag names them.
+        """Load other images, which the flag names.
 
         Raises:
-            UserError: as ``held_out``.
+            UserError: see ``held_out``.
         """
         raise UserError(f"{flag} {name}: images by name need utils/sources/ and a data set to train on that has a name")
 
     def cache_file(self, facts: tuple, folder: str | None, seconds: float):
-        """Name a file for these images, decoded: there is none for images that are in Python."""
+        """Return the path of a file for the decoded images, or None, as for images in Python."""
         return None
 
 
 class OwnImages(Images):
-    """Images that are in Python already.
+    """Images in Python.
 
     Args:
-        images: an array or tensor (N, C, H, W), (N, H, W, C) or (N, H, W); a torch ``Dataset`` whose items are images,
-            tuples that begin with one, or dictionaries with ``image``; or a function from an index to an image. An
-            image is a Pillow image, or an array or tensor (C, H, W), (H, W, C) or (H, W) with C of 1 or 3. It is asked
-            for from several threads or processes at once.
-        length: number of images; needed with a function.
-        labels: class of each image, from 0 up; adds a loss curve for each.
+        images: an array or tensor (N, C, H, W), (N, H, W, C) or (N, H, W); a torch ``Dataset`` with items that are
+            images, tuples that begin with one, or dictionaries with ``image``; or a function from an index to an image.
+            An image is a Pillow image, or an array or tensor (C, H, W), (H, W, C) or (H, W) with C of 1 or 3. Several
+            threads or processes may read images at once.
+        length: number of images, which a function needs.
+        labels: class of each image, from 0 up. Each class has a loss curve.
         label_names: names of the classes; by default their numbers.
-        value_range: what black and white are in images of floats; uint8 images need none. Floats become 8 bits a value.
-        name: for messages and the model's page.
-        columns: further tensors of each row, by name; arrays are (N, C, H, W) or (N, H, W).
+        value_range: values of black and white in images of floats, which become 8 bits a value. uint8 images need none.
+        name: name for messages and the model's page.
+        columns: additional tensors of each row, by name. Arrays are (N, C, H, W) or (N, H, W).
 
     Raises:
-        UserError: no length, or labels or columns that do not fit.
+        UserError: the length is missing, or labels or columns do not fit.
     """
 
     def __init__(
@@ -136,9 +139,9 @@ class OwnImages(Images):
         check_columns(self.columns)
         for key, column in self.columns.items():
             if isinstance(column.source, (str, Path)):
-                raise UserError(f"own images: {key} comes from {column.source}; expected an array, Dataset or function")
+                raise UserError(f"own images: {key} comes from {column.source}. Expected an array, Dataset or function")
             if hasattr(column.source, "__len__") and len(column.source) != self.length:
-                raise UserError(f"own images: {len(column.source)} of {key} for {self.length} images; expected as many")
+                raise UserError(f"own images: {len(column.source)} of {key} for {self.length} images. Expected as many")
         if labels is not None:
             self._labels = [int(label) for label in labels]
             self.label_names = list(label_names or map(str, range(max(self._labels, default=0) + 1)))
@@ -146,7 +149,7 @@ class OwnImages(Images):
             if len(self._labels) != self.length or not set(self._labels) <= known:
                 raise UserError(
                     f"own images: {len(self._labels)} labels, {sorted(set(self._labels))[:10]} among them, for "
-                    f"{self.length} images; expected one label an image, from 0 to {len(self.label_names) - 1}"
+                    f"{self.length} images. Expected one label an image, from 0 to {len(self.label_names) - 1}"
                 )
 
     def __getitem__(self, key: int | slice) -> dict:
@@ -174,13 +177,13 @@ class OwnImages(Images):
         where = f"{self.name.removesuffix('s')} {index}"
         try:
             image = self.get(index)
-        except (OSError, SyntaxError) as error:  # a file that cannot be read; what else goes wrong is of no one image
+        except (OSError, SyntaxError) as error:  # an unreadable file; other errors are not due to one image
             raise BadImage(f"{where}: {type(error).__name__}: {error}") from error
         image = image["image"] if isinstance(image, dict) else image[0] if isinstance(image, tuple) else image
         if isinstance(image, Image.Image):
             try:
                 image.load()
-            except Exception as error:  # Pillow's decoders raise anything; the file is opened before it is read
+            except Exception as error:  # Pillow's decoders raise any exception, and read only now
                 raise BadImage(f"{where}: {type(error).__name__}: {error}") from error
             return grey_if_palette_is(ImageOps.exif_transpose(image)), where
         array = channels_last(np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image), where)
@@ -190,7 +193,7 @@ class OwnImages(Images):
 
 
 def embedded_digits() -> OwnImages:
-    """1,797 handwritten digits, 8x8, 17 levels of grey (Alpaydin & Kaynak 1998), from scikit-learn."""
+    """Load 1,797 handwritten digits, 8x8, 17 levels of grey (Alpaydin & Kaynak 1998), from scikit-learn."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -198,7 +201,7 @@ def embedded_digits() -> OwnImages:
 
 
 def embedded_faces() -> OwnImages:
-    """100 grey faces, 25x25, cut from Labeled Faces in the Wild, from scikit-image."""
+    """Load 100 grey faces, 25x25, crops of Labeled Faces in the Wild, from scikit-image."""
     from skimage.data import lfw_subset
 
     faces = np.rint(lfw_subset()[:100] * 255).astype(np.uint8)
@@ -206,20 +209,20 @@ def embedded_faces() -> OwnImages:
 
 
 def evenly_spaced(length: int) -> list[int]:
-    """The indices of the images that are looked at, of so many."""
+    """Return the indices of the images to inspect, of ``length`` images."""
     return sorted({int(index) for index in np.linspace(0, length - 1, INSPECTED)})
 
 
 def content_of(value) -> bytes:
-    """Return what a value consists of, for a fingerprint."""
+    """Return the content of a value as bytes, for a fingerprint."""
     return value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
 
 
 def label_of(row: dict) -> int:
-    """Return the class of a row; -1 where it has none."""
+    """Return the class of a row, or -1 if it has none."""
     return -1 if row.get("label") is None else row["label"]
 
 
 def translate_labels(labels: np.ndarray, names: Sequence[str], known: Sequence[str]) -> np.ndarray:
-    """Return labels (N,) of classes called ``names`` as numbers of the classes ``known``; -1: none of them."""
+    """Translate labels (N,) of the classes ``names`` to numbers of the classes ``known``, or -1 for others."""
     return np.array([*(known.index(name) if name in known else -1 for name in names), -1])[labels]

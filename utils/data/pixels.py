@@ -1,7 +1,7 @@
-"""One image, from Pillow's to a uint8 array of the training size.
+"""Conversion of a Pillow image to a uint8 array of the training size.
 
-Pillow's ``convert`` turns 16-bit images white and float images black without a word, drops alpha and with it uncovers
-what transparent pixels hide. Here ranges are scaled and alpha is laid over white.
+Pillow's ``convert`` silently turns 16-bit images white and float images black. It drops alpha, so that the colours of
+transparent pixels become visible. Here value ranges are scaled and alpha is composited over white.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
 
 
 class BadImage(UserError):
-    """An image that cannot be used; the message names it."""
+    """An image that cannot be used. The message names it."""
 
 
 def to_eight_bits(
@@ -27,16 +27,16 @@ def to_eight_bits(
     """Convert to 8 bits per channel.
 
     Args:
-        image: in any Pillow mode.
+        image: image in any Pillow mode.
         mode: ``L`` or ``RGB``, the mode of the result.
-        name: what to call the image in errors.
-        image_range: the values that become black and white, of images with more than 8 bits; None for the range of
-            the file's format: 16-bit values are divided by 257; mode ``I`` counts as 16 bits if it fits, else as 31;
-            float values are taken as [0, 1], or as [0, 255] where one exceeds 1.
-        on_clip: called with a message about values outside of ``image_range``, if there are any.
+        name: name of the image in errors.
+        image_range: values that become black and white, for images with more than 8 bits. None is the range of the
+            file's format: 16-bit values are divided by 257; mode ``I`` counts as 16 bits if it fits, else as 31; floats
+            are in [0, 1], or in [0, 255] if one exceeds 1.
+        on_clip: function that is called with a message about values outside of ``image_range``, if there are any.
 
     Raises:
-        BadImage: values that are not finite; without ``image_range`` also negative ones, and floats above 255.
+        BadImage: values are not finite or, without ``image_range``, negative or floats above 255.
     """
     if image.mode in DEEP_MODES:
         values = np.asarray(image, dtype=np.float64)
@@ -45,7 +45,7 @@ def to_eight_bits(
         if not np.isfinite(values).all() or (image_range is None and not (low <= found[0] and found[1] <= high)):
             expected = "floats in [0, 1] or [0, 255]" if image.mode == "F" else "integers from 0 up"
             advice = "Rescale the file" + ", or say --image_range LOW,HIGH" * bool(np.isfinite(values).all())
-            raise BadImage(f"{name}: values from {found[0]:g} to {found[1]:g}; expected {expected}. {advice}")
+            raise BadImage(f"{name}: values from {found[0]:g} to {found[1]:g}. Expected {expected}. {advice}")
         outside = int(((values < low) | (values > high)).sum())
         if outside:
             on_clip(f"{name}: {outside} of {values.size} values are outside of {low:g} to {high:g}, and clipped")
@@ -57,11 +57,11 @@ def to_eight_bits(
     try:
         return image.convert("LA" if image.mode == "La" else image.mode).convert(mode)
     except ValueError as error:
-        raise BadImage(f"{name}: mode {image.mode} cannot be converted to {mode}; convert the file") from error
+        raise BadImage(f"{name}: mode {image.mode} cannot be converted to {mode}. Convert the file") from error
 
 
 def grey_if_palette_is(image: Image.Image) -> Image.Image:
-    """Return an image with a palette of greys, as GIF has, as a grey one; others as they are."""
+    """Convert an image with a palette of greys, as in GIF, to grey, and return others unchanged."""
     if image.mode != "P" or image.palette is None:
         return image
     mode, palette = image.palette.mode, np.frombuffer(image.palette.tobytes(), np.uint8)
@@ -72,14 +72,14 @@ def grey_if_palette_is(image: Image.Image) -> Image.Image:
 
 
 def _full_range(mode: str, high: float) -> tuple[float, float]:
-    """The range of a format with more than 8 bits, given the largest value of an image or several."""
+    """Return the range of a format with more than 8 bits, given the largest value of one or several images."""
     if mode == "F":
-        return 0, 1 if high <= 1.001 else 255  # 1.0000001 is a rounded 1
+        return 0, 1 if high <= 1.001 else 255  # 1.0000001 is 1 with a rounding error
     return 0, 65535 if high <= 65535 else 2**31 - 1
 
 
 def deep_values(images: Iterable[Image.Image]) -> list[tuple[str, np.ndarray]]:
-    """Mode and values of each image that has more than 8 bits; of a large one the extremes and a hundred thousand."""
+    """Return mode and values of each image of more than 8 bits: all, or the extremes and a hundred thousand others."""
     found = []
     for image in images:
         if image.mode in DEEP_MODES:
@@ -93,7 +93,7 @@ def deep_values(images: Iterable[Image.Image]) -> list[tuple[str, np.ndarray]]:
 
 
 def float_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:
-    """The range of the format of images of floats, found from several of them; None if there are none, or others."""
+    """Return the range of the format of float images, found from several. None if there are none, or others."""
     values = [values for mode, values in deep if mode == "F" and values.size]
     if len(values) < len(deep) or not values or min(map(np.min, values)) < 0:
         return None
@@ -102,21 +102,21 @@ def float_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] |
 
 
 def used_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:
-    """The range of the values of images that have more than 8 bits.
+    """Return the range of the values of images with more than 8 bits.
 
     Args:
-        deep: see ``deep_values``.
+        deep: modes and values of images, see ``deep_values``.
 
     Returns:
-        Lowest and highest value, but for one in ten thousand that lie far outside; None if no image has more than 8
-        bits, or half of the format's range is used.
+        Lowest and highest value, except for outliers, at most one in ten thousand. None if no image has more than 8
+        bits, or if half of the format's range is used.
     """
     modes, values = {mode for mode, _ in deep}, np.concatenate([values for _, values in deep] or [np.empty(0)])
     if not values.size or values.min() == values.max():
         return None
     low, high = float(values.min()), float(values.max())
     most = np.quantile(values, 1e-4, method="higher"), np.quantile(values, 1 - 1e-4, method="lower")
-    if 0 < most[1] - most[0] < (high - low) / 4:  # hot pixels: they are clipped, and counted
+    if 0 < most[1] - most[0] < (high - low) / 4:  # hot pixels are clipped and counted
         low, high = map(float, most)
     if low >= 0 and high <= 255 and modes == {"I"}:  # 8 bits, in a table or a wider file
         return 0.0, 255.0
@@ -125,7 +125,7 @@ def used_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | 
 
 
 def cover_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of an image of this width and height when it is resized so that it just covers (H, W)."""
+    """Return the width and height of an image after it is resized to just cover (H, W)."""
     (width, height), (target_height, target_width) = image_size, size
     if width * target_height >= height * target_width:
         return max(target_width, round(width * target_height / height)), target_height
@@ -135,17 +135,17 @@ def cover_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int,
 def prepare_image(
     image: Image.Image, size: tuple[int, int], center_crop: bool, resample=Image.Resampling.BICUBIC
 ) -> np.ndarray:
-    """Resize so that the image covers ``size``; crop the middle, or leave what is longer for a random crop.
+    """Resize an image so that it covers ``size``, and crop the middle or keep the longer side for a random crop.
 
     Args:
         size: (H, W).
 
     Returns:
-        uint8 (C, h, w) with h == H and w >= W, or h >= H and w == W.
+        Array uint8 (C, h, w) with h == H and w >= W, or h >= H and w == W.
     """
     height, width = size
     covered = cover_size(image.size, size)
-    if center_crop and max(covered[0] / width, covered[1] / height) > 4:  # cut first what would be enlarged in vain
+    if center_crop and max(covered[0] / width, covered[1] / height) > 4:  # enlarge only what is kept
         room = [
             max(0, side - 4 * -(-side * kept // whole)) // 2
             for side, whole, kept in zip(image.size, covered, (width, height), strict=True)
@@ -162,15 +162,15 @@ def prepare_image(
 
 
 def augment(image: np.ndarray, sample_id: int, size: tuple[int, int], seed: int, random_flip: bool) -> np.ndarray:
-    """Random crop and, with ``random_flip``, a mirroring; a function of (seed, sample id).
+    """Crop an image at random and, with ``random_flip``, mirror half of them, as functions of (seed, sample id).
 
     Args:
         image: uint8 (C, h, w), see ``prepare_image``.
-        sample_id: of the sample that the image is for.
+        sample_id: id of the sample that uses the image.
         size: (H, W).
 
     Returns:
-        uint8 (C, H, W); may share memory with ``image``.
+        Array uint8 (C, H, W), which may share memory with ``image``.
     """
     room = image.shape[1] - size[0], image.shape[2] - size[1]
     top, left = 0, 0
@@ -184,16 +184,16 @@ def augment(image: np.ndarray, sample_id: int, size: tuple[int, int], seed: int,
 
 
 def all_crops(image: np.ndarray, size: tuple[int, int], most: int, mirrored: bool) -> np.ndarray:
-    """Return the parts of an image that ``augment`` may return.
+    """Return the crops of an image that ``augment`` may return.
 
     Args:
         image: uint8 (C, h, w), see ``prepare_image``.
         size: (H, W).
-        most: places; of more, so many that are evenly spread.
-        mirrored: return each a second time, mirrored.
+        most: maximum number of positions, evenly spaced.
+        mirrored: True to return each crop also mirrored.
 
     Returns:
-        uint8 (P, C, H, W).
+        Array uint8 (P, C, H, W).
     """
     room = max(image.shape[1] - size[0], image.shape[2] - size[1])
     places = sorted({round(place) for place in np.linspace(0, room, min(most, room + 1))})
@@ -204,15 +204,15 @@ def all_crops(image: np.ndarray, size: tuple[int, int], most: int, mirrored: boo
 
 
 def flips(seed: int, sample_ids: np.ndarray) -> np.ndarray:
-    """Whether each sample is mirrored: bool, the shape of ``sample_ids``."""
+    """Return whether each sample is mirrored: bool, in the shape of ``sample_ids``."""
     return randomness.uniform(seed, "flip", sample_ids) < 0.5
 
 
 def channels_last(array: np.ndarray, where: str) -> np.ndarray:
-    """(H, W) or (H, W, 3) of an array (H, W), (C, H, W) or (H, W, C) with C of 1 or 3.
+    """Turn an array (H, W), (C, H, W) or (H, W, C) with C of 1 or 3 into one of (H, W) or (H, W, 3).
 
     Raises:
-        BadImage: it has another shape.
+        BadImage: the array has another shape.
     """
     shape = array.shape
     if array.ndim == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3):
@@ -220,5 +220,5 @@ def channels_last(array: np.ndarray, where: str) -> np.ndarray:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
-        raise BadImage(f"{where} has the shape {shape}; expected C of 1 or 3 and H and W above 0")
+        raise BadImage(f"{where} has the shape {shape}. Expected C of 1 or 3 and H and W above 0")
     return array

@@ -1,7 +1,7 @@
-"""Images to train on, from the flags to batches on the device.
+"""Training images, from the flags to batches on the device.
 
-Order, crops and flips are functions of (seed, sample id), see ``randomness``: the same with and without the cache, with
-any number of workers, after a resume, and for any split of a global batch into processes and micro-steps.
+Order, crops and flips are functions of (seed, sample id), see ``randomness``. They are the same with and without the
+cache, with any number of workers, after a resume, and for any split of a global batch into processes and micro-steps.
 """
 
 import itertools
@@ -33,41 +33,43 @@ logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_RESOLUTION = 64  # pixels
 CACHE_LIMIT, FILE_LIMIT = 4 * 2**30, 32 * 2**30  # bytes of decoded images in memory and in a file, per machine
-DECODING = 2  # counts the ways in which the pixels of a file became those to train on
+DECODING = 2  # version of the conversion from a file to training pixels, so that older caches are not used
 
 
 def load_train_data(
-    args, accelerator, made_for=None, own_images: Images | None = None, conditional: bool = False,
+    args, accelerator, pretrained_config=None, own_images: Images | None = None, conditional: bool = False,
     columns: dict[str, Column] | None = None,
 ):  # fmt: skip
-    """Prepare the training images that the flags name; without ``utils/sources/`` the embedded digits.
+    """Prepare the training images that the flags name, or the embedded digits if there is no ``utils/sources/``.
 
     Args:
         args: the flags.
-        accelerator: says which process this is, and where batches go.
-        made_for: config of a pretrained model, whose ``sample_size`` and ``in_channels`` (1 or 3) count where
-            ``--resolution`` is not given and ``--image_mode`` is auto.
-        own_images: take these instead, see ``own_images.OwnImages``.
-        conditional: the images need class labels; without ``--label_column`` the only such column is taken.
-        columns: further tensors of each row, by their name in a batch; ``own_images`` bring their own.
+        accelerator: accelerator of this process.
+        pretrained_config: config of a pretrained model. Its ``sample_size`` is the default of ``--resolution``, and its
+            ``in_channels`` (1 or 3) those of ``--image_mode`` auto.
+        own_images: images to use instead, see ``own_images.OwnImages``.
+        conditional: True if the images need class labels. Without ``--label_column`` the only such column is used.
+        columns: additional tensors of each row, by their name in a batch; ``own_images`` have their own.
 
     Returns:
         A ``TrainData``.
 
     Raises:
-        UserError: see ``sources``; also an empty data set, one with fewer images than a global batch, or labels that no
-            conditional model can learn from.
+        UserError: see ``sources``. Also, the data set has fewer images than a global batch, or labels that a
+            conditional model cannot learn from.
     """
     sources = optional.find("sources")
     if columns and (own_images or not sources):
-        raise UserError("columns= is for images by name, with utils/sources/; give OwnImages(..., columns=) instead")
+        raise UserError("columns= is for images by name, with utils/sources/. Give OwnImages(..., columns=) instead")
     if own_images is None:
         own_images = sources.load(args, accelerator, conditional, columns or {}) if sources else embedded_digits()
     elif sources:
         sources.refuse_for_own_images(args)
     if args.max_bad_images:
         own_images.max_bad_images = args.max_bad_images
-    size, image_mode = (size_of(made_for.sample_size), MODES[made_for.in_channels]) if made_for else (None, None)
+    size, image_mode = None, None
+    if pretrained_config:
+        size, image_mode = size_of(pretrained_config.sample_size), MODES[pretrained_config.in_channels]
     train_data = TrainData(own_images, args, accelerator, size, image_mode)
     if accelerator.num_processes > 1:
         found = gather_object([(f"process {accelerator.process_index} on {platform.node()}", train_data.settings)])
@@ -80,25 +82,25 @@ def load_train_data(
 
 
 class TrainData:
-    """Batches of training images, by optimizer step: what a script needs from its data, and all that it needs.
+    """Batches of training images by optimizer step, and the properties of the images.
 
     Sample ids number the samples of the whole run, 0, 1, 2 ..., over all processes: global batch n has the ids from
-    n x its size on. Order, crops, flips, noise and timesteps follow from them, see ``randomness``.
+    n x its size on. Order, crops, flips, noise and timesteps are functions of them, see ``randomness``.
 
     Attributes:
-        images: where the images come from.
-        name: of the source.
+        images: source of the images.
+        name: name of the source.
         length: number of images; None for a stream.
         size: (H, W) of the images, pixels.
-        sample_size: the same for a model's config, one number for squares.
+        sample_size: ``size`` for a model's config, one number for squares.
         image_range: values that become black and white, see ``pixels.to_eight_bits``.
         channels: 1 or 3.
-        label_names: names of the classes, where the images have labels.
+        label_names: names of the classes; empty without labels.
         image_shape: (C, H, W).
-        model_shape: the same for a UNet's config.
+        model_shape: shape for a UNet's config.
         global_batch_size: images per optimizer step, over all processes and micro-steps.
-        settings: what a resumed run must not find changed.
-        license: of the images, as far as it is known.
+        settings: settings that must be the same when a run resumes.
+        license: licence of the images, as far as it is known.
     """
 
     def __init__(self, images: Images, args, accelerator, size=None, image_mode=None):
@@ -107,10 +109,10 @@ class TrainData:
         self.global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         if self.length is not None and self.length < self.global_batch_size:
             factor = self.global_batch_size // args.train_batch_size  # micro-steps x processes
-            fitting = f"try --train_batch_size {self.length // factor}, or" if self.length >= factor else "please"
+            fitting = f"Try --train_batch_size {self.length // factor}, or" if self.length >= factor else "Please"
             raise UserError(
                 f"{self.name} has {self.length} images, fewer than one global batch of {self.global_batch_size} "
-                f"({args.train_batch_size} x {factor} micro-steps and processes); {fitting} add images"
+                f"({args.train_batch_size} x {factor} micro-steps and processes). {fitting} add images"
             )
         self.settings = dict(data=self.name, images=self.length, global_batch_size=self.global_batch_size)
         if images.sample:
@@ -121,7 +123,7 @@ class TrainData:
         self.model_shape = dict(sample_size=self.sample_size, in_channels=self.channels, out_channels=self.channels)
         self.license = images.license
         self.settings["image_shape"] = list(self.image_shape)
-        rows = itertools.islice(images.rows_to_look_at(), INSPECTED) if images.columns else []
+        rows = itertools.islice(images.iter_probe_rows(), INSPECTED) if images.columns else []
         self.layout = Layout(images.columns, list(rows))
         if images.columns:
             self.settings["columns"] = self.layout.settings
@@ -132,10 +134,10 @@ class TrainData:
         self.bytes_per_image *= self._prepared.channels / self.channels
 
     def _inspect(self, size: tuple[int, int] | None, image_mode: str | None) -> None:
-        """Find mode, size and range from some of the images; the same ones on every process."""
-        sizes, modes, deep, seconds = [], set(), [], []  # not the images: they may be large
+        """Find mode, size and range from some of the images, which are the same on every process."""
+        sizes, modes, deep, seconds = [], set(), [], []  # images are not kept, because they may be large
         start = time.perf_counter()
-        for image in self.images.look():
+        for image in self.images.iter_probe_images():
             if isinstance(image, BadImage):
                 if not self.images.max_bad_images:
                     raise BadImage(f"{image}. {self.images.advice}" if self.images.advice else str(image))
@@ -146,7 +148,7 @@ class TrainData:
                 deep += deep_values([image])
             start = time.perf_counter()
         if not sizes:
-            raise UserError(f"{self.name}: no readable image found; expected a data set of images")
+            raise UserError(f"{self.name}: no readable image found. Expected a data set of images")
         self._decoding_seconds = float(np.median(seconds)) * (self.length or 0)
         self.settings["fingerprint"] = self.images.fingerprint
         self._choose_mode(modes, image_mode)
@@ -159,10 +161,10 @@ class TrainData:
         grey = modes <= set(GREY_MODES)
         chosen = image_mode if self.args.image_mode == "auto" else self.args.image_mode
         self.mode = chosen or ("L" if grey else "RGB")
-        self._refuse_colour = chosen is None and grey  # found to be grey from some images: the others had better be
+        self._refuse_colour = chosen is None and grey  # only some images were inspected
         self.channels = len(self.mode)
         if self.mode == "L" and not grey and self.args.image_mode == "auto":
-            logger.warning("The pretrained model is grey: these colour images are made grey, too")
+            logger.warning("The pretrained model is grey, so these colour images are converted to grey")
 
     def _choose_size(self, sizes: list[tuple[int, int]], size: tuple[int, int] | None) -> None:
         shorter = min(min(width_height) for width_height in sizes)
@@ -170,36 +172,36 @@ class TrainData:
         if size and self.size != size:
             logger.warning(
                 f"The pretrained model was trained on {size[0]} x {size[1]} pixels, these are {self.size[0]} x "
-                f"{self.size[1]}. Its noise schedule is kept; larger images hide less behind the same noise "
+                f"{self.size[1]}. Its noise schedule is kept, but the same noise hides less of larger images "
                 "(train_flow.py: --flow_shift)"
             )
         if self.size is None:
-            # Multiples of 4, so that a UNet that halves twice fits; larger nets ask for more and say so.
+            # Multiples of 4 suit a UNet that halves the size twice; deeper nets refuse them with a message
             side, ratio = max(4, min(shorter, MAX_DEFAULT_RESOLUTION) // 4 * 4), 1.0
-            if len({*sizes}) == 1:  # one shape for all: it is kept, if it is not a strip
+            if len({*sizes}) == 1:  # the shape is kept if all images have it and it is not a strip
                 ratio = max(sizes[0]) / shorter if max(sizes[0]) <= 4 * shorter else 1.0
             longer = max(side, round(side * ratio / 4) * 4)
             self.size = (side, longer) if sizes[0][0] > sizes[0][1] else (longer, side)
             logger.info(
                 f"Training at {self.size[0]} x {self.size[1]} pixels, height x width (the smallest side found: "
-                f"{shorter}); see --resolution"
+                f"{shorter}). See --resolution"
             )
         small = sum(width < self.size[1] or height < self.size[0] for width, height in sizes)
-        if 0 < small < len(sizes):  # where all are smaller, it was meant
+        if 0 < small < len(sizes):  # if all are smaller, it was intended
             logger.warning(
-                f"{small} of {len(sizes)} images looked at are smaller than {self.size[0]} x {self.size[1]} pixels "
+                f"{small} of {len(sizes)} inspected images are smaller than {self.size[0]} x {self.size[1]} pixels "
                 f"(the smallest side is {shorter}) and will be enlarged. --resolution sets the size"
             )
         kept = [self.size if self.args.center_crop else cover_size(width_height, self.size) for width_height in sizes]
         self.bytes_per_image = self.channels * float(np.mean([width * height for width, height in kept]))
 
     def prepare(self) -> Cache | None:
-        """Decode the images that are to be kept; ``batches`` does it otherwise. A finished run needs none."""
+        """Decode the images to cache now instead of in ``batches``. A finished run does not call it."""
         return self._cache
 
     @cached_property
     def _cache(self) -> Cache | None:
-        """The images, decoded once: in a file where that takes seconds, otherwise in memory; None: as they come."""
+        """Cache of decoded images: a file if decoding takes seconds, otherwise memory, or None for no cache."""
         wish = self.args.cache_images
         if self.length is None or wish == "never":
             return None
@@ -216,7 +218,7 @@ class TrainData:
                 if always or folder or file.is_dir() or needed < min(FILE_LIMIT, free / 2):
                     return Cache(self._prepared, self.accelerator, file)
                 logger.info(
-                    f"{needed / 2**30:.1f} GiB of decoded images are too many for {file.parent}; see --cache_images"
+                    f"{needed / 2**30:.1f} GiB of decoded images are too many for {file.parent}. See --cache_images"
                 )
             except OSError as error:
                 logger.warning(
@@ -225,17 +227,18 @@ class TrainData:
                 )
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps its own copy
         if not always and needed > min(CACHE_LIMIT, psutil.virtual_memory().available / 2):
-            logger.info(f"{needed / 2**30:.1f} GiB of images are too many to keep in memory; decoding as they come.")
+            logger.info(
+                f"{needed / 2**30:.1f} GiB of images are too many to keep in memory. They are decoded when used."
+            )
             return None
         return Cache(self._prepared, self.accelerator)
 
     def batches(self, numbers: Iterable[int]) -> Iterator[dict]:
-        """Yield this process's micro-batches of these global batches, which are numbered from 0 and ascend.
+        """Yield this process's micro-batches of global batches, given their ascending numbers from 0.
 
         Yields:
-            ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_ids`` int64 (B,) NumPy array;
-            ``labels`` int64 (B,) on the device, where the images have labels, -1 where one has none; what else is asked
-            for, see ``columns``.
+            ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_ids`` int64 (B,) NumPy array; if the
+            images have labels, ``labels`` int64 (B,) on the device, -1 for none; and ``columns``.
         """
         source = self._stream if self.length is None else self._from_cache if self._cache else self._from_loader
         for sample_ids, images, values in source(self._sample_ids(numbers)):
@@ -249,11 +252,11 @@ class TrainData:
         return batch
 
     def examples(self, count: int, images: Images | None = None) -> dict[str, torch.Tensor]:
-        """Return images to show and to compare with, cut in the middle: a batch on the CPU, without ``sample_ids``.
+        """Return images for display and comparison, cropped in the middle: a batch on the CPU without ``sample_ids``.
 
         Args:
-            count: number of images, or fewer if there are not so many.
-            images: others than the training images, prepared as these, with labels as numbers of the same classes.
+            count: number of images; fewer are returned if there are not so many.
+            images: images other than the training images. They are prepared in the same way, with the same classes.
         """
         prepared = self._prepared
         if images:
@@ -261,13 +264,13 @@ class TrainData:
                 images, self.mode, self.size, seed=self.args.seed, image_range=self.image_range, layout=self.layout
             )
         found, values = prepared.examples(count)
-        if images and images.label_names:  # by name, for the classes of strings are those that occur in the split
+        if images and images.label_names:  # by name, because the classes of strings are those in the split
             values["label"] = translate_labels(values["label"], images.label_names, self.label_names)
         values = {name: torch.from_numpy(value) for name, value in values.items()}
         return self._batch(torch.from_numpy(found), values, torch.device("cpu"))
 
     def crops(self, count: int) -> np.ndarray:
-        """Return the parts of some images that training may show, to find copies of them: uint8 (M, C, H, W)."""
+        """Return the possible training crops of random images, to find copies of them: uint8 (M, C, H, W)."""
         args = self.args
         prepared = PreparedImages(
             self.images,
@@ -281,12 +284,12 @@ class TrainData:
         return prepared.all_parts(count)
 
     def shown(self, count: int) -> np.ndarray:
-        """Return some images as training shows them, cut and mirrored at random: uint8 (N, C, H, W)."""
+        """Return random images as training shows them, cropped and mirrored at random: uint8 (N, C, H, W)."""
         blocks = [images[:, : self.channels] for images, _, _ in self._prepared.shown(count)]
         return np.concatenate(blocks) if blocks else np.zeros((0, *self.image_shape), np.uint8)
 
     def _sample_ids(self, numbers: Iterable[int]) -> Iterator[np.ndarray]:
-        """Sample ids of each micro-batch of these global batches: number x size + place in it."""
+        """Yield the sample ids of each micro-batch of these global batches: number x size + position in it."""
         size = self.args.train_batch_size
         for number in numbers:
             for micro_step in range(self.args.gradient_accumulation_steps):
@@ -296,7 +299,7 @@ class TrainData:
     def _from_cache(self, batches):
         for sample_ids in batches:
             indices = randomness.shuffled_indices(self.args.seed, sample_ids, self.length)
-            images = self._cache.take(indices, sample_ids)
+            images = self._cache.gather(indices, sample_ids)
             chosen = torch.from_numpy(indices)
             yield sample_ids, images, {name: values[chosen] for name, values in self._cache.values.items()}
 
@@ -315,7 +318,7 @@ class TrainData:
             collate_fn=collate,
             pin_memory=self.accelerator.device.type == "cuda",
             persistent_workers=workers > 0,
-            generator=torch.Generator(),  # its seed is not drawn from the global generator, which stays as it was
+            generator=torch.Generator(),  # so that the loader does not advance the global generator
         )
         yield from self._checked(loader)
 
@@ -328,7 +331,7 @@ class TrainData:
         )
 
     def _checked(self, loader):
-        """Turn what went wrong in a worker into this process's error, and count the skipped images."""
+        """Raise a worker's error as this process's own, and count the skipped images."""
         skipped, loaded = set(), iter(loader)
         while True:
             try:
@@ -345,16 +348,16 @@ class TrainData:
 
 
 def _check_classes(images: Images) -> None:
-    """Refuse labels that no conditional model can learn from.
+    """Refuse labels that a conditional model cannot learn from.
 
     Raises:
-        UserError: no labels, too many classes, or some without an image.
+        UserError: there are no labels, too many classes, or classes without an image.
     """
     name, names = images.name, images.label_names
     if not names:
-        raise UserError(f"{name}: no class labels; give OwnImages labels=, one for each image")
+        raise UserError(f"{name}: no class labels. Give OwnImages labels=, one for each image")
     if len(names) > MAX_CLASSES:
-        raise UserError(f"{name} has {len(names)} classes; expected at most {MAX_CLASSES}")
+        raise UserError(f"{name} has {len(names)} classes. Expected at most {MAX_CLASSES}")
     if images.length is not None:
         labels = np.array(images.labels())
         empty = [label for code, label in enumerate(names) if not (labels == code).any()]
@@ -366,7 +369,10 @@ def _check_classes(images: Images) -> None:
 
 
 def leave_signals_to_the_main_process(worker_id: int) -> None:
-    """A launcher signals the whole process group; a worker that dies of it would take the last checkpoint along."""
+    """Ignore stop signals in a worker, because its death would prevent the last checkpoint.
+
+    A launcher sends signals to the whole process group.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

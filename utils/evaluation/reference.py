@@ -203,7 +203,7 @@ class Reference:
 
 def _probe_images(images: NamedImages):
     """Yield some of the images, evenly spread and decoded one after the other; raise if one is damaged."""
-    for image in images.look():
+    for image in images.iter_probe_images():
         if isinstance(image, BadImage):
             raise image
         yield image

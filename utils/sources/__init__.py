@@ -1,4 +1,4 @@
-"""Images by name: the Hub, folders, tables, archives, metadata, streams. Without this folder, images come from Python."""
+"""Images by name: the Hub, folders, tables, archives, metadata, streams. Without this folder, images are in Python."""
 
 import logging
 
@@ -9,20 +9,20 @@ from ..args import Parser, integer
 def add_arguments(parser: Parser) -> None:
     """Add the flags that name the training images."""
     group = parser.group("data")
-    group.add_argument("--dataset_name", help="Hub id, local folder or table (parquet, arrow, csv, json, tar), or: mnist, digits and faces (8x8 and 25x25, embedded). With neither this nor --train_data_dir: MNIST, or the embedded digits where it is not available")
-    group.add_argument("--dataset_config_name", help="configuration of the data set, where it has several")
-    group.add_argument("--dataset_split", default="train", help="split to train on; slices such as train[:1%%] work")
+    group.add_argument("--dataset_name", help="Hub id, local folder or table (parquet, arrow, csv, json, tar), or: mnist, digits and faces (8x8 and 25x25, embedded). Without this and --train_data_dir: MNIST, or the embedded digits if MNIST is not available")
+    group.add_argument("--dataset_config_name", help="configuration of the data set, if it has several")
+    group.add_argument("--dataset_split", default="train", help="split to train on, or a slice such as train[:1%%]")
     group.add_argument("--train_data_dir", metavar="DIR", help="folder of image files, instead of --dataset_name")
     group.add_argument("--image_column", help="column with the images (default: the only one of type Image)")
-    group.add_argument("--label_column", help="column with class labels; adds a loss curve for each class")
-    group.add_argument("--max_train_samples", metavar="N", type=integer(1), help="only N images, at random by --seed; of a stream the first")
-    parser.switch(group, "--streaming", False, "read the data set as it goes, for sets that fit on no disk")
+    group.add_argument("--label_column", help="column with class labels. Each class has a loss curve")
+    group.add_argument("--max_train_samples", metavar="N", type=integer(1), help="number of images to use, at random by --seed, or the first ones of a stream")
+    parser.switch(group, "--streaming", False, "reading of the data set during training, for sets that do not fit on the disk")
     parser.checks.append(_check)
 
 
 def _check(parser: Parser, args) -> None:
     if args.dataset_name and args.train_data_dir:
-        parser.error("--dataset_name and --train_data_dir are both given; choose one source of images")
+        parser.error("--dataset_name and --train_data_dir are both given. Choose one source of images")
     if args.streaming and args.max_train_steps is None:
         parser.error("--streaming needs --max_train_steps: a stream has no known length to count epochs in")
     if args.streaming and args.cache_images == "always":
@@ -36,8 +36,8 @@ def load(args, accelerator, conditional: bool, columns: dict):
     """Load the training images that the flags name, see ``named_images.NamedImages``.
 
     Args:
-        conditional: the images need class labels; without ``--label_column`` the only such column is taken.
-        columns: further tensors of each row, see ``data.columns``.
+        conditional: True if the images need class labels. Without ``--label_column`` the only such column is used.
+        columns: additional tensors of each row, see ``data.columns``.
 
     Raises:
         UserError: see ``sources.load_source``.
@@ -51,7 +51,7 @@ def load(args, accelerator, conditional: bool, columns: dict):
 
     source = replace(ImageSource.from_args(args), find_labels=conditional, columns=columns)
     record = Path(args.output_dir) / "training_args.json"
-    if args.max_train_samples and record.is_file():  # a run that was begun when it took the first images has them still
+    if args.max_train_samples and record.is_file():  # older runs took the first images, and keep them
         source = replace(source, take_first="sample" not in read_record(record))
     images = NamedImages(source, accelerator, args.max_bad_images)
     if args.image_range not in ("auto", "full"):
@@ -60,10 +60,10 @@ def load(args, accelerator, conditional: bool, columns: dict):
 
 
 def refuse_for_own_images(args) -> None:
-    """Refuse flags that concern named images, where the script's images are in Python.
+    """Refuse flags for named images if the script's images are in Python.
 
     Raises:
-        UserError: says which.
+        UserError: such flags are given.
     """
     from .. import UserError
 
@@ -72,6 +72,6 @@ def refuse_for_own_images(args) -> None:
         logging.getLogger(__name__).warning(f"The script's own images are trained on, and not {named}")
     if args.streaming or args.label_column or args.max_train_samples:
         raise UserError(
-            "own images are neither streamed nor cut: leave out --streaming, --label_column and --max_train_samples, "
-            "and give the script the images and labels that it should have"
+            "own images are neither streamed nor cut: leave out --streaming, --label_column and --max_train_samples. "
+            "Select images and labels in the script instead"
         )

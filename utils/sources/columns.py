@@ -1,4 +1,4 @@
-"""Which column of a data set holds the images, and which one the classes."""
+"""Selection of the columns of a data set that hold the images and the classes."""
 
 import logging
 import math
@@ -21,14 +21,14 @@ class NoLabels(UserError):
 
 
 def select_columns(dataset, source):
-    """The columns of images and labels that ``source`` means, as ``image``, not decoded, and ``label``.
+    """Return the columns of images and labels that ``source`` names, as ``image``, not decoded, and ``label``.
 
-    Images may be of type Image, encoded bytes, {bytes, path}, paths, or arrays: ``images.open_row`` knows them.
+    Images may be of type Image, encoded bytes, {bytes, path}, paths, or arrays, see ``decoding.open_row``.
 
     Raises:
-        UserError: none or several columns might be meant, or they hold something else; lists the columns.
+        UserError: no column or several columns match, or they hold something else. The message lists the columns.
     """
-    if dataset.features is None:  # a stream that does not say what it holds
+    if dataset.features is None:  # a stream without a description of its columns
         dataset = dataset._resolve_features()
     columns = dict(dataset.features)
     listing = ", ".join(f"{key} ({getattr(kind, '_type', type(kind).__name__)})" for key, kind in columns.items())
@@ -37,7 +37,7 @@ def select_columns(dataset, source):
     if source.image_column is None and len(images) != 1:
         problem = "no column of images" if not images else f"{len(images)} columns of images: {', '.join(images)}"
         raise UserError(
-            f"{source.name} has {problem}. Name one with --image_column; the columns are {listing}"
+            f"{source.name} has {problem}. Name one with --image_column. The columns are {listing}"
             + ". A folder of image files is read by --train_data_dir" * (source.flags["name"] == "--dataset_name")
         )
     image_column = source.image_column or images[0]
@@ -46,37 +46,37 @@ def select_columns(dataset, source):
             f"--image_column {image_column}: not a column of images, bytes, paths or arrays. {source.name} has "
             f"{listing}"
         )
-    wanted = {image_column: "image"}
+    selected = {image_column: "image"}
     label_column = source.label_column
     if label_column is None and source.find_labels:
         found = [key for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
         if len(found) != 1:
             raise (UserError if found else NoLabels)(
                 f"{source.name} has {len(found) or 'no'} columns of class labels. Name one with --label_column, of "
-                f"type ClassLabel, integers or strings; the columns are {listing}"
+                f"type ClassLabel, integers or strings. The columns are {listing}"
             )
         label_column = found[0]
     if label_column is not None:
-        wanted[label_column] = "label"
+        selected[label_column] = "label"
     if label_column is not None and label_column == image_column:
-        raise UserError(f"--label_column {label_column}: it is the column of images, too; its columns are {listing}")
+        raise UserError(f"--label_column {label_column}: it is also the column of images. The columns are {listing}")
     for name, column in source.columns.items():
         key = f"column:{name}" if isinstance(column.source, Path) else column.source
         if key not in columns:
-            folder = f". The folder is Column(Path({key!r}))" * Path(key).is_dir()
-            raise UserError(f"columns: {source.name} has no {key!r} for {name}; its columns are {listing}{folder}")
-        if key in wanted:
-            raise UserError(f"columns: {key!r} of {source.name} is {wanted[key]} already, so it cannot be {name}, too")
-        wanted[key] = f"column:{name}"
+            folder = f". For the folder, use Column(Path({key!r}))" * Path(key).is_dir()
+            raise UserError(f"columns: {source.name} has no {key!r} for {name}. Its columns are {listing}{folder}")
+        if key in selected:
+            raise UserError(f"columns: {key!r} of {source.name} is already {selected[key]}, so it cannot be {name}")
+        selected[key] = f"column:{name}"
     classes = {key: kind for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)}
-    dataset = dataset.select_columns([key for key in {**wanted, **classes} if key in columns])
-    for key in wanted:
+    dataset = dataset.select_columns([key for key in {**selected, **classes} if key in columns])
+    for key in selected:
         if isinstance(columns.get(key), datasets.Image):
             dataset = dataset.cast_column(key, datasets.Image(decode=False))
     if source.max_samples is not None:
         dataset = _sample(dataset, source)
     if not source.streaming and ("[" in source.split or source.max_samples is not None):
-        _say_lacking_classes(classes, dataset, source)
+        _warn_of_lacking_classes(classes, dataset, source)
     if label_column is not None and not isinstance(columns.get(label_column), datasets.ClassLabel):
         dataset = _encode_labels(dataset, columns.get(label_column), label_column, source, listing)
     if label_column is not None and not source.streaming:
@@ -84,33 +84,33 @@ def select_columns(dataset, source):
         if without:
             logger.warning(f"{source.name}: {without} of {len(dataset)} images have no class in {label_column}")
     if label_column is not None and source.find_labels and not source.streaming:
-        dataset = _leave_out_empty_classes(dataset, label_column, source)
-    dataset = dataset.select_columns([*wanted])
-    return dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
+        dataset = _drop_empty_classes(dataset, label_column, source)
+    dataset = dataset.select_columns([*selected])
+    return dataset.rename_columns({old: new for old, new in selected.items() if old != new})
 
 
 def _sample(dataset, source):
-    """So many rows at random, in their order; of a stream, and of a run that did so before, the first ones."""
+    """Return ``max_samples`` random rows in their order, or the first rows of a stream or with ``take_first``."""
     if source.streaming or source.take_first or source.max_samples >= len(dataset):
         return dataset.take(source.max_samples)
     chosen = randomness.shuffled_indices(source.seed, np.arange(source.max_samples), len(dataset))
     return dataset.select(np.sort(chosen))
 
 
-def _say_lacking_classes(classes: dict, dataset, source) -> None:
-    """Warn of classes of which a slice or a sample has no image: sorted data are cut so."""
+def _warn_of_lacking_classes(classes: dict, dataset, source) -> None:
+    """Warn of classes without an image in a slice or a sample, as in slices of sorted data."""
     for key, kind in classes.items():
         present = {*dataset.with_format(None)[key]}
         lacking = [name for code, name in enumerate(kind.names) if code not in present]
         if lacking and len(lacking) < len(kind.names):
             logger.warning(
-                f"{source.said('split')}: no image of {len(lacking)} of the {len(kind.names)} classes in {key}: "
-                f"{', '.join(lacking[:5])}. Sorted data are cut so; take other parts"
+                f"{source.flag_label('split')}: no image of {len(lacking)} of the {len(kind.names)} classes in {key}: "
+                f"{', '.join(lacking[:5])}. The data may be sorted. Take other parts"
             )
 
 
-def _leave_out_empty_classes(dataset, column: str, source):
-    """The same with those classes only that have images: filtered data still name the others."""
+def _drop_empty_classes(dataset, column: str, source):
+    """Return the data set with only those classes that have images, because filtered data still list the others."""
     names, values = dataset.features[column].names, dataset[column][:]
     present = sorted({value for value in values if value not in (None, -1)})
     if not present or len(present) == len(names):
@@ -129,39 +129,39 @@ def add_paired_files(dataset, source):
     """Add a column with the path of each image's partner, for each folder of files with the same names.
 
     Raises:
-        UserError: the images are no files, or some have no partner; names the first ones.
+        UserError: the images are no files, or some have no partner. The message names the first ones.
     """
     for name, column in source.columns.items():
         if not isinstance(column.source, Path):
             continue
-        said = f"columns: the folder {column.source} of {name}"
+        label = f"columns: the folder {column.source} of {name}"
         if not column.source.is_dir():
-            raise UserError(f"{said} is not there; expected files with the names of the images")
+            raise UserError(f"{label} is missing. Expected files with the names of the images")
         known, files = image_extensions(), {}
         for path in sorted(column.source.rglob("*.*")):
             if path.suffix.lower() in known:
                 files.setdefault(path.relative_to(column.source).with_suffix(""), []).append(path)
         key = source.image_column or "image"
         if source.streaming or key not in dataset.features:
-            raise UserError(f"{said}: only for images in a folder, not streamed; name a column of the data set instead")
+            raise UserError(f"{label}: only for images in a folder, not streamed. Name a column of the data instead")
         if isinstance(dataset.features[key], datasets.Image):
             dataset = dataset.cast_column(key, datasets.Image(decode=False))
         records = [row if isinstance(row, str) else (row or {}).get("path") for row in dataset[key]]
         if not all(records):
-            raise UserError(f"{said}: the images of {source.name} are no files; name a column of the data set instead")
+            raise UserError(f"{label}: the images of {source.name} are no files. Name a column of the data set instead")
         root = Path(source.name).expanduser()
         names = [Path(os.path.relpath(record, root)).with_suffix("") for record in records]
-        if {*names} & {*files} == set():  # perhaps it has no folders for the splits
+        if {*names} & {*files} == set():  # the folder may have no folders for the splits
             names = [Path(*name.parts[1:]) if name.parts[0].lower() in SPLITS else name for name in names]
         if several := [name for name, count in Counter(names).items() if count > 1 or len(files.get(name, [])) > 1]:
             raise UserError(
-                f"{said}: {len(several)} names are of several files, such as {several[0]}; expected one image and one "
-                "partner of a name, in folders of the same names"
+                f"{label}: {len(several)} names belong to several files, such as {several[0]}. Expected one image and "
+                "one partner of a name, in folders of the same names"
             )
         partners = [files.get(name, [None])[0] for name in names]
         if missing := [record for record, partner in zip(records, partners, strict=True) if not partner]:
             raise UserError(
-                f"{said} has no partner for {len(missing)} of {len(records)} images: {', '.join(missing[:3])}. "
+                f"{label} has no partner for {len(missing)} of {len(records)} images: {', '.join(missing[:3])}. "
                 "Expected files of the same names, in folders of the same names"
             )
         dataset = dataset.add_column(f"column:{name}", [str(partner) for partner in partners])
@@ -169,12 +169,12 @@ def add_paired_files(dataset, source):
 
 
 def _encode_labels(dataset, kind, column: str, source, listing: str):
-    """A column of integers or strings as a ClassLabel column; a missing one is -1."""
+    """Turn a column of integers or strings into a ClassLabel column. A missing label is -1."""
     values = [] if source.streaming or kind is None else dataset[column][:]
     if isinstance(kind, datasets.Value) and kind.dtype == "bool":
         values, kind = [None if value is None else str(value) for value in values], datasets.Value("string")
     integers = isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint"))
-    if isinstance(kind, datasets.Value) and kind.dtype.startswith("float"):  # whole numbers, beside missing ones
+    if isinstance(kind, datasets.Value) and kind.dtype.startswith("float"):  # whole numbers with missing values
         values = [None if value is None or math.isnan(value) else value for value in values]
         integers = all(value is None or value.is_integer() for value in values)
         values = [None if value is None else int(value) for value in values] if integers else values
@@ -188,7 +188,7 @@ def _encode_labels(dataset, kind, column: str, source, listing: str):
             "both are classes, write other values"
         )
     if len(names) > MAX_CLASSES:
-        raise UserError(f"--label_column {column}: {len(names)} different values; expected at most {MAX_CLASSES}")
+        raise UserError(f"--label_column {column}: {len(names)} different values. Expected at most {MAX_CLASSES}")
     codes = {value: code for code, value in enumerate(names)}
     feature = datasets.ClassLabel(names=[str(name) for name in names])
     dataset = dataset.remove_columns(column)

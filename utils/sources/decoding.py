@@ -1,4 +1,4 @@
-"""From the row of a data set to a Pillow image: bytes, paths, places in archives, arrays."""
+"""Conversion of a row of a data set to a Pillow image: from bytes, paths, files in archives, and arrays."""
 
 import io
 import os
@@ -11,44 +11,44 @@ from PIL import Image, ImageOps
 from ..data.pixels import DEEP_MODES, BadImage, channels_last, grey_if_palette_is
 
 MAX_ASPECT = 100  # longer side over shorter
-OVERSHOOT = 0.5  # how far a resize may have gone beyond the range of floats, as a share of it
+OVERSHOOT = 0.5  # share of the range of floats by which a resize may have exceeded it
 
 
 def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
-    """Open, fully load and upright an image.
+    """Open an image, load it fully and rotate it upright.
 
     Args:
-        source: the file's bytes, or its path; an image that is open already is returned as it is.
-        name: what to call it in errors (a path, or a row of a data set).
+        source: bytes or path of the file. An open image is returned unchanged.
+        name: name of the image in errors (a path, or a row of a data set).
 
     Returns:
         The first frame, in the mode of the file, rotated as its EXIF orientation says.
 
     Raises:
-        BadImage: empty, truncated, not an image, over Pillow's limit of 89 megapixels, or a hundred times as long as
-            it is wide.
+        BadImage: the file is empty, truncated, not an image, or over Pillow's limit of 89 megapixels, or one side is
+            more than a hundred times the other.
     """
     if isinstance(source, Image.Image):
         return source
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where Pillow only warns
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow only warns
             raise Image.DecompressionBombError
         if max(image.size) > MAX_ASPECT * min(image.size):
             size = f"{image.width} x {image.height} pixels"
-            raise BadImage(f"{name}: {size}; expected sides that differ by a factor of {MAX_ASPECT} at most")
+            raise BadImage(f"{name}: {size}. Expected sides that differ by a factor of {MAX_ASPECT} at most")
         image.load()
         return grey_if_palette_is(ImageOps.exif_transpose(image))
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
-        raise BadImage(f"{name}: more than {limit}, which is taken for an attack; shrink the file") from error
+        raise BadImage(f"{name}: more than {limit}, which might be an attack. Shrink the file") from error
     except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ValueError ...
         size = len(source) if isinstance(source, bytes) else os.path.getsize(source) if os.path.exists(source) else None
         if size == 0:
             reason = "the file is empty"
-        else:  # Pillow names the memory buffer, which helps nobody
+        else:  # the name of the memory buffer, which Pillow adds, is removed
             reason = str(error).split(" <_io")[0].split(" '")[0] or type(error).__name__
         raise BadImage(f"{name}: {reason}. Expected a complete image file that Pillow reads") from error
 
@@ -57,7 +57,7 @@ def size_and_mode(source: bytes | str | Image.Image, name: str) -> tuple[tuple[i
     """Return width, height and mode of an image, from the first bytes of its file.
 
     Raises:
-        BadImage: it cannot be opened.
+        BadImage: the file cannot be opened.
     """
     try:
         image = source if isinstance(source, Image.Image) else None
@@ -69,24 +69,26 @@ def size_and_mode(source: bytes | str | Image.Image, name: str) -> tuple[tuple[i
         raise BadImage(f"{name}: {type(error).__name__}. Expected a complete image file that Pillow reads") from error
 
 
-def left_out(source: bytes | str | Image.Image) -> list[str]:
-    """What of a file is not in ``decode_image``'s picture: further pictures, and lower bits that Pillow drops."""
+def dropped_content(source: bytes | str | Image.Image) -> list[str]:
+    """Return the content of a file that ``decode_image`` drops: further pictures, and lower bits, as messages."""
     if isinstance(source, Image.Image):
         return []
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         several = ["only the first of several pictures is used"] if getattr(image, "is_animated", False) else []
         wide = image.mode not in DEEP_MODES and any(";16" in str(tile) for tile in image.tile)
-        return several + ["of 16 bits a colour, Pillow keeps the upper 8: scale the files to 8 bits"] * wide
+        return several + ["of 16 bits a colour, Pillow keeps the upper 8. Scale the files to 8 bits"] * wide
 
 
 def open_row(
     row: dict, source: str, index: int, white: float | tuple[float, float] | None = None
 ) -> tuple[bytes | str | Image.Image, str]:
-    """Bytes or path of a row's image, or the image itself, and its name for messages.
+    """Return the bytes or path of a row's image, or the image itself, and its name for messages.
 
     Args:
-        row: its ``image`` is {bytes, path}, bytes, a path (also relative to the table that is ``source``), or an array.
-        white: of arrays of floats in colour, see ``from_values``.
+        row: row with ``image``: {bytes, path}, bytes, a path (also relative to the table ``source``), or an array.
+        source: name of the data set, or path of a table.
+        index: index of the row, for messages.
+        white: white value of arrays of floats in colour, see ``from_values``.
     """
     record, where = row["image"], f"image {index} of {source}"
     if isinstance(record, (list, np.ndarray)):
@@ -105,35 +107,36 @@ def open_row(
         try:
             with xopen(file, "rb") as stream:
                 return stream.read(), where
-        except Exception as error:  # whatever the file system behind it raises
+        except Exception as error:  # file systems raise any exception
             raise BadImage(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
     return find_file(file, source), where
 
 
 def find_file(file: str, source: str) -> str:
-    """A path in the table ``source``, which may be relative to it, or to the folder that we are in."""
+    """Resolve a path in the table ``source``, which may be relative to the table or to the current folder."""
     beside = Path(source).expanduser().parent / file
     return str(beside) if beside.exists() else file
 
 
 def from_values(array: np.ndarray, where: str, white: float | tuple[float, float] | None = None) -> Image.Image:
-    """A picture of the numbers in a table: whole ones, or floats in [0, 1] or [0, 255]; of masks, black and white.
+    """Make an image of the numbers in a table: whole numbers, floats in [0, 1] or [0, 255], or booleans.
 
     Args:
-        white: of floats in colour, the value that becomes white, 1 or 255; or the values of black and white. None to
-            find it from this image alone.
+        where: name of the array in errors.
+        white: value of floats in colour that becomes white, 1 or 255, or a pair for black and white. None finds it from
+            this image alone.
 
     Raises:
-        BadImage: it has another shape or, in colour, other values.
+        BadImage: the array has another shape or, in colour, other values.
     """
     array = channels_last(array, where)
     if array.dtype.kind not in "iufb":
-        raise BadImage(f"{where} consists of {array.dtype}; expected numbers")
+        raise BadImage(f"{where} consists of {array.dtype}. Expected numbers")
     array = array * np.uint8(255) if array.dtype.kind == "b" else array
     whole, low, high = array.dtype.kind != "f", array.min(), array.max()
     if array.ndim == 2 and array.dtype != np.uint8:  # scaled as files with more than 8 bits are
         if whole and not -(2**31) <= low <= high < 2**31:
-            raise BadImage(f"{where} has values from {low} to {high}; expected such as 32 bits hold")
+            raise BadImage(f"{where} has values from {low} to {high}. Expected values that fit into 32 bits")
         return Image.fromarray(array.astype(np.int32 if whole else np.float32))
     black = 0.0
     if isinstance(white, tuple):
@@ -146,12 +149,12 @@ def from_values(array: np.ndarray, where: str, white: float | tuple[float, float
         not explicit and not -tolerance <= low <= high <= white + tolerance
     ):
         raise BadImage(
-            f"{where} has values from {low:g} to {high:g}; expected 0 to {white:g}, or --image_range LOW,HIGH"
+            f"{where} has values from {low:g} to {high:g}. Expected 0 to {white:g}, or --image_range LOW,HIGH"
         )
     array = (array.astype(np.float64).clip(black, white) - black) * (255 / (white - black))
     return Image.fromarray(np.rint(array).astype(np.uint8))
 
 
 def is_unit(high: float) -> bool:
-    """Whether floats up to this value are meant to lie in [0, 1], and not in [0, 255]."""
+    """Return whether floats up to this value have the range [0, 1] and not [0, 255]."""
     return high <= 1 + OVERSHOOT

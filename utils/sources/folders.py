@@ -1,7 +1,7 @@
-"""A folder of image files as a data set: every file that Pillow reads, by what it is and not by how it is called.
+"""A folder of image files as a data set: every file that Pillow reads, whatever its name.
 
-``datasets`` reads meaning into names: a folder ``train`` beside ``bus`` and ``car`` hides the two, ``[1]`` is a
-pattern, a link is not followed. Here the folder is walked and the files are handed over by their paths, not decoded.
+``datasets`` interprets names: a folder ``train`` hides ``bus`` and ``car`` beside it, ``[1]`` is a pattern, and links
+are not followed. Here the folder is walked, and the data set consists of the paths of the files, not decoded.
 """
 
 import csv
@@ -22,7 +22,7 @@ from .. import UserError
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {  # names of folders, and what datasets calls these splits
+SPLITS = {  # names of folders, and the names of these splits in datasets
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
@@ -32,7 +32,7 @@ IGNORED_FOLDERS = ("__MACOSX", "__pycache__")
 
 
 def image_extensions() -> set[str]:
-    """Extensions, in small letters, of the files that Pillow can open here; HEIC's among them with pillow-heif."""
+    """Return the extensions, in lower case, of the files that Pillow can open here. HEIC needs pillow-heif."""
     if importlib.util.find_spec("pillow_heif"):
         import pillow_heif
 
@@ -41,33 +41,33 @@ def image_extensions() -> set[str]:
     for extension, name in Image.registered_extensions().items():
         opener = Image.OPEN.get(name, [None])[0]
         stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
-        if name == "MPO" or (opener and not stub and name != "MPEG"):  # these are recognised, but not decoded
+        if name == "MPO" or (opener and not stub and name != "MPEG"):  # Pillow cannot decode the others
             extensions.add(extension.lower())
     return extensions
 
 
 def walk(folder: Path) -> tuple[list[str], list[str], Counter]:
-    """The image files and the metadata files below a folder, sorted, and how many others there are by extension.
+    """Return the sorted image files and metadata files below a folder, and the counts of other files by extension.
 
-    Links are followed, and no folder is entered twice. What begins with a dot is a system's own.
+    Links are followed, and no folder is entered twice. Names that begin with a dot are skipped, as system files.
     """
     extensions, images, metadata, others = image_extensions(), [], [], Counter()
     special = []
     folders, links, entered = [os.fspath(folder)], [], set()
-    while folders or links:  # links last: a folder is called by its own name
+    while folders or links:  # links are last, so that a folder has its own name
         place = folders.pop() if folders else links.pop(0)
         if (real := os.path.realpath(place)) in entered:
-            logger.warning(f"{place} is a link to a folder that is read already, {real}: passed over")
+            logger.warning(f"{place} is skipped, because it links to a folder that is already read: {real}")
             continue
         entered.add(real)
         for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
             extension = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):
                 continue
-            if os.path.isdir(entry.path):  # which a link in a circle is not
+            if os.path.isdir(entry.path):  # False for a link in a circle
                 if entry.name not in IGNORED_FOLDERS:
                     (links if entry.is_symlink() else folders).append(entry.path)
-            elif os.path.exists(entry.path) and not os.path.isfile(entry.path):  # a pipe would be waited for
+            elif os.path.exists(entry.path) and not os.path.isfile(entry.path):  # reading a pipe would block
                 special.append(entry.path)
             elif entry.name.lower() in METADATA:
                 metadata.append(entry.path)
@@ -76,36 +76,35 @@ def walk(folder: Path) -> tuple[list[str], list[str], Counter]:
             else:
                 others[extension or entry.name] += 1
     if special:
-        logger.warning(f"{folder}: passed over {len(special)} that are no files: {', '.join(special[:3])}")
+        logger.warning(f"{folder}: skipped {len(special)} that are no files: {', '.join(special[:3])}")
     return sorted(images), sorted(metadata), others
 
 
 def load_folder(folder: Path, label_column: str | None = None) -> dict[str, datasets.Dataset]:
-    """The images below a folder, by split.
+    """Load the images below a folder, by split.
 
-    Where every image lies in folders that ``SPLITS`` names, perhaps within others that hold all of them, these are the
-    splits, and images beside them are left out; otherwise there is the split train. Below them, the first folders whose
-    names differ are the classes: the column ``label``.
+    The splits are the folders that ``SPLITS`` names, if all images are in such folders, perhaps within other folders
+    that contain them all. Images beside them are skipped. Otherwise the only split is train. In a split, the first
+    folders with different names are the classes, the column ``label``.
 
     Args:
-        label_column: a column of metadata.csv, .jsonl or .parquet to keep, if one of them has it.
+        label_column: column of metadata.csv, .jsonl or .parquet to keep, if one of them has it.
 
     Returns:
         Data sets with ``image``, not decoded, and perhaps labels; none if there are no images.
 
     Raises:
-        UserError: metadata that labels are wanted from cannot be read, or do not say whose they are; a file name that
-            is not UTF-8.
+        UserError: metadata with the labels cannot be read or name no files, or a file name is not UTF-8.
     """
     files, metadata, others = walk(folder)
     if not files:
         return {}
     if others:
-        said = ", ".join(f"{extension} ({count})" for extension, count in others.most_common(10))
+        listing = ", ".join(f"{extension} ({count})" for extension, count in others.most_common(10))
         heic = ". For HEIC: pip install pillow-heif" if HEIC & {*others} else ""
-        logger.warning(f"{folder}: passed over {others.total()} files that Pillow does not read: {said}{heic}")
+        logger.warning(f"{folder}: skipped {others.total()} files that Pillow does not read: {listing}{heic}")
     if bad := [file for file in files if not file.isprintable() and "\\udc" in ascii(file)]:
-        raise UserError(f"{folder}: the file name {bad[0]!a} is not UTF-8; rename the file")
+        raise UserError(f"{folder}: the file name {bad[0]!a} is not UTF-8. Rename the file")
     parts = [PurePath(os.path.relpath(file, folder)).parent.parts for file in files]
     files, parts, splits = _find_splits(folder, files, parts)
     classes = [None] * len(files)
@@ -114,8 +113,8 @@ def load_folder(folder: Path, label_column: str | None = None) -> dict[str, data
         first, last = min(parts[row] for row in rows), max(parts[row] for row in rows)
         shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))])
         if shared and {*splits} != {"train"} and len({*parts}) > 1 and first == last:
-            shared -= 1  # one class in this split, where another split has others
-        for row in rows:  # a folder that holds all images tells none apart
+            shared -= 1  # this split has one class, but another split has others
+        for row in rows:  # a folder that holds all images is no class
             classes[row] = parts[row][shared] if len(parts[row]) > shared else None
     columns, features = {"image": files}, {"image": datasets.Image(decode=False)}
     labels = _metadata_labels(files, metadata, label_column)
@@ -137,7 +136,7 @@ def load_folder(folder: Path, label_column: str | None = None) -> dict[str, data
 
 def _find_splits(folder: Path, files: list[str], parts: list[tuple]) -> tuple[list[str], list[tuple], list[str]]:
     """Return the files that are used, the folders below the splits that each lies in, and its split."""
-    wrappers = 0  # folders around all images but those that lie loose
+    wrappers = 0  # number of folders around all images, except those directly in the folder
     inside = [above for above in parts if above]
     while len({above[: wrappers + 1] for above in inside if len(above) > wrappers}) == 1 and all(
         len(above) > wrappers and above[wrappers].lower() not in SPLITS for above in inside
@@ -151,18 +150,18 @@ def _find_splits(folder: Path, files: list[str], parts: list[tuple]) -> tuple[li
         if found:
             beside = ", ".join(sorted(others)[:5]) or f"{len(loose)} images"
             logger.warning(
-                f"{folder}: the folders {', '.join(sorted(found))} lie beside {beside}, so they "
-                "are taken for classes and not for splits"
+                f"{folder}: the folders {', '.join(sorted(found))} are beside {beside}, so they "
+                "are treated as classes and not as splits"
             )
         return files, parts, ["train"] * len(files)
     if loose:
-        logger.warning(f"{folder}: {len(loose)} images beside the splits are left out: {', '.join(loose[:3])}")
+        logger.warning(f"{folder}: {len(loose)} images beside the splits are skipped: {', '.join(loose[:3])}")
     kept = [k for k, top in enumerate(tops) if top is not None]
     return [files[k] for k in kept], [parts[k][wrappers + 1 :] for k in kept], [SPLITS[tops[k]] for k in kept]
 
 
 def _metadata_labels(files: list[str], metadata: list[str], column: str | None) -> list | None:
-    """The value of a column of the metadata for each file, None where it has none; None if no metadata have it."""
+    """Return the value of a metadata column for each file, or None for a missing one. None if no metadata have it."""
     files = [os.path.abspath(file) for file in files]
     known, values, found = {*files}, {}, None
     for path in metadata:
@@ -177,7 +176,7 @@ def _metadata_labels(files: list[str], metadata: list[str], column: str | None) 
         has_column = column is not None and any(column in row for row in rows)
         if not any("file_name" in row for row in rows):
             if has_column:
-                raise UserError(f"{path} has {column}, but no column file_name that says of which image")
+                raise UserError(f"{path} has {column}, but no column file_name that names the image")
             continue
         found = path if has_column else found
         missing = []
@@ -190,7 +189,7 @@ def _metadata_labels(files: list[str], metadata: list[str], column: str | None) 
                 value = row.get(column)
                 if values.setdefault(file, value) != value:
                     raise UserError(
-                        f"{path}: {name} has two rows, with the {column} {values[file]!r} and {value!r}; expected one"
+                        f"{path}: {name} has two rows, with the {column} {values[file]!r} and {value!r}. Expected one"
                     )
         if missing:
             logger.warning(
@@ -200,7 +199,7 @@ def _metadata_labels(files: list[str], metadata: list[str], column: str | None) 
         return None
     labels = [None if values.get(file) in (None, "") else values[file] for file in files]
     if not {*map(type, labels)} & {int, float, str, bool} or {*map(type, labels)} & {list, dict}:
-        raise UserError(f"{found}: {column} has no integers or strings for these images; expected one an image")
+        raise UserError(f"{found}: {column} has no integers or strings for these images. Expected one an image")
     whole = all(label is None or re.fullmatch(r"0|-?[1-9]\d{0,17}", str(label)) for label in labels)
     return [None if label is None else int(label) if whole else str(label) for label in labels]
 
@@ -216,11 +215,11 @@ def _read_rows(path: str) -> list[dict]:
             return list(csv.DictReader(file, delimiter=delimiter))
         rows = [json.loads(line) for line in file if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is no object")
+        raise ValueError("a line is no JSON object")
     return rows
 
 
 def has_tables(folder: Path) -> bool:
-    """Whether a folder holds tables for ``datasets``, as a copy of a Hub repository does."""
+    """Return whether a folder holds tables for ``datasets``, as a copy of a Hub repository does."""
     names = (name for _, _, names in os.walk(folder) for name in names if name.lower() not in METADATA)
     return any(name.lower().endswith((".parquet", ".arrow")) for name in names)

@@ -1,4 +1,4 @@
-"""Images that flags name, as training takes them: decoded by row, with a fingerprint."""
+"""Images that flags name, decoded by row, with a fingerprint."""
 
 import contextlib
 import hashlib
@@ -16,25 +16,25 @@ from PIL import Image
 from ..data.columns import check_columns
 from ..data.own_images import INSPECTED, Images, content_of, evenly_spaced
 from ..data.pixels import BadImage
-from .decoding import decode_image, find_file, is_unit, left_out, open_row
+from .decoding import decode_image, dropped_content, find_file, is_unit, open_row
 from .sources import ImageSource, check_disjoint, data_license, load_source
 from .streams import SHUFFLE_BUFFER_BYTES, SHUFFLE_BUFFER_SIZE, Stream, read_ahead
 
 logger = logging.getLogger(__name__)
 
-QUICK = 1.0  # seconds of decoding that are not worth a file
+QUICK = 1.0  # seconds of decoding up to which there is no file
 
 
 class NamedImages(Images):
     """The images of a data set.
 
     Args:
-        source: which images are meant.
-        accelerator: says which process this is.
-        max_bad_images: unreadable images that may be skipped.
+        source: names of the images and of the flags.
+        accelerator: accelerator of this process.
+        max_bad_images: number of unreadable images that may be skipped.
 
     Attributes:
-        dataset: a ``datasets.Dataset`` or ``IterableDataset`` with the columns ``image``, not decoded, and perhaps
+        dataset: ``datasets.Dataset`` or ``IterableDataset`` with the columns ``image``, not decoded, and perhaps
             ``label``.
 
     Raises:
@@ -42,8 +42,8 @@ class NamedImages(Images):
     """
 
     advice = "--max_bad_images N skips up to N such images"
-    buffer_size = SHUFFLE_BUFFER_SIZE  # of a stream; smaller if the images looked at are large
-    white = None  # in colour images of floats, see ``decoding.from_values``
+    buffer_size = SHUFFLE_BUFFER_SIZE  # size of a stream's shuffle buffer; smaller for large images
+    white = None  # white value in colour images of floats, see ``decoding.from_values``
 
     def __init__(self, source: ImageSource, accelerator, max_bad_images: int = 0):
         self.source, self.accelerator, self.max_bad_images = source, accelerator, max_bad_images
@@ -58,7 +58,7 @@ class NamedImages(Images):
         self._stamp = None
 
     def select(self, indices, name: str) -> "NamedImages":
-        """The same with these rows only, called ``name``."""
+        """Return a copy with these rows only, and with ``name`` as its split."""
         images = object.__new__(NamedImages)
         images.__dict__ |= {**self.__dict__, "dataset": self.dataset.select(indices), "length": len(indices)}
         images.source = replace(self.source, split=name)
@@ -67,19 +67,19 @@ class NamedImages(Images):
     def __getstate__(self):  # a worker needs no accelerator
         return {**self.__dict__, "accelerator": None}
 
-    def located(self, row: dict, index: int) -> dict:
-        """The row with functions that decode its image and its columns, and return their names."""
-        located = {**row, "image": partial(self._decoded, row["image"], index)}
+    def add_decoders(self, row: dict, index: int) -> dict:
+        """Return the row with functions that decode its image and its columns, and return their names."""
+        decoders = {**row, "image": partial(self._decoded, row["image"], index)}
         for name, column in self.columns.items():
             key, decode = f"column:{name}", self._decoded
             if column.kind == "vector":
-                decode = self._as_it_is
-            elif isinstance(row[key], (list, np.ndarray)):  # of any number of channels
+                decode = self._unchanged
+            elif isinstance(row[key], (list, np.ndarray)):  # any number of channels
                 decode = self._as_array
-            located[key] = partial(decode, row[key], index)
-        return located
+            decoders[key] = partial(decode, row[key], index)
+        return decoders
 
-    def _as_it_is(self, value, index: int):
+    def _unchanged(self, value, index: int):
         return value, f"row {index} of {self.name}"
 
     def _as_array(self, value, index: int) -> tuple[np.ndarray, str]:
@@ -98,21 +98,21 @@ class NamedImages(Images):
     def __getitem__(self, key: int | slice) -> dict:
         rows = self.dataset[key]
         if not isinstance(key, slice):
-            return self.located(rows, key)
+            return self.add_decoders(rows, key)
         numbers = range(*key.indices(self.length))
         records = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
-        located = [self.located(row, k) for k, row in zip(numbers, records, strict=True)]
-        return {name: [row[name] for row in located] for name in rows}
+        decoders = [self.add_decoders(row, k) for k, row in zip(numbers, records, strict=True)]
+        return {name: [row[name] for row in decoders] for name in rows}
 
     def labels(self) -> list[int | None]:
         return self.dataset["label"][:]
 
-    def look(self) -> Iterator[Image.Image | BadImage]:
-        """Yield some of the images, and take their fingerprint; warn about what of their files is not used."""
+    def iter_probe_images(self) -> Iterator[Image.Image | BadImage]:
+        """Yield some of the images and compute the fingerprint. Warn about content of the files that is dropped."""
         self.white = self._find_white()
         digest, stamp = self._digests_of_names()
         unused, count, encoded = {}, 0, 0
-        for index, row in self._spread_rows():
+        for index, row in self._probe_rows():
             try:
                 source, where = open_row(row, self.name, index, self.white)
                 image = decode_image(source, where)
@@ -121,51 +121,51 @@ class NamedImages(Images):
                 continue
             count += 1
             encoded += len(source) if isinstance(source, bytes) else 0
-            for loss in left_out(source):
+            for loss in dropped_content(source):
                 unused.setdefault(loss, []).append(where)
             if isinstance(source, Image.Image):
                 digest.update(source.tobytes())
             else:
                 digest.update(source if isinstance(source, bytes) else Path(source).read_bytes())
             for column in self.columns:
-                digest.update(content_of(self.located(row, index)[f"column:{column}"]()[0]))
+                digest.update(content_of(self.add_decoders(row, index)[f"column:{column}"]()[0]))
             yield image
         if encoded:
             self.buffer_size = max(100, min(SHUFFLE_BUFFER_SIZE, SHUFFLE_BUFFER_BYTES * count // encoded))
         for loss, places in unused.items():
-            logger.warning(f"{len(places)} of {count} images looked at, such as {places[0]}: {loss}")
+            logger.warning(f"{len(places)} of {count} inspected images, such as {places[0]}: {loss}")
         self.fingerprint = digest.hexdigest()[:16]
         if stamp:
             stamp.update(digest.digest())
             self._stamp = stamp.hexdigest()
 
     def _find_white(self) -> float | tuple[float, float] | None:
-        """What becomes white in colour images of floats, decided once for all of them; None where there are none."""
+        """Return the value that becomes white in all colour images of floats, or None if there are none."""
         if isinstance(self.white, tuple):
             return self.white
-        records = [row["image"] for _, row in self._spread_rows() if isinstance(row["image"], (list, np.ndarray))]
+        records = [row["image"] for _, row in self._probe_rows() if isinstance(row["image"], (list, np.ndarray))]
         highs = []
         for record in records:
-            with contextlib.suppress(ValueError):  # rows of different lengths: ``open_row`` says so
+            with contextlib.suppress(ValueError):  # ``open_row`` reports rows of different lengths
                 array = np.asarray(record)
                 if array.dtype.kind == "f" and array.size and np.isfinite(array).all():
                     highs.append(float(array.max()))
         return (1.0 if is_unit(max(highs)) else 255.0) if highs else None
 
-    def _spread_rows(self) -> Iterator[tuple[int, dict]]:
+    def _probe_rows(self) -> Iterator[tuple[int, dict]]:
         if self.length is None:
             yield from enumerate(self.dataset.take(INSPECTED))
         else:
-            spread = evenly_spaced(self.length)
-            yield from zip(spread, self.dataset.select(spread), strict=True)
+            indices = evenly_spaced(self.length)
+            yield from zip(indices, self.dataset.select(indices), strict=True)
 
-    def rows_to_look_at(self) -> Iterator[dict]:
-        return (self.located(row, index) for index, row in self._spread_rows())
+    def iter_probe_rows(self) -> Iterator[dict]:
+        return (self.add_decoders(row, index) for index, row in self._probe_rows())
 
     def _digests_of_names(self):
-        """Two hashes: of names and sizes of files, to be updated with the content of some; and of all that is known.
+        """Return two hashes: of the names and sizes of files, to be updated with some content, and of all properties.
 
-        By the second, decoded images are found again on this machine; a stream has none.
+        The second identifies decoded images on this machine. It is None for a stream.
         """
         digest = hashlib.sha256(str(self.length).encode())
         if self.length is None:
@@ -192,12 +192,12 @@ class NamedImages(Images):
         return digest, stamp
 
     def cache_file(self, facts: tuple, folder: str | None, seconds: float) -> Path | None:
-        """Name a file for the decoded images; None where none is worth it.
+        """Return the path of a file for the decoded images, or None if decoding is quick.
 
         Args:
-            facts: what the decoded images depend on besides these images.
-            folder: for the file; without one, decoding must take some time.
-            seconds: that decoding takes.
+            facts: values other than these images on which the decoded images depend.
+            folder: folder for the file. With a folder, there is a file even if decoding is quick.
+            seconds: time that decoding takes.
         """
         if not self._stamp or (folder is None and seconds < QUICK):
             return None
@@ -209,9 +209,9 @@ class NamedImages(Images):
         if self.length is not None:
             yield from super().examples(count, seed)
             return
-        shuffled = self.dataset.shuffle(seed=seed, buffer_size=self.buffer_size)  # it may be sorted
+        shuffled = self.dataset.shuffle(seed=seed, buffer_size=self.buffer_size)  # the stream may be sorted
         for index, row in enumerate(shuffled.take(count)):
-            yield index, self.located(row, index)
+            yield index, self.add_decoders(row, index)
 
     def stream(self, prepared, batches, global_batch_size: int, threads: int) -> Iterator[list[dict]]:
         """Yield the items of each micro-batch, see ``streams.Stream``."""
@@ -223,10 +223,10 @@ class NamedImages(Images):
         """Load another split of the same data set.
 
         Args:
-            flag: that names it.
+            flag: name of the flag with the split.
 
         Raises:
-            UserError: as ``sources.load_source``; the splits share images.
+            UserError: see ``sources.load_source``. Also, the splits share images.
         """
         find = bool(self.label_names) and self.source.label_column is None
         flags = {**self.source.flags, "split": flag}
@@ -240,7 +240,7 @@ class NamedImages(Images):
 
         Args:
             name: ``NAME`` or ``NAME:SPLIT``.
-            flag: that names it.
+            flag: name of the flag with the name.
         """
         name, _, split = name.partition(":") if not Path(name).exists() else (name, "", "")
         flags = {"name": flag, "split": flag}

@@ -1,4 +1,4 @@
-"""Training images from a stream, for sets that fit on no disk."""
+"""Training images from a stream, for sets that do not fit on the disk."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -11,21 +11,22 @@ from .. import UserError
 from ..data.images import PreparedImages
 from ..data.pixels import BadImage
 
-SHUFFLE_BUFFER_SIZE, SHUFFLE_BUFFER_BYTES = 10_000, 2**30  # images, or fewer of large ones
+SHUFFLE_BUFFER_SIZE, SHUFFLE_BUFFER_BYTES = 10_000, 2**30  # number of images, and fewer if they are large
 
 
 class Stream:
-    """Micro-batches from a stream: this process's shards, shuffled in a buffer, decoded by threads.
+    """Micro-batches from a stream: the shards of this process, shuffled in a buffer and decoded by threads.
 
-    A resumed run reads past the images that it has already used, without decoding them. Threads, not DataLoader
-    workers: ``datasets`` deals shards to workers, so that the order would depend on their number.
+    A resumed run reads past the images that it has already used, without decoding them. Threads decode, because
+    ``datasets`` distributes shards among DataLoader workers, so that the order would depend on their number.
 
     Args:
-        prepared: the images, from ``NamedImages``.
+        prepared: images of a ``NamedImages``.
         batches: sample ids (B,) of each micro-batch.
         images_per_step: images of this process in an optimizer step.
-        process_index, num_processes: of this process, and of all.
-        threads: that decode.
+        process_index: index of this process.
+        num_processes: number of processes.
+        threads: number of threads that decode.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Stream:
         self.batches = itertools.chain([] if first is None else [first], batches)
         self.shard = split_dataset_by_node(prepared.images.dataset, process_index, num_processes)
         self.global_batch_size = images_per_step * num_processes
-        self.number = 0 if first is None else int(first[0]) // self.global_batch_size  # of the global batch
+        self.number = 0 if first is None else int(first[0]) // self.global_batch_size  # number of the global batch
         self.used = self.number * images_per_step
 
     def _rows(self) -> Iterator[tuple[int, dict]]:
@@ -48,7 +49,7 @@ class Stream:
             before = count
             for row in shard:
                 if count >= self.used:
-                    yield count, self.prepared.images.located(row, count)
+                    yield count, self.prepared.images.add_decoders(row, count)
                 count += 1
             if count == before:
                 raise UserError(f"{self.prepared.images.name}: the stream holds no images for this process")
@@ -59,12 +60,12 @@ class Stream:
         with ThreadPoolExecutor(self.threads) as pool:
             for sample_ids in self.batches:
                 before, self.number = self.number, int(sample_ids[0]) // self.global_batch_size
-                for _ in range(max(0, self.number - before - 1) * self.images_per_step):  # global batches left out
+                for _ in range(max(0, self.number - before - 1) * self.images_per_step):  # skipped global batches
                     next(rows)
                 items = []
                 while len(items) < len(sample_ids):
-                    indices, wanted = zip(*[next(rows) for _ in range(len(sample_ids) - len(items))], strict=True)
-                    for index, found in zip(indices, pool.map(prepared.attempt, wanted), strict=True):
+                    indices, chosen = zip(*[next(rows) for _ in range(len(sample_ids) - len(items))], strict=True)
+                    for index, found in zip(indices, pool.map(prepared.attempt, chosen), strict=True):
                         if isinstance(found, BadImage):
                             bad.append((index, str(found)))
                             bad_count += 1
@@ -78,7 +79,7 @@ class Stream:
 
 
 def read_ahead(iterable: Iterable) -> Iterator:
-    """The same items, each prepared in a thread while the one before is used."""
+    """Yield the items of an iterable. A thread prepares each one while the one before is used."""
     iterator, end = iter(iterable), object()
     with ThreadPoolExecutor(1) as pool:
         item = pool.submit(next, iterator, end)
