@@ -162,7 +162,7 @@ def main(args):
     seed_input = partial(gr.Number, precision=0, minimum=0, maximum=2**53 - 1)  # browsers round larger numbers
     image = partial(gr.Image, type="pil", format="png", interactive=False, show_label=False)
     with gr.Blocks(title=title) as page:
-        gr.Markdown(f"# {title}\n{shape[1]} x {shape[2]} pixels; the same seed draws the same images.")
+        gr.Markdown(f"# {title}\n{shape[1]} x {shape[2]} pixels. The same seed draws the same images.")
         with gr.Row():
             with gr.Column(scale=2):
                 picture = image(label="Samples", elem_id="picture")

@@ -7,7 +7,7 @@ draws digits after a few minutes on 2 CPU cores. The output folder is a DDPMPipe
     DDPMPipeline.from_pretrained("outputs/ddpm")
 
 Noise is added to an image step by step, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise. A UNet that is
-conditioned on t learns to undo a step. Sampling starts from noise and follows the predictions back to an image.
+conditioned on t learns to remove the noise. Sampling starts from noise and follows the predictions back to an image.
 """
 
 from utils.args import SAMPLERS, Parser, add_common_arguments

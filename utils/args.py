@@ -259,7 +259,7 @@ def add_common_arguments(parser: Parser) -> None:
     group.add_argument("--train_batch_size", type=integer(1), default=64, help="images per process and micro-step")
     group.add_argument("--gradient_accumulation_steps", type=integer(1), default=1, help="micro-steps per optimizer step")
     group.add_argument("--num_train_epochs", type=integer(1), default=40, help="passes over the data")
-    group.add_argument("--max_train_steps", type=integer(1), help="optimizer steps; overrides --num_train_epochs")
+    group.add_argument("--max_train_steps", type=integer(1), help="optimizer steps, which override --num_train_epochs")
     group.add_argument("--learning_rate", type=real(0), help="peak learning rate (default: 1e-3 from random weights, for pretrained ones by the number of trained weights, see utils/training/optimizer.py)")
     group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="optimizer. muon learns faster from random weights. adamw8bit needs a quarter of adamw's state, and bitsandbytes on a GPU or torchao (default: muon, or adamw for pretrained weights that are not distilled)")
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="schedule of the learning rate. constant has no warm-up")
