@@ -134,14 +134,14 @@ def main(args):
             args.seed, run.stop_requested, **options,
         )  # fmt: skip
 
-    teacher_calls = min(TEACHER_STEPS, num_train_timesteps)
+    teacher_steps = min(TEACHER_STEPS, num_train_timesteps)
     with accelerator.autocast():
-        teacher_samples = draw(args.num_samples, teacher_calls, guided_teacher, teacher_sampler)
+        teacher_samples = draw(args.num_samples, teacher_steps, guided_teacher, teacher_sampler)
 
     def sample():
         shown = sorted({1, 2, 4, args.num_inference_steps} - {*range(args.solver_steps + 1, 5)}, reverse=True)
-        rows = {f"teacher, {teacher_calls} calls": teacher_samples}
-        rows |= {f"{calls} call{'s' * (calls > 1)}": draw(args.num_samples, calls) for calls in shown}
+        rows = {f"teacher, {teacher_steps} steps": teacher_samples}
+        rows |= {f"{steps} step{'s' * (steps > 1)}": draw(args.num_samples, steps) for steps in shown}
         return {"samples": make_grid(np.concatenate(list(rows.values())), captions=list(rows))}
 
     def save_pipeline(folder):

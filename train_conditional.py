@@ -133,7 +133,7 @@ def main(args):
     # Train
     for batch in run.steps(
         model, ema_model, noise_scheduler, draw, sample, save_pipeline,
-        caption=f"{args.sampler}, {args.num_inference_steps} calls, seed {args.seed}, guidance {args.guidance_scale:g}",
+        caption=f"{args.sampler}, {args.num_inference_steps} steps, seed {args.seed}, guidance {args.guidance_scale:g}",
         model_inputs=model_inputs,
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32

@@ -108,7 +108,7 @@ def main(args):
     # Train
     for batch in run.steps(
         model, ema_model, noise_scheduler, draw, sample, save_pipeline,
-        caption=f"{args.sampler}, {args.num_inference_steps} calls, seed {args.seed}",
+        caption=f"{args.sampler}, {args.num_inference_steps} steps, seed {args.seed}",
     ):  # fmt: skip
         clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
