@@ -101,7 +101,7 @@ def train_base(options):
 
     blocks = dict(down_block_types=["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"], attention_head_dim=32)
     config = {**UNETS["small"], **blocks, "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}
-    (options.keep / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config}), "utf-8")
+    (options.keep / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config}), encoding="utf-8")
     run(
         train_ddpm, options.keep / "base", f"--model_config_name_or_path={options.keep / 'config.json'}",
         f"--dataset_split=train[:{options.base_images}]", f"--max_train_steps={options.base_steps}",

@@ -147,7 +147,7 @@ def test_held_out_images_bring_their_columns(tmp_path, accelerator, table):
         ({"images": Column("copy")}, "'images' is a name in every batch"),
         ({"twin": Column("copy", kind="picture")}, "has the kind 'picture'. Expected image, mask, vector"),
         ({"twin": Column("nothing")}, "has no 'nothing' for twin. Its columns are image"),
-        ({"twin": Column("image")}, "'image' of .* is image already"),
+        ({"twin": Column("image")}, "'image' of .* is already image"),
         ({"twin": Column(Path("nowhere"))}, "the folder nowhere of twin is missing"),
     ],
 )

@@ -195,7 +195,7 @@ def test_a_record_of_elsewhere_is_refused_in_one_line(tmp_path, finished_run):
     for content in ("[1, 2]", "{broken"):
         folder = shutil.copytree(finished_run, tmp_path / str(len(content)))
         (folder / "training_args.json").write_text(content)
-        with pytest.raises(UserError, match=r"training_args\.json cannot be read: .*expected a JSON object"):
+        with pytest.raises(UserError, match=r"training_args\.json cannot be read: .*Expected a JSON object"):
             evaluated(tmp_path / "out", folder, "--reference=digits")
 
 

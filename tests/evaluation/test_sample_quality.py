@@ -102,6 +102,6 @@ def test_a_kill_between_two_renames_is_repaired(fake_run, tmp_path):
 
 def test_too_few_samples_are_reported(tmp_path, accelerator, caplog):
     SampleQuality(FakeRun(tmp_path, accelerator, torch.zeros(20, 1, 4, 4)), "pixels", 20, 1)
-    assert "20 images for 16 features" in caplog.text
+    assert "20 images are fewer than twice the 16 features" in caplog.text
     with pytest.raises(UserError, match=r"--evaluate_steps: 1 images\. Expected at least 6"):
         SampleQuality(FakeRun(tmp_path, accelerator, torch.zeros(1, 1, 4, 4)), "pixels", 20, 1)

@@ -124,7 +124,8 @@ def test_a_stop_and_a_finished_run_burn_none_either(tmp_path, launch, straight):
     assert code == 0 and said.count("This run was finished before") == 1
 
 
-@pytest.mark.parametrize("stopped", [1, slow(0)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [1, 0])
 def test_a_hang_ends_says_where_and_the_run_goes_on_by_itself(tmp_path, launch, straight, stopped):
     """One of two processes is stopped, the other waits for it. Protection: ``watchdog.Watchdog``."""
     folder = tmp_path / "run"

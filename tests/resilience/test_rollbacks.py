@@ -127,7 +127,8 @@ def test_a_stream_reads_past_what_is_left_out(tmp_path, poisoned):
     assert equal_weights(known / WEIGHTS, weights)
 
 
-@pytest.mark.parametrize("processes", [2, slow(1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 1])
 def test_several_processes_go_back_together(tmp_path, processes):
     """All processes roll back together. A run that is killed afterwards ends with the same bits."""
     flags = tiny(f"--output_dir={tmp_path / 'run'}", "--max_rollbacks=1")

@@ -341,6 +341,7 @@ accelerate.Accelerator.save_state = save_state
 """
 
 
+@pytest.mark.slow
 def test_a_failure_in_saving_on_one_rank_stops_all_with_its_message(tmp_path):
     """Protection: ``checkpoints.on_all_processes``, ``exits.run_script``: no rank waits for others to leave. Then
     torchrun trains to the end."""

@@ -305,6 +305,7 @@ print("IMPORTED", [name for name in ("matplotlib", "sklearn", "skimage") if name
 """
 
 
+@pytest.mark.slow
 def test_a_plain_run_depends_on_nothing_that_it_does_not_use(tmp_path):
     (tmp_path / "images").mkdir()
     for k in range(8):

@@ -43,7 +43,7 @@ def test_wide_formats_are_scaled_by_their_range(image, format):
 @pytest.mark.parametrize("values", [[np.nan, 0], [-1, 0], [0, 1e4], [0, np.inf]])
 def test_float_images_without_a_known_range_are_refused(values):
     image = Image.fromarray(np.array([values], np.float32))
-    with pytest.raises(BadImage, match=r"scan\.tif: values from .*expected floats"):
+    with pytest.raises(BadImage, match=r"scan\.tif: values from .*Expected floats"):
         load_named = decode_image(encode(image, "TIFF"), "scan.tif")
         to_eight_bits(load_named, "L", "scan.tif")
 

@@ -82,7 +82,7 @@ def flags_of(name, finished_run):
 @pytest.mark.parametrize(
     "name, kills, steps",
     [
-        ("ddpm", 4, 16),
+        ("ddpm", 3, 12),
         slow("ddpm", 20, 40),
         *(slow(name, 5, 40) for name in ("basic", "unet2d", "faces", "conditional", "flow", "few-steps")),
     ],
