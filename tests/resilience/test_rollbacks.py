@@ -6,7 +6,7 @@ import signal
 
 import children
 import pytest
-from conftest import equal_weights, interrupt, scalars, slow, tiny, train
+from conftest import equal_weights, interrupt, scalars, tiny, train
 from PIL import Image
 
 from utils import UserError, exits
