@@ -18,7 +18,7 @@ def basename_if_path(value):
     return flag + equals + (Path(text).name if is_path else text)
 
 
-def public(values: dict) -> dict:
+def redact(values: dict) -> dict:
     """Return the flags and results that may be published: paths cut to their last part, own images not named."""
     shown = {name: basename_if_path(value) for name, value in values.items() if name not in PRIVATE}
     shown |= {name: public_data(values[name]) for name in DATA & {*shown}}

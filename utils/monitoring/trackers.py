@@ -11,7 +11,7 @@ from PIL import Image
 
 from .. import UserError
 from ..args import defaults_of
-from ..privacy import public
+from ..privacy import redact
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def start_trackers(run, names: list[str], logs: Path) -> None:
     folder = run.output_dir.resolve()
     before = sorted({path.parent.name for path in logs.glob("*/events.out.*")})
     title = before[0] if run.global_step and len(before) == 1 else folder.name  # the folder may have been renamed
-    flags = public(vars(args))
+    flags = redact(vars(args))
     try:
         tensorboard = (
             TensorBoardTracker(title, logs, purge_step=run.global_step + 1) if "tensorboard" in names else None
@@ -84,7 +84,7 @@ def start_trackers(run, names: list[str], logs: Path) -> None:
                 tracker.writer.file_writer.add_summary(session)
                 tracker.writer.add_custom_scalars(LAYOUT)
             else:
-                tracker.store_init_configuration(_plain({**flags, **public(run.facts), "output_dir": str(folder)}))
+                tracker.store_init_configuration(_plain({**flags, **redact(run.facts), "output_dir": str(folder)}))
                 if not hasattr(tracker, "log_images") and tracker.name != "trackio":
                     logger.warning(f"--report_to {tracker.name} does not show pictures. They are in {args.output_dir}")
     except Exception as error:  # each tracker raises errors of its own: no login, no network, no folder

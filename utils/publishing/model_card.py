@@ -21,7 +21,7 @@ from ..args import Parser, add_common_arguments, defaults_of
 from ..diffusion.class_conditional import class_names
 from ..diffusion.unets import add_unet_arguments
 from ..hardware import device_name
-from ..privacy import OWN_IMAGES, is_hub_id, public
+from ..privacy import OWN_IMAGES, is_hub_id, redact
 from ..training.last_lines import Loading, how_to_load, inputs_beside
 from ..training.output_dir import ARGUMENTS, read_arguments
 from .results import describe_results
@@ -142,11 +142,11 @@ def write_card(
     known = {"script", "arguments", "public_arguments", "public_data", "constants", "card", "ran", "versions"}
     known |= {"num_processes", "mixed_precision", "device", "finished_at_step", "fingerprint", "classes", "file"}
     found = {key: value for key, value in record.items() if key not in known and value is not None}
-    settings = public(found) | {"data": data} | record.get("ran", {})
+    settings = redact(found) | {"data": data} | record.get("ran", {})
     own = {*flags} - _common_flags() - {*settings} - SHOWN_OTHERWISE  # flags of the script itself
     own -= {"class_dropout_prob"} if not classes else set()  # a script for both kinds of models has this flag
     settings |= {key: flags[key] for key in (*TRAINING_FLAGS, *sorted(own)) if flags.get(key) is not None}
-    settings |= public(record.get("constants", {}))
+    settings |= redact(record.get("constants", {}))
     code = [
         f"`{path.relative_to(folder)}`" for part in ("", "scheduler", "unet") for path in (folder / part).glob("*.py")
     ]

@@ -18,7 +18,7 @@ import torch
 
 from .. import UserError, args, counted, read_record, write_record
 from ..hardware import device_name
-from ..privacy import OWN_IMAGES, public, public_data
+from ..privacy import OWN_IMAGES, public_data, redact
 from .process import on_main_process
 
 logger = logging.getLogger(__name__)
@@ -358,9 +358,9 @@ def write_arguments(accelerator, flags: dict, script: str, constants: dict, **su
         "arguments": flags,
         "constants": constants,
         # At this time the paths exist, so that they can be recognised
-        "public_arguments": public(flags),
+        "public_arguments": redact(flags),
         "public_data": OWN_IMAGES if flags.get("train_data_dir") else public_data(summary.get("data")),
-        **public(summary),
+        **redact(summary),
         "ran": _describe_prepared(accelerator),
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
