@@ -16,7 +16,7 @@ mnist: .venv/installed  ## train on MNIST from the Hub, five minutes on 2 CPU co
 
 faces: .venv/installed  ## a base of the embedded faces, adapted to pencil drawings of 30 of them, with pictures of both
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
-	  --dataset_name faces --resolution 24 --random_flip --max_train_steps 800 --output_dir outputs/faces-base
+	  --dataset_name faces --resolution 24 --random_flip --max_train_steps 1200 --output_dir outputs/faces-base
 	$(BIN)/python benchmarks/sketches.py outputs/sketches
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml finetune_faces.py \
 	  --pretrained_model_name_or_path outputs/faces-base --output_dir outputs/faces \
