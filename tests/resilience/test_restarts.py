@@ -95,7 +95,7 @@ def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch,
         (["--dataset_split=trian"], "trian"),  # code 1
         slow(
             ["--learning_rate=1e30", "--lr_warmup_steps=1", "--max_grad_norm=0"],
-            "tart a new run with a lower --learning_rate",
+            "a new run with a lower --learning_rate",
         ),
     ],
 )
