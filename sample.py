@@ -28,7 +28,7 @@ def parse_args(argv=None):
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: that of the accelerate config)")
     parser.switch(group, "--compile", False, "compile the UNet with torch.compile, which takes minutes at first")
     parser.switch(group, "--gif", False, "also walk.gif and walk.png: noisy and predicted images at each step, for the first images. With --interpolate, walk.gif shows the interpolation from A to B and back")
-    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images. The noise of --num_samples images is interpolated between theirs and, for a model with classes, the class between --class_labels. If the pipeline's scheduler adds noise, dpmsolver++ draws")
+    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images. The noise of --num_samples images is interpolated between theirs and, for a model with classes, the class between --class_labels. If the pipeline's scheduler adds noise, dpmsolver++ is used instead")
     group.add_argument("--init_image", metavar="FILE", help="picture to start from, with noise added")
     group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="amount of noise added to --init_image. 1 replaces it entirely")
 

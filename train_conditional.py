@@ -39,7 +39,7 @@ def parse_args(argv=None):
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="scheduler that draws samples")
     group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="share of samples that are trained with the null class")
     group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), similar to a guidance scale of 1 / (1 - W). 0: none, which trains a third faster")
-    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="further guidance when samples are drawn. 1: none. More makes samples more typical and less varied, and a step twice as slow")
+    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="further guidance when samples are drawn. 1: none. A larger scale makes samples more typical and less varied. Each sampling step then takes twice as long")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/conditional", num_inference_steps=25, num_samples=80)
     return parser.parse(argv)

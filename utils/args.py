@@ -174,8 +174,8 @@ class Parser(argparse.ArgumentParser):
     def _read_config(self, path: str | None) -> list[str]:
         """Return the flags in a YAML file as a list of arguments, so that they are checked as typed ones are.
 
-        Values stay text, so that the type of a flag parses 1.10, 007 and on. From the record of a run,
-        ``training_args.json``, its flags are taken.
+        Values stay text, so that the type of a flag parses 1.10, 007 and on. The file may be
+        the record of a run, ``training_args.json``. Its flags are used then.
         """
         if path is None:
             return []

@@ -28,7 +28,7 @@ def is_launched() -> bool:
 
 
 def set_up_process() -> None:
-    """On Linux, end with the launcher, which does not forward SIGTERM, and keep freed memory for later use."""
+    """End with the launcher, which does not forward SIGTERM, and keep freed memory (Linux only)."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)

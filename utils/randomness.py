@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, purpose, sample id), never of history.
+"""Random numbers as functions of (seed, purpose, sample id), independent of earlier draws.
 
 A training run numbers its samples 0, 1, 2 ...: optimizer step ``s`` with a global batch of ``G`` takes the ids
 ``s*G ... s*G+G-1``, in any process and micro-step. Every random number is computed from that id. So nothing depends on

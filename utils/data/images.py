@@ -45,7 +45,7 @@ def choose_range(text: str, deep: Sequence[tuple[str, np.ndarray]], say: bool = 
 
 
 class PreparedImages(torch.utils.data.Dataset):
-    """Decoded and prepared images by row. It holds nothing of a process, so that it can be pickled for workers.
+    """Decoded and prepared images by row. It has no accelerator, so that it can be pickled for workers.
 
     Args:
         images: source of the images.

@@ -244,7 +244,7 @@ def check_fit(
 ) -> None:  # fmt: skip
     """Refuse a model, images, a noise schedule and a number of sampling steps that do not fit each other.
 
-    Of the model, only the config is checked.
+    Only the config of the model is checked.
 
     Args:
         shape: (C, H, W) in the space that the model denoises in.
@@ -284,7 +284,7 @@ def check_fit(
 
 
 def check_noise_scheduler(noise_scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Refuse a noise schedule that teaches nothing, and more sampling steps than noise levels.
+    """Refuse a noise schedule unsuited to the prediction type, and more sampling steps than noise levels.
 
     Raises:
         UserError: names the flag to change.

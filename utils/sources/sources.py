@@ -290,7 +290,7 @@ def _open_source(source: ImageSource):
 
 
 def _innermost(error: BaseException) -> str:
-    """Return type and text of the first cause, because the error of datasets only says that reading has failed."""
+    """Return type and text of the first cause, because the error of datasets does not contain the reason."""
     cause = error
     while isinstance(cause, datasets.exceptions.DatasetGenerationError) and (cause.__cause__ or cause.__context__):
         cause = cause.__cause__ or cause.__context__
