@@ -41,8 +41,8 @@ class Preparation:
 class Reference:
     """Both splits of the reference, prepared like the images that a model was trained on.
 
-    Without ``held_out_split``, the split ``test`` is held out. If there is none, half of the reference is held out, at
-    most as many images as samples, and always the same ones. Samples are then compared with the rest. A reference of
+    Without ``held_out_split``, the split ``test`` is held out. If there is none, half of the reference is held out, but
+    no more images than samples. The choice of these images is fixed. Samples are then compared with the rest. A reference of
     fewer than 100 images has nothing held out.
 
     Args:

@@ -81,7 +81,7 @@ class SampleQuality:
     Both are biased or noisy for small N, so the names of the curves contain N: ``metrics/fd_digits_N1000``.
 
     Args:
-        run: training run. It ignores a best model of a later step, because it does not continue from that step.
+        run: training run. A best model of a later step is ignored, because the run does not resume from it.
         features: features, or None to choose them, see ``features.choose_features``.
         count: number of samples; the number of training images is the maximum.
         every: optimizer steps between evaluations, for a message.

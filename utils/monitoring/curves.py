@@ -118,7 +118,7 @@ class MetricLogger:
         self.sums.zero_()
 
     def _check_load(self) -> None:
-        """Warn once if other programs use the same cores: threads that wait for each other then wait for them, too."""
+        """Warn once if other programs use the same cores, because a thread without a core delays the others."""
         waited, now = waiting_seconds(), time.perf_counter()
         if self.load_measured_at is None:  # the first interval includes work that is done only once
             self.load_measured_at = now, waited

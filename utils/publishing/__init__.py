@@ -26,7 +26,7 @@ def _check(parser: Parser, args) -> None:
 
 
 def take_part(run):
-    """Return what writes the model card of a run and pushes its model, see ``published_run.PublishedRun``."""
+    """Return the publication of a training run, see ``published_run.PublishedRun``."""
     from .published_run import PublishedRun
 
     return PublishedRun()

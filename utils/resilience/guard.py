@@ -81,7 +81,7 @@ class Guard:
             entry: entry for the record, without the global batch.
 
         Returns:
-            The reason why there is no rollback, and the advice what to do, as parts of a message. One of them is empty.
+            The reason why there is no rollback, and advice on what to do, as parts of a message. One of them is empty.
 
         Raises:
             RestartFromCheckpoint: the step is recorded as skipped. ``main`` has to be called again.

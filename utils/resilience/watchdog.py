@@ -25,7 +25,7 @@ COMPILING = 10  # factor on the time limit while --compile compiles
 class Watchdog:
     """Two threads: one exchanges progress with the other processes, and one checks the time.
 
-    They are two because the first may wait without end for a process that has stopped. A process that was itself
+    Two are needed because the first may wait forever for a process that has stopped. A process that was itself
     suspended, by Ctrl-Z or with its machine, does not count as hanging.
 
     Args:

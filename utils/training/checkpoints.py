@@ -180,8 +180,8 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
     """
     if state.get("randomness", 1) != randomness.VERSION:
         logger.warning(
-            f"{path} was saved by an earlier version, which drew other noise. The run resumes, but its result is not "
-            "that of an uninterrupted run, bit for bit."
+            f"{path} was saved by an earlier version, which drew other noise. The run resumes, but its result differs "
+            "from that of an uninterrupted run."
         )
     if state["num_processes"] != accelerator.num_processes:
         logger.warning(

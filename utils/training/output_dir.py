@@ -45,7 +45,7 @@ MAY_CHANGE_ON_RESUME = {
     "resume_from_checkpoint", "sample_batch_size", "sample_steps", "train_batch_size", "train_data_dir",
     "validation_split", "validation_steps", *SAMPLING_FLAGS,
 }  # fmt: skip
-# Runs before a flag existed had these values, where they differ from the flag's default
+# Values of runs that are older than the flag, if they differ from its default
 LEGACY_DEFAULTS = {"model_guidance": 0.0, "optimizer": "adamw", "weighting_scheme": "uniform", "logit_mean": 0.0}
 # Flags of earlier versions with their defaults. A resumed run with another value differs, unless the script has it
 FORMER_FLAGS = {
