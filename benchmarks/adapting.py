@@ -5,7 +5,8 @@
 
 A base is trained by train_ddpm.py on faces as they are. finetune_faces.py adapts it to pencil drawings of 30 faces. The
 held-out images are drawings of other faces. The prior images are the training images of the base. Training from
-scratch starts from random weights of the same net, with the optimizer and the learning rate of train_ddpm.py. --compare rates and --compare pictures make the other tables.
+scratch starts from random weights of the same net, with the optimizer and the learning rate of train_ddpm.py.
+--compare rates and --compare pictures make the other tables.
 """
 
 import argparse

@@ -42,8 +42,8 @@ class Reference:
     """Both splits of the reference, prepared like the images that a model was trained on.
 
     Without ``held_out_split``, the split ``test`` is held out. If there is none, half of the reference is held out, but
-    no more images than samples. The choice of these images is fixed. Samples are then compared with the rest. A reference of
-    fewer than 100 images has nothing held out.
+    no more images than samples. The choice of these images is fixed. Samples are then compared with the rest. A
+    reference of fewer than 100 images has nothing held out.
 
     Args:
         args: flags ``reference``, ``reference_split``, ``held_out_split``, ``image_column``, ``label_column``,

@@ -2,9 +2,9 @@
 
 A script makes a ``Run``, prepares model and optimizer, and iterates over ``run.steps(...)``. The run manages the
 accelerator, the output folder, resuming, checkpoints, stopping and the final samples. The script alone computes noise,
-target, loss and gradient. At the end of an optimizer step it logs, saves a checkpoint, stops, and runs due actions (validation,
-evaluation, samples), in this order. Completed actions are recorded, so that a run that stopped at a step does the rest
-when it resumes.
+target, loss and gradient. At the end of an optimizer step it logs, saves a checkpoint, stops, and runs due actions
+(validation, evaluation, samples), in this order. Completed actions are recorded, so that a run that stopped at a step
+does the rest when it resumes.
 
 Optional folders take part through ``optional.Parts``.
 """
