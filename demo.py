@@ -36,7 +36,7 @@ def main(args):
     import numpy as np
     import torch
 
-    from utils import UserError
+    from utils import UserError, counted
     from utils.data.images import PreparedImages
     from utils.data.nearest import show_nearest
     from utils.data.pixels import MODES
@@ -101,8 +101,11 @@ def main(args):
     numbers = itertools.count()
 
     @torch.no_grad()
-    def grid(samples):
-        picture = make_grid(to_uint8(space.decode(samples)), 96)
+    def decoded(samples):
+        return to_uint8(space.decode(samples))
+
+    def grid(images):
+        picture = make_grid(images, 96)
         # Gradio names files by content, so an equal picture would overwrite a file that another visitor is loading
         picture.info["number"] = str(next(numbers))
         return picture
@@ -136,16 +139,13 @@ def main(args):
                 )  # fmt: skip
                 drawn.add_done_callback(lambda _: predictions.put(None))
                 while (predicted := predictions.get()) is not None:
-                    yield grid(predicted), None, None
-            samples = drawn.result()
+                    yield grid(decoded(predicted)), None, None
+            images = decoded(drawn.result())
         except (UserError, ValueError) as error:
             raise gr.Error(str(error)) from error
-        steps_taken = f"{int(steps)} sampling step{'s' * (steps > 1)}"
+        steps_taken = counted(int(steps), "sampling step")
         text = text or f"Seed {int(seed or 0)}, {steps_taken}, {name or type(own).__name__}"
-        nearest = None
-        if training_images is not None:
-            nearest = show_nearest(to_uint8(space.decode(samples[:8])), training_images)
-        yield grid(samples), text, nearest
+        yield grid(images), text, None if training_images is None else show_nearest(images[:8], training_images)
 
     def interpolate(other_seed, seed, count, steps, sampler, *rest):
         """Draw from noise interpolated between two seeds, with a sampler that adds none."""

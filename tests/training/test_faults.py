@@ -311,16 +311,18 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-3"]
 
 
-def test_steps_that_fp16_skips_are_counted_and_shown(capsys, caplog):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_steps_that_fp16_skips_are_counted_and_shown(capsys, caplog, processes):
     """Protection: ``overflows`` in ``MetricLogger.logged``. (A scaler needs a GPU, so the test sets its results.)"""
     logged = []
     fake = types.SimpleNamespace(
-        device=torch.device("cpu"), num_processes=1, mixed_precision="fp16", is_main_process=True, log_with=[],
-        reduce=lambda values, how: values,
+        device=torch.device("cpu"), num_processes=processes, mixed_precision="fp16", is_main_process=True, log_with=[],
+        reduce=lambda values, how: values, gather=lambda values: values,
     )  # fmt: skip
     run = types.SimpleNamespace(
         accelerator=fake, train_data=types.SimpleNamespace(label_names=[]), output_dir=Path("nowhere"), args=None,
         num_train_timesteps=1000, learning_rate=1e-3, ema_decay=0.9, images_per_second=1.0, log=logged.append,
+        model=torch.nn.Identity(),
     )  # fmt: skip
     curves, recent = MetricLogger("none"), RecentLosses(fake)
     curves.started(run)

@@ -8,7 +8,6 @@ Losses stay on the device between two points of the curves, so that no step wait
 """
 
 import logging
-import math
 import time
 
 import torch
@@ -94,7 +93,7 @@ class MetricLogger:
                 f"step {run.global_step}: fp16 overflowed in {overflows} of the last {len(grad_norms)} steps, which "
                 f"were skipped ({self.skipped} so far). A few are normal. If it continues, try --mixed_precision bf16"
             )
-        losses, grad_norms = losses[~skipped], grad_norms[~skipped]
+        steps, losses, grad_norms = len(losses), losses[~skipped], grad_norms[~skipped]
         if len(grad_norms):
             values["grad_norm"] = grad_norms.mean().item()
         if accelerator.mixed_precision == "fp16":
@@ -105,7 +104,7 @@ class MetricLogger:
         curves["system/images_per_second"] = run.images_per_second
         curves["system/peak_memory_gib"] = peak_memory(accelerator.device) / 2**30
         if accelerator.num_processes > 1:  # time of each process for data and forward pass, before it waits
-            alone = torch.tensor([self.alone / len(losses)], device=accelerator.device)
+            alone = torch.tensor([self.alone / steps], device=accelerator.device)
             alone = accelerator.gather(alone)
             curves |= {"system/slowest_seconds": alone.max().item(), "system/fastest_seconds": alone.min().item()}
             self.alone = 0.0
@@ -119,15 +118,15 @@ class MetricLogger:
 
     def _check_load(self) -> None:
         """Warn once if other programs use the same cores, because a thread without a core delays the others."""
-        waited, now = waiting_seconds(), time.perf_counter()
+        now = time.perf_counter()
         if self.load_measured_at is None:  # the first interval includes work that is done only once
-            self.load_measured_at = now, waited
+            self.load_measured_at = now, waiting_seconds()
             return
         since, before = self.load_measured_at
-        if waited is None or before is None or now - since < LOAD_SECONDS:
+        if before is None or now - since < LOAD_SECONDS:  # it is unknown, or was checked before
             return
-        threads, self.load_measured_at = torch.get_num_threads(), (math.inf, None)
-        share = (waited - before) / ((now - since) * threads)
+        threads, waited, self.load_measured_at = torch.get_num_threads(), waiting_seconds(), (now, None)
+        share = 0 if waited is None else (waited - before) / ((now - since) * threads)
         if threads > 1 and share > LOAD_SHARE:
             logger.warning(
                 f"{threads} threads run on {counted(usable_cores(), 'core')}, and other programs use them, too: the "

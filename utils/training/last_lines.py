@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import counted
+
 
 @dataclass(frozen=True)
 class Loading:
@@ -48,7 +50,7 @@ def inputs_beside(folder: Path, given: str | None) -> str:
     taken = unet.get("in_channels") or 0
     channels = taken - (unet.get("out_channels") or taken)
     if channels > 0:
-        return f"a condition of {channels} channel{'s' * (channels > 1)}"
+        return f"a condition of {counted(channels, 'channel')}"
     return "" if given == "class_labels" and (folder / "pipeline.py").is_file() else given or ""
 
 
