@@ -3,8 +3,8 @@
     pip install -r requirements-demo.txt
     python demo.py outputs/digits
 
-prints the page's address, which only this machine can open. The models are those that sample.py takes. Code that comes
-with a model runs only with --trust_remote_code. `push.py --space` publishes the page as a Space.
+This command prints the address of the page, which only this machine can open. It takes the same models as sample.py.
+Code that comes with a model runs only with --trust_remote_code. `push.py --space` publishes the page as a Space.
 """
 
 from utils.args import SAMPLERS, SOLVERS, Parser, integer
@@ -14,7 +14,7 @@ from utils.exits import run_script
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub id of a pipeline, or of a UNet2DModel")
-    parser.switch(parser, "--trust_remote_code", False, "run the network code that comes with the model. Read it first")
+    parser.switch(parser, "--trust_remote_code", False, "permission to run the model's network code. Read it first")
     parser.add_argument(
         "--port", type=integer(1, 65535), help="port of the page (default: the first free one from 7860)"
     )
@@ -87,7 +87,9 @@ def main(args):
                 flags.dataset_name = record["data"]  # the default data set; images in Python have no name
             images = NamedImages(ImageSource.from_args(flags), accelerator)
             if images.length != record["images"]:
-                raise UserError(f"{images.name} does not have the {record['images']} images that this was trained on")
+                raise UserError(
+                    f"{images.name} does not have the {record['images']} images that this model was trained on"
+                )
             prepared = PreparedImages(
                 images, MODES[shape[0]], shape[1:], flags.center_crop, flags.random_flip, flags.seed,
                 image_range=scaled_from(args.model)[1],
@@ -152,7 +154,7 @@ def main(args):
         text = f"From seed {int(seed or 0)} to seed {int(other_seed or 0)}"
         if sampler in (samplers[0], "ddpm", "sde-dpmsolver++") and pipelines.interpolation_sampler(own):
             asked, sampler = sampler, pipelines.interpolation_sampler(own)
-            text += f", drawn by {sampler}: {asked} adds noise at each step, so its own image of a seed differs"
+            text += f", drawn by {sampler}: {asked} adds noise at each step, so its image of the same seed differs"
         ends = [starting_noise(own, int(end or 0), np.zeros(1, int), space.shape, "cpu") for end in (seed, other_seed)]
         between = pipelines.interpolate_noise(own, *ends, torch.linspace(0, 1, int(count)))
         yield from draw(seed, count, steps, sampler, *rest, noise=lambda ids: between, text=text)

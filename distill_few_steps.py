@@ -2,15 +2,15 @@
 
     accelerate launch --quiet --config_file accelerate_config.yaml distill_few_steps.py --pretrained_model_name_or_path outputs/digits --dataset_name digits --resolution 16
 
-takes minutes on 2 CPU cores. The teacher is an output of train_ddpm.py or train_conditional.py, or another DDPMPipeline
-with the noise of a DDPMScheduler. The student loads as its teacher does:
+This command takes minutes on 2 CPU cores. The teacher is an output of train_ddpm.py or train_conditional.py, or another
+DDPMPipeline with the noise of a DDPMScheduler. The student loads like its teacher:
 
     DDPMPipeline.from_pretrained("outputs/few-steps")(num_inference_steps=2)
 
-A diffusion model moves from noise to an image in small steps. When no noise is added on this trajectory, the starting
-noise determines the image at its end. Here the teacher computes trajectories, and the student learns to predict the end
-from any point. This is the consistency of Song et al. 2023, arXiv:2303.01469. Its target is the end that the teacher
-reaches, where the paper uses the student's own prediction at the next point.
+A diffusion model moves from noise to an image in small steps. If no noise is added along this trajectory, the starting
+noise determines the image at the end. Here the teacher computes trajectories, and the student learns to predict their
+ends from any point. Song et al. 2023, arXiv:2303.01469, call this a consistency model. Here the target is the end that
+the teacher reaches, whereas the paper uses the student's own prediction at the next point.
 """
 
 from utils.args import Parser, add_common_arguments, integer, real
@@ -18,8 +18,8 @@ from utils.diffusion.unets import add_speed_arguments
 from utils.exits import run_script, training_script
 
 POINTS_PER_TRAJECTORY = 4  # images per trajectory in a batch; fewer: more varied batches, but more teacher steps
-NOISY_POINTS = 2.0  # exponent of a uniform position on the trajectory, from noise to image; larger: more noisy points
-HUBER_C = 0.03  # c of the pseudo-Huber loss sqrt(d^2 + c^2) - c, quadratic for d below about c; d: rms over the pixels
+NOISY_POINTS = 2.0  # exponent of a uniform position on the trajectory, from noise to image; larger: more near noise
+HUBER_C = 0.03  # c of the pseudo-Huber loss sqrt(d^2 + c^2) - c, quadratic for d below about c; d: RMS error
 TEACHER_STEPS = 25  # sampling steps of the teacher's samples, for comparison
 
 
@@ -29,18 +29,18 @@ def parse_args(argv=None):
     parser.group("model").add_argument("--pretrained_model_name_or_path", required=True, help="teacher: Hub id or folder of a DDPMPipeline, or of an output of train_conditional.py")
     add_speed_arguments(parser)
     group = parser.group("distillation (noise schedule and target are the teacher's)")
-    group.add_argument("--solver_steps", type=integer(2, 1000), default=8, help="steps of DPM-Solver++ that the teacher takes on each trajectory, a divisor of its number of noise levels")
-    group.add_argument("--teacher_guidance_scale", type=real(0), default=1.0, help="guidance scale of a teacher with classes, learnt by the student. 1: no guidance. More makes samples more typical and less varied")
-    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="for a teacher with classes: share of trajectories with the null class, so that the student can be guided, too")
+    group.add_argument("--solver_steps", type=integer(2, 1000), default=8, help="steps of DPM-Solver++ on each of the teacher's trajectories, a divisor of the teacher's number of noise levels")
+    group.add_argument("--teacher_guidance_scale", type=real(0), default=1.0, help="guidance scale of a teacher with classes, learnt by the student. 1: no guidance. Larger scales make samples more typical and less varied")
+    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="share of trajectories with the null class, for a teacher with classes. It allows guidance of the student, too")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/few-steps", num_inference_steps=2, num_samples=16, optimizer="muon", learning_rate=5e-4)
     args = parser.parse(argv)
     if vars(args).get("validation_split"):
         parser.error("--validation_split: the denoising loss does not measure a few-step model. Use --evaluate_steps, which compares samples")
     if args.num_inference_steps > args.solver_steps:
-        parser.error(f"--num_inference_steps {args.num_inference_steps} is more than --solver_steps {args.solver_steps}, the timesteps that the student is trained on")
+        parser.error(f"--num_inference_steps {args.num_inference_steps} is more than --solver_steps {args.solver_steps}, the number of timesteps that the student learns. Give at most that many")
     if args.train_batch_size % POINTS_PER_TRAJECTORY:
-        parser.error(f"--train_batch_size {args.train_batch_size} is not a multiple of {POINTS_PER_TRAJECTORY}: each trajectory has all its points in one batch")
+        parser.error(f"--train_batch_size {args.train_batch_size} is not a multiple of {POINTS_PER_TRAJECTORY}, the points of each trajectory in a batch. Give a multiple")
     return args
 # fmt: on
 
@@ -97,7 +97,7 @@ def main(args):
     if conditional:
         classes = train_data.label_names
         add_class_embedding(unet, classes)
-    teacher = copy.deepcopy(unet).requires_grad_(False).eval().to(accelerator.device)  # not in checkpoints
+    teacher = copy.deepcopy(unet).requires_grad_(False).eval().to(accelerator.device)  # not saved in checkpoints
     prepare_unet(teacher, accelerator.device, False, args.compile)
     prepare_unet(unet, accelerator.device, args.gradient_checkpointing, args.compile)
     ema_model = EMA(unet, args.ema_max_decay, inv_gamma=1.0, power=0.75, enabled=args.use_ema)
@@ -161,7 +161,7 @@ def main(args):
 
         # Noise and timesteps are float32, whatever the precision of the UNet
         noise = sample_noise(args.seed, "noise", sample_ids[first], train_data.image_shape, accelerator.device)
-        images = noise_scheduler.add_noise(clean_images[first], noise, last.expand(len(noise)))  # next to pure noise
+        images = noise_scheduler.add_noise(clean_images[first], noise, last.expand(len(noise)))  # almost pure noise
         inputs, labels = model_inputs(batch), batch.pop("labels", None)
         if conditional:
             keep_label = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.class_dropout_prob)
@@ -178,7 +178,7 @@ def main(args):
                 teacher_output = guided_teacher(images, timestep.expand(len(images)), **inputs).sample.float()
             images = teacher_sampler.step(teacher_output, timestep, images).prev_sample
 
-        # Each trajectory has one point in each of its parts, and parts near the noise are shorter
+        # Each trajectory is split into parts with one point each. Parts near noise are shorter, so points are denser there
         fractions = uniform(args.seed, "timesteps", sample_ids)
         fractions = (sample_ids % POINTS_PER_TRAJECTORY + fractions) / POINTS_PER_TRAJECTORY
         step_index = torch.from_numpy(discretize(fractions**NOISY_POINTS, args.solver_steps)).to(accelerator.device)

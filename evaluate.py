@@ -2,10 +2,10 @@
 
     python evaluate.py outputs/basic outputs/ddpm --reference mnist
 
-prints one table and writes it to --output_dir as JSON, Markdown and a picture. The first row, the floor, evaluates
-held-out real images in the place of samples. The last row is noise, for comparison. Real images are prepared as in the
-run. Results compare rows of one table. A metric's name contains its features: fd_digits is a Frechet distance with the
-features of a digit classifier, and no FID.
+This command prints one table and writes it to --output_dir as JSON, Markdown and a picture. The first row, called the
+floor, evaluates held-out real images in place of samples. The last row evaluates noise, for comparison. Real images are
+prepared as in the model's training run. Only rows of the same table are comparable. A metric's name contains its
+features: fd_digits is a Frechet distance with the features of a digit classifier, and not an FID.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from utils.exits import run_script
 
 
 def scales(text):
-    """Parse numbers from 0 up, separated by commas."""
+    """Parse non-negative numbers separated by commas."""
     return [real(0)(part) for part in text.split(",")]
 
 
@@ -25,7 +25,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="pipelines (folders or Hub ids), or folders of images")
     parser.add_argument("--output_dir", metavar="DIR", default="outputs/evaluation", help="folder for results.json, results.md, samples.png and nearest.png")
-    parser.switch(parser, "--trust_remote_code", False, "run the network code that comes with models. Read it first")
+    parser.switch(parser, "--trust_remote_code", False, "permission to run the network code of models. Read it first")
 
     group = parser.add_argument_group("real images")
     group.add_argument("--reference", required=True, help="real images to compare samples with: Hub id, local path, mnist, digits or faces")
@@ -33,18 +33,18 @@ def parse_args(argv=None):
     group.add_argument("--image_column", help="column with the images, as in training (default: the only one of type Image)")
     group.add_argument("--label_column", help="column with class labels, for models with classes (default: the only one of type ClassLabel)")
     group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, for images with more than 8 bits, as in training: LOW,HIGH, full or auto")
-    parser.switch(group, "--center_crop", None, "crop of the middle of images of another shape, instead of a random crop (default: as in the run, or a random crop if that is unknown)")
-    parser.switch(group, "--random_flip", None, "mirroring of half of the images (default: as in the run, or none if that is unknown). Without a known run, copies are also searched among mirrored images")
-    group.add_argument("--held_out_split", help="split of real images that the models were not trained on, for the floor and the measure of copying (default: test, or half of --reference_split, at most --num_samples, if there is no such split)")
+    parser.switch(group, "--center_crop", None, "centre crop of images of another shape, instead of a random crop (default: as in the training run, or a random crop if that run is unknown)")
+    parser.switch(group, "--random_flip", None, "mirroring of half of the images (default: as in the training run, or none if that run is unknown). If it is unknown, copies are also searched for among mirrored images")
+    group.add_argument("--held_out_split", help="split of real images that the models were not trained on, for the floor and the measure of copying (default: test or, if there is no such split, half of --reference_split, at most --num_samples images)")
 
     group = parser.add_argument_group("samples")
-    group.add_argument("--num_samples", type=integer(10), default=2000, help="N: samples of each model, and real images of each split")
+    group.add_argument("--num_samples", type=integer(10), default=2000, help="N, the number of samples of each model and of real images of each split")
     group.add_argument("--resolution", metavar="SIDE|HxW", type=resolution, help="size that folders of images are resized to (default: their own)")
     group.add_argument("--sampler", choices=ALL_SAMPLERS, help="scheduler to draw with, instead of the pipeline's")
     group.add_argument("--num_inference_steps", type=integer(1, 1000), help="sampling steps (default: 40, or 2 for a model of distill_few_steps.py)")
-    group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="samplers and steps, each model is evaluated with all of them: ddim:10,50 dpmsolver++:10,20")
-    parser.switch(group, "--write_best", False, "with --sweep: save the best sampler's scheduler in the pipeline, which must be a folder")
-    group.add_argument("--guidance_scale", metavar="SCALE,SCALE", type=scales, default=[1.0], help="guidance scales, each model with classes is evaluated with all of them")
+    group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="samplers with numbers of steps, such as ddim:10,50 dpmsolver++:10,20. Each model is evaluated with all of them")
+    parser.switch(group, "--write_best", False, "saving of the best sampler's scheduler in the pipeline, which must be a local folder. Needs --sweep")
+    group.add_argument("--guidance_scale", metavar="SCALE,SCALE", type=scales, default=[1.0], help="guidance scales. Each model with classes is evaluated with all of them")
     group.add_argument("--sample_batch_size", type=integer(1), default=128, help="images in a batch, per process")
     group.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of samples, subsets and bootstrap")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: that of the accelerate config)")
@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add_features_arguments(parser.add_argument_group("features"))
 
     group = parser.add_argument_group("denoising loss")
-    parser.switch(group, "--validation_loss", False, "also the denoising loss on fixed triples (image, timestep, noise) of training and held-out images, by noise level")
+    parser.switch(group, "--validation_loss", False, "measurement of the denoising loss on fixed triples (image, timestep, noise), by noise level, for training and held-out images")
     group.add_argument("--num_validation_images", type=integer(1), default=256, help="images of each split")
     args = parser.parse(argv)
     if args.write_best and not args.sweep:
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     for entry in args.sweep or ():
         name, _, steps = entry.partition(":")
         if args.write_best and name == "unipc":
-            parser.error(f"--write_best cannot write {name}: DDPMPipeline does not call it. Leave it out of --sweep")
+            parser.error(f"--write_best cannot write {name}, because DDPMPipeline cannot draw with it. Leave {name} out of --sweep")
         if name not in ALL_SAMPLERS or not all(step.isdecimal() and 0 < int(step) <= 1000 for step in steps.split(",")):
             parser.error(f"--sweep {entry}: expected SAMPLER:STEPS,STEPS with one of {', '.join(ALL_SAMPLERS)} and steps from 1 to 1000")
     return args
@@ -140,7 +140,7 @@ def main(args):
     real_count = len(reference.images(args.reference_split))
     count = min(args.num_samples, real_count)
     if count < args.num_samples:
-        say(f"N is {count} for all: --reference_split has no more images")
+        say(f"N is {count} for all rows, because --reference_split has no more images")
 
     def measure(name, blocks, how, asked=None, **facts):
         """Add a row for images that come in blocks, uint8 (B, C, H, W). Return it, or None on other processes.
@@ -168,7 +168,7 @@ def main(args):
         row = dict(model=name, N=len(features), **facts)
         if len(features) < 2 * features.shape[1]:
             say(
-                f"warning: {name}: {len(features)} images for {features.shape[1]} features. Fewer than twice as many make fd and kid unreliable"
+                f"warning: {name}: {len(features)} images for {features.shape[1]} features. Fewer than twice as many images as features make fd and kid unreliable"
             )
         row |= compare(features, reference.features(extract, how, len(features)), extract.name, args.seed)
         probabilities = np.concatenate(probabilities) if probabilities else None
@@ -184,7 +184,7 @@ def main(args):
         grids[name] = shown
         return row
 
-    # Held-out real images in the place of samples: no model can be expected to be better
+    # Held-out real images are evaluated in place of samples, because no model can be expected to be better
     for how in hows if reference.held_out_split else ():
         size = "" if len(hows) == 1 else f" ({describe(how)})"
         found = reference.blocks(how, count, reference.held_out_split)
@@ -192,7 +192,7 @@ def main(args):
         if row and row["N"] < 0.9 * count:
             say(
                 f"warning: the floor has N={row['N']}, because there are no more held-out images. Its fd is higher than "
-                f"with {count}, as for all small sets. Its kid is not"
+                f"with {count} images, as for every small set, but its kid is not"
             )
 
     # Samples
@@ -218,7 +218,7 @@ def main(args):
                 found = [*reference.blocks(plan.how, args.num_validation_images, split)]
                 images, numbers = (np.concatenate([block[k] for block in found]) for k in (0, 1))
                 images, inputs = encode_in_batches(space, from_uint8(images), accelerator.device), {}
-                if plan.classes:  # by name, because the classes of strings are those in the split
+                if plan.classes:  # matched by name, because string labels are numbered separately in each split
                     labels, names = reference.labels(split, flag)
                     labels = torch.from_numpy(translate_labels(labels[numbers], names, plan.classes))
                     inputs["class_labels"] = labels.where(labels >= 0, len(plan.classes))
@@ -258,7 +258,7 @@ def main(args):
             say(f"{model} now has the scheduler {type(sampler).__name__}, which was best with {steps} steps")
         accelerator.free_memory()
 
-    # Noise, for comparison; it is neither a floor nor a limit
+    # Noise is evaluated for comparison. Its numbers are neither a floor nor a limit
     for shape in dict.fromkeys(how.shape for how in hows):
         how = next(how for how in hows if how.shape == shape)
         size = "" if len({how.shape for how in hows}) == 1 else f" ({describe(how)})"
@@ -278,7 +278,7 @@ def describe(how):
 
 
 def warn_of_differences(args, plan, reference, say):
-    """Warn if a run had other images than it is compared with."""
+    """Warn if a model was trained on images that differ from those it is compared with."""
     flags, model = plan.record.get("arguments", {}), plan.model
     if flags.get("dataset_split") not in (None, args.reference_split):
         say(
@@ -292,7 +292,7 @@ def warn_of_differences(args, plan, reference, say):
     shape = reference.size or (1, 1)
     if not plan.record and reference.size and shape[0] * size[1] != shape[1] * size[0] and args.center_crop is None:
         say(
-            f"{model}: it is unknown how its images were cropped. It is compared with random crops of the reference, or with the middle by --center_crop"
+            f"{model}: it is unknown how its images were cropped. It is compared with random crops of the reference. Give --center_crop to compare it with centre crops"
         )
 
 
@@ -345,7 +345,7 @@ def settings(args, model, own, say):
             f"--sweep: {', '.join(others)} cannot draw with {model}, which has the scheduler {type(own).__name__}"
         )
     if others:
-        say(f"{model} is not evaluated with {', '.join(others)}, because it is a model of another kind")
+        say(f"{model} is not evaluated with {', '.join(others)}, because its scheduler is a {type(own).__name__}")
     return [(name, int(n)) for name, _, steps in suited for n in steps.split(",")]
 
 

@@ -2,9 +2,9 @@
 
     accelerate launch --quiet --config_file accelerate_config.yaml finetune_faces.py --train_data_dir DIR
 
-starts from google/ddpm-celebahq-256. --pretrained_model_name_or_path takes the Hub id or folder of another
-DDPMPipeline, such as the output of train_ddpm.py. `make faces` is an example that needs no network. The output folder
-is again a DDPMPipeline:
+This command starts from google/ddpm-celebahq-256. --pretrained_model_name_or_path takes the Hub id or folder of another
+DDPMPipeline, such as the output of train_ddpm.py. `make faces` is an example that needs no network connection. The
+output folder is again a DDPMPipeline:
 
     DDPMPipeline.from_pretrained("outputs/faces")
 
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, num_samples=16, sample_batch_size=8)
     args = parser.parse(argv)
     if {"train_data_dir", "dataset_name"} & {*vars(args)} and not (args.train_data_dir or args.dataset_name):
-        parser.error("give the images to adapt to: --train_data_dir DIR, or --dataset_name")
+        parser.error("no images to adapt to were given. Give --train_data_dir DIR or --dataset_name")
     return args
 # fmt: on
 

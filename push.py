@@ -2,7 +2,7 @@
 
     python push.py outputs/ddpm --hub_model_id me/digits --space
 
-Run `hf auth login` before, or set HF_TOKEN. The same command sends later only what is missing or has changed.
+Run `hf auth login` first, or set HF_TOKEN. If you repeat the command, it sends only what is missing or has changed.
 """
 
 from utils.args import Parser, real
@@ -15,11 +15,11 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("output_dir", metavar="folder", help="output folder of a run, with model_index.json")
     parser.add_argument("--evaluation", metavar="FILE", help="results.json of evaluate.py, for the numbers on the card")
-    parser.add_argument("--space", metavar="ID", nargs="?", const="", help="id of a Space with demo.py, which is pushed, too (default: the model's)")
-    group = parser.add_argument_group("Hub (defaults of the first two: those of the run)")
+    parser.add_argument("--space", metavar="ID", nargs="?", const="", help="id of a Space to push, too, which runs demo.py (default: the model's id)")
+    group = parser.add_argument_group("Hub (defaults of --hub_model_id and --hub_private_repo: those of the run)")
     add_hub_arguments(parser, group)
     group.add_argument("--hub_revision", metavar="BRANCH", help="branch to push to (default: main)")
-    parser.switch(group, "--hub_logs", False, "push TensorBoard's files, too, which the Hub shows. They may hold pictures of training images")
+    parser.switch(group, "--hub_logs", False, "upload of TensorBoard's files, too, which the Hub shows. They may hold pictures of training images")
     group.add_argument("--hub_license", metavar="LICENSE", help="the model's licence, for its card: apache-2.0, cc-by-4.0, openrail, other ... (default: unknown)")
     group.add_argument("--hub_dataset_name", metavar="NAME", help="name of the training images on the model's page (default: their name on the Hub, or none for own images)")
     group.add_argument("--hub_timeout", type=real(4), default=1800.0, help="seconds of failed attempts before a push is given up")

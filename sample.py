@@ -16,8 +16,8 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub id of a pipeline, or of a UNet2DModel")
     parser.add_argument("--output_dir", metavar="DIR", default="outputs/samples", help="folder for images/, grid.png and the other outputs")
-    parser.switch(parser, "--trust_remote_code", False, "run the network code that comes with the model. Read it first")
-    parser.add_argument("--num_samples", type=integer(1), default=64, help="number of images (default: 64, with --interpolate 8)")
+    parser.switch(parser, "--trust_remote_code", False, "permission to run the model's network code. Read it first")
+    parser.add_argument("--num_samples", type=integer(1), default=64, help="number of images (default: 64, or 8 with --interpolate)")
     parser.add_argument("--sample_batch_size", type=integer(1), default=64, help="images in a batch, per process")
     parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of all noise")
     parser.add_argument("--format", choices=("png", "npz", "parquet"), default="png", help="format of the output. npz and parquet also write all images to one file, images.npz or images.parquet")
@@ -26,21 +26,21 @@ def parse_args(argv=None):
     group.add_argument("--sampler", choices=ALL_SAMPLERS, help="scheduler to draw with, instead of the pipeline's")
     group.add_argument("--num_inference_steps", type=integer(1, 1000), help="sampling steps (default: 40, or 2 for a model of distill_few_steps.py)")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: that of the accelerate config)")
-    parser.switch(group, "--compile", False, "compile the UNet with torch.compile, which takes minutes at first")
-    parser.switch(group, "--gif", False, "also walk.gif and walk.png: noisy and predicted images at each step, for the first images. With --interpolate, walk.gif shows the interpolation from A to B and back")
-    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images. The noise of --num_samples images is interpolated between theirs and, for a model with classes, the class between --class_labels. If the pipeline's scheduler adds noise, dpmsolver++ is used instead")
+    parser.switch(group, "--compile", False, "compilation of the UNet with torch.compile, which takes minutes at first")
+    parser.switch(group, "--gif", False, "additional files walk.gif and walk.png, with noisy and predicted images at each step, for the first images. With --interpolate, walk.gif alone, with the interpolation from A to B and back")
+    group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images. --num_samples images are drawn from noise interpolated between the noise of A and of B. For a model with classes, they are also interpolated between --class_labels. If the pipeline's scheduler adds noise, dpmsolver++ is used instead")
     group.add_argument("--init_image", metavar="FILE", help="picture to start from, with noise added")
-    group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="amount of noise added to --init_image. 1 replaces it entirely")
+    group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="amount of noise added to --init_image. 1: the noise replaces the picture")
 
     group = parser.add_argument_group("steering")
-    group.add_argument("--class_labels", metavar="LABELS", help="classes to draw in turn, by name or number, such as 7,7,3, or all (default: all, for a model with classes). --guidance_scale sets their strength")
+    group.add_argument("--class_labels", metavar="LABELS", help="classes to draw in turn, by name or number, such as 7,7,3, or all (default: all, for a model with classes). --guidance_scale sets the strength of the classes")
     add_guidance_arguments(parser, group)
     args = parser.parse(argv)
     if args.interpolate:
-        parser.set_defaults(num_samples=8)  # with more, neighbours look nearly equal
+        parser.set_defaults(num_samples=8)  # with more images, neighbours look nearly equal
         args = parser.parse(argv)
     if args.strength != parser.get_default("strength") and not args.init_image:
-        parser.error("--strength needs --init_image")
+        parser.error("--strength needs --init_image. Give a picture, or leave --strength out")
     return args
 # fmt: on
 
@@ -83,7 +83,7 @@ def main(args):
     if name != args.sampler:
         accelerator.print(f"--interpolate: using {name}, because the pipeline's own sampler adds noise at every step")
     if accelerator.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)  # on a CPU it is slower
+        unet.to(memory_format=torch.channels_last)  # this layout is slower on a CPU
     if args.compile:
         unet.compile()
     unet = plain = accelerator.prepare_model(unet, evaluation_mode=True)
@@ -125,7 +125,7 @@ def main(args):
 
     # Each process draws its share of the missing images
     images_folder = ImageFolder(accelerator, args, steps, plain, sampler, space)
-    stop_signal = StopSignal(accelerator, "stopping, complete images are kept")
+    stop_signal = StopSignal(accelerator, "stopping. Complete images are kept")
     missing = images_folder.missing()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(

@@ -2,12 +2,12 @@
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_basic.py --dataset_name digits
 
-draws digits after a minute on 2 CPU cores. The output folder is a pipeline that contains its own code:
+This command draws digits after a minute on 2 CPU cores. The output folder is a pipeline that contains its own code:
 
     DiffusionPipeline.from_pretrained("outputs/basic", trust_remote_code=True)
 
-An image is mixed with a random amount of noise, x_a = (1 - a) x_0 + a u. A UNet of six convolutions learns to predict
-x_0 without being given a. Sampling starts from noise and moves towards the predictions in small steps.
+An image x_0 is mixed with a random amount a of uniform noise u, x_a = (1 - a) x_0 + a u. A UNet of six convolutions
+learns to predict x_0 without being given a. Sampling starts from noise and moves towards the predictions in small steps.
 train_unet2d.py uses a better UNet, and train_ddpm.py also changes the noise.
 """
 

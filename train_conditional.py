@@ -2,15 +2,16 @@
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_conditional.py --dataset_name digits
 
-draws the requested digits after a few minutes on 2 CPU cores. The output folder loads with diffusers alone:
+This command draws the requested digits after a few minutes on 2 CPU cores. The output folder loads with diffusers alone:
 
     ConsistencyModelPipeline.from_pretrained("outputs/conditional")(batch_size=2, class_labels=[7, 3], num_inference_steps=25)
 
-For guidance and class names, load it with the pipeline.py in it: see utils/diffusion/class_conditional.py.
+For guidance and class names, load the folder with its pipeline.py, see utils/diffusion/class_conditional.py.
 
-This is train_ddpm.py with classes. The UNet is given each image's class or, with --class_dropout_prob, the null class.
-So it learns a prediction for each class and an unconditional one. Moving away from the unconditional prediction makes
-samples more recognisable. --model_guidance trains the model to do so in one evaluation.
+This is train_ddpm.py with classes. The UNet is given each image's class or, with probability --class_dropout_prob, the
+null class. It therefore learns a prediction for each class and an unconditional one. Guidance moves predictions away
+from the unconditional one, which makes samples more recognisable. --model_guidance trains the model to predict guided
+outputs in one function evaluation.
 """
 
 from utils.args import SAMPLERS, Parser, add_common_arguments, real
@@ -37,9 +38,9 @@ def parse_args(argv=None):
     group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="target: the noise, the clean image, or v (arXiv:2202.00512)")
     group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="scheduler that draws samples")
-    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="share of samples that are trained with the null class")
+    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="share of training samples that get the null class")
     group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), similar to a guidance scale of 1 / (1 - W). 0: none, which trains a third faster")
-    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="further guidance when samples are drawn. 1: none. A larger scale makes samples more typical and less varied. Each sampling step then takes twice as long")
+    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="guidance scale of sampling, in addition to --model_guidance. 1: no further guidance. Larger scales make samples more typical and less varied. Each sampling step then takes twice as long")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/conditional", num_inference_steps=25, num_samples=80)
     return parser.parse(argv)
@@ -76,7 +77,7 @@ def main(args):
     if run.already_finished(train_data):
         return
     class_names = train_data.label_names
-    null_class = len(class_names)  # the model's last class means any class
+    null_class = len(class_names)  # the model's last class stands for no particular class
 
     # Model
     if pretrained:

@@ -2,7 +2,7 @@
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py --dataset_name digits
 
-draws digits after a few minutes on 2 CPU cores. The output folder is a DDPMPipeline:
+This command draws digits after a few minutes on 2 CPU cores. The output folder is a DDPMPipeline:
 
     DDPMPipeline.from_pretrained("outputs/ddpm")
 

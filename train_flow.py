@@ -1,13 +1,14 @@
-"""Train a flow-matching model, from noise to images on straight paths (arXiv:2209.03003, arXiv:2210.02747).
+"""Train a flow-matching model on straight paths from noise to images (arXiv:2209.03003, arXiv:2210.02747).
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_flow.py --dataset_name digits
 
-draws digits after a few minutes on 2 CPU cores. The output folder is a DDPMPipeline:
+This command draws digits after a few minutes on 2 CPU cores. The output folder is a DDPMPipeline:
 
     DDPMPipeline.from_pretrained("outputs/flow")
 
 An image is mixed with noise, x_s = (1 - s) x_0 + s noise, as in train_basic.py. A UNet that is conditioned on s learns
-the velocity noise - x_0, averaged over all pairs. Sampling starts from noise and follows the velocity backwards.
+the velocity: the mean of noise - x_0 over all pairs of noise and image that can give x_s. Sampling starts from noise
+and follows the velocity backwards.
 """
 
 from utils.args import SOLVERS, Parser, add_common_arguments, real
@@ -25,7 +26,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     add_unet_arguments(parser)
     group = parser.group("flow (defaults: those shown, or the pretrained pipeline's)")
-    group.add_argument("--prediction_type", choices=("velocity", "sample"), help="target: the velocity noise - image, or the clean image with the loss on the velocity (arXiv:2511.13720, default: velocity)")
+    group.add_argument("--prediction_type", choices=("velocity", "sample"), help="target: the velocity (noise - image), or the clean image with a loss on the velocity that it implies (arXiv:2511.13720, default: velocity)")
     group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
     group.add_argument("--flow_shift", type=real(0.01, 100), help="shift of the timesteps towards noise, for larger images, in training and sampling (arXiv:2403.03206, default: 1 up to 64 pixels, then proportional to the side)")
     group.add_argument("--sampler", choices=SOLVERS, default="dpmsolver++", help="scheduler that draws samples")
@@ -127,7 +128,7 @@ def main(args):
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps).sample.float()
             target = noise - clean_images
-            if prediction_type == "sample":  # both images become velocities; the clamp avoids dividing by almost zero
+            if prediction_type == "sample":  # both become velocities; the clamp prevents division by almost zero
                 levels = (timesteps / num_train_timesteps).clamp(min=0.05).view(-1, 1, 1, 1)
                 model_output, target = ((noisy_images - images) / levels for images in (model_output, clean_images))
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)

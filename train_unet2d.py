@@ -2,12 +2,12 @@
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_unet2d.py --dataset_name digits
 
-draws digits after minutes on 2 CPU cores. The output folder is a pipeline that contains its own code:
+This command draws digits after minutes on 2 CPU cores. The output folder is a pipeline that contains its own code:
 
     DiffusionPipeline.from_pretrained("outputs/unet2d", trust_remote_code=True)
 
-The noise, the target and the sampling are those of train_basic.py. The UNet is deeper, is normalized, has attention,
-learns its down- and up-sampling, and is conditioned on the noise level. train_ddpm.py changes the noise.
+The noise, the target and the sampling are those of train_basic.py. The UNet is deeper and is conditioned on the noise
+level. It has normalization and attention layers, and learns its down- and upsampling. train_ddpm.py changes the noise.
 """
 
 from utils.args import Parser, add_common_arguments
@@ -20,7 +20,7 @@ UNET = dict(  # 1.7 M parameters; every line but the first adds a feature that t
     norm_num_groups=32,  # GroupNorm before each convolution
     down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),  # attention at the lower resolutions
     up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    attention_head_dim=64,  # one head; diffusers' default of 8 makes eight small ones and nearly doubles the step time
+    attention_head_dim=64,  # one head; diffusers' default of 8 makes eight heads and nearly doubles the step time
     downsample_type="conv",  # learned; train_basic.py uses max pooling
     upsample_type="conv",  # a convolution follows the upsampling
     dropout=0.0,  # in the residual layers

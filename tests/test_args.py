@@ -159,7 +159,7 @@ def test_config_file_sets_defaults_and_the_command_line_wins(tmp_path, capsys):
         ("random_flip: 3", "Expected true or false"),
         ("[1, 2]", "expected lines of `flag: value`"),
         ("a: [", "cannot be read as YAML"),
-        ("output_dir: #1", "output_dir has no value. Put quotes around one that begins with #"),
+        ("output_dir: #1", "output_dir has no value. Put quotes around a value that begins with #"),
     ]:
         config.write_text(content)
         assert message in refused(capsys, f"--config={config}")

@@ -1,7 +1,7 @@
 """Command-line flags that every training script has, and checks of them.
 
 Flags that change the mathematics are in the scripts. Flags of an optional folder are in that folder, see ``optional``.
-Names are those of diffusers' examples. This file imports only the standard library and PyYAML, so that ``--help``
+Names follow diffusers' examples. This file imports only the standard library and PyYAML, so that ``--help``
 answers at once.
 """
 
@@ -123,13 +123,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
-        self.checks = []  # functions of the parser and the parsed arguments that refuse what cannot work
+        self.checks = []  # functions that take parser and arguments, and refuse flags that cannot work
         self.add_argument(
             "--config", metavar="FILE", help="YAML file of flags and values, which the command line overrides"
         )
 
     def error(self, message: str):
-        """Print the mistake and the flag that was probably meant in one line, and exit with code 2."""
+        """Print one line with the mistake and the flag that was probably meant, and exit with code 2."""
         hint = "--help lists the flags"
         if message.startswith("unrecognized arguments: --"):
             given = message.split(": ")[1].split()[0].split("=")[0]
@@ -158,11 +158,11 @@ class Parser(argparse.ArgumentParser):
         config, rest = known.parse_known_args(argv)
         values = self.parse_args(self._read_config(config.config) + rest)
         values.config = config.config
-        if vars(values).get("optimizer", "") is None:  # so that the run's record and its comparison name a value
+        if vars(values).get("optimizer", "") is None:  # resolved, so that the run's record holds a value
             values.optimizer = "adamw" if vars(values).get("pretrained_model_name_or_path") else "muon"
         if vars(values).get("learning_rate", "") is None and not vars(values).get("pretrained_model_name_or_path"):
             values.learning_rate = 1e-3
-        for name, value in vars(values).items():  # no shell expands ~ behind an =, or in a file
+        for name, value in vars(values).items():  # shells do not expand ~ after an = or in a file
             given = value if isinstance(value, list) else [value]
             given = [os.path.expanduser(part) if isinstance(part, str) else part for part in given]
             setattr(values, name, given if isinstance(value, list) else given[0])
@@ -174,8 +174,8 @@ class Parser(argparse.ArgumentParser):
     def _read_config(self, path: str | None) -> list[str]:
         """Return the flags in a YAML file as a list of arguments, so that they are checked as typed ones are.
 
-        Values stay text, so that the type of a flag parses 1.10, 007 and on. The file may be
-        the record of a run, ``training_args.json``. Its flags are used then.
+        Values stay text, so that ``1.10``, ``007`` and ``on`` are parsed by the type of the flag instead of YAML. The
+        file may also be the record of a run, ``training_args.json``. Then the flags in this record are used.
         """
         if path is None:
             return []
@@ -213,7 +213,9 @@ class Parser(argparse.ArgumentParser):
         entries = {}
         for key, value in node.value:
             if key.value in entries:
-                self.error(f"--config {path}: {key.value} is given twice, again in line {key.start_mark.line + 1}")
+                self.error(
+                    f"--config {path}: {key.value} is given twice, the second time in line {key.start_mark.line + 1}"
+                )
             entries[key.value] = value
         return entries
 
@@ -223,7 +225,7 @@ class Parser(argparse.ArgumentParser):
 
         values = node.value if isinstance(node, yaml.SequenceNode) else [node]
         if not all(isinstance(value, yaml.ScalarNode) for value in values):
-            self.error(f"--config {path}: {name} is neither a value nor a list of values")
+            self.error(f"--config {path}: {name} is nested. Expected a value or a list of values")
         if isinstance(node, yaml.SequenceNode):
             if action.nargs not in ("+", "*") and not isinstance(action.nargs, int):
                 self.error(f"--config {path}: {name} is a list. Expected one value")
@@ -231,7 +233,7 @@ class Parser(argparse.ArgumentParser):
         if node.tag.endswith(":null"):
             line = node.start_mark.buffer and Path(path).read_text(encoding="utf-8").splitlines()[node.start_mark.line]
             if line and re.search(rf"^\s*{name}: *#\S", line):
-                self.error(f"--config {path}: {name} has no value. Put quotes around one that begins with #")
+                self.error(f"--config {path}: {name} has no value. Put quotes around a value that begins with #")
             return []
         if isinstance(action, _Switch):
             if node.value.lower() not in ("true", "false"):
@@ -248,10 +250,10 @@ def add_common_arguments(parser: Parser) -> None:
     group = parser.group("data")
     group.add_argument("--resolution", metavar="SIDE|HxW", type=resolution, help="side of the training images, or height x width, in pixels (default: the size of the pretrained model, or the images' own size with a shorter side of at most 64)")
     group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L) or colour (RGB). auto: as the pretrained model expects, or as the images are")
-    group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, for images with more than 8 bits: LOW,HIGH, as in --image_range=-1000,3000. full: range of the format. auto: range of some of the images, or of the format if they use half of it")
-    parser.switch(group, "--center_crop", False, "crop of the middle of images of another shape, instead of a random crop")
+    group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, for images with more than 8 bits: LOW,HIGH, as in --image_range=-1000,3000. full: range of the format. auto: range of some inspected images, or of the format if they use at least half of it")
+    parser.switch(group, "--center_crop", False, "centre crop of images of another shape, instead of a random crop")
     parser.switch(group, "--random_flip", False, "mirroring of half of the images, left to right")
-    group.add_argument("--cache_images", metavar="auto|always|never|DIR", default="auto", help="cache of decoded images. If decoding takes seconds, it is a file that all processes map, otherwise memory. Small caches are copied to the GPU. auto: up to 32 GiB or half of the free disk in a file, 4 GiB in memory. DIR: folder for the file, which later runs reuse (default: prepared-images in the cache of datasets)")
+    group.add_argument("--cache_images", metavar="auto|always|never|DIR", default="auto", help="cache of decoded images: a file that all processes map if decoding takes seconds, otherwise memory. Small caches are copied to the GPU. auto: a file of up to 32 GiB or half of the free disk, or up to 4 GiB of memory. DIR: folder for the file, which later runs reuse (default: prepared-images in the cache folder of datasets)")
     group.add_argument("--dataloader_num_workers", type=integer(0), default=min(4, os.cpu_count() or 1), help="processes that decode images that are not cached")
     group.add_argument("--max_bad_images", metavar="N", type=integer(0), default=0, help="number of unreadable images to skip. One more stops the run")
 
@@ -259,13 +261,13 @@ def add_common_arguments(parser: Parser) -> None:
     group.add_argument("--train_batch_size", type=integer(1), default=64, help="images per process and micro-step")
     group.add_argument("--gradient_accumulation_steps", type=integer(1), default=1, help="micro-steps per optimizer step")
     group.add_argument("--num_train_epochs", type=integer(1), default=40, help="passes over the data")
-    group.add_argument("--max_train_steps", type=integer(1), help="optimizer steps, which override --num_train_epochs")
-    group.add_argument("--learning_rate", type=real(0), help="peak learning rate (default: 1e-3 from random weights, for pretrained ones by the number of trained weights, see utils/training/optimizer.py)")
-    group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="optimizer. muon learns faster from random weights. adamw8bit needs a quarter of adamw's state, and bitsandbytes on a GPU or torchao (default: muon, or adamw for pretrained weights that are not distilled)")
-    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="schedule of the learning rate. constant has no warm-up")
+    group.add_argument("--max_train_steps", type=integer(1), help="number of optimizer steps, which overrides --num_train_epochs")
+    group.add_argument("--learning_rate", type=real(0), help="peak learning rate (default: 1e-3 from random weights. With pretrained weights, it decreases with their number, see utils/training/optimizer.py)")
+    group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="optimizer. muon learns faster from random weights. adamw8bit keeps a quarter of adamw's state, and requires bitsandbytes (on a GPU) or torchao (default: muon, or adamw for pretrained weights that are not distilled)")
+    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="schedule of the learning rate. constant ignores --lr_warmup_steps")
     group.add_argument("--lr_warmup_steps", type=integer(0), default=50, help="optimizer steps from 0 to the peak learning rate")
     group.add_argument("--max_grad_norm", type=real(0), default=1.0, help="limit of the gradient's norm. 0: no clipping")
-    parser.switch(group, "--use_ema", True, "use of the exponential moving average for samples and saved weights")
+    parser.switch(group, "--use_ema", True, "use of the exponential moving average of the weights (EMA) for samples and saved models")
     group.add_argument("--ema_max_decay", type=real(0, 1), default=0.999, help="upper limit of the average's decay")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the model's arithmetic (default: that of the accelerate config)")
 

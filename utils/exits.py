@@ -44,7 +44,7 @@ def close_runs(again: bool = False) -> None:
 
 
 def training_script(main: Callable) -> Callable:
-    """Decorate a script's ``main(args)`` so that its run is closed however it ends, also in a notebook."""
+    """Decorate a script's ``main(args)`` so that its run is always closed, even after an error in a notebook."""
 
     @functools.wraps(main)
     def wrapper(args):
@@ -60,11 +60,11 @@ def training_script(main: Callable) -> Callable:
                 stopped = [run for run in _runs if run.stop_signal and run.stop_signal.requested()]
                 if not stopped or explain(error, args)[1]:
                     raise
-                # The signal went to the whole process group, and a helper such as a compiler ended first
+                # The signal went to the whole process group, so a helper such as a compiler may have ended first
                 number, step = stopped[0].stop_signal.received, stopped[0].global_step
                 print(
-                    f"\nStopped by {signal.Signals(number).name} after {counted(step, 'optimizer step')}, with a "
-                    f"{type(error).__name__} instead of a checkpoint. The same command resumes from the newest one.",
+                    f"\nStopped by {signal.Signals(number).name} after {counted(step, 'optimizer step')}, but a "
+                    f"{type(error).__name__} prevented the checkpoint. The same command resumes from the newest one.",
                     file=sys.stderr,
                 )
                 raise SystemExit(128 + number) from error
@@ -105,10 +105,9 @@ def run_script(main: Callable, parse_args: Callable) -> NoReturn:
 
 
 def explain(error: Exception, args) -> tuple[int, str | None, bool]:
-    """Find the exit code for an error, a message for the user, and whether a restart would fail again.
+    """Return the exit code for an error, a message for the user, and whether a restart would fail again.
 
-    Returns:
-        The three of them. The message is None for an error of the program, which is shown with a traceback.
+    The message is None for an error of the program, which is shown with a traceback.
     """
     from safetensors import SafetensorError
 

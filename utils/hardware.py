@@ -12,7 +12,7 @@ import torch
 
 from . import counted
 
-LAUNCHER_SETS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # of `accelerate launch` and of torchrun
+LAUNCHER_SETS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # variables of `accelerate launch` and torchrun
 
 
 def is_launched() -> bool:
@@ -28,7 +28,7 @@ def is_launched() -> bool:
 
 
 def set_up_process() -> None:
-    """End with the launcher, which does not forward SIGTERM, and keep freed memory (Linux only)."""
+    """Make this process end with its launcher, which does not forward SIGTERM, and keep freed memory (Linux only)."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
@@ -40,7 +40,7 @@ def set_up_process() -> None:
 
 
 def use_all_cores(device: torch.device) -> None:
-    """On a CPU, give each process its share of the cores if the launcher set one thread.
+    """Use this process's share of the cores if it computes on a CPU and the launcher set one thread.
 
     A number of threads that the user has set is kept.
     """
@@ -86,7 +86,7 @@ def waiting_seconds() -> float | None:
 
 
 def _launcher_chose_one_thread() -> bool:
-    """Return whether OMP_NUM_THREADS=1 is from ``accelerate launch`` or ``torchrun``, which set it by default."""
+    """Return whether OMP_NUM_THREADS=1 comes from ``accelerate launch`` or ``torchrun``, which set it by default."""
     if os.environ.get("OMP_NUM_THREADS") != "1" or not is_launched():
         return False
     try:
@@ -114,7 +114,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory so far, bytes, of the GPU or of this process on a CPU; 0 if it is unknown."""
+    """Return the peak memory so far in bytes, of the GPU or, on a CPU, of this process. 0 means unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -13,18 +13,18 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-FOLDERS = ("sources", "resilience", "monitoring", "evaluation", "publishing")  # in the order of their calls
+FOLDERS = ("sources", "resilience", "monitoring", "evaluation", "publishing")  # in the order in which they are called
 
 
 @functools.cache
 def find(name: str) -> ModuleType | None:
-    """Import and return one of the folders, or return None if it has been deleted."""
+    """Import and return one of the folders, or return None if it was deleted."""
     there = (Path(__file__).parent / name / "__init__.py").is_file()
     return importlib.import_module(f"{__package__}.{name}") if there else None
 
 
 def collect(name: str) -> list:
-    """Return the attributes of this name, of all folders that have one."""
+    """Return the attribute of this name from each folder that has one."""
     modules = [module for module in map(find, FOLDERS) if module]
     return [getattr(module, name) for module in modules if hasattr(module, name)]
 

@@ -22,7 +22,7 @@ def make_grid(images: np.ndarray, min_cell: int = 64, captions: Sequence[str] = 
 
     Args:
         images: uint8 (N, C, H, W) with C of 1 or 3.
-        min_cell: height in pixels to which smaller images are enlarged, approximately, by a whole factor.
+        min_cell: approximate height in pixels to which smaller images are enlarged, by a whole factor.
         captions: texts at the left of the rows. Without them, the grid is about as wide as it is high.
     """
     count, channels, height, width = images.shape
@@ -56,7 +56,7 @@ def with_caption(picture: Image.Image, caption: str) -> Image.Image:
 
 
 def label_log_axis(axes) -> None:
-    """Label a logarithmic axis at 1, 2, 5, 10 ... By default, a short axis has one label or none."""
+    """Label a logarithmic axis at 1, 2, 5, 10 ..., because a short axis has one label or none by default."""
     from matplotlib.ticker import LogLocator
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -35,5 +35,5 @@ def public_data(name):
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name has the form user/name and is no path that exists here."""
+    """Return whether a name has the form user/name and is not an existing path."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists()

@@ -1,9 +1,9 @@
 """Random numbers as functions of (seed, purpose, sample id), independent of earlier draws.
 
 A training run numbers its samples 0, 1, 2 ...: optimizer step ``s`` with a global batch of ``G`` takes the ids
-``s*G ... s*G+G-1``, in any process and micro-step. Every random number is computed from that id. So nothing depends on
-the number of workers, on prefetching or on the step at which a run was interrupted. Two processes draw the same numbers
-as one process with twice the accumulation.
+``s*G ... s*G+G-1``, in any process and micro-step. Every random number is computed from that id. Therefore nothing
+depends on the number of workers, on prefetching or on the step at which a run was interrupted. Two processes draw the
+same numbers as one process with twice the accumulation.
 """
 
 import math
@@ -36,7 +36,7 @@ def random_bits(seed: int, purpose: str, sample_ids: np.ndarray) -> np.ndarray:
         sample_ids: non-negative integers, any shape.
 
     Returns:
-        uint64 of the same shape.
+        Array uint64 of the same shape.
     """
     key = _mix(_mix(np.array([seed]) + _GOLDEN) ^ zlib.crc32(purpose.encode()))
     sample_ids = np.asarray(sample_ids)
@@ -55,9 +55,9 @@ def logit_normal(fractions: np.ndarray, mean: float = 0.0, deviation: float = 1.
 
 
 def discretize(fractions: np.ndarray, count: int) -> np.ndarray:
-    """Return the index of the part of [0, 1) that each fraction is in, of ``count`` equal parts: int64, 0 to count - 1.
+    """Split [0, 1) into ``count`` equal parts, and return the index of the part that contains each fraction: int64.
 
-    A fraction that was rounded to 1 is in the last part, one below 0 in the first.
+    A fraction that was rounded up to 1 counts as in the last part, and a negative one as in the first.
     """
     return np.clip((fractions * count).astype(np.int64), 0, count - 1)
 
@@ -65,8 +65,8 @@ def discretize(fractions: np.ndarray, count: int) -> np.ndarray:
 def shuffled_indices(seed: int, sample_ids: np.ndarray, length: int) -> np.ndarray:
     """Return an index into a data set of ``length`` images for each sample id. Each epoch has its own permutation.
 
-    Sample ``k`` is entry ``k % length`` of the permutation of epoch ``k // length``. So no image is dropped at the end
-    of an epoch, and the length of the data need not be a multiple of the batch size.
+    Sample ``k`` is entry ``k % length`` of the permutation of epoch ``k // length``. Therefore no image is dropped at
+    the end of an epoch, and the length of the data need not be a multiple of the batch size.
     """
     sample_ids = np.asarray(sample_ids)
     indices = np.empty(sample_ids.shape, dtype=np.int64)
@@ -82,7 +82,10 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def sample_generators(seed: int, purpose: str, sample_ids: np.ndarray) -> list[torch.Generator]:
-    """Return a torch generator for each sample id, on the CPU, so that diffusers' schedulers draw the same anywhere."""
+    """Return a torch generator for each sample id.
+
+    The generators are on the CPU, so that diffusers' schedulers draw the same noise on every device.
+    """
     return [torch.Generator().manual_seed(bits) for bits in random_bits(seed, purpose, sample_ids).tolist()]
 
 

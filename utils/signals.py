@@ -85,7 +85,7 @@ class StopSignal:
             self.received, self.at = number, time.monotonic()
             if self.accelerator.is_main_process:  # os.write, because print may not interrupt itself
                 name = signal.Signals(number).name
-                os.write(2, f"\n{name}: {self.promise}. Send it again after 2 s to stop at once\n".encode())
+                os.write(2, f"\n{name}: {self.promise}. Send the signal again after 2 s to stop at once\n".encode())
         elif time.monotonic() - self.at > self.GRACE * (1 if number == self.received else 5):
             if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
                 raise KeyboardInterrupt
@@ -98,7 +98,7 @@ class StopSignal:
     def check(self, global_step: int = 0) -> int | None:
         """Return the signal that any process has received, or None. Call it on all processes, after each step.
 
-        Several processes gather their signals. On GPUs they do so every tenth step, because it waits for the device.
+        Several processes gather their signals. On GPUs they do so every tenth step, because this waits for the device.
         """
         number = self.received
         if self.accelerator.num_processes > 1:

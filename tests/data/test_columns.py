@@ -144,7 +144,7 @@ def test_held_out_images_bring_their_columns(tmp_path, accelerator, table):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"images": Column("copy")}, "'images' is a name in every batch"),
+        ({"images": Column("copy")}, "every batch already has the name 'images'"),
         ({"twin": Column("copy", kind="picture")}, "has the kind 'picture'. Expected image, mask, vector"),
         ({"twin": Column("nothing")}, "has no 'nothing' for twin. Its columns are image"),
         ({"twin": Column("image")}, "'image' of .* is already image"),

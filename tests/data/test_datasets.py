@@ -370,7 +370,7 @@ def test_where_no_file_can_be_kept_memory_holds_the_images(
     kept = kept / "prepared-images"
     data, found = batches(accelerator, *flags)
     assert same(loaded, found) and data._cache is not None and not [*kept.iterdir()]
-    assert f"too many for {kept}" in caplog.text
+    assert f"too much for {kept}" in caplog.text
     assert same(loaded, batches(accelerator, *flags, "--cache_images=always")[1])
     assert only_file(kept)
 

@@ -165,7 +165,7 @@ def test_a_net_of_a_package_beside_the_script_is_refused(tmp_path, net, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"imports nets, which is not an installed package"):
         as_diffusers_model(net("import nets\n" + NET))
-    with pytest.raises(UserError, match="takes a class, such as Net, not a Raw"):
+    with pytest.raises(UserError, match=r"was given a Raw object\. Expected a class"):
         as_diffusers_model(Raw())
 
 

@@ -64,9 +64,11 @@ def test_latents_are_scaled_as_in_diffusers_and_cost_no_gradient(kind):
 
 
 def test_what_an_autoencoder_does_not_take_is_refused():
-    with pytest.raises(UserError, match=r"takes 1 channel, the images have 3\. --image_mode L converts them"):
+    with pytest.raises(UserError, match=r"takes 1 channel, but the images have 3\. --image_mode L converts them"):
         Latents(autoencoder(AutoencoderKL), (3, 16, 16))
-    with pytest.raises(UserError, match=r"returns images of shape \(1, 14, 14\) for \(1, 15, 15\).*--resolution"):
+    with pytest.raises(
+        UserError, match=r"returns images of shape \(1, 14, 14\) for images of shape \(1, 15, 15\).*--resolution"
+    ):
         Latents(autoencoder(AutoencoderKL), (1, 15, 15))
 
 
@@ -152,7 +154,7 @@ def test_evaluate_compares_decoded_images(tmp_path, pipeline_folder):
 
 def test_a_pipeline_with_further_parts_is_refused_by_name(tmp_path, pipeline_folder):
     with pytest.raises(
-        UserError, match=r"a pipeline that also has vqvae \((AutoencoderKL|VQModel)\)\. Expected only unet"
+        UserError, match=r"this pipeline also has vqvae \((AutoencoderKL|VQModel)\)\. Expected only unet"
     ):
         load_pretrained(str(pipeline_folder))
     start = f"--pretrained_model_name_or_path={pipeline_folder}"
@@ -162,7 +164,7 @@ def test_a_pipeline_with_further_parts_is_refused_by_name(tmp_path, pipeline_fol
     index = json.loads((folder / "model_index.json").read_text())
     index["text_encoder"] = ["transformers", "CLIPTextModel"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"a pipeline that also has text_encoder \(CLIPTextModel\)\. Expected"):
+    with pytest.raises(UserError, match=r"this pipeline also has text_encoder \(CLIPTextModel\)\. Expected"):
         load_pipeline(str(folder))
 
 
@@ -174,7 +176,7 @@ def test_check_fit_is_told_how_many_channels_the_model_takes():
         UserError, match=r"takes 3 channels and returns 1\. Expected 2 and 1, to denoise 1 channel with"
     ):
         check_fit(model, scheduler, (1, 8, 8), 10, in_channels=2)
-    with pytest.raises(UserError, match=r"the images have 1 channel, the model takes 3\. --image_mode RGB"):
+    with pytest.raises(UserError, match=r"the images have 1 channel, but the model takes 3\. --image_mode RGB"):
         check_fit(model, scheduler, (1, 8, 8), 10)
 
 

@@ -200,7 +200,7 @@ def test_two_steerings_at_once_and_no_images_are_refused(capsys):
     assert "--guidance_color bleen: there is no such colour. Expected a name such as teal" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         finetune_faces.parse_args([])
-    assert "give the images to adapt to: --train_data_dir DIR, or --dataset_name" in capsys.readouterr().err
+    assert "no images to adapt to were given. Give --train_data_dir DIR or --dataset_name" in capsys.readouterr().err
 
 
 def test_more_steps_than_noise_levels_are_refused(tmp_path):

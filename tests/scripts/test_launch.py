@@ -101,9 +101,9 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
         interrupt(tmp_path / name, "checkpoint-3")
         shutil.move(tmp_path / name / WEIGHTS, tmp_path / f"{name}.safetensors")
     code, output = run_script(SCRIPT, tmp_path / "two", *flags, "--gradient_accumulation_steps=2")
-    assert code == 0 and "was saved by 2 processes, this run has 1" in output, output
+    assert code == 0 and "was saved by 2 processes, but this run has 1" in output, output
     code, output = run_script(SCRIPT, tmp_path / "one", *flags, processes=2)
-    assert code == 0 and "was saved by 1 process, this run has 2" in output, output
+    assert code == 0 and "was saved by 1 process, but this run has 2" in output, output
     assert close(tmp_path / "one", tmp_path / "two")
 
 

@@ -201,7 +201,7 @@ def test_an_unconditional_model_gets_classes_and_draws_what_it_drew(finished_run
     again = [f"--pretrained_model_name_or_path={tmp_path}/run", "--max_train_steps=2"]
     assert train(tmp_path / "again", *again, script=train_conditional) == 0
     faces = [*again, "--dataset_name=faces", "--image_mode=L"]
-    with pytest.raises(UserError, match=r"has 10 classes .*, but none of those of the images \(face\)"):
+    with pytest.raises(UserError, match=r"has 10 classes .*, but none of the classes of the images \(face\)"):
         train(tmp_path / "faces", *faces, script=train_conditional)
 
 

@@ -281,7 +281,7 @@ def test_classes_go_by_name_when_a_model_is_adapted_to_others(caplog):
     after = add_class_embedding(unet, ["b", "new", "a"]).class_embedding.weight
     assert torch.equal(after, before[[1, 3, 0, 3]]) and after.requires_grad and unet.config.num_class_embeds == 4
     assert "Started as the null class: 1 new class (new). Left out: 1 class (c, d)" in caplog.text
-    with pytest.raises(UserError, match=r"has 3 classes .*, but none of those of the images \(x, y\)"):
+    with pytest.raises(UserError, match=r"has 3 classes .*, but none of the classes of the images \(x, y\)"):
         add_class_embedding(conditional(), ["x", "y"])
 
 
@@ -315,7 +315,7 @@ def test_values_in_a_config_file_stay_what_stands_there(tmp_path, capsys):
     args = train_ddpm.parse_args([f"--config={file}"])
     assert (args.output_dir, args.dataset_name, args.label_column, args.seed) == ("1.10", "007", "on", 42)
     for content, said in (
-        ("seed: 1\noutput_dir: x\nseed: 2\n", "seed is given twice, again in line 3"),
+        ("seed: 1\noutput_dir: x\nseed: 2\n", "seed is given twice, the second time in line 3"),
         ("seed: [1, 2]\n", "seed is a list. Expected one value"),
         ("learning_rat: 1\n", "there is no flag --learning_rat. Did you mean learning_rate?"),
     ):

@@ -133,7 +133,7 @@ def test_another_number_of_threads_is_reported(accelerator, save, caplog):
     checkpoints.load_checkpoint(accelerator, checkpoint, state)
     assert "this run has" not in caplog.text
     checkpoints.load_checkpoint(accelerator, checkpoint, {**state, "device": "CPU, 64 threads"})
-    assert "was saved on CPU, 64 threads, this run has CPU, 1 thread. Rounding differs" in caplog.text
+    assert "was saved on CPU, 64 threads, but this run has CPU, 1 thread. Rounding differs" in caplog.text
 
 
 def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_else(save, tmp_path):
@@ -152,7 +152,7 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_else(save, tmp_pa
 def test_too_little_space_is_noticed_before_writing(save, tmp_path, monkeypatch):
     save(1)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    with pytest.raises(CheckpointError, match=r"the disk is full\. It needs about 0 MiB, and 0 MiB"):
+    with pytest.raises(CheckpointError, match=r"the disk is full\. The checkpoint needs about 0 MiB, and 0 MiB"):
         save(2)
     assert names(tmp_path) == ["checkpoint-1"]
 

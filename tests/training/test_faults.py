@@ -132,7 +132,9 @@ def test_a_write_that_fails_halfway_leaves_the_older_checkpoint(tmp_path):
     assert finish(start("ddpm", tmp_path / "run", adamw, "--max_train_steps=3"))[0] == 0
     code, said = finish(start("ddpm", tmp_path / "run", adamw, file_limit=1_500_000))
     assert code == 1
-    assert re.search(r"error: .*checkpoint-6 cannot be saved: .*It needs about \d+ MiB, and \d+ MiB of its disk", said)
+    assert re.search(
+        r"error: .*checkpoint-6 cannot be saved: .*The checkpoint needs about \d+ MiB, and \d+ MiB of its disk", said
+    )
     assert said.rstrip().endswith("the same command resumes from the newest")
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-3"]
     verify_checkpoint(tmp_path / "run" / "checkpoint-3")
@@ -164,7 +166,7 @@ def test_a_full_disk_and_the_same_command_when_there_is_space(tmp_path):
     assert first.startswith("1") and second.startswith("0"), result.stderr
     assert first.split()[1:6] == [".lock", "checkpoint-3", "done.json", "training_args.json", "Finished,"]
     assert re.search(
-        r"checkpoint-6 cannot be saved: .*the disk is full. It needs about \d+ MiB, and \d+", result.stderr
+        r"checkpoint-6 cannot be saved: .*the disk is full. The checkpoint needs about \d+ MiB, and \d+", result.stderr
     )
     assert "Resuming from" in result.stderr and "checkpoint-3" in result.stderr
 
@@ -493,7 +495,7 @@ def test_a_manifest_that_points_elsewhere_is_refused(tmp_path):
             (folder / "link").symlink_to(tmp_path / "secret")
         changed = {"files": {**manifest["files"], entry: [1, digest]}}
         (folder / MANIFEST).write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=f"damaged: {re.escape(entry)} lies outside of it"):
+        with pytest.raises(UserError, match=f"damaged: {re.escape(entry)} lies outside of the checkpoint"):
             train(tmp_path / "run", f"--resume_from_checkpoint={folder}")
 
 

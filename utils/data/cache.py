@@ -26,8 +26,8 @@ ROWS = 128  # encoded images read at once; photographs of this number take about
 class Cache:
     """All prepared images, decoded once, in memory or in a file that all processes of this machine map.
 
-    Their pixels are concatenated. If all images have the size of the batch, they are one tensor, on the device if it
-    fits there.
+    Their pixels are concatenated. If all images have the training size, they form one tensor, which is on the device if
+    it fits there.
 
     Args:
         folder: folder of the file, None for memory. An existing file is used. A missing one is written atomically by
@@ -60,7 +60,10 @@ class Cache:
             self.places = torch.from_numpy(self.starts // self.stacked[0].numel()).to(self.stacked.device)
 
     def _decode(self, images: PreparedImages, show: bool, write) -> dict[str, np.ndarray]:
-        """Pass the pixels of each image to ``write`` and return their table. The next good image replaces a bad one."""
+        """Pass the pixels of each image to ``write``, and return the table of images.
+
+        The next good image replaces a bad one.
+        """
         starts, shapes, values, bad, position, total = [], [], [], [], 0, images.images.length
         blank_values = images.blank([])["values"]
         progress = tqdm(total=total, desc="Decoding images", unit="image", delay=2, disable=not show)
@@ -101,7 +104,7 @@ class Cache:
             logger.info(f"Another process is decoding the images into {folder}. Waiting for it.")
             lock.acquire()
         try:
-            if table := self._read_table(images, folder):  # another process has written it meanwhile
+            if table := self._read_table(images, folder):  # another process has written the file meanwhile
                 return table
             for leftover in (staging, folder):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -133,7 +136,7 @@ class Cache:
             return None
         bad = [images.attempt(images.images[int(index)]) for index in table["bad"]]
         if not all(isinstance(image, BadImage) for image in bad):
-            return None  # some have been repaired
+            return None  # some images have been repaired
         logger.info(f"Using the decoded images in {folder}, {table['size'] / 2**20:.0f} MiB.")
         for count, image in enumerate(bad, 1):
             images.check(count, image)

@@ -3,7 +3,7 @@
     columns = {"depth": Column(Path("depth_maps")), "text": Column("embedding", kind="vector")}
     train_data = load_train_data(args, accelerator, columns=columns)
 
-A batch then has ``batch["depth"]`` and ``batch["text"]``. Second images and masks are resized, cropped and flipped as
+A batch then has ``batch["depth"]`` and ``batch["text"]``. Second images and masks are resized, cropped and flipped like
 the image of their row. For images in Python, use ``OwnImages(array, columns={"depth": Column(other)})``.
 """
 
@@ -34,10 +34,10 @@ class Column:
         source: name of a column of the data set, or ``Path`` of a folder of files with the same names as the images.
             In ``OwnImages``, an array or tensor, a ``Dataset`` or a function from an index to a value.
         kind: ``image``: float32 (B, C, H, W) in [-1, 1], with any number of channels; ``mask``: int64 (B, H, W), values
-            from 0 to 255 without scaling or interpolation; ``vector``: float32 (B, ...), unchanged. Images are kept in
-            8 bits a value.
-        value_range: values that become -1 and 1, for the kind ``image`` in more than 8 bits. The default is 0 and 1 for
-            arrays of floats, and the range of some of the files for files.
+            from 0 to 255 without scaling or interpolation; ``vector``: float32 (B, ...), unchanged. Images are kept
+            with 8 bits per value.
+        value_range: values that become -1 and 1, for images with more than 8 bits per value. The default is (0, 1) for
+            arrays of floats. For files it is the range of some of them.
     """
 
     source: str | Path | np.ndarray | torch.Tensor | torch.utils.data.Dataset | Callable
@@ -59,7 +59,7 @@ def check_columns(columns: dict[str, Column]) -> None:
         if not isinstance(column, Column):
             raise UserError(f"columns: {name!r} is {column!r:.80}. Expected a Column, such as Column({column!r:.80})")
         if name in TAKEN:
-            raise UserError(f"columns: {name!r} is a name in every batch. Choose another name")
+            raise UserError(f"columns: every batch already has the name {name!r}. Choose another name")
         if column.kind not in KINDS:
             raise UserError(f"columns: {name!r} has the kind {column.kind!r}. Expected {', '.join(KINDS)}")
         if column.kind == "vector" and isinstance(column.source, Path):
@@ -102,7 +102,7 @@ class Layout:
                     low, high = self.ranges[name]
                     logger.warning(
                         f"{name}: values from {low:g} to {high:g} become -1 and 1. Column(..., value_range=({low:g}, "
-                        f"{high:g})) says the same"
+                        f"{high:g})) sets the same range"
                     )
 
     @property
@@ -115,7 +115,7 @@ class Layout:
     def planes(
         self, row: dict, size: tuple[int, int], on_clip: Callable[[str], None] = lambda message: None
     ) -> list[tuple[Image.Image, Image.Resampling]]:
-        """Return each channel of a row's second images and masks, at its image's size (width, height).
+        """Return each channel of a row's second images and masks, at the size (width, height) of the row's image.
 
         Args:
             on_clip: function for messages about clipped values, see ``pixels.to_eight_bits``.
@@ -125,7 +125,7 @@ class Layout:
             column, (value, where) = self.columns[name], self._value(row, name)
             array = _eight_bits(value, where, column, channels, self.ranges.get(name), on_clip)
             if len(array) != channels:
-                raise BadImage(f"{where} has {len(array)} channels. Expected {channels}, as in the others")
+                raise BadImage(f"{where} has {len(array)} channels. Expected {channels}, as in the other rows")
             height, width = array.shape[1:]
             if abs(round(width * size[1] / height) - size[0]) > 1:
                 raise BadImage(
@@ -189,7 +189,7 @@ def _eight_bits(value, where: str, column: Column, channels: int, image_range, o
         return array.astype(np.uint8)[None]
     if isinstance(value, Image.Image):
         if channels == 1 and value.mode not in GREY_MODES:
-            raise BadImage(f"{where} has colour (mode {value.mode}), but all inspected before training are grey")
+            raise BadImage(f"{where} has colour (mode {value.mode}), but all images inspected before training are grey")
         array = np.asarray(to_eight_bits(value, MODES[channels], where, image_range, on_clip))
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
     array = np.asarray(value)
@@ -200,10 +200,10 @@ def _eight_bits(value, where: str, column: Column, channels: int, image_range, o
 
 
 def scale_to_eight_bits(array: np.ndarray, where: str, value_range: tuple[float, float]) -> np.ndarray:
-    """Return floats from black to white as uint8.
+    """Return floats in ``value_range``, from black to white, as uint8.
 
     Raises:
-        BadImage: there are other values, or the values are no floats.
+        BadImage: values are outside of the range, or are not floats.
     """
     low, high = value_range
     if not np.issubdtype(array.dtype, np.floating):

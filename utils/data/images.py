@@ -22,11 +22,11 @@ from .pixels import GREY_MODES, BadImage, all_crops, augment, float_range, prepa
 logger = logging.getLogger(__name__)
 
 CHUNK = 250  # images in a block
-PARTS_LIMIT = 2**28  # bytes of crops in which copies are searched
+PARTS_LIMIT = 2**28  # bytes of crops among which copies are searched for
 
 
 def choose_range(text: str, deep: Sequence[tuple[str, np.ndarray]], say: bool = True) -> tuple[float, float] | None:
-    """Find the values that become black and white by ``--image_range``. None stands for the format's range.
+    """Return the values that become black and white by ``--image_range``, or None for the range of the format.
 
     Args:
         deep: modes and values of some images, see ``pixels.deep_values``.
@@ -38,8 +38,8 @@ def choose_range(text: str, deep: Sequence[tuple[str, np.ndarray]], say: bool = 
     if used and used != (0, 255) and say:
         given = f"{used[0]:g},{used[1]:g}"
         logger.warning(
-            f"The images have more than 8 bits and values from {used[0]:g} to {used[1]:g}: these become black and "
-            f"white. --image_range {given} does the same, --image_range full takes the range of their format"
+            f"The images have more than 8 bits per value. {used[0]:g} becomes black and {used[1]:g} white. "
+            f"--image_range {given} does the same. --image_range full uses the range of their format"
         )
     return used or float_range(deep)  # one image alone does not determine the range of floats
 
@@ -51,12 +51,12 @@ class PreparedImages(torch.utils.data.Dataset):
         images: source of the images.
         mode: ``L`` or ``RGB``.
         size: (H, W), pixels.
-        center_crop: cut the middle out of images of another shape, instead of a random part.
-        random_flip: mirror half of the images.
+        center_crop: True to crop the middle of images of another shape, instead of a random part.
+        random_flip: True to mirror half of the images.
         seed: seed of crops, flips and the choice of ``examples``.
         refuse_colour: True to treat an image that is not grey as an error.
         image_range: values that become black and white, see ``pixels.to_eight_bits``.
-        layout: layout of the columns of ``images``. By default they are omitted.
+        layout: layout of the columns of ``images``. By default the columns are omitted.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class PreparedImages(torch.utils.data.Dataset):
     def examples(self, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return random images, cropped in the middle, uint8 (N, C, H, W), and their values, see ``values``.
 
-        They are the same on every process. All are returned if there are fewer, and those of a stream are from its
-        shuffle buffer. Bad images are omitted if they may be skipped.
+        They are the same on every process. If there are fewer than ``count``, all are returned. Those of a stream come
+        from its shuffle buffer. Bad images are omitted if they may be skipped.
 
         Raises:
             BadImage: an image cannot be read.
@@ -86,7 +86,7 @@ class PreparedImages(torch.utils.data.Dataset):
         return np.stack(images), {name: np.array([entry[name] for entry in values]) for name in values[0]}
 
     def _chosen(self, count: int, center_crop: bool) -> Iterator[tuple[int, np.ndarray, dict]]:
-        """Yield index, image and values of random rows, the same on every process. Bad rows may be omitted."""
+        """Yield index, image and values of random rows, the same on every process. Bad rows are skipped if allowed."""
         rows = iter(self.images.examples(count, self.seed))
         with ThreadPoolExecutor() as pool:
             while chunk := list(itertools.islice(rows, CHUNK)):
@@ -134,7 +134,7 @@ class PreparedImages(torch.utils.data.Dataset):
         return {"label": np.int64(label_of(row)), **self.layout.vectors(row)}
 
     def prepared(self, row: dict, center_crop: bool = False) -> np.ndarray:
-        """Decode a row: uint8 (C, H, W), at least of the training size, and exactly of it if it is cropped."""
+        """Decode a row to uint8 (C, H, W), of at least the training size, or of exactly that size if it is cropped."""
         image, where = row["image"]()
         if self.refuse_colour and image.mode not in GREY_MODES:
             raise UserError(
@@ -160,7 +160,7 @@ class PreparedImages(torch.utils.data.Dataset):
             return error
 
     def check(self, bad: int, problem: BadImage | str) -> None:
-        """Log the latest of ``bad`` unreadable images. Raise UserError if they are more than may be skipped."""
+        """Log the latest of ``bad`` unreadable images. Raise UserError if there are more than may be skipped."""
         limit = self.images.max_bad_images
         if not limit:
             raise BadImage(f"{problem}. {self.images.advice}" if self.images.advice else str(problem))

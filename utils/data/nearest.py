@@ -11,10 +11,10 @@ from ..pictures import make_grid
 def nearest_distances(
     points: np.ndarray, others: np.ndarray, own: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Euclidean distance of each point (N, D) to the nearest of the others (M, D), and its index: (N,) each.
+    """Return the Euclidean distance of each point (N, D) to the nearest of ``others`` (M, D), and that one's index.
 
     Args:
-        own: range of the rows of ``others`` that a point skips, from and to: int (N, 2). None skips no rows.
+        own: first row and end of the range of ``others`` that each point skips: int (N, 2). None skips no rows.
     """
     from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
@@ -37,7 +37,9 @@ def shrink(images: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def show_nearest(samples: np.ndarray, training_images: np.ndarray) -> Image.Image:
-    """Draw samples and, below each, its nearest training image. Distances are between pixels averaged to 32x32 at most.
+    """Draw samples and, below each, its nearest training image.
+
+    Distances are computed on images that are averaged down to at most 32x32 pixels.
 
     Args:
         samples: uint8 (N, C, H, W).

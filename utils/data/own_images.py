@@ -3,8 +3,8 @@
     own_images = OwnImages(array)
     train_data = load_train_data(args, accelerator, own_images=own_images)
 
-The images are an array, a torch ``Dataset`` or a function of an index. Order, crops, cache, checks and resuming are as
-for any source.
+The images are an array, a torch ``Dataset`` or a function of an index. Order, crops, cache, checks and resuming work
+as for any other source.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class Images:
     Attributes:
         name: name for messages.
         columns: additional tensors of each row, by name, see ``columns``.
-        sample: description of the choice of some of the images; None for all.
+        sample: description of the chosen subset of the images; None for all.
         length: number of images; None for a stream.
         label_names: names of the classes; empty without labels.
         license: licence of the images, as far as it is known.
@@ -60,7 +60,7 @@ class Images:
     def iter_probe_images(self) -> Iterator[Image.Image | BadImage]:
         """Yield some of the images, evenly spaced, each decoded or as the error that names it.
 
-        Their pixels become the fingerprint of the data, unless a row changes between two readings.
+        A hash of their pixels and columns becomes the fingerprint of the data, unless an image changes when read again.
         """
         digest, repeatable = hashlib.sha256(str(self.length).encode()), True
         for index in evenly_spaced(self.length):
@@ -86,15 +86,15 @@ class Images:
             yield index, self[index]
 
     def held_out(self, split: str, flag: str) -> "Images":
-        """Load another split of the same images, which the flag names.
+        """Load the split of the same data set that a flag names.
 
         Raises:
-            UserError: there is no such split, it shares images with these, or these have no splits.
+            UserError: there is no such split, it shares images with this one, or the data set has no splits.
         """
         raise UserError(f"{flag} {split}: {self.name} are in Python and have no splits. Leave the flag out")
 
     def another(self, name: str, flag: str) -> "Images":
-        """Load other images, which the flag names.
+        """Load the other images that a flag names.
 
         Raises:
             UserError: see ``held_out``.
@@ -102,7 +102,7 @@ class Images:
         raise UserError(f"{flag} {name}: images by name need utils/sources/ and a data set to train on that has a name")
 
     def cache_file(self, facts: tuple, folder: str | None, seconds: float):
-        """Return the path of a file for the decoded images, or None, as for images in Python."""
+        """Return the path of a file for the decoded images. For images in Python, return None."""
         return None
 
 
@@ -115,9 +115,9 @@ class OwnImages(Images):
             An image is a Pillow image, or an array or tensor (C, H, W), (H, W, C) or (H, W) with C of 1 or 3. Several
             threads or processes may read images at once.
         length: number of images, which a function needs.
-        labels: class of each image, from 0 up. Each class has a loss curve.
+        labels: class of each image, from 0 up. Each class gets a loss curve.
         label_names: names of the classes; by default their numbers.
-        value_range: values of black and white in images of floats, which become 8 bits a value. uint8 images need none.
+        value_range: values of black and white in images of floats, which are converted to uint8. By default, 0 and 1.
         name: name for messages and the model's page.
         columns: additional tensors of each row, by name. Arrays are (N, C, H, W) or (N, H, W).
 
@@ -141,7 +141,9 @@ class OwnImages(Images):
             if isinstance(column.source, (str, Path)):
                 raise UserError(f"own images: {key} comes from {column.source}. Expected an array, Dataset or function")
             if hasattr(column.source, "__len__") and len(column.source) != self.length:
-                raise UserError(f"own images: {len(column.source)} of {key} for {self.length} images. Expected as many")
+                raise UserError(
+                    f"own images: {len(column.source)} values of {key} for {self.length} images. Expected one per image"
+                )
         if labels is not None:
             self._labels = [int(label) for label in labels]
             self.label_names = list(label_names or map(str, range(max(self._labels, default=0) + 1)))
@@ -149,7 +151,7 @@ class OwnImages(Images):
             if len(self._labels) != self.length or not set(self._labels) <= known:
                 raise UserError(
                     f"own images: {len(self._labels)} labels, {sorted(set(self._labels))[:10]} among them, for "
-                    f"{self.length} images. Expected one label an image, from 0 to {len(self.label_names) - 1}"
+                    f"{self.length} images. Expected one label per image, from 0 to {len(self.label_names) - 1}"
                 )
 
     def __getitem__(self, key: int | slice) -> dict:
@@ -177,13 +179,13 @@ class OwnImages(Images):
         where = f"{self.name.removesuffix('s')} {index}"
         try:
             image = self.get(index)
-        except (OSError, SyntaxError) as error:  # an unreadable file; other errors are not due to one image
+        except (OSError, SyntaxError) as error:  # the file is unreadable; other errors are not due to one image
             raise BadImage(f"{where}: {type(error).__name__}: {error}") from error
         image = image["image"] if isinstance(image, dict) else image[0] if isinstance(image, tuple) else image
         if isinstance(image, Image.Image):
             try:
                 image.load()
-            except Exception as error:  # Pillow's decoders raise any exception, and read only now
+            except Exception as error:  # Pillow's decoders may raise any exception, and decode only now
                 raise BadImage(f"{where}: {type(error).__name__}: {error}") from error
             return grey_if_palette_is(ImageOps.exif_transpose(image)), where
         array = channels_last(np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image), where)
@@ -209,7 +211,7 @@ def embedded_faces() -> OwnImages:
 
 
 def evenly_spaced(length: int) -> list[int]:
-    """Return the indices of the images to inspect, of ``length`` images."""
+    """Return evenly spaced indices of the images to inspect, among ``length`` images."""
     return sorted({int(index) for index in np.linspace(0, length - 1, INSPECTED)})
 
 

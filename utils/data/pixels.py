@@ -1,6 +1,6 @@
 """Conversion of a Pillow image to a uint8 array of the training size.
 
-Pillow's ``convert`` silently turns 16-bit images white and float images black. It drops alpha, so that the colours of
+Pillow's ``convert`` silently turns 16-bit images white and float images black. It drops alpha, so the colours of
 transparent pixels become visible. Here value ranges are scaled and alpha is composited over white.
 """
 
@@ -31,8 +31,8 @@ def to_eight_bits(
         mode: ``L`` or ``RGB``, the mode of the result.
         name: name of the image in errors.
         image_range: values that become black and white, for images with more than 8 bits. None is the range of the
-            file's format: 16-bit values are divided by 257; mode ``I`` counts as 16 bits if it fits, else as 31; floats
-            are in [0, 1], or in [0, 255] if one exceeds 1.
+            file's format: 16-bit values are divided by 257; mode ``I`` counts as 16 bits if its values fit, else as 31;
+            floats count as in [0, 1], or as in [0, 255] if one exceeds 1.
         on_clip: function that is called with a message about values outside of ``image_range``, if there are any.
 
     Raises:
@@ -44,11 +44,11 @@ def to_eight_bits(
         low, high = image_range or _full_range(image.mode, found[1])
         if not np.isfinite(values).all() or (image_range is None and not (low <= found[0] and found[1] <= high)):
             expected = "floats in [0, 1] or [0, 255]" if image.mode == "F" else "integers from 0 up"
-            advice = "Rescale the file" + ", or say --image_range LOW,HIGH" * bool(np.isfinite(values).all())
+            advice = "Rescale the file" + ", or give --image_range LOW,HIGH" * bool(np.isfinite(values).all())
             raise BadImage(f"{name}: values from {found[0]:g} to {found[1]:g}. Expected {expected}. {advice}")
         outside = int(((values < low) | (values > high)).sum())
         if outside:
-            on_clip(f"{name}: {outside} of {values.size} values are outside of {low:g} to {high:g}, and clipped")
+            on_clip(f"{name}: {outside} of {values.size} values are outside of {low:g} to {high:g}, and are clipped")
         values = (values.clip(low, high) - low) * (255 / (high - low))
         image = Image.fromarray(np.rint(values).astype(np.uint8))
     if image.has_transparency_data:
@@ -79,7 +79,7 @@ def _full_range(mode: str, high: float) -> tuple[float, float]:
 
 
 def deep_values(images: Iterable[Image.Image]) -> list[tuple[str, np.ndarray]]:
-    """Return mode and values of each image of more than 8 bits: all, or the extremes and a hundred thousand others."""
+    """Return mode and values of each image with more than 8 bits: all, or the extremes and about 100,000 others."""
     found = []
     for image in images:
         if image.mode in DEEP_MODES:
@@ -93,7 +93,10 @@ def deep_values(images: Iterable[Image.Image]) -> list[tuple[str, np.ndarray]]:
 
 
 def float_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:
-    """Return the range of the format of float images, found from several. None if there are none, or others."""
+    """Return the range of the format of float images: [0, 1] or [0, 255].
+
+    None is returned if there are none, or if images of other modes or negative values are among them.
+    """
     values = [values for mode, values in deep if mode == "F" and values.size]
     if len(values) < len(deep) or not values or min(map(np.min, values)) < 0:
         return None
@@ -108,8 +111,8 @@ def used_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | 
         deep: modes and values of images, see ``deep_values``.
 
     Returns:
-        Lowest and highest value, except for outliers, at most one in ten thousand. None if no image has more than 8
-        bits, or if half of the format's range is used.
+        Lowest and highest value, without outliers: at most one value in ten thousand at each end. None if no image has
+        more than 8 bits, if all values are equal, or if at least half of the format's range is used.
     """
     modes, values = {mode for mode, _ in deep}, np.concatenate([values for _, values in deep] or [np.empty(0)])
     if not values.size or values.min() == values.max():
@@ -118,7 +121,7 @@ def used_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | 
     most = np.quantile(values, 1e-4, method="higher"), np.quantile(values, 1 - 1e-4, method="lower")
     if 0 < most[1] - most[0] < (high - low) / 4:  # hot pixels are clipped and counted
         low, high = map(float, most)
-    if low >= 0 and high <= 255 and modes == {"I"}:  # 8 bits, in a table or a wider file
+    if low >= 0 and high <= 255 and modes == {"I"}:  # 8-bit values, stored in a table or a wider format
         return 0.0, 255.0
     limit = max(_full_range(mode, high)[1] for mode in modes)
     return None if low >= 0 and limit / 2 <= high - low <= limit else (low, high)
@@ -145,7 +148,7 @@ def prepare_image(
     """
     height, width = size
     covered = cover_size(image.size, size)
-    if center_crop and max(covered[0] / width, covered[1] / height) > 4:  # enlarge only what is kept
+    if center_crop and max(covered[0] / width, covered[1] / height) > 4:  # only the part that is kept is enlarged
         room = [
             max(0, side - 4 * -(-side * kept // whole)) // 2
             for side, whole, kept in zip(image.size, covered, (width, height), strict=True)
@@ -162,7 +165,7 @@ def prepare_image(
 
 
 def augment(image: np.ndarray, sample_id: int, size: tuple[int, int], seed: int, random_flip: bool) -> np.ndarray:
-    """Crop an image at random and, with ``random_flip``, mirror half of them, as functions of (seed, sample id).
+    """Crop an image at random and, with ``random_flip``, mirror it half of the time, by functions of (seed, sample id).
 
     Args:
         image: uint8 (C, h, w), see ``prepare_image``.

@@ -48,7 +48,7 @@ def load_train_data(
         pretrained_config: config of a pretrained model. Its ``sample_size`` is the default of ``--resolution``, and its
             ``in_channels`` (1 or 3) those of ``--image_mode`` auto.
         own_images: images to use instead, see ``own_images.OwnImages``.
-        conditional: True if the images need class labels. Without ``--label_column`` the only such column is used.
+        conditional: True if the images need class labels. Without ``--label_column`` the only column of labels is used.
         columns: additional tensors of each row, by their name in a batch; ``own_images`` have their own.
 
     Returns:
@@ -84,8 +84,8 @@ def load_train_data(
 class TrainData:
     """Batches of training images by optimizer step, and the properties of the images.
 
-    Sample ids number the samples of the whole run, 0, 1, 2 ..., over all processes: global batch n has the ids from
-    n x its size on. Order, crops, flips, noise and timesteps are functions of them, see ``randomness``.
+    Sample ids number the samples of the whole run, 0, 1, 2 ..., over all processes. Global batch n of size G has the
+    ids n G to n G + G - 1. Order, crops, flips, noise and timesteps are functions of them, see ``randomness``.
 
     Attributes:
         images: source of the images.
@@ -171,12 +171,12 @@ class TrainData:
         self.size = size_of(self.args.resolution) or size
         if size and self.size != size:
             logger.warning(
-                f"The pretrained model was trained on {size[0]} x {size[1]} pixels, these are {self.size[0]} x "
+                f"The pretrained model was trained on {size[0]} x {size[1]} pixels, but these images have {self.size[0]} x "
                 f"{self.size[1]}. Its noise schedule is kept, but the same noise hides less of larger images "
                 "(train_flow.py: --flow_shift)"
             )
         if self.size is None:
-            # Multiples of 4 suit a UNet that halves the size twice; deeper nets refuse them with a message
+            # Multiples of 4 suit a UNet that halves the size twice. For deeper nets, check_fit may refuse them
             side, ratio = max(4, min(shorter, MAX_DEFAULT_RESOLUTION) // 4 * 4), 1.0
             if len({*sizes}) == 1:  # the shape is kept if all images have it and it is not a strip
                 ratio = max(sizes[0]) / shorter if max(sizes[0]) <= 4 * shorter else 1.0
@@ -187,16 +187,16 @@ class TrainData:
                 f"{shorter}). See --resolution"
             )
         small = sum(width < self.size[1] or height < self.size[0] for width, height in sizes)
-        if 0 < small < len(sizes):  # if all are smaller, it was intended
+        if 0 < small < len(sizes):  # if all images are smaller, enlarging was intended
             logger.warning(
                 f"{small} of {len(sizes)} inspected images are smaller than {self.size[0]} x {self.size[1]} pixels "
-                f"(the smallest side is {shorter}) and will be enlarged. --resolution sets the size"
+                f"(smallest side {shorter}) and will be enlarged. --resolution sets the size"
             )
         kept = [self.size if self.args.center_crop else cover_size(width_height, self.size) for width_height in sizes]
         self.bytes_per_image = self.channels * float(np.mean([width * height for width, height in kept]))
 
     def prepare(self) -> Cache | None:
-        """Decode the images to cache now instead of in ``batches``. A finished run does not call it."""
+        """Decode the images for the cache now, instead of in ``batches``. A finished run does not call this method."""
         return self._cache
 
     @cached_property
@@ -218,17 +218,17 @@ class TrainData:
                 if always or folder or file.is_dir() or needed < min(FILE_LIMIT, free / 2):
                     return Cache(self._prepared, self.accelerator, file)
                 logger.info(
-                    f"{needed / 2**30:.1f} GiB of decoded images are too many for {file.parent}. See --cache_images"
+                    f"{needed / 2**30:.1f} GiB of decoded images are too much for {file.parent}. See --cache_images"
                 )
             except OSError as error:
                 logger.warning(
-                    f"{file.parent} cannot keep the decoded images ({error}): they are decoded in each run and process. "
+                    f"{file.parent} cannot keep the decoded images ({error}), so they are decoded in each run and process. "
                     "--cache_images DIR names another folder"
                 )
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps its own copy
         if not always and needed > min(CACHE_LIMIT, psutil.virtual_memory().available / 2):
             logger.info(
-                f"{needed / 2**30:.1f} GiB of images are too many to keep in memory. They are decoded when used."
+                f"{needed / 2**30:.1f} GiB of images are too much to keep in memory, so they are decoded when used."
             )
             return None
         return Cache(self._prepared, self.accelerator)
@@ -255,7 +255,7 @@ class TrainData:
         """Return images for display and comparison, cropped in the middle: a batch on the CPU without ``sample_ids``.
 
         Args:
-            count: number of images; fewer are returned if there are not so many.
+            count: maximum number of images.
             images: images other than the training images. They are prepared in the same way, with the same classes.
         """
         prepared = self._prepared
@@ -264,7 +264,7 @@ class TrainData:
                 images, self.mode, self.size, seed=self.args.seed, image_range=self.image_range, layout=self.layout
             )
         found, values = prepared.examples(count)
-        if images and images.label_names:  # by name, because the classes of strings are those in the split
+        if images and images.label_names:  # by name, because string labels are numbered separately in each split
             values["label"] = translate_labels(values["label"], images.label_names, self.label_names)
         values = {name: torch.from_numpy(value) for name, value in values.items()}
         return self._batch(torch.from_numpy(found), values, torch.device("cpu"))
@@ -371,7 +371,7 @@ def _check_classes(images: Images) -> None:
 def leave_signals_to_the_main_process(worker_id: int) -> None:
     """Ignore stop signals in a worker, because its death would prevent the last checkpoint.
 
-    A launcher sends signals to the whole process group.
+    Workers receive them, because a launcher sends signals to the whole process group.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

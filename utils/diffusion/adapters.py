@@ -1,8 +1,8 @@
 """Adaptation of a pretrained UNet: trainable weights, their distance to the base model, low-rank adapters.
 
 The methods are ``full`` (every weight), ``attention`` (the attention layers), ``norm`` (normalization layers and every
-bias) and ``lora`` (Hu et al. 2021, arXiv:2106.09685: low-rank matrices beside the weights of chosen layers, through
-peft). All other weights stay frozen, bit for bit.
+bias) and ``lora`` (Hu et al. 2021, arXiv:2106.09685: low-rank matrices that peft adds to the weights of chosen
+layers). All other weights stay frozen, bit for bit.
 """
 
 import logging
@@ -59,14 +59,14 @@ def _add_adapters(unet, rank: int, targets: list[str], seed: int) -> None:
     names = ", ".join(_short_names(layers))
     if not known:
         raise UserError(f"LORA_TARGETS {','.join(targets)}: this UNet has no such layers. It has {names}")
-    if known != set(targets) and unet.device.type != "meta":  # On the meta device weights are only counted
+    if known != set(targets) and unet.device.type != "meta":  # On the meta device, weights are only counted
         missing = ", ".join(sorted(set(targets) - known))
         logger.info(f"LORA_TARGETS: this UNet has no layers called {missing}. It has {names}")
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(known), init_lora_weights=True)
     unet.requires_grad_(False)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, unet)  # Their weights are trainable
+        inject_adapter_in_model(config, unet)  # The adapters' weights are trainable
 
 
 def _short_names(layers: set[str]) -> list[str]:
@@ -94,7 +94,8 @@ def log_trainable_counts(
         except UserError:
             continue  # This UNet has no such layers. For the chosen method, the same error ends the script
         sizes = [parameter.numel() for parameter in copy.parameters() if parameter.requires_grad]
-        # Two moments of 4 bytes. They take 1 byte in tensors of at least 4096 values that divide into blocks of 256
+        # AdamW keeps two moments of 4 bytes. With adamw8bit, they take 1 byte in tensors of at least 4096 values that
+        # divide into blocks of 256
         small = [optimizer == "adamw8bit" and size >= 4096 and size % 256 == 0 for size in sizes]
         memory = sum(size * (2 if eight_bit else 8) for size, eight_bit in zip(sizes, small, strict=True))
         logger.info(

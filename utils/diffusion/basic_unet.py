@@ -14,7 +14,7 @@ class BasicUNet(ModelMixin, ConfigMixin):
 
     SiLU follows each convolution except the last, because pixels may take any value. The down path halves the size
     between convolutions, and the up path doubles it. The features before each halving are added after the matching
-    doubling. So fine detail passes through the skip connections, and the small sizes model large structures.
+    doubling. Therefore fine detail passes through the skip connections, and the small sizes model large structures.
 
     Args:
         sample_size: side of the training images, or (H, W), pixels. Other sizes work too.

@@ -37,8 +37,8 @@ def guided_output(
         model: model called as ``model(noisy, timesteps, class_labels).sample``.
         noisy: noisy images (B, C, H, W).
         timesteps, class_labels: (B,).
-        scale: guidance scale. 1 is the conditional model and 0 the unconditional one, each evaluated on B images.
-            Other scales evaluate the model on 2 B images.
+        scale: guidance scale. 1 gives the conditional output and 0 the unconditional one, each by an evaluation on B
+            images. Other scales need an evaluation on 2 B images.
         null_class: label of the unconditional model.
     """
     unconditional = torch.full_like(class_labels, null_class)
@@ -132,7 +132,8 @@ def class_numbers(labels: Sequence[int | str], config) -> list[int]:
     """Return the numbers of classes given by name or number.
 
     Args:
-        labels: names, or numbers from 0 on. A string of digits is a number, unless all names are numbers.
+        labels: names, or numbers from 0 up. A string of digits that is not a name counts as a number, unless all names
+            consist of digits.
         config: config of a UNet with classes, see ``ClassConditionalPipeline``.
 
     Raises:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_class_embedding(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
-    """Return a trained UNet that takes one of these classes, or the null class.
+    """Return a trained UNet with embeddings of these classes and of the null class.
 
     An unconditional UNet gets an embedding of zeros, so that its output stays the same until training changes it.
     A conditional UNet keeps the rows of classes with the same name. Rows of new classes start as copies of the null
@@ -42,8 +42,8 @@ def add_class_embedding(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
         return unet
     if not {*known} & {*names}:
         raise UserError(
-            f"the pretrained model has {counted(len(known), 'class')} ({', '.join(known)[:200]}), but none of those of "
-            f"the images ({', '.join(names)[:200]}). Expected classes in common"
+            f"the pretrained model has {counted(len(known), 'class')} ({', '.join(known)[:200]}), but none of the "
+            f"classes of the images ({', '.join(names)[:200]}). Expected classes in common"
         )
     new, dropped = [[name for name in a if name not in b] for a, b in ((names, known), (known, names))]
     logger.warning(
@@ -73,8 +73,8 @@ class GuidedModel:
         self.model, self.scale, self.null_class = model, scale, len(class_names(model.config))
         if scale != 1 and self.null_class >= model.config.num_class_embeds:
             raise UserError(
-                f"--guidance_scale {scale:g}: the model has {self.null_class} classes but no null class. Guidance "
-                "needs one. Expected 1"
+                f"--guidance_scale {scale:g}: the model has {self.null_class} classes but no null class. Expected "
+                "a scale of 1, which needs none"
             )
         self.eval, self.train = model.eval, model.train
 
@@ -92,7 +92,8 @@ def choose_classes(config, asked: str | None) -> list[int] | None:
 
     Args:
         config: config of the model.
-        asked: names or numbers, separated by commas, a name with a comma in quotes. ``all`` or None asks for all.
+        asked: names or numbers, separated by commas. A name that contains a comma is in quotes. ``all`` or None asks
+            for all.
 
     Returns:
         Numbers in the order asked for, or None for an unconditional model.

@@ -12,8 +12,9 @@ def make_few_step_sampler(noise_scheduler: DDPMScheduler, solver_steps: int) -> 
     """Return the sampler of a model that predicts the end of its teacher's trajectory.
 
     Multistep consistency sampling, Song et al. 2023, arXiv:2303.01469, Algorithm 1: predict the image, add new noise,
-    and repeat. The student of a teacher that predicts noise predicts v instead. At the last noise level, an error in
-    the noise becomes an error in the image that is about a hundred times as large. A single step cannot correct it.
+    and repeat. If the teacher predicts noise, the student predicts v instead. The reason is the last noise level, where
+    an error in the noise becomes an error in the image that is about a hundred times as large. A single step cannot
+    correct it.
 
     Args:
         noise_scheduler: scheduler that the teacher was trained with.
@@ -30,8 +31,8 @@ def make_few_step_sampler(noise_scheduler: DDPMScheduler, solver_steps: int) -> 
             f"--solver_steps {solver_steps} does not divide the teacher's {levels} noise levels. Expected one "
             f"of {', '.join(map(str, fitting))}"
         )
-    config = make_sampler("ddim", noise_scheduler).config  # With explicit betas where other samplers need them
-    known = inspect.signature(LCMScheduler).parameters  # Unknown ones cause a warning at every loading
+    config = make_sampler("ddim", noise_scheduler).config  # It has explicit betas where other samplers need them
+    known = inspect.signature(LCMScheduler).parameters  # Unknown entries cause a warning at every loading
     config = {name: value for name, value in config.items() if name in known}
     config["prediction_type"] = "v_prediction" if prediction_type == "epsilon" else prediction_type
     return LCMScheduler(**config | {"original_inference_steps": solver_steps, "clip_sample": True})

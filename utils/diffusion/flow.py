@@ -90,7 +90,7 @@ def shifted(levels: np.ndarray | float, shift: float):
 def make_flow(
     prediction_type: str | None, flow_shift: float | None, size: tuple[int, int], pretrained=None
 ) -> FlowScheduler:  # fmt: skip
-    """Make the path that train_flow.py's flags ask for.
+    """Make the scheduler that the flags of train_flow.py ask for.
 
     Args:
         prediction_type: ``velocity`` or ``sample``. None takes that of ``pretrained``, or else the velocity.

@@ -32,9 +32,9 @@ class Guidance:
     Args:
         function: guidance function, called with float32 images. Random numbers from torch's global generator are the
             same at the same timestep of every run.
-        scale: guidance strength, 0 for none. The module's docstring defines 1.
+        scale: guidance strength, 0 for none. The module's docstring explains a scale of 1.
         mode: ``direct`` takes the gradient with respect to the predicted image. ``net`` takes it through the model,
-            with respect to its noisy input (DPS, Chung et al. 2022, arXiv:2209.14687). That is slower, and keeps the
+            with respect to its noisy input (DPS, Chung et al. 2022, arXiv:2209.14687). That is slower, but keeps the
             images closer to those of the model.
         space: space that the model denoises in, see ``spaces``. The default is pixels.
     """
@@ -64,7 +64,7 @@ class Guidance:
                 raise UserError(
                     f"the guidance function returned shape {tuple(losses.shape)}. Expected one loss per image"
                 )
-            losses = losses * images[0].numel()  # Before the gradient, because it would underflow in fp16
+            losses = losses * images[0].numel()  # Scaled here, because the gradient would underflow in fp16
             (gradient,) = torch.autograd.grad(losses.sum(), at)
         _, noise_level = signal_and_noise(scheduler, timestep, sample)
         step = self.scale * noise_level * gradient / 2

@@ -7,15 +7,15 @@ from ..args import Parser, real
 def add_guidance_arguments(parser: Parser, group) -> None:
     """Add the flags of guidance by a colour or a sentence."""
     group.add_argument("--guidance_color", metavar="COLOR", help="target colour of samples: a name or #rrggbb")
-    group.add_argument("--guidance_prompt", metavar="TEXT", help="target description of samples, compared by CLIP")
+    group.add_argument("--guidance_prompt", metavar="TEXT", help="description of the target, compared with samples by CLIP")
     group.add_argument("--clip_model_name_or_path", default="openai/clip-vit-base-patch32", help="CLIP model for --guidance_prompt")
-    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="guidance strength: 0 is none. For a colour, 1 reaches it. Sentences need 10 to 1000. For classes, 1 is the conditional model")
+    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="guidance strength. 0: no guidance. For a colour, 1 reaches it. For a sentence, use 10 to 1000. For classes, 1 is the conditional model")
     group.add_argument("--guidance_mode", choices=("direct", "net"), default="direct", help="gradient with respect to the predicted image, or through the UNet")
     parser.checks.append(_check)
 
 
 def _check(parser: Parser, args) -> None:
-    """Refuse two targets at once, and unknown colours."""
+    """Refuse two targets at once, unknown colours, and a mode without a target."""
     from PIL import ImageColor
 
     if args.guidance_color:

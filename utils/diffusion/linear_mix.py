@@ -1,7 +1,7 @@
-"""The noise scheduler and the pipeline of stages 1 and 2: linear mixing of images with uniform noise.
+"""The noise scheduler and pipeline of train_basic.py and train_unet2d.py: linear mixing of images with uniform noise.
 
 The pipeline's ``save_pretrained`` copies this file, and the files of other classes that diffusers does not have, into
-the model's folder. So the pipeline loads without this repository:
+the model's folder. Therefore the pipeline loads without this repository:
 
     from diffusers import DiffusionPipeline
 
@@ -26,12 +26,12 @@ class LinearMixScheduler(SchedulerMixin, ConfigMixin):
         x_a = (1 - a) x_0 + a u,    u uniform in [-1, 1],    a in [0, 1],    timestep = a T
 
     This is the straight path of rectified flow (Liu et al. 2022, arXiv:2209.03003, Sec. 2.1) from a uniform instead of
-    a normal base distribution. Along it dx_a/da = u - x_0 = (x_a - x_0) / a, so a model that predicts x_0 gives the
-    flow's velocity, and ``step`` is Euler's method on it. With n equal steps, step i starts at a = (n - i) / n:
+    a normal base distribution. Along this path, dx_a/da = u - x_0 = (x_a - x_0) / a, so a model that predicts x_0 gives
+    the flow's velocity, and ``step`` is Euler's method on it. With n equal steps, step i starts at a = (n - i) / n:
 
         x + (-1/n) (x - x_0) / a  =  x + (x_0 - x) / (n - i)
 
-    So step i moves the sample to the prediction by 1/(n - i) of their distance.
+    So step i moves the sample towards the prediction by 1/(n - i) of their distance.
 
     Args:
         num_train_timesteps: T, the timestep of pure noise. Timesteps are real numbers in [0, T].
@@ -76,8 +76,8 @@ class LinearMixScheduler(SchedulerMixin, ConfigMixin):
             sample: current samples, (B, C, H, W).
 
         Returns:
-            ``prev_sample``, the samples at the timestep less T/n, and ``pred_original_sample``. Without
-            ``return_dict``, a tuple of the first.
+            ``prev_sample``, the samples at the timestep minus T/n, and ``pred_original_sample``. Without
+            ``return_dict``, a tuple of ``prev_sample`` only.
         """
         fraction = self.timesteps[-1] / timestep  # 1/(n - i); 1 in the last step
         prev_sample = sample + fraction * (model_output - sample)

@@ -63,7 +63,7 @@ def as_diffusers_model(net: type) -> type:
             module that is not installed.
     """
     if not isinstance(net, type):
-        raise UserError(f"as_diffusers_model takes a class, such as Net, not a {type(net).__name__} made of it")
+        raise UserError(f"as_diffusers_model was given a {type(net).__name__} object. Expected a class, such as Net")
     taken = inspect.signature(net.__init__).parameters
     if missing := [name for name in ("sample_size", "in_channels", "out_channels") if name not in taken]:
         raise UserError(

@@ -30,7 +30,7 @@ from .pretrained import (
 from .sampling import sample_images
 from .spaces import Latents, Pixels
 
-AUTOENCODERS = ("vqvae", "vae")  # names of that part of a pipeline
+AUTOENCODERS = ("vqvae", "vae")  # names of the autoencoder in a pipeline
 
 
 def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[ModelMixin, SchedulerMixin, Pixels]:
@@ -56,7 +56,7 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
         if (folder / "model_index.json").is_file():
             index = read_record(folder / "model_index.json")
             if others := other_parts(index, ("unet", "scheduler", *AUTOENCODERS)):
-                raise UserError(f"{name_or_path}: a pipeline that also has {others}. {expected}")
+                raise UserError(f"{name_or_path}: this pipeline also has {others}. {expected}")
             classes = [index.get(part, [None, None])[1] for part in ("unet", "scheduler")]
         else:  # Not a pipeline, but perhaps a model
             index, classes = {}, [UNet2DModel.load_config(folder).get("_class_name"), None]
@@ -134,11 +134,13 @@ def choose_sampler(
         except (AttributeError, TypeError):
             called = False
         if not called:
-            raise UserError(f"its {kind} does not have the interface of a DDPMScheduler. Draw with its own pipeline")
+            raise UserError(
+                f"the model's {kind} does not have the interface of a DDPMScheduler. Draw with the model's own pipeline"
+            )
         if steered and not (path or (hasattr(own, "alphas_cumprod") and own.init_noise_sigma == 1)):
             raise UserError(
-                f"its {kind} does not have the noise of a DDPMScheduler. Guidance, --init_image and --gif need it. "
-                "Give a --sampler, or leave them out"
+                f"the model's {kind} does not have the noise of a DDPMScheduler. Guidance, --init_image and --gif need "
+                "it. Give a --sampler, or leave these flags out"
             )
     check_noise_scheduler(own, num_inference_steps)
     sampler = own if name in (None, "lcm") else (flow if path else schedulers).make_sampler(name, own)
@@ -146,7 +148,9 @@ def choose_sampler(
         sampler.set_timesteps(num_inference_steps)
     except Exception as error:  # Each scheduler has its own rules and errors
         kind = type(sampler).__name__
-        raise UserError(f"--num_inference_steps {num_inference_steps}: {kind} refuses it: {shorten(error)}") from error
+        raise UserError(
+            f"--num_inference_steps {num_inference_steps}: {kind} refuses this number: {shorten(error)}"
+        ) from error
     return sampler
 
 
@@ -197,7 +201,7 @@ def interpolation_sampler(own: SchedulerMixin) -> str | None:
     """Return the name of a deterministic sampler for interpolation, or None to keep ``own``.
 
     A sampler that adds noise at every step loses the interpolated noise that it started from, so the images would not
-    change smoothly. Few-step models have no other sampler. They interpolate smoothly in a single step only.
+    change smoothly. Few-step models have no other sampler, so they interpolate smoothly in a single step only.
     """
     return "dpmsolver++" if adds_noise(own) else None
 
@@ -210,7 +214,7 @@ def adds_noise(scheduler: SchedulerMixin) -> bool:
 def interpolate_noise(scheduler, first: torch.Tensor, second: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
     """Interpolate between two starting noises of this scheduler, see ``slerp``.
 
-    Uniform noise in [-1, 1], as of linear mixing, is interpolated as normal noise and mapped back.
+    Uniform noise in [-1, 1], as in linear mixing, is mapped to normal noise, interpolated, and mapped back.
 
     Args:
         first, second: starting noises, (1, C, H, W).

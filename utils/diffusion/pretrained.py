@@ -36,7 +36,7 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
             )
         others = other_parts(index)
         if others:
-            raise UserError(f"{flag}: a pipeline that also has {others}. Expected only unet and scheduler")
+            raise UserError(f"{flag}: this pipeline also has {others}. Expected only unet and scheduler")
         pipeline = DDPMPipeline.from_pretrained(name_or_path, variant=variant_of(Path(name_or_path) / "unet"))
     except UserError:
         raise
@@ -49,10 +49,10 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
     unet = pipeline.unet
     check_noise(pipeline.scheduler, flag, flow)
     if isinstance(pipeline.scheduler, LCMScheduler):
-        raise UserError(f"{flag}: is a few-step model already. Adapt its teacher, and distill that again")
+        raise UserError(f"{flag}: this is already a few-step model. Adapt its teacher, and distil the adapted teacher")
     check_embeddings(unet.config, flag)
     local = Path(name_or_path).exists()
-    # A local path would be saved with the new model
+    # Otherwise a local path would be saved with the new model
     unet.register_to_config(_name_or_path=None if local else name_or_path)
     if not isinstance(unet, UNet2DModel):
         raise UserError(f"{flag}: its unet is a {type(unet).__name__}. Expected a UNet2DModel (unconditional)")
@@ -111,7 +111,7 @@ def leave_out_variance(unet: UNet2DModel, scheduler: SchedulerMixin, flag_label:
 
 
 def check_noise(scheduler: SchedulerMixin, flag_label: str, flow: bool = False) -> None:
-    """Refuse a model that was not trained with the noise of a ``DDPMScheduler``, or on straight paths.
+    """Refuse a model that was not trained with the noise of a ``DDPMScheduler`` or, with ``flow``, on straight paths.
 
     Args:
         scheduler: scheduler of the model.
@@ -127,7 +127,7 @@ def check_noise(scheduler: SchedulerMixin, flag_label: str, flow: bool = False) 
         return
     if flow:
         raise UserError(
-            f"{flag_label}: the model of its {type(scheduler).__name__} (prediction_type {prediction}) was not trained "
+            f"{flag_label}: a model with a {type(scheduler).__name__} (prediction_type {prediction}) was not trained "
             "on straight paths. Expected the output of train_flow.py"
         )
     if config.get("use_flow_sigmas"):
@@ -155,7 +155,8 @@ def check_embeddings(config, flag_label: str) -> None:
     """
     if config.get("time_embedding_type") == "fourier":
         raise UserError(
-            f"{flag_label}: its UNet has fourier embeddings of the noise level, as score models do. Expected positional"
+            f"{flag_label}: its UNet has fourier embeddings of the noise level, as score models have. Expected "
+            "positional ones"
         )
     if config.get("class_embed_type"):
         raise UserError(
@@ -228,8 +229,8 @@ def unet_from_config(name_or_path: str, **overrides) -> UNet2DModel:
 def zero_init(unet: UNet2DModel) -> UNet2DModel:
     """Set the last layer of each residual and attention block, and of the UNet, to zero.
 
-    At initialization each block is then the identity, and the UNet predicts zero. Ho et al. 2020 do so, diffusers does
-    not.
+    At initialization each block is then the identity, and the UNet predicts zero. Ho et al. 2020 do so, but diffusers
+    does not.
     """
     for name, layer in unet.named_modules():
         if name.endswith(("conv2", "to_out.0", "conv_out")):
@@ -262,7 +263,7 @@ def check_fit(
         convert = {1: "--image_mode L converts them", 3: "--image_mode RGB converts them"}.get(
             taken, "For a model with a condition, give in_channels="
         )
-        raise UserError(f"the images have {counted(channels, 'channel')}, the model takes {taken}. {convert}")
+        raise UserError(f"the images have {counted(channels, 'channel')}, but the model takes {taken}. {convert}")
     given = config.get("out_channels") or channels
     if in_channels not in (None, taken) or given != channels:
         raise UserError(
@@ -270,7 +271,8 @@ def check_fit(
             f"to denoise {counted(channels, 'channel')}{' with a condition' * bool(in_channels)}"
         )
     factor, does = 1, ""
-    if type(unet).__module__.startswith(("diffusers.", __package__)):  # Other configs may have another meaning
+    # In other configs, these entries may have another meaning
+    if type(unet).__module__.startswith(("diffusers.", __package__)):
         factor, does = config.get("patch_size") or 1, "cuts them into patches"
         if "block_out_channels" in config:
             halvings = len(config["block_out_channels"]) - 1
@@ -287,13 +289,13 @@ def check_noise_scheduler(noise_scheduler: SchedulerMixin, num_inference_steps: 
     """Refuse a noise schedule unsuited to the prediction type, and more sampling steps than noise levels.
 
     Raises:
-        UserError: names the flag to change.
+        UserError: they do not fit. The message names the setting to change.
     """
     config = noise_scheduler.config
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
         raise UserError(
             "rescale_betas_zero_snr needs the prediction type v_prediction or sample. At the last timestep the input "
-            "is pure noise, and its prediction teaches nothing about images"
+            "is pure noise, so predicting that noise teaches nothing about images"
         )
     if num_inference_steps > config.num_train_timesteps:
         raise UserError(

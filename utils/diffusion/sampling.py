@@ -53,9 +53,8 @@ def sample_images(
         )
         with torch.no_grad():
             batch = decode(batch)
-        images.append(
-            torch.from_numpy(to_uint8(batch))
-        )  # Batch by batch, because floats of 50,000 images would fill the memory
+        # Converted batch by batch, because floats of 50,000 images would fill the memory
+        images.append(torch.from_numpy(to_uint8(batch)))
     images = torch.cat(images)
     if accelerator.num_processes > 1:
         images = accelerator.gather(images.to(accelerator.device)).cpu()
@@ -98,7 +97,7 @@ def sample_batch(
             example is an interpolation, see ``pipelines.slerp``.
         init_images: images in the model's space to which noise is added as a start (SDEdit, arXiv:2108.01073),
             (N, C, H, W): a single one, or one for each id.
-        strength: share of the steps to run, in (0, 1], with ``init_images``. It sets their noise level.
+        strength: share of the steps to run, in (0, 1], with ``init_images``. It determines their noise level.
         watch: function called at every step with the model's input and its predicted clean images, (B, C, H, W) each.
         model_inputs: function from ids (B,) to further inputs of the model by name, such as labels or a condition.
 
@@ -128,9 +127,8 @@ def sample_batch(
     options = {}
     if "generator" in inspect.signature(sampler.step).parameters:
         options["generator"] = randomness.sample_generators(seed, "sampler", sample_ids)
-    if (
-        "use_clipped_model_output" in inspect.signature(sampler.step).parameters
-    ):  # Without it DDIM combines a clipped image with the noise of the unclipped one
+    # Without this option, DDIM combines a clipped image with the noise of the unclipped one
+    if "use_clipped_model_output" in inspect.signature(sampler.step).parameters:
         options["use_clipped_model_output"] = True
     with evaluating(model):
         for timestep in sampler.timesteps[first_step:]:

@@ -16,7 +16,7 @@ SAMPLER_CLASSES = {
 
 
 def noise_levels(num_train_timesteps: int) -> list[str]:
-    """Name the ranges by first and last timestep, such as 0-249."""
+    """Return the names of the ranges: their first and last timesteps, such as 0-249."""
     edges = [-(-k * num_train_timesteps // NOISE_LEVELS) for k in range(NOISE_LEVELS + 1)]
     return [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
 
@@ -31,7 +31,7 @@ def make_noise_scheduler(pretrained, default: dict, **given) -> DDPMScheduler:
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "beta_schedule" in given:
-        given["trained_betas"] = None  # Explicit betas of a pretrained pipeline would take precedence
+        given["trained_betas"] = None  # Otherwise explicit betas of a pretrained pipeline would take precedence
     return DDPMScheduler.from_config(pretrained.scheduler.config if pretrained else default, **given)
 
 
@@ -43,7 +43,7 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     Predicted clean images are clipped to [-1, 1] where the model predicts noise, because near t=T an error in the noise
     becomes an error in the image that is more than a hundred times as large. DDIM must then recompute the noise from
     the clipped image, see ``sampling.sample_batch``. Otherwise the two are inconsistent, and the error grows with every
-    step. Latents may exceed [-1, 1]. For them ``clip_sample=False`` in the noise scheduler turns clipping off.
+    step. Latents may exceed [-1, 1]. For latents, ``clip_sample=False`` in the noise scheduler turns clipping off.
 
     Args:
         name: key of ``SAMPLER_CLASSES``.
@@ -59,9 +59,8 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     if name.endswith("dpmsolver++"):  # The config may come from a pipeline with other settings
         overrides |= {key: False for key in config if key.startswith("use_")}
         overrides |= dict(algorithm_type=name, solver_order=2, lambda_min_clipped=-torch.inf, final_sigmas_type="zero")
-    if (
-        config.beta_schedule == "sigmoid" and name != "ddpm"
-    ):  # Only DDPMScheduler has this schedule, so pass on its betas
+    # Only DDPMScheduler has this schedule, so its betas are passed on
+    if config.beta_schedule == "sigmoid" and name != "ddpm":
         plain = DDPMScheduler.from_config(config, rescale_betas_zero_snr=False)
         overrides["trained_betas"] = plain.betas.tolist()
         overrides["beta_schedule"] = "linear"  # Ignored with trained_betas, but it must be a valid name
@@ -73,7 +72,7 @@ def pipeline_scheduler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMi
 
     DDPM replaces UniPC, because ``DDPMPipeline`` passes a generator to ``step``, and UniPC takes none. DPM-Solver++ of
     the first order replaces DDIM, because ``DDPMPipeline`` does not make DDIM recompute the noise after clipping. Apart
-    from that the two are equal (Lu et al. 2022, arXiv:2211.01095, Sec. 4).
+    from clipping, the two are equal (Lu et al. 2022, arXiv:2211.01095, Sec. 4).
     """
     if name == "ddim" and noise_scheduler.config.prediction_type == "epsilon":
         solver = make_sampler("dpmsolver++", noise_scheduler)
@@ -131,7 +130,7 @@ def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, gam
     """Return weights of the squared error, equal to min(SNR, gamma) on the clean image for every prediction type.
 
     Hang et al. 2023, arXiv:2303.09556, Sec. 3.4, with SNR(t) = alpha_bar_t / (1 - alpha_bar_t). An error in epsilon is
-    sqrt(SNR) times the error in x0, and an error in v is sqrt(SNR + 1) times the error in x0. So the weights are
+    sqrt(SNR) times the error in x0, and an error in v is sqrt(SNR + 1) times the error in x0. Therefore the weights are
     min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v.
 
     Args:

@@ -52,8 +52,8 @@ class Latents(Pixels):
     used, because that pipeline ignores it.
 
     Args:
-        autoencoder: ``AutoencoderKL``, ``AutoencoderTiny``, ``VQModel`` or another with their interface. Its weights
-            are frozen by this class.
+        autoencoder: ``AutoencoderKL``, ``AutoencoderTiny``, ``VQModel`` or another with their interface. This class
+            freezes its weights.
         image_shape: (C, H, W) of images.
 
     Raises:
@@ -70,7 +70,7 @@ class Latents(Pixels):
         taken, channels = autoencoder.config.in_channels, self.image_shape[0]
         if taken != channels:
             raise UserError(
-                f"the autoencoder takes {counted(taken, 'channel')}, the images have {channels}. --image_mode "
+                f"the autoencoder takes {counted(taken, 'channel')}, but the images have {channels}. --image_mode "
                 f"{ {1: 'L', 3: 'RGB'}.get(taken, '?') } converts them"
             )
         images = torch.zeros(1, *self.image_shape, device=autoencoder.device)
@@ -79,8 +79,8 @@ class Latents(Pixels):
         decoded = tuple(self.decode(latents).shape[1:])
         if decoded != self.image_shape:
             raise UserError(
-                f"the autoencoder returns images of shape {decoded} for {self.image_shape}. Expected the same. Try a "
-                "--resolution that is a multiple of 8"
+                f"the autoencoder returns images of shape {decoded} for images of shape {self.image_shape}. "
+                "Expected the same shape. Try a --resolution that is a multiple of 8"
             )
 
     def to(self, device: torch.device) -> "Latents":
@@ -89,7 +89,7 @@ class Latents(Pixels):
 
     @classmethod
     def of_shape(cls, autoencoder: ModelMixin, shape: tuple[int, int, int]) -> "Latents":
-        """Find the images that have latents of this shape (C, H, W)."""
+        """Return the space in which images have latents of this shape (C, H, W)."""
         with torch.no_grad():
             decoded = autoencoder.eval().decode(torch.zeros(1, *shape, device=autoencoder.device)).sample
         return cls(autoencoder, tuple(decoded.shape[1:]))
@@ -102,7 +102,7 @@ class Latents(Pixels):
         return latents.float() * self.scale
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
-        """Return the images of scaled latents. It is differentiable, because guidance needs gradients."""
+        """Return the images of scaled latents. The result is differentiable, because guidance needs gradients."""
         return self.autoencoder.decode(samples / self.scale).sample.float()
 
 

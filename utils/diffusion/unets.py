@@ -30,7 +30,7 @@ def add_unet_arguments(parser: Parser) -> None:
     """Add the flags that choose a UNet by size, by config, or with pretrained weights."""
     group = parser.group("model")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--unet", choices=UNETS, help="architecture: tiny (for tests), small (8 to 32 pixels, the default), base (32 to 64), large (128 to 256), defined in utils/diffusion/unets.py")
+    one.add_argument("--unet", choices=UNETS, help="architecture, see utils/diffusion/unets.py: tiny (for tests), small (8 to 32 pixels, the default), base (32 to 64), large (128 to 256)")
     one.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet, with random weights")
     one.add_argument("--pretrained_model_name_or_path", help="pipeline with the initial weights and the noise schedule")
     add_speed_arguments(parser)
@@ -39,8 +39,8 @@ def add_unet_arguments(parser: Parser) -> None:
 def add_speed_arguments(parser: Parser) -> None:
     """Add the flags for the memory and speed of a UNet."""
     group = parser.group("model")
-    parser.switch(group, "--gradient_checkpointing", False, "recompute activations, for less memory and slower steps")
-    parser.switch(group, "--compile", False, "compile the UNet with torch.compile, on GPUs: it takes minutes at first, and again for samples of another batch size")
+    parser.switch(group, "--gradient_checkpointing", False, "recomputation of activations, which saves memory and makes steps slower")
+    parser.switch(group, "--compile", False, "compilation of the UNet with torch.compile, for GPUs. It takes minutes at first, and again for each other batch size of samples")
 # fmt: on
 
 
@@ -93,7 +93,7 @@ def concatenate_condition(unet):
     def concatenate(model, inputs, options):
         if options.get("condition") is None:
             raise TypeError(
-                "the model takes condition=, a tensor (B, K, H, W). In training call model(..., **model_inputs(batch)), in "
+                "condition= is missing. Expected a tensor (B, K, H, W). In training call model(..., **model_inputs(batch)), in "
                 "sampling sample_images(..., model_inputs=...), and in validation run.steps(..., model_inputs=...)"
             )
         noisy, *others = inputs
@@ -101,7 +101,7 @@ def concatenate_condition(unet):
         shapes, expected = (tuple(noisy.shape), tuple(condition.shape)), model.config.in_channels
         if condition.shape[2:] != noisy.shape[2:] or noisy.shape[1] + condition.shape[1] != expected:
             raise ValueError(
-                f"noisy images and condition of shapes {shapes[0]} and {shapes[1]}. Expected the same height and width, "
+                f"noisy images and condition have the shapes {shapes[0]} and {shapes[1]}. Expected the same height and width, "
                 f"and {expected} channels together (in_channels of the model)"
             )
         others_by_name = {name: value for name, value in options.items() if name != "condition"}

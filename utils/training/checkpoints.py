@@ -69,14 +69,16 @@ def save_checkpoint(
             facts |= {"randomness": randomness.VERSION, "device": device_name(accelerator.device)}
             _write_json(staging / STATE, {**state, **facts, "global_step": step})
             _write_manifest(staging)
-            if final.exists():  # It is damaged
+            if final.exists():  # The existing checkpoint is damaged
                 os.rename(final, final.with_name(f".tmp-removed-{final.name}"))
             os.rename(staging, final)
             sync(output_dir)
             _prune(output_dir, total_limit)
             remove_leftovers(output_dir)
 
-    advice = "It needs about {:.0f} MiB, and {:.0f} MiB of its disk were free".format(*(n / 2**20 for n in space))
+    advice = "The checkpoint needs about {:.0f} MiB, and {:.0f} MiB of its disk were free".format(
+        *(n / 2**20 for n in space)
+    )
     try:
         for action in (stage, lambda: accelerator.save_state(str(staging / "training_state")), publish):
             on_all_processes(accelerator, f"{final} cannot be saved", action, advice)
@@ -92,8 +94,8 @@ def find_checkpoint(accelerator, output_dir: Path, request: str | None, prefer_n
 
     Args:
         request: path of a checkpoint. ``latest`` or None selects the newest complete one, if there is one.
-        prefer_newest: whether to take the newest complete one if it is newer than the path, because a run that was
-            restarted has saved it.
+        prefer_newest: whether to prefer the newest complete checkpoint if it is newer than ``request``, because a
+            restarted run has saved it.
 
     Returns:
         Path of the checkpoint, or None if there is no complete checkpoint and no path was given.
@@ -156,7 +158,7 @@ def _verify(path: Path) -> None:
     for name, (size, digest) in files.items():
         file = path / name
         if not file.resolve().is_relative_to(path.resolve()):
-            raise CheckpointError(f"{path} is damaged: {name} lies outside of it")
+            raise CheckpointError(f"{path} is damaged: {name} lies outside of the checkpoint")
         if not file.is_file():
             raise CheckpointError(f"{path} is not a complete checkpoint: {name} is missing")
         if file.stat().st_size != size or file_hash(file) != digest:
@@ -185,39 +187,38 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
         )
     if state["num_processes"] != accelerator.num_processes:
         logger.warning(
-            f"{path} was saved by {counted(state['num_processes'], 'process')}, this run has "
+            f"{path} was saved by {counted(state['num_processes'], 'process')}, but this run has "
             f"{accelerator.num_processes}. Samples and learning rates stay the same, but rounding differs."
         )
     if state["mixed_precision"] != accelerator.mixed_precision:
         logger.warning(
-            f"{path} was saved with mixed precision {state['mixed_precision']!r}, this run has "
+            f"{path} was saved with mixed precision {state['mixed_precision']!r}, but this run has "
             f"{accelerator.mixed_precision!r}. The run resumes, but not bit for bit."
         )
     if state.get("device") not in (None, device_name(accelerator.device)):
         logger.warning(
-            f"{path} was saved on {state['device']}, this run has {device_name(accelerator.device)}. Rounding differs."
+            f"{path} was saved on {state['device']}, but this run has {device_name(accelerator.device)}. "
+            "Rounding differs."
         )
     scaler = accelerator.scaler
     if not (path / "training_state" / "scaler.pt").exists():
-        accelerator.scaler = None  # Saved in another precision, so the scaler of fp16 starts with its initial state
+        accelerator.scaler = None  # The precision was another one, so the scaler of fp16 starts with its initial state
     try:
-        accelerator.load_state(str(path / "training_state"))  # It uses weights_only, so no code runs
+        accelerator.load_state(str(path / "training_state"))  # This uses weights_only, so no code runs
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # The manifest fits, so the script has changed, or the files were made by hand
-        lines = [
-            line.strip(" \t.") for line in str(error).splitlines() or [""]
-        ]  # torch's message has one for each weight
+        # torch's message has a line for each weight
+        lines = [line.strip(" \t.") for line in str(error).splitlines() or [""]]
         advice = ""
         if "loading state_dict" in lines[0]:
-            advice = ". It holds another network. Use that one in the script, or choose another --output_dir"
+            advice = ". It holds another network. Use that network in the script, or choose another --output_dir"
         raise CheckpointError(
             f"{path} cannot be loaded: {type(error).__name__}: {' '.join(lines[:2])}{advice}"
         ) from error
     accelerator.scaler = scaler
-    for (
-        wrapped
-    ) in accelerator._schedulers:  # The schedule may have another length, and so another rate, than when it was saved
+    # A schedule may have another length than when it was saved, and therefore another rate
+    for wrapped in accelerator._schedulers:
         schedule = wrapped.scheduler
         if not hasattr(schedule, "lr_lambdas"):  # Other schedules of torch load their length with their state
             continue
@@ -248,7 +249,7 @@ def archive_newer(output_dir: Path, path: Path) -> None:
                 target = newer.with_name(f"abandoned-{newer.name}-{number}")
             os.rename(newer, target)
             logger.warning(
-                f"{newer} is newer than {path.name}, from which this run resumes. It is renamed to {target.name}."
+                f"{newer} is newer than {path.name}, from which this run resumes, so it is renamed to {target.name}."
             )
 
 
@@ -355,7 +356,7 @@ def _prune(output_dir: Path, total_limit: int) -> None:
     complete = [path for path in list_checkpoints(output_dir) if (path / MANIFEST).is_file()]
     for path in complete[:-total_limit]:
         try:
-            # A rename first, so that no checkpoint is ever half removed under its name
+            # It is renamed first, so that no checkpoint is ever half removed under its name
             removed = path.with_name(f".tmp-removed-{path.name}")
             os.rename(path, removed)
             shutil.rmtree(removed)

@@ -1,4 +1,4 @@
-"""Exponential moving average of a model's weights, on diffusers' ``EMAModel``."""
+"""Exponential moving average of a model's weights, based on diffusers' ``EMAModel``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

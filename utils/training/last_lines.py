@@ -28,7 +28,7 @@ class Loading:
 
 
 def how_to_load(folder: Path, name: str | Path) -> Loading:
-    """Return the code that loads the pipeline saved in ``folder`` as ``name``: a path, or a Hub id."""
+    """Return the code that loads the pipeline of ``folder`` by ``name``, a path or a Hub id."""
     kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     # ConsistencyModelPipeline draws squares only
@@ -40,11 +40,11 @@ def how_to_load(folder: Path, name: str | Path) -> Loading:
 
 
 def inputs_beside(folder: Path, given: str | None) -> str:
-    """Return the names of inputs, besides noisy images and timesteps, that no pipeline gives the model, or "".
+    """Return the names of inputs, besides noisy images and timesteps, that no pipeline passes to the model, or "".
 
     Args:
         folder: folder of the pipeline.
-        given: recorded names of the inputs that its script gives the model.
+        given: recorded names of the inputs that the script passes to the model.
     """
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     taken = unet.get("in_channels") or 0
@@ -68,7 +68,7 @@ def last_lines(folder: Path, num_inference_steps: int, continued: str | None, gi
     labels = "[0], " * load.own_pipeline or "class_labels=[0], " * (given == "class_labels")
     lines["pipeline"] = f"{load.call}({labels}num_inference_steps={num_inference_steps})"
     if beside := inputs_beside(folder, given):
-        lines["pipeline"] = f"{load.call}.unet also needs {beside}. No pipeline of diffusers passes it on"
+        lines["pipeline"] = f"{load.call}.unet also needs {beside}. No pipeline of diffusers passes it to the model"
     if any(folder.glob("logs/**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {folder}"
     lines["train longer"] = "the same command with a larger --max_train_steps"

@@ -2,9 +2,9 @@
 
 A script makes a ``Run``, prepares model and optimizer, and iterates over ``run.steps(...)``. The run manages the
 accelerator, the output folder, resuming, checkpoints, stopping and the final samples. The script alone computes noise,
-target, loss and gradient. At the end of an optimizer step it logs, saves a checkpoint, stops, and runs due actions
-(validation, evaluation, samples), in this order. Completed actions are recorded, so that a run that stopped at a step
-does the rest when it resumes.
+target, loss and gradient. At the end of an optimizer step, the run logs, saves a checkpoint, stops if asked to, and
+performs due actions (validation, evaluation, samples), in this order. Completed actions are recorded, so that a run
+that stopped at a step performs the remaining ones when it resumes.
 
 Optional folders take part through ``optional.Parts``.
 """
@@ -88,7 +88,9 @@ class Run:
         set_seed(args.seed)
 
     def already_finished(self, train_data) -> bool:
-        """Return whether the run is complete already, with these images and at least as many steps, and print it.
+        """Return whether the run is already complete, with these images and at least as many steps.
+
+        If it is complete, print its last lines.
 
         Args:
             train_data: training data, which also defines the length of an epoch.
@@ -142,13 +144,13 @@ class Run:
         channels = getattr(getattr(self.unet, "config", None), "out_channels", None)
         if not space and channels not in (None, self.train_data.channels):
             raise UserError(
-                f"the model returns {counted(channels, 'channel')}, the images have {self.train_data.channels}. For a "
-                "model of another space give run.steps(..., space=...), see utils/diffusion/spaces.py"
+                f"the model returns {counted(channels, 'channel')}, but the images have {self.train_data.channels}. "
+                "For a model of another space give run.steps(..., space=...), see utils/diffusion/spaces.py"
             )
         self.noise_scheduler, self.num_train_timesteps = noise_scheduler, noise_scheduler.config.num_train_timesteps
         data = self.train_data
         group = self.accelerator._optimizers[0].param_groups[0]
-        learning_rate = group.get("initial_lr", group["lr"])  # The flag's, or the default for the model
+        learning_rate = group.get("initial_lr", group["lr"])  # The value of the flag, or the default for the model
         self.facts = {
             **output_dir.describe_noise(noise_scheduler), "learning_rate": learning_rate, **facts, **data.settings,
             "data_license": data.license, "max_train_steps": self.max_train_steps,
@@ -212,9 +214,8 @@ class Run:
         self.learning_rate = self.accelerator._optimizers[0].param_groups[0]["lr"]
         self.global_step += 1
         self._step_is_open = True
-        return (
-            not self.accelerator.optimizer_step_was_skipped
-        )  # After an overflow in fp16, weights, learning rate and average stay
+        # After an overflow in fp16, weights, learning rate and average stay unchanged
+        return not self.accelerator.optimizer_step_was_skipped
 
     def every(self, steps: int) -> bool:
         """Return whether an optimizer step was just made and its number is a multiple of ``steps``.
@@ -233,8 +234,8 @@ class Run:
         Args:
             name: name of the action in the record of completed actions.
             every: interval, optimizer steps.
-            action: function to call. When ``stop_requested()`` it may raise ``Interrupted``. Then it is called again
-                after the run resumes.
+            action: function to call. If ``stop_requested()`` is true, it may raise ``Interrupted``. It is then called
+                again after the run resumes.
             at_start, at_end: whether it is also due before the first step, and at the end of the run.
         """
         self.repeats.add(name, every, action, at_start, at_end)
@@ -257,7 +258,7 @@ class Run:
             self.tell("paused")
 
     def finish(self) -> None:
-        """Save the model and its samples, and print their paths. Exit with 128 + the number of a late signal."""
+        """Save the model and its samples, and print their paths. After a late signal, exit with 128 + its number."""
         title = "Finished"
         if self._step_is_open or self.global_step < self.max_train_steps:
             title = f"The script has ended the loop of {self.max_train_steps} steps"
@@ -302,10 +303,10 @@ class Run:
         self.repeats = Repeats(self.accelerator, self.output_dir, self.global_step)
 
     def _start(self) -> None:
-        """Record the settings, and test saving and drawing, so that errors do not appear only after hours."""
+        """Record the settings, and test saving and drawing, so that errors appear before hours of training."""
         args, accelerator = self.args, self.accelerator
         self.tell("resumed")
-        self.train_data.prepare()  # Before the time is measured, and while Ctrl-C still stops at once
+        self.train_data.prepare()  # Decoded before time is measured, and while Ctrl-C still stops at once
         output_dir.write_arguments(accelerator, self.flags, self.name, self.constants, file=self.file, **self.facts)
         shown = (f"{key} {value}" for key, value in self.facts.items() if value is not None)
         logger.info("Training: " + ", ".join(shown))
@@ -334,7 +335,7 @@ class Run:
         try:
             with tempfile.TemporaryDirectory(prefix=".tmp-", dir=self.output_dir) as folder:
                 self._save_pipeline(Path(folder))
-                how_to_load(Path(folder), folder)  # It raises an error if a file of the pipeline is missing
+                how_to_load(Path(folder), folder)  # This raises an error if a file of the pipeline is missing
                 if hasattr(self.space, "autoencoder") and not any(
                     Path(folder, name).is_dir() for name in ("vqvae", "vae")
                 ):
@@ -395,7 +396,7 @@ class Run:
             self.tell("checked", step, loss, norm)
 
     def diverged(self, step: int, loss: float, norm: float, expected: str) -> NoReturn:
-        """End the run because of the loss or gradient norm of a step, unless an optional folder can roll it back.
+        """End the run because of the loss or gradient norm of a step, unless an optional folder can roll the run back.
 
         Args:
             step: optimizer step.
@@ -436,7 +437,7 @@ class Run:
         self.tell("saved", folder)
 
     def _do_what_is_due(self, is_last: bool) -> None:
-        """Do the actions that are due at this step and not done: validation, evaluation, samples."""
+        """Perform the actions that are due at this step and not yet done: validation, evaluation, samples."""
         for name, action in self.repeats.due(self.global_step, is_last):
             with self.untimed(), contextlib.suppress(Interrupted):
                 with self.ema_model.averaged_weights(self.unet):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-OVERFLOWS = 10  # consecutive losses in fp16 that are not finite, at which a run has diverged
+OVERFLOWS = 10  # number of consecutive losses in fp16 that are not finite, after which a run has diverged
 
 
 class RecentLosses:
@@ -39,8 +39,9 @@ class RecentLosses:
     def unseen(self, global_step: int) -> Iterator[tuple[int, float, float, bool]]:
         """Yield step, loss, gradient norm and validity of each step not yielded before.
 
-        A step is valid if both are finite. In fp16 a single overflow is valid, too, because the scaler skips that step.
-        ``OVERFLOWS`` losses in a row are not, because a smaller scale prevents the overflow of gradients only.
+        A step is valid if its loss and norm are finite. In fp16 a single overflow is valid, too, because the scaler
+        skips that step. ``OVERFLOWS`` losses in a row that are not finite are invalid, because a smaller scale prevents
+        the overflow of gradients only.
         """
         losses, norms = self.means()
         for index in range(self.checked, len(losses)):

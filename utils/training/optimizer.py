@@ -46,7 +46,7 @@ def choose_learning_rate(given: float | None, model: torch.nn.Module, method: st
 
     Args:
         given: value of ``--learning_rate``.
-        model: model, with its adapters for the method ``lora``. The more weights, the lower the default.
+        model: model, with its adapters for the method ``lora``. The more weights it has, the lower is the default.
         method: ``full``, ``attention``, ``norm`` or ``lora``, see ``diffusion.adapters``.
     """
     if given is not None:
@@ -117,10 +117,10 @@ def as_matrix(weight: torch.Tensor, order: list[int]) -> torch.Tensor:
 def orthogonal_factors(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
     """Compute the Newton-Schulz factor F of each float32 matrix M such that F M is approximately orthogonal.
 
-    If M is higher than wide, it is M F. The singular values of the product are about 0.7 to 1.2, except those of M
-    below 0.0015 of its Frobenius norm. Five Newton-Schulz steps with Jordan's coefficients are computed on the smaller
-    of M M^T and M^T M, of which F is a polynomial. Matrices with the same smaller side are batched, because on a GPU a
-    kernel launch takes longer than their computation.
+    If M is taller than wide, the product is M F. Its singular values are about 0.7 to 1.2, except where those of M
+    are below 0.0015 of the Frobenius norm of M. Five Newton-Schulz steps with Jordan's coefficients are computed on the
+    smaller of M M^T and M^T M, of which F is a polynomial. Matrices with the same smaller side are batched, because on
+    a GPU a kernel launch takes longer than their computation.
     """
     factors, by_size = [None] * len(matrices), defaultdict(list)
     for index, matrix in enumerate(matrices):

@@ -47,7 +47,7 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 # Values of runs that are older than the flag, if they differ from its default
 LEGACY_DEFAULTS = {"model_guidance": 0.0, "optimizer": "adamw", "weighting_scheme": "uniform", "logit_mean": 0.0}
-# Flags of earlier versions with their defaults. A resumed run with another value differs, unless the script has it
+# Flags of earlier versions with their defaults. If an old run had another value, the script needs the same constant
 FORMER_FLAGS = {
     "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_weight_decay": 0.01, "adam_epsilon": 1e-8, "ema_inv_gamma": 1.0,
     "ema_power": 0.75, "dropout": 0.0, "interpolation": "bicubic", "shuffle_buffer_size": 10_000,
@@ -131,14 +131,14 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
             f"--output_dir {folder} holds a run of another script, {found['script']}. Choose another --output_dir"
         )
     old = {**found["arguments"], "constants": found.get("constants", {})}
-    if settings.get("learning_rate", "") is None:  # The default of the model, compared with the checkpoint's later
+    if settings.get("learning_rate", "") is None:  # The model's default, which is compared with the checkpoint's later
         old, settings = ({key: values[key] for key in values if key != "learning_rate"} for values in (old, settings))
     where = f"--output_dir {folder}"
     models = [folder / "model_index.json", folder / "best", *folder.glob("checkpoint-*"), *folder.glob("abandoned-*")]
     changed = setting_changes(where, old, settings, defaults)
     if changed and not any(path.exists() for path in models):
         logger.warning(
-            f"{where} holds a run without a checkpoint. It starts from scratch, because {'; '.join(changed)}"
+            f"{where} holds a run without a checkpoint. The run starts from scratch, because {'; '.join(changed)}"
         )
         for name in RUN_RECORDS:
             (folder / name).unlink(missing_ok=True)
@@ -234,7 +234,7 @@ def setting_changes(where: str, old: dict, new: dict, defaults: dict) -> list[st
         elif old[name] not in (None, FORMER_FLAGS.get(name)):
             logger.warning(
                 f"{where} holds a run with {name} {old[name]!r}, which is not a flag of this script. If the script has "
-                "this number in its code, the two must be equal."
+                "this setting in its code, the values must be equal."
             )
     old = {**{name: LEGACY_DEFAULTS.get(name, defaults.get(name)) for name in flags}, **old}
     for name in sorted({*new} - MAY_CHANGE_ON_RESUME):
@@ -256,7 +256,7 @@ def setting_changes(where: str, old: dict, new: dict, defaults: dict) -> list[st
 
 
 def _batch_advice(size: int, new: dict) -> str:
-    """Return a hint of the flags that keep the global batch with another number of processes."""
+    """Return a hint about the flags that keep the global batch with another number of processes."""
     batch, steps = new["train_batch_size"], new["gradient_accumulation_steps"]
     processes = new["global_batch_size"] // (batch * steps)
     if size % processes:
@@ -268,7 +268,7 @@ def _batch_advice(size: int, new: dict) -> str:
 
 
 def _differences(name: str, old, new) -> list[str]:
-    """Return the differences between two values, as texts for a message. Of dictionaries, common entries count."""
+    """Return the differences between two values, as texts for a message. In dictionaries, only common entries count."""
     if isinstance(old, dict) and isinstance(new, dict):
         shared = [key for key in new if key in old]
         return [line for key in shared for line in _differences(f"{name}[{key!r}]", old[key], new[key])]
@@ -309,7 +309,7 @@ def config_of(configured) -> dict:
 
 
 def describe_noise(noise_scheduler) -> dict:
-    """Return the noise schedule as shown on a page: its class, prediction type, betas or shift."""
+    """Return the noise schedule as shown on the model's page: its class, prediction type, betas or shift."""
     config, shown = noise_scheduler.config, ("prediction_type", "beta_schedule", "flow_shift")
     found = {
         "noise_scheduler": type(noise_scheduler).__name__,
@@ -357,7 +357,7 @@ def write_arguments(accelerator, flags: dict, script: str, constants: dict, **su
         "script": script,
         "arguments": flags,
         "constants": constants,
-        # At this time the paths exist, so that they can be recognised
+        # Paths are redacted now, because they can be recognised only while they exist
         "public_arguments": redact(flags),
         "public_data": OWN_IMAGES if flags.get("train_data_dir") else public_data(summary.get("data")),
         **redact(summary),

@@ -42,7 +42,7 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
         if asked or f"--use_{engine.lower()}" in launched:
             raise UserError(
                 f"the accelerate configuration asks for {engine}. It is not supported, because the EMA needs unsharded "
-                "weights. Leave it out. --multi_gpu gives each GPU all weights"
+                f"weights. Leave {engine} out. --multi_gpu gives each GPU all weights"
             )
     AcceleratorState._reset_state()  # An earlier run in a notebook may have used another precision
     # Other processes wait while one downloads data. During training, the watchdog has a shorter timeout
@@ -55,7 +55,7 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
         raise UserError(
-            f"{world_size} processes were started, but they form no process group (this one has the size "
+            f"{world_size} processes were started, but they form no process group (the group of this process has size "
             f"{accelerator.num_processes}). They would train independently and write to the same folder. On a CPU, set "
             "ACCELERATE_USE_CPU=true"
         )
@@ -88,8 +88,8 @@ def on_main_process(accelerator, action: Callable[[], Any]) -> Any:
 def _rendezvous(url: str, timeout: timedelta, **options):
     """Find the other processes as torch does, with keys of the store that differ between restarts.
 
-    The launcher's agent keeps one store over all restarts. In torch 2.13 a restarted process may read the address of an
-    ended process in it.
+    The launcher's agent keeps one store over all restarts. In torch 2.13, a restarted process may read the address of
+    an ended process from this store.
     """
     global store
     store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))

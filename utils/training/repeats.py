@@ -12,7 +12,7 @@ DONE = "done.json"  # file in the output folder with the last step of each actio
 
 
 class Repeats:
-    """Actions to repeat, and a record of the steps at which they were done last.
+    """Actions to repeat, and a record of the step at which each was last done.
 
     The record is written after each action. A run that resumes at a checkpoint does the actions that are due at that
     step and not in the record. Actions that the record of an earlier version does not contain count as done.
