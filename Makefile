@@ -6,15 +6,15 @@ BIN := .venv/bin
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-train: .venv/installed  ## install, then train on the embedded digits: pictures in minutes, on a CPU, offline
+train: .venv/installed  ## install, then train on the embedded digits, offline: pictures in minutes on a CPU
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
 	  --dataset_name digits --resolution 16 --max_train_steps 1500 --output_dir outputs/digits
 
-mnist: .venv/installed  ## train on MNIST from the Hub, five minutes on 2 CPU cores
+mnist: .venv/installed  ## train on MNIST from the Hub, for five minutes on 2 CPU cores
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
 	  --dataset_name mnist --max_train_steps 1500 --output_dir outputs/mnist
 
-faces: .venv/installed  ## a base of the embedded faces, adapted to pencil drawings of 30 of them, with pictures of both
+faces: .venv/installed  ## train on the embedded faces, then adapt the model to pencil drawings of 30 of them
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
 	  --dataset_name faces --resolution 24 --random_flip --max_train_steps 1200 --output_dir outputs/faces-base
 	$(BIN)/python benchmarks/sketches.py outputs/sketches
@@ -23,11 +23,11 @@ faces: .venv/installed  ## a base of the embedded faces, adapted to pencil drawi
 	  --train_data_dir outputs/sketches --validation_split test --random_flip \
 	  --prior_dataset_name faces --train_batch_size 16 --max_train_steps 300
 
-conditional: .venv/installed  ## the embedded digits as asked for: a row each, in minutes
+conditional: .venv/installed  ## train on the embedded digits with classes: pictures with a row for each digit, in minutes
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_conditional.py \
 	  --dataset_name digits --resolution 16 --max_train_steps 2000 --output_dir outputs/conditional
 
-few-steps: .venv/installed outputs/digits/model_index.json  ## the model of `make train` in two calls instead of 25
+few-steps: .venv/installed outputs/digits/model_index.json  ## distil the model of `make train` to two sampling steps instead of 25
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml distill_few_steps.py \
 	  --pretrained_model_name_or_path outputs/digits --dataset_name digits --resolution 16 \
 	  --max_train_steps 500 --output_dir outputs/few-steps
@@ -35,19 +35,19 @@ few-steps: .venv/installed outputs/digits/model_index.json  ## the model of `mak
 outputs/digits/model_index.json:
 	$(MAKE) train
 
-test: .venv/installed-dev  ## the tests, on a CPU, offline
+test: .venv/installed-dev  ## run the tests, on a CPU, offline
 	$(BIN)/python -m pytest
 
-test-slow: .venv/installed-slow  ## the slow ones: more faults, launchers and signals
+test-slow: .venv/installed-slow  ## run the slow tests: more faults, launchers and signals
 	$(BIN)/python -m pytest -m slow
 
-test-all: test test-slow  ## both
+test-all: test test-slow  ## run all tests
 
-lint: .venv/installed-dev  ## style and format
+lint: .venv/installed-dev  ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-benchmark: .venv/installed  ## our training step beside a plain one, images/s
+benchmark: .venv/installed  ## compare the images/s of our training step and of a plain one
 	$(BIN)/python benchmarks/throughput.py
 
 clean:  ## remove the environment (not the outputs)
@@ -55,7 +55,7 @@ clean:  ## remove the environment (not the outputs)
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older. Try: make PYTHON=python3.12 train"; exit 1; }
+	  { echo "Python 3.11 or newer is needed, but $(PYTHON) is older. Try: make PYTHON=python3.12 train"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

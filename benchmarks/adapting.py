@@ -3,10 +3,10 @@
     python benchmarks/adapting.py faces --keep outputs/adapting
     python benchmarks/adapting.py PORTRAITS --resolution 64 --base_steps 4000 --keep outputs/adapting-portraits
 
-A base is trained by train_ddpm.py on faces as they are. finetune_faces.py adapts it to pencil drawings of 30 faces. The
+train_ddpm.py trains a base model on the faces. finetune_faces.py adapts it to pencil drawings of 30 faces. The
 held-out images are drawings of other faces. The prior images are the training images of the base. Training from
 scratch starts from random weights of the same net, with the optimizer and the learning rate of train_ddpm.py.
---compare rates and --compare pictures make the other tables.
+--compare rates and --compare pictures make the tables by learning rate and by number of pictures.
 """
 
 import argparse
@@ -29,15 +29,15 @@ PICTURES = (10, 30, 100)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", help="faces, which are embedded, or a data set with one column of images")
+    parser.add_argument("data", help="faces (embedded), or a Parquet file with a column image")
     parser.add_argument("--compare", choices=("methods", "rates", "pictures"), default="methods")
     parser.add_argument("--resolution", type=int, default=24)
-    parser.add_argument("--base_images", type=int, default=100, help="first images of the data, for the base")
+    parser.add_argument("--base_images", type=int, default=100, help="number of images for the base, from the first")
     parser.add_argument("--base_steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--keep", type=Path, required=True, metavar="DIR", help="folder of the runs; what is there is not trained again"
+        "--keep", type=Path, required=True, metavar="DIR", help="folder of the runs. Finished runs in it are used again"
     )
     options = parser.parse_args()
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -69,7 +69,7 @@ def spread(values):
 
 
 def write_drawings(options):
-    """Write drawings of the faces: in train-N/ of N, in test/ of others, at twice the training size."""
+    """Write drawings at twice the training size: of N faces in train-N/, and of other faces in test/."""
     from sketches import sketch
 
     from utils.data.own_images import embedded_faces
@@ -94,7 +94,7 @@ def write_drawings(options):
 
 
 def train_base(options):
-    """Train the base, a net with attention, so that each method has weights; and write one with random weights."""
+    """Train the base, and write a copy with random weights. Its net has attention, so that each method has weights."""
     from diffusers import DDPMPipeline, UNet2DModel
 
     import train_ddpm
@@ -115,7 +115,7 @@ def train_base(options):
 
 
 def adapt(options, method, seed, *flags, pictures=30):
-    """Adapt the base, and return what the run measured."""
+    """Adapt the base, and return the last losses and distances of the run, and its time per step."""
     import finetune_faces
 
     folder = options.keep / "-".join([method, str(pictures), str(options.steps), str(seed), *(f[17:] for f in flags)])
@@ -153,7 +153,7 @@ def data_folder(options, pictures):
 
 
 def nearest(options, folder, pictures, seed):
-    """Return how near samples are to training images: their median distance over that of held-out images."""
+    """Return the median distance of samples to training images, divided by that of held-out images."""
     from PIL import Image
 
     from utils.data.nearest import nearest_distances
@@ -183,7 +183,7 @@ def nearest(options, folder, pictures, seed):
 
 def run(script, folder, *flags):
     common = ["--mixed_precision=bf16", "--checkpointing_steps=100000", "--sample_steps=100000", "--num_samples=16"]
-    with contextlib.redirect_stdout(sys.stderr):  # the tables alone are printed
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
         script.main(script.parse_args([f"--output_dir={folder}", *common, *flags]))
 
 

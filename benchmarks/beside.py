@@ -1,11 +1,12 @@
-"""Compare images/s of another training script and of train_ddpm.py, as whole commands in turn.
+"""Compare the images/s of another training script and of train_ddpm.py, by running both commands alternately.
 
     python benchmarks/beside.py train_unconditional.py
 
 The script is an unchanged copy of diffusers' examples/unconditional_image_generation/train_unconditional.py, or another
-script with its flags. diffusers' script needs torchvision. Both scripts have the same net, folder of colour images and
-batches. The time is the difference between a long and a short run, so the time before the first step and after the last
-one cancels out. Both scripts get all cores, because `accelerate launch` gives a CPU process only one thread by default.
+script with its flags. diffusers' script needs torchvision. Both scripts train the same net on the same folder of colour
+images, with the same batch size. The time is the difference between a long and a short run, so the time before the
+first step and after the last step cancels out. Both scripts get all cores, because `accelerate launch` gives a CPU
+process only one thread by default.
 """
 
 import argparse
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from utils.diffusion.unets import UNETS
 
 BATCHES = 10  # per epoch
-THEIRS = (  # it always draws and saves after the first epoch and the last
+THEIRS = (  # train_unconditional.py always draws and saves after the first and the last epoch
     "--ddpm_num_inference_steps=1", "--eval_batch_size=1", "--save_images_epochs=1000000", "--use_ema",
     "--save_model_epochs=1000000", "--checkpointing_steps=1000000", "--num_epochs={epochs}",
 )  # fmt: skip
@@ -67,7 +68,7 @@ def main():
 
 
 def write_inputs(folder: Path, options) -> list[str]:
-    """Write colour images and the config of a UNet, and return the flags that name them in both scripts."""
+    """Write colour images and the config of a UNet, and return the flags with which both scripts use them."""
     (folder / "images").mkdir()
     side = options.resolution
     for number in range(BATCHES * options.train_batch_size):
@@ -81,7 +82,7 @@ def write_inputs(folder: Path, options) -> list[str]:
 
 
 def seconds(script: Path, flags: list[str], epochs: int) -> float:
-    """Return the seconds that the whole command takes."""
+    """Return the number of seconds that the whole command takes."""
     with tempfile.TemporaryDirectory() as output_dir:
         start = time.perf_counter()
         accelerate(script, f"--output_dir={output_dir}", *(flag.format(epochs=epochs) for flag in flags))

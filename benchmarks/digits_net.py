@@ -1,9 +1,9 @@
-"""Train the digit classifier that gives evaluate.py its features, on MNIST.
+"""Train the digit classifier that gives evaluate.py its features, on the images of MNIST.
 
     python benchmarks/digits_net.py --dataset_name mnist
 
-This writes utils/evaluation/digits_net.safetensors and its card. The seed is fixed, so a machine repeats the same file.
-The images are augmented by shifts of up to two pixels and rotations of up to ten degrees.
+This writes utils/evaluation/digits_net.safetensors and its card. The seed is fixed, so a machine writes the same file
+each time. The images are augmented by shifts of up to two pixels and rotations of up to ten degrees.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from utils.evaluation.features import DIGITS_WEIGHTS, DigitsNet  # noqa: E402
 CARD = """# digits_net.safetensors
 
 A classifier of 28x28 digits with 64 features for comparing samples: `features.py: DigitsNet`, {parameters:,} weights.
-It was trained by `python benchmarks/digits_net.py --dataset_name mnist` on MNIST's 60,000 training images (LeCun et
-al. 1998, CC BY-SA 3.0), {epochs} epochs, seed {seed}. Test accuracy {accuracy:.2%} of 10,000. SHA-256 `{digest}`.
+`python benchmarks/digits_net.py --dataset_name mnist` trained it on MNIST's 60,000 training images (LeCun et al. 1998,
+CC BY-SA 3.0) for {epochs} epochs with seed {seed}. It classifies {accuracy:.2%} of the 10,000 test images correctly.
+The SHA-256 of the file is `{digest}`.
 
-Use it to rank models of digits. Distances in its features mean nothing for other images, and cannot be compared with
-distances in other features.
+Use its features to rank models of digits. Distances in these features mean nothing for other images, and cannot be
+compared with distances in other features.
 """
 
 

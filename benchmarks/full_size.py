@@ -1,4 +1,4 @@
-"""Run finetune_faces.py at full size: two optimizer steps with each method, their time and peak memory.
+"""Measure the time and peak memory of finetune_faces.py at full size, in two optimizer steps with each method.
 
     python benchmarks/full_size.py
 
@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=["full", "attention", "norm", "lora"])
     options = parser.parse_args()
     print(
-        "| Method | Weights that learn | Optimizer, MiB | Peak memory, GiB | Seconds per step |\n|---|---|---|---|---|"
+        "| Method | Trainable weights | Optimizer, MiB | Peak memory, GiB | Seconds per step |\n|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
         DDPMPipeline(UNet2DModel(**CONFIG), DDPMScheduler()).save_pretrained(f"{folder}/base")

@@ -1,10 +1,11 @@
-"""Train all stages of the ladder on MNIST, and compare their samples in one table.
+"""Train the scripts of all stages on MNIST, and compare their samples in one table.
 
     python benchmarks/ladder.py --dataset_name mnist
 
-First every stage is trained with the same number of images. Then the first two stages are trained for the time that
-stage 3 took, by the median of its images/s. After an interruption, the same command resumes. All takes about 70 minutes
-on 2 cores, of which the comparison takes a quarter.
+First every stage is trained with the same number of images, except that the class-conditional stage gets 75 % of them.
+Then the first two stages are trained again, for the time that stage 3 took. That time is computed from the median of
+the images/s. After an interruption, the same command resumes. The whole benchmark takes about 70 minutes on 2 cores, of
+which the comparison takes a quarter.
 """
 
 import argparse
@@ -26,7 +27,7 @@ STAGES = {
     "flow": ("train_flow.py",),
     "conditional": ("train_conditional.py",),
 }
-# Share of the steps: a step takes longer, because guidance needs a second function evaluation without gradients
+# Share of the steps. A step takes longer, because guidance needs a second function evaluation without gradients
 SHARES = {"conditional": 0.75}
 
 
@@ -39,7 +40,7 @@ def main():
     options = parser.parse_args()
     folders = [train(options, name, round(options.steps * SHARES.get(name, 1))) for name in STAGES]
     speeds = [median_speed(folder) for folder in folders]
-    for name, speed in zip(("basic", "unet2d"), speeds, strict=False):  # the other stages have trained for that time
+    for name, speed in zip(("basic", "unet2d"), speeds, strict=False):  # stage 3 has trained for that time
         folders.append(train(options, name, round(options.steps * speed / speeds[2]), "-same-time"))
         speeds.append(median_speed(folders[-1]))
     run(
@@ -66,7 +67,7 @@ def run(script: str, *flags) -> None:
 
 
 def median_speed(folder: Path) -> float:
-    """Return the median of images per second, from the curves."""
+    """Return the median of the images per second in the curves."""
     events = [str(path) for path in folder.rglob("events.out.*")]
     speeds = []
     for event in events:

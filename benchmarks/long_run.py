@@ -1,4 +1,4 @@
-"""Watch memory, open files and checkpoints of a long run: 2,000 steps with samples and saves.
+"""Measure memory, open files and checkpoints during a long run: 2,000 steps with samples and checkpoints.
 
     python benchmarks/long_run.py
 
@@ -17,7 +17,7 @@ from unittest import mock
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a script does not find the repository otherwise
+sys.path.insert(0, str(Path(__file__).parent.parent))  # otherwise this script does not find the repository
 import train_ddpm
 
 ROWS = 10

@@ -1,8 +1,8 @@
-"""Time the saving of checkpoints, for a model as large as google/ddpm-celebahq-256 (113.7 M weights, AdamW).
+"""Measure the time to save a checkpoint of a model as large as google/ddpm-celebahq-256 (113.7 M weights, AdamW).
 
     python benchmarks/saving.py
 
-Compare the seconds with the time between two checkpoints: --checkpointing_steps times the seconds of a step.
+Compare the result with the time between two checkpoints: --checkpointing_steps times the seconds of a step.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from utils.training import checkpoints  # noqa: E402
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=5, help="number of checkpoints, each beside the previous one")
+    parser.add_argument("--times", type=int, default=5, help="number of checkpoints. The previous one is kept")
     parser.add_argument("--folder", help="folder for the checkpoints (default: a temporary folder)")
     options = parser.parse_args()
     accelerator = Accelerator()
@@ -49,7 +49,7 @@ def main():
     accelerator.save_state = timed("write weights, optimizer, random state", accelerator.save_state)
     checkpoints._write_manifest = timed("hash and fsync", checkpoints._write_manifest)
     save_pipeline = timed("write the pipeline", DDPMPipeline(unet, DDPMScheduler()).save_pretrained)
-    save = timed("all of a save", checkpoints.save_checkpoint)
+    save = timed("whole save", checkpoints.save_checkpoint)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for step in range(options.times):
             path = save(accelerator, Path(folder), step, save_pipeline, {}, total_limit=2)

@@ -1,12 +1,12 @@
-"""Measure the scaling of training on a CPU: one process, two processes, and two machines, with one core each.
+"""Measure how training scales on a CPU: one process, two processes, and two machines, with one core per process.
 
-Two independent runs, one on each core, show the upper limit of the machine itself.
+Two independent runs, one on each core, show the upper limit that the machine sets.
 
     python benchmarks/scaling.py
 
 The machines are network namespaces with a virtual cable, if the kernel and the user's rights allow it (Linux, root).
-Each process has one core, one thread and its own 64 images per step. The output has images/s and ratios of rounds in
-which the cases alternate. It also has the share of a step in which a process waits for the sum of the gradients.
+Each process has one core, one thread and its own 64 images per step. In every round, all cases run once. The output has
+the images/s, their ratios in each round, and the share of a step in which a process waits for the sum of the gradients.
 """
 
 import argparse
@@ -46,7 +46,7 @@ json.dump([rates, {{name: value for name, value in data.items() if name.startswi
 
 
 def run(processes: int, how: list[Machine] | str, steps: int, unet: str, resolution: int) -> tuple[float, float]:
-    """Return images/s of all processes (median over the points of a curve), and the mean share of waiting.
+    """Return the images/s of all processes (median over the points of a curve), and the mean share of waiting.
 
     Args:
         processes: number of processes.
@@ -96,8 +96,8 @@ def main():
     parser.add_argument("--resolution", type=int, default=28)
     options = parser.parse_args()
     if len(os.sched_getaffinity(0)) < 2:
-        sys.exit("At least two cores are needed")
-    cases = {"1 process": (1, []), "2 runs apart": (2, "apart"), "2 processes": (2, [])}
+        sys.exit("One usable core was found. Expected at least two")
+    cases = {"1 process": (1, []), "2 separate runs": (2, "apart"), "2 processes": (2, [])}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         try:
             machines = Machines(Path(folder))
@@ -111,13 +111,13 @@ def main():
                 found[name].append(run(*case, options.steps, options.unet, options.resolution))
                 print(f"round {number + 1}, {name}: {found[name][-1][0]:.0f} images/s", file=sys.stderr)
     print(
-        "| | images/s | times 1 process, by round | times 2 runs apart | waiting for gradients |\n|---|---|---|---|---|"
+        "| | images/s | ratio to 1 process | ratio to 2 separate runs | waiting for gradients |\n|---|---|---|---|---|"
     )
     for name, results in found.items():
         rates = [rate for rate, _ in results]
         ratios = [
             ", ".join(f"{rate / other:.2f}" for rate, (other, _) in zip(rates, found[base], strict=True))
-            for base in ("1 process", "2 runs apart")
+            for base in ("1 process", "2 separate runs")
         ]
         share = statistics.median(share for _, share in results)
         print(f"| {name} | {statistics.median(rates):.0f} | {' | '.join(ratios)} | {share:.0%} |")

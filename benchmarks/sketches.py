@@ -1,4 +1,4 @@
-"""Write the embedded faces as pencil drawings: a style to adapt a model of faces to.
+"""Write the embedded faces as pencil drawings, a style that a model of faces can be adapted to.
 
     python benchmarks/sketches.py outputs/sketches
 
@@ -15,11 +15,11 @@ from PIL import Image, ImageFilter, ImageOps
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 TRAINED_ON = 30
-SIDE = 64  # pixels; more than the photographs have, because lines are thin
+SIDE = 64  # pixels; larger than the photographs, because lines are thin
 
 
 def sketch(image: Image.Image) -> Image.Image:
-    """Return an image as a pencil drawing, in grey: white where it is even, dark at edges and in shadows."""
+    """Return an image as a grey pencil drawing: white in even areas, dark at edges and in shadows."""
     grey = ImageOps.autocontrast(image.convert("L"))
     blurred = ImageOps.invert(grey).filter(ImageFilter.GaussianBlur(grey.width / 10))
     paper = np.asarray(grey, np.float64) * 255 / np.maximum(255 - np.asarray(blurred, np.float64), 1)

@@ -2,10 +2,11 @@
 
     python benchmarks/speedrun.py --dataset_name mnist --seconds 150 300
 
-A few steps measure the speed of the machine, which gives the number of steps that fit into the time. So the learning
-rate reaches zero when the time is over. Seconds count from the start of the command to the last step, without sampling.
-Flags after -- go to the training script. To measure a change of settings, compare two such runs on an idle machine.
-After an interruption, the same command resumes. All takes half an hour on 2 cores, of which training takes 23 minutes.
+A few steps measure the speed of the machine, which gives the number of steps that fit into the time. Therefore the
+learning rate reaches zero when the time is over. Seconds count from the start of the command to the last step, without
+sampling. Flags after -- go to the training script. To measure a change of settings, compare two such runs on an idle
+machine. After an interruption, the same command resumes. The whole benchmark takes half an hour on 2 cores, of which
+training takes 23 minutes.
 """
 
 import argparse
@@ -51,12 +52,14 @@ def main():
 
 
 def train(options, folder: Path, seconds: float, seed: int) -> int:
-    """Train for so many seconds, unless that is done, and return the number of optimizer steps."""
+    """Train for the given time unless such a run exists, and return the number of optimizer steps."""
     recipe = [options.script, options.dataset_name, *options.flags]
     if (folder / "seconds.json").is_file():
         record = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
         if record["recipe"] != recipe:
-            sys.exit(f"{folder} has a run of {' '.join(record['recipe'])}. Choose another --output_dir")
+            sys.exit(
+                f"{folder} has a run with other settings: {' '.join(record['recipe'])}. Choose another --output_dir"
+            )
     else:
         startup, pace = measured_pace(options.script, options.dataset_name, options.output_dir / "pace", *options.flags)
         steps = max(1, round((seconds - startup) / pace))
@@ -74,7 +77,7 @@ def train(options, folder: Path, seconds: float, seed: int) -> int:
 
 @cache
 def measured_pace(script: str, dataset_name: str, folder: Path, *flags: str) -> tuple[float, float]:
-    """Return the seconds before the first step and for each step, from two short runs."""
+    """Return the seconds before the first step and the seconds per step, from two short runs."""
     times = []
     for steps in (1, 1, 1 + PACE):  # the first run prepares the images
         shutil.rmtree(folder, ignore_errors=True)
@@ -97,7 +100,7 @@ def accelerate(script: Path, *flags) -> None:
 
 
 def run(script, *arguments) -> None:
-    """Run a Python script of the repository, or Python with flags; show the output if it fails."""
+    """Run a Python script of the repository, or Python with flags. Show the output if that fails."""
     program = [ROOT / script] if str(script).endswith(".py") else [script]
     done = subprocess.run(
         [sys.executable, *map(str, program), *map(str, arguments)], capture_output=True, text=True, encoding="utf-8"
@@ -112,7 +115,7 @@ def report(options, folders: dict, steps: dict) -> None:
     metric = next(key for key in rows[0] if key.startswith(("fd_", "fid_")))
     values = {row["model"].split()[0]: row[metric] for row in rows}  # the name of the folder
     print(f"\n{options.script} {' '.join(options.flags)}")
-    print(f"| seconds | steps | {metric} | of each seed |\n|---|---|---|---|")
+    print(f"| seconds | steps | {metric} | {metric} of each seed |\n|---|---|---|---|")
     means = {}
     for seconds in options.seconds:
         found = np.array([values[folders[seconds, seed].name] for seed in options.seeds])
@@ -123,7 +126,7 @@ def report(options, folders: dict, steps: dict) -> None:
     for threshold in THRESHOLDS:
         enough = [seconds for seconds in options.seconds if means[seconds] <= threshold]
         print(f"{metric} <= {threshold}: {f'{min(enough):g} seconds' if enough else 'not reached'}")
-    print(f"N={options.num_samples}, held-out images: {rows[0][metric]:.2f}; ±: standard error over trainings")
+    print(f"N={options.num_samples}, held-out images: {rows[0][metric]:.2f}. ± is the standard error over the seeds")
 
 
 if __name__ == "__main__":

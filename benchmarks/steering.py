@@ -1,4 +1,4 @@
-"""Measure colour guidance: the mean distance of the samples' pixels to a colour, with and without it, same seeds.
+"""Measure colour guidance: the mean distance of pixels to a colour, with and without guidance, from the same seeds.
 
     python benchmarks/steering.py MODEL --color teal
 

@@ -1,11 +1,10 @@
-"""Compare images/s of this project's training step and of a plain one: same UNet, same batch, same loss, one run.
+"""Compare the images/s of our training step and of a plain one, with the same UNet, batch and loss, in one run.
 
     python benchmarks/throughput.py --unet small --resolution 28
 
 The plain step is that of a usual example script. It uses float32 or bf16 autocast, decodes and resizes images one by
-one in the DataLoader's process, and calls ``.item()`` in every step. Its AdamW is not fused, and its EMA treats
-parameters one by one. Our step is that of train_ddpm.py, with its caches and utils. Flags after -- are flags of
-train_ddpm.py.
+one in the training process, and calls ``.item()`` in every step. Its AdamW is not fused, and its EMA updates
+parameters one by one. Our step is that of train_ddpm.py, with its caches and utils. Flags after -- go to train_ddpm.py.
 
 Blocks of steps alternate between the variants, so that a busy machine disturbs all of them equally. Medians are over
 blocks. The convolutions of the UNet are also timed alone, forward and backward, as a limit for every script. To time
@@ -138,9 +137,8 @@ def convolutions_alone(unet, images: torch.Tensor, timesteps: torch.Tensor, prec
             convolution(inputs).backward(gradient)
             times.append(now(images.device) - start)
         seconds += count * statistics.median(times[2:])
-        operations += (
-            count * 6 * out.numel() * key[0] * math.prod(key[2])
-        )  # a product and a sum, for one forward and two backward passes
+        # The factor 6 is a product and a sum, for one forward and two backward passes
+        operations += count * 6 * out.numel() * key[0] * math.prod(key[2])
     return seconds, operations
 
 
@@ -171,7 +169,7 @@ def main():
     parser.add_argument("--blocks", type=int, default=7, help="number of blocks per median")
     parser.add_argument("--steps", type=int, default=3, help="number of steps in a block")
     parser.add_argument(
-        "--profile", action="store_true", help="additional table of the operations that take the most time in our step"
+        "--profile", action="store_true", help="table of the operations that take the most time in our step"
     )
     parser.add_argument("flags", nargs="*", help="flags for train_ddpm.py, such as --compile, after --")
     options = parser.parse_args()

@@ -1,7 +1,8 @@
 """Scripts in child processes, as `python SCRIPT` runs them, without the seconds that importing torch takes.
 
-A child is forked from a server that has imported slow libraries. It has its own environment. If a variable differs that
-huggingface_hub, datasets or others read during import, the server is one that has not imported those libraries.
+A child is forked from a server that has imported slow libraries. It has its own environment. Libraries such as
+huggingface_hub and datasets read variables during import. If such a variable differs, the child is forked from a server
+that has not imported those libraries.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ def _read_by_libraries(environment):
 
 
 BARE = _server(SLOW)
-SERVERS = {_read_by_libraries(os.environ): _server(SLOW + READERS)}  # by environment
+SERVERS = {_read_by_libraries(os.environ): _server(SLOW + READERS)}  # by the variables that libraries read
 
 
 def keep_server(environment):
@@ -48,11 +49,11 @@ def keep_server(environment):
 
 
 def start(what, *arguments, log, folder=None, environment=None, file_limit=None, machine=None):
-    """Start a script, or a line of code that does not depend on this repository, in a child; it writes to ``log``.
+    """Start a script, or a line of code that does not depend on this repository, in a child that writes to ``log``.
 
     Args:
         what: path of a script, or code.
-        folder: working folder, by default that of this process. Likewise the whole ``environment``.
+        folder, environment: working folder and all variables, by default those of this process.
         file_limit: maximum size of a file in bytes.
         machine: machine of ``machines.Machines`` to run on, by default this one.
     """
@@ -98,7 +99,7 @@ def run(what, *arguments, processes=1, environment=None, **options):
     """
     environment = dict(os.environ if environment is None else environment)
     children = []
-    port = free_port()  # the first process listens at it
+    port = free_port()  # the first process listens at this port
     with tempfile.NamedTemporaryFile() as log:
         for rank in range(processes):
             group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_PORT=port)
@@ -188,20 +189,20 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def launch(command, *arguments, log, **options):
-    """Start a launcher, [python, "-m", module, flags and script ...]. It forks the processes that it starts.
+    """Start a launcher, [python, "-m", module, flags and script ...], which forks the processes that it starts.
 
-    So neither the launcher nor its processes take eight seconds to import torch. The launcher does the rest as usual.
+    Therefore neither the launcher nor its processes take eight seconds to import torch. All else is as usual.
     """
     assert command[:2] == [sys.executable, "-m"]
     return start(LAUNCHER, *command[2:], *arguments, log=log, **options)
 
 
 def ended(child, seconds=120):
-    """Finish a child, and check that no process is left that writes to the log."""
+    """Finish a child, check that no process is left that writes to the log, and return exit code and output."""
     deadline = time.monotonic() + seconds
     code, _ = finish(child, seconds)
     while any(_points_to(path, child.log) for path in glob.glob("/proc/[0-9]*/fd/1")):
-        assert time.monotonic() < deadline, f"a process goes on: {child.log.read_text()[-2000:]}"
+        assert time.monotonic() < deadline, f"a process still runs: {child.log.read_text()[-2000:]}"
         time.sleep(0.05)
     return code, child.log.read_text()
 
@@ -209,7 +210,7 @@ def ended(child, seconds=120):
 def _points_to(path, file):
     try:
         return os.readlink(path) == str(file)
-    except OSError:  # it has ended, or belongs to another user
+    except OSError:  # the process has ended, or belongs to another user
         return False
 
 
@@ -232,8 +233,8 @@ def family(child):
     for pid in [int(name) for name in os.listdir("/proc") if name.isdecimal()]:
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if int(fields[1]) == child.pid and fields[0] != "Z":
             pids[pid] = fields
-    return sorted(pids, key=lambda pid: int(pids[pid][19]))  # in the order of their start, which is that of the ranks
+    return sorted(pids, key=lambda pid: int(pids[pid][19]))  # ranks are started in order

@@ -7,7 +7,7 @@ import tempfile
 os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="tests-home-")}
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""}
-os.environ["OMP_NUM_THREADS"] = "1"  # results are the same here and in every child, with pytest's workers and without
+os.environ["OMP_NUM_THREADS"] = "1"  # so that results are the same here and in every child
 
 import functools
 import json
@@ -33,9 +33,9 @@ TINY = [
 ]  # fmt: skip
 
 
-# Made once instead of for each run, because encoding 1,797 PNG files takes a quarter of the time of a tiny run
+# Digits are made once and not for each run, because encoding 1,797 PNG files takes a quarter of the time of a tiny run
 sources._embedded_digits = functools.cache(sources._embedded_digits)
-# TensorBoard reads files in the order of their names: by second, process, number. Several are made here in a second
+# TensorBoard sorts files by name: second, process, number. Tests make several a second, so numbers have four digits
 event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
 _decode, _decoded = Cache._decode, {}
 
@@ -55,7 +55,7 @@ def _decode_once(self, images, show, write):
 
 
 Cache._decode = _decode_once
-named_images.QUICK = float("inf")  # decoded images stay in memory and do not fill the user's cache
+named_images.QUICK = float("inf")  # decoded images stay in memory, so that they do not fill the user's cache
 
 
 def pytest_unconfigure():
@@ -84,7 +84,7 @@ def accelerator():
 
 
 def tiny(*flags, script=train_ddpm):
-    """Return flags of a tiny run on the embedded digits; another source of images or weights replaces the tiny one."""
+    """Return flags of a tiny run on the embedded digits, unless the flags name other images or weights."""
     flags = [str(flag) for flag in flags]
     other_data = any(flag.startswith("--train_data_dir") for flag in flags)
     base = [flag for flag in TINY if not (other_data and "dataset_name" in flag)]
@@ -145,7 +145,7 @@ def equal_weights(first, second):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """Return the folder of a finished run with TensorBoard events, sample grids and class curves; do not change it."""
+    """Return the folder of a finished run with TensorBoard events, sample grids and class curves. Do not change it."""
     folder = tmp_path_factory.mktemp("finished") / "ddpm"
     code = train(folder, "--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2")
     assert code == 0

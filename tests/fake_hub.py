@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_request(self):
         path = unquote(urlparse(self.path).path)
-        path = re.sub(r"^/spaces/", "/space.", path)  # a Space is a repository of this name
+        path = re.sub(r"^/spaces/", "/space.", path)  # a Space is stored as a repository of this name
         path = re.sub(r"^/api/spaces/", "/api/models/space.", path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked":

@@ -1,4 +1,4 @@
-"""Two machines in one: network namespaces with a cable between them, each with a hostname of its own."""
+"""Two simulated machines: network namespaces with a virtual cable between them, each with its own hostname."""
 
 import ctypes
 import os
@@ -27,8 +27,8 @@ class Machine:
     """One of the two machines.
 
     Attributes:
-        name: its hostname.
-        hosts: a file with the addresses of both, for /etc/hosts.
+        name: hostname of the machine.
+        hosts: path of a file with the addresses of both machines, for /etc/hosts.
     """
 
     namespace: str
@@ -53,10 +53,10 @@ class Machine:
 
 
 class Machines:
-    """Two machines, ``head`` and ``worker``; ``close`` removes them.
+    """Two machines, ``head`` and ``worker``. ``close`` removes them.
 
     Raises:
-        OSError: the kernel, or this user's rights, do not allow it.
+        OSError: the kernel or this user's rights do not allow network namespaces.
     """
 
     def __init__(self, folder: Path):

@@ -105,7 +105,7 @@ def test_every_flag_refuses_what_it_cannot_be(capsys, script, monkeypatch):
             for value in action.choices:
                 with contextlib.suppress(SystemExit):  # a combination with the defaults may be refused
                     assert getattr(script.parse_args([*SCRIPTS[script], f"{flag}={value}"]), action.dest) == value
-    for flag in sorted(flags):  # a typing mistake is never taken for another flag
+    for flag in sorted(flags):  # a misspelt flag is never taken for another flag
         assert "unrecognized arguments" in refused(capsys, *SCRIPTS[script], f"{flag}x", script=script)
 
 

@@ -34,7 +34,7 @@ def docstrings(tree):
 
 
 def texts(path):
-    """Line and text of each docstring, comment and string of a module, or of each paragraph of a page."""
+    """Yield line and text of each docstring, comment and string of a module, or of each line of a page."""
     content = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         plain = re.sub(r"```.*?```", lambda code: "\n" * code[0].count("\n"), content, flags=re.S)

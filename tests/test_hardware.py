@@ -33,7 +33,7 @@ def threads(monkeypatch):
                 [sys.executable, "-c", "import time; time.sleep(60)"], env={"PATH": os.environ["PATH"], **launcher}
             )
             while PROC and not Path(f"/proc/{parent.pid}/environ").read_bytes():
-                time.sleep(0.001)  # the kernel has not put it there yet
+                time.sleep(0.001)  # the kernel has not shown the new process yet
             monkeypatch.setattr(os, "getppid", lambda: parent.pid)
         try:
             torch.set_num_threads(OTHER)
@@ -64,7 +64,7 @@ def test_one_thread_of_the_user_stays(threads, name):
 
 
 def test_other_numbers_and_other_devices_are_left_alone(threads):
-    assert threads(launcher={}, TORCHELASTIC_RUN_ID="x") == OTHER  # not set: torch has all cores
+    assert threads(launcher={}, TORCHELASTIC_RUN_ID="x") == OTHER  # OMP_NUM_THREADS is not set, so torch uses all cores
     assert threads(launcher={}, OMP_NUM_THREADS="2") == OTHER
     assert threads(launcher={}, OMP_NUM_THREADS="1", device="meta") == OTHER
 
@@ -77,7 +77,7 @@ def test_where_the_launcher_cannot_be_asked_it_is_taken_for_its_choice(threads, 
 @pytest.mark.skipif(not PROC, reason="only Linux shows the program of a parent process")
 @pytest.mark.parametrize("program, launched", [(["sleep", "60"], False), ([sys.executable, "-c", "input()"], True)])
 def test_a_variable_that_a_shell_has_exported_is_no_launcher(monkeypatch, program, launched):
-    """Otherwise a run with ``nohup`` ends with the shell that started it."""
+    """Otherwise a run with ``nohup`` would end with the shell that started it."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with subprocess.Popen(program, stdin=subprocess.PIPE) as parent:
         deadline = time.monotonic() + 5
@@ -94,7 +94,7 @@ def test_the_quota_of_a_container_counts(threads, monkeypatch, tmp_path, quota, 
     monkeypatch.setattr(hardware, "affinity", lambda: 64)
     (tmp_path / "cgroup" / "pod" / "container").mkdir(parents=True)
     (tmp_path / "own").write_text("12:cpu:/other\n0::/pod/container\n")
-    (tmp_path / "cgroup" / "pod" / "cpu.max").write_text(f"{quota}\n")  # the limit of a group around it
+    (tmp_path / "cgroup" / "pod" / "cpu.max").write_text(f"{quota}\n")  # the limit of an enclosing group
     assert usable_cores(tmp_path / "cgroup", tmp_path / "own") == cores
     assert usable_cores(tmp_path / "cgroup", tmp_path / "nothing") == 64
     monkeypatch.setattr(hardware, "usable_cores", lambda: cores)

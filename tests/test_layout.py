@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 UTILS = sorted((ROOT / "utils").rglob("*.py"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LAYERS = [  # folders of utils/ may import those above them in this list; files right in utils/ come first
+LAYERS = [  # folders of utils/ may import those above them in this list; files directly in utils/ come first
     {"data", "diffusion"}, {"training"}, {"sources"}, {"resilience"}, {"monitoring"}, {"evaluation"}, {"publishing"},
 ]  # fmt: skip
 OPTIONAL = {"monitoring": set(), "resilience": set(), "publishing": set(), "sources": set(), "evaluation": {"sources"}}
@@ -89,7 +89,7 @@ def test_imports_go_downwards():
         for other in files_imported(path):
             there = folder_of(other)
             assert there == here or rank[there] < rank[here], f"{name_of(path)} imports {name_of(other)}"
-            if there in OPTIONAL and there != here:  # nothing that stays may need a folder that may be deleted
+            if there in OPTIONAL and there != here:  # an optional folder may be deleted, so no other code may need it
                 assert there in OPTIONAL.get(here, ()), f"{name_of(path)} imports {name_of(other)}"
 
 
@@ -126,7 +126,7 @@ def closure(script):
 
 
 def test_nothing_drags_along_what_it_does_not_show():
-    """The smallest denoiser needs no guidance, no adapter and no tool."""
+    """The script of the smallest denoiser must not load guidance, adapters or tools."""
     for script in ("train_basic.py", "train_unet2d.py", "train_ddpm.py"):
         names = {path.stem for path in closure(ROOT / script)}
         assert not names & {"guidance", "adapters", "pipelines", "few_steps", "flow"}, script
@@ -205,7 +205,7 @@ def test_readme_names_every_script_and_folder():
     rows = re.findall(
         r"\n\| `utils/(\w+)/` \|", text[text.index("## Make it yours") : text.index("## Draw and measure")]
     )
-    assert sorted(rows) == sorted(OPTIONAL)  # the folders that may be deleted
+    assert sorted(rows) == sorted(OPTIONAL)  # the optional folders
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
@@ -223,7 +223,7 @@ def test_readme_and_docs_link_and_name_only_what_is_there(path):
 
 
 def test_readme_results_are_those_of_the_records():
-    """Each number of seconds in the README stands in docs/records.md, with the same steps and distance."""
+    """Each number of seconds in the README is in docs/records.md, with the same steps and distance."""
     readme, records = ((ROOT / name).read_text() for name in ("README.md", "docs/records.md"))
     table = readme[readme.index("## Results") : readme.index("## When it stops")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]

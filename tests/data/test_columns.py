@@ -1,4 +1,4 @@
-"""Further tensors of a row are cut and flipped like their image, or refused by name."""
+"""Further tensors of a row are cropped and flipped like their image, or refused by name."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def batches(train_data, numbers=range(5)):
 
 
 def check(found):
-    """The column ``twin`` must equal the image, cut and flipped; ``mask`` has its own values only."""
+    """Check that the column ``twin`` equals the image, cropped and flipped, and that ``mask`` has no new values."""
     for batch in found:
         assert batch["images"].shape == batch["twin"].shape == (8, 1, 8, 8)
         assert torch.equal(batch["twin"], batch["images"])
@@ -100,7 +100,8 @@ def test_partners_from_a_folder_of_the_same_names(tmp_path, accelerator):
     folder_of(tmp_path / "images" / "cat", PICTURES[:12])
     folder_of(tmp_path / "images" / "dog", PICTURES[12:])
     folder_of(tmp_path / "partners" / "cat", PICTURES[:12])
-    folder_of(tmp_path / "partners" / "dog", PICTURES[12:].repeat(2, axis=1).repeat(2, axis=2))  # larger, same shape
+    # These partners are larger, with the same ratio of sides
+    folder_of(tmp_path / "partners" / "dog", PICTURES[12:].repeat(2, axis=1).repeat(2, axis=2))
     args = parse(*FLAGS, f"--train_data_dir={tmp_path}/images")
     columns = {"twin": Column(tmp_path / "partners")}
     data = load_train_data(args, accelerator, columns=columns)
@@ -214,7 +215,7 @@ def test_partners_that_are_ambiguous_are_refused_and_other_files_are_none(tmp_pa
     check_twin = batches(load_train_data(args, accelerator, columns={"twin": Column(partners)}))
     assert all(torch.equal(batch["twin"], batch["images"]) for batch in check_twin)
     Image.fromarray(PICTURES[0]).save(partners / "004.bmp")
-    with pytest.raises(UserError, match="1 names belong to several files, such as 004"):
+    with pytest.raises(UserError, match="several files have the same name, such as 004 "):
         load_train_data(args, accelerator, columns={"twin": Column(partners)})
 
 

@@ -77,7 +77,7 @@ def test_cache_and_workers_change_nothing(accelerator, folder, source):
 
 
 def test_starting_later_continues_the_same_order(accelerator):
-    _, whole = batches(accelerator, "--train_batch_size=500", steps=(0, 9))  # crosses two epochs
+    _, whole = batches(accelerator, "--train_batch_size=500", steps=(0, 9))  # the batches cross two ends of an epoch
     _, tail = batches(accelerator, "--train_batch_size=500", steps=(5, 9))
     assert same(whole[5:], tail)
     numbers = np.concatenate([batch["sample_ids"] for batch in whole])
@@ -293,9 +293,9 @@ def test_images_are_decoded_once_into_a_file(accelerator, folder, tmp_path_facto
         caplog.clear()
         assert same(loaded, batches(accelerator, *flags, f"--cache_images={kept}")[1])
         assert f"{said} {only_file(kept)}, 0 MiB" in caplog.text
-        assert len(decoded) == 12  # not 24 after the second
+        assert len(decoded) == 12  # the second load decodes none
     batches(accelerator, *flags, "--image_mode=L", f"--cache_images={kept}")
-    os.utime(folder / "07.png", (1, 1))  # the same name and size, and perhaps other pixels
+    os.utime(folder / "07.png", (1, 1))  # the file has the same name and size, but may have other pixels
     batches(accelerator, *flags, f"--cache_images={kept}")
     assert len(decoded) == 36 and len([*kept.glob("*.lock")]) == 3
 
@@ -321,7 +321,7 @@ def test_a_file_that_appears_while_a_process_gets_the_lock_is_used(
 
     def acquire(*arguments, **options):
         monkeypatch.setattr(utils.data.cache.filelock.FileLock, "acquire", original)
-        batches(accelerator, *flags)  # another process, from beginning to end
+        batches(accelerator, *flags)  # another process decodes everything
         return original(*arguments, **options)
 
     monkeypatch.setattr(utils.data.cache.filelock.FileLock, "acquire", acquire)

@@ -109,7 +109,7 @@ def test_files_that_a_function_cannot_read_are_bad_images(accelerator, digits):
 
 
 def test_flags_that_need_a_data_set_are_refused(accelerator, digits):
-    with pytest.raises(UserError, match="own images are neither streamed nor cut"):
+    with pytest.raises(UserError, match="own images do not support --streaming"):
         batches(accelerator, OwnImages(digits), "--max_train_samples=9")
     with pytest.raises(UserError, match="--validation_split test: own images are in Python and have no splits"):
         OwnImages(digits).held_out("test", "--validation_split")

@@ -78,7 +78,7 @@ def test_a_size_of_two_numbers_and_none(tmp_path):
     assert Image.open(tmp_path / "a" / "images" / "000000.png").size == (16, 16)
     with pytest.raises(UserError, match=r"config\.json has no sample_size"):
         draw(make(tmp_path / "none", sample_size=None), tmp_path / "b")
-    for name in ("two", "none"):  # the second has the size of the images
+    for name in ("two", "none"):  # without a size, the images give the size
         start = f"--pretrained_model_name_or_path={tmp_path / name}"
         assert train(tmp_path / f"from-{name}", start, "--max_train_steps=1") == 0
 
@@ -102,7 +102,7 @@ def test_unknown_embeddings_are_refused(tmp_path, options, message):
         train(tmp_path / "config", f"--model_config_name_or_path={tmp_path / 'model' / 'unet'}")
 
 
-def test_classes_of_a_model_that_was_never_told_nothing(tmp_path):
+def test_classes_of_a_model_without_a_null_class(tmp_path):
     make(tmp_path / "model", num_class_embeds=4)
     assert draw(tmp_path / "model", tmp_path / "a", "--class_labels=3,0") == 0
     with pytest.raises(UserError, match="--guidance_scale 2: the model has 4 classes but no null class"):
@@ -138,7 +138,7 @@ def test_other_noise_is_never_taken_for_that_of_a_ddpm_scheduler(tmp_path, name)
         ):
             train(tmp_path / "run", start, **script)
     _, own, _ = load_pipeline(str(tmp_path / "model"))
-    if name == "DPMSolverMultistepScheduler":  # tests/scripts/test_train_flow.py tests those of straight paths
+    if name == "DPMSolverMultistepScheduler":  # tests/scripts/test_train_flow.py tests straight paths
         return
     with pytest.raises(UserError, match=f"a model with a {name} .* was not trained on straight paths"):
         train(tmp_path / "run", start, script=train_flow)

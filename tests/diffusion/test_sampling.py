@@ -35,7 +35,7 @@ def test_images_do_not_depend_on_the_batch_size(accelerator):
     for name in ("ddpm", "dpmsolver++"):
         alone, together = (draw(accelerator, unet, size, name=name) for size in (1, 5))
         assert together.shape == (5, 1, 8, 8) and together.dtype == np.uint8
-        assert np.abs(alone.astype(int) - together).max() <= 1  # rounding
+        assert np.abs(alone.astype(int) - together).max() <= 1  # rounding may differ
         assert np.abs(together[0].astype(int) - together[1]).max() > 20
     assert np.abs(draw(accelerator, unet, 5, seed=1).astype(int) - draw(accelerator, unet, 5)).max() > 20
 
@@ -130,5 +130,5 @@ def test_walk_picture_shows_the_first_samples_step_by_step(accelerator):
     assert unet.training
     images = sample_images(unet, scheduler, accelerator, 3, (1, 8, 8), 5, 3, 0)
     assert picture.shape[0] == 10 * 68 + 4
-    last = picture[9 * 68 + 4 : 9 * 68 + 68 : 8, -3 * 68 :: 8]  # the last row, one pixel of each enlarged one
+    last = picture[9 * 68 + 4 : 9 * 68 + 68 : 8, -3 * 68 :: 8]  # the last row, with one of each eight equal pixels
     assert (last[:, :8] == images[0, 0]).all()

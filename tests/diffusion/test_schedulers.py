@@ -125,7 +125,8 @@ def test_an_error_of_predicted_noise_is_not_magnified_in_the_first_step(name):
     sampler = make_sampler(name, noise_scheduler)
     sampler.set_timesteps(25)
     sample = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    step = sampler.step(1.05 * sample, sampler.timesteps[0], sample)  # of noise that really is `sample`
+    # The model's prediction is wrong by 5 %, because the noise is really `sample`
+    step = sampler.step(1.05 * sample, sampler.timesteps[0], sample)
     assert step.prev_sample.abs().max() < 2 * sample.abs().max()
 
 
@@ -135,8 +136,10 @@ def test_an_error_of_predicted_noise_is_not_magnified_in_the_first_step(name):
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "sde-dpmsolver++", "ddpm"])
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_more_steps_do_not_make_an_error_worse(name, prediction_type):
-    """Let a model predict images that are too bright by a tenth: its inputs keep noise of deviation 1. With diffusers'
-    default DDIM, which clips the image and keeps the noise, the deviation is 11 after 100 steps."""
+    """If a model predicts images that are too bright by a tenth, the noise in its inputs keeps a small deviation.
+
+    With diffusers' default DDIM, which clips the image and keeps the noise, the deviation is 11 after 100 steps.
+    """
     noise_scheduler = DDPMScheduler(prediction_type=prediction_type)
     wanted = 1.1 * torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
     sampler, noise = make_sampler(name, noise_scheduler), []
@@ -153,7 +156,7 @@ def test_more_steps_do_not_make_an_error_worse(name, prediction_type):
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_the_saved_ddim_draws_what_the_grids_show(prediction_type):
-    """The pipeline's loop cannot make DDIM derive the noise again. Images are too bright, as above."""
+    """The loop of the pipeline cannot make DDIM derive the noise again. Images are too bright, as above."""
     noise_scheduler = DDPMScheduler(prediction_type=prediction_type)
     model = Oracle(noise_scheduler, 1.5 * torch.linspace(-1, 1, 16).view(1, 1, 4, 4))
     given = {"grid": [], "pipeline": []}

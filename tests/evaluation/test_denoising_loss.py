@@ -44,7 +44,7 @@ class Knows:
 @pytest.fixture
 def setup():
     scheduler = DDPMScheduler()
-    images = torch.linspace(-1, 1, 16).view(1, 1, 4, 4).repeat(5, 1, 1, 1)  # five times the same
+    images = torch.linspace(-1, 1, 16).view(1, 1, 4, 4).repeat(5, 1, 1, 1)  # the same image five times
     return images, scheduler
 
 
@@ -76,15 +76,15 @@ def test_linear_mixing_is_asked_with_uniform_noise(accelerator, setup):
     model.answer = lambda noisy, timesteps: images[:1].expand_as(noisy)
     measured = DenoisingLoss(images, scheduler, seed=0).measure(model, accelerator)
     assert measured["loss"] == pytest.approx(0.01, rel=1e-3)
-    assert all(noisy.abs().max() <= 1 for noisy, _ in model.asked)  # a mixture of two things in [-1, 1]
+    assert all(noisy.abs().max() <= 1 for noisy, _ in model.asked)  # image and noise are both in [-1, 1]
 
 
 def test_straight_paths_have_a_loss_where_hardly_any_noise_is(accelerator):
     images, scheduler = torch.rand(64, 1, 4, 4) * 2 - 1, FlowScheduler()
     model = Knows(images, scheduler)
     model.answer = lambda noisy, timesteps: torch.zeros_like(noisy)
-    measured = DenoisingLoss(images, scheduler, seed=0).measure(model, accelerator)  # with a timestep below 1
-    assert all(1 < value < 1.7 for value in measured.values())  # of noise - image: variances of 1 and a third
+    measured = DenoisingLoss(images, scheduler, seed=0).measure(model, accelerator)  # some timesteps are drawn below 1
+    assert all(1 < value < 1.7 for value in measured.values())  # the mean square of noise - image is 1 + 1/3
     asked = torch.cat([timesteps for _, timesteps in model.asked])
     assert asked.min() >= 1 and (asked != asked.round()).any()
 
@@ -119,5 +119,5 @@ def test_nearest_images_are_found_and_shown():
     for shown, parts in ((samples, training), (samples, np.concatenate([training, training[:, :, ::-1]]))):
         picture = np.asarray(show_nearest(shown, parts)).astype(int)
         assert picture.shape[0] == 2 * 68 + 4
-        assert np.array_equal(picture[4:68, -68:-4], picture[72:136, -68:-4])  # the second sample above its copy
-        assert np.array_equal(picture[4:68, -136:-72], picture[72:136, -136:-72])  # and the first
+        assert np.array_equal(picture[4:68, -68:-4], picture[72:136, -68:-4])  # the second sample is above its copy
+        assert np.array_equal(picture[4:68, -136:-72], picture[72:136, -136:-72])  # and so is the first

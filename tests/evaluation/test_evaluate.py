@@ -144,7 +144,7 @@ def held_out(digits, tmp_path_factory):
 
 
 def test_a_folder_of_held_out_images_is_not_flagged(tmp_path, held_out, copies):
-    """The images of the folder are other digits than those that set the threshold."""
+    """The digits in the folder are not those that set the threshold."""
     rows, _ = run(tmp_path / "out", held_out, copies, "--held_out_split=train[1350:]")
     assert rows[str(held_out)]["copies"] < 0.1 < 0.95 < rows[str(copies)]["copies"]
     assert rows[str(held_out)]["fd_digits"] < 0.1 * rows["noise, for comparison"]["fd_digits"]
@@ -229,8 +229,8 @@ def test_the_digit_net_recognises_digits(digits):
     assert DIGITS_WEIGHTS.stat().st_size < 600_000
     card = DIGITS_WEIGHTS.with_suffix(".md").read_text()
     assert load_extractor("digits").hash in card
-    assert float(card.split("Test accuracy ")[1].split("%")[0]) >= 99.3
-    statistics = digit_statistics(digit_probabilities(digits[:, None]))  # other digits than it was trained on, 8x8
+    assert float(card.split("It classifies ")[1].split("%")[0]) >= 99.3
+    statistics = digit_statistics(digit_probabilities(digits[:, None]))  # not MNIST, but 8x8 digits
     assert statistics["confidence"] > 0.8 and statistics["class_distance"] < 0.05
     images = np.random.default_rng(0).integers(0, 255, (300, 1, 28, 28), dtype=np.uint8)
     noise = digit_statistics(digit_probabilities(images))
@@ -270,7 +270,7 @@ def test_wrong_input_is_refused_with_advice(tmp_path, capsys):
     for k in range(8, 14):
         Image.new("L", (max(9, k), 9)).save(tmp_path / "mixed" / f"{k}.png")
     with pytest.raises(
-        UserError, match=r"images of 5 sizes, such as \(9, 9\) and \(10, 9\)\. Expected one size\. --resolution"
+        UserError, match=r"images of 5 sizes, such as \(9, 9\) and \(10, 9\)\. Expected one size\. Give --resolution"
     ):
         run(tmp_path / "out", tmp_path / "mixed")
     few = shutil.copytree(tmp_path / "mixed", tmp_path / "few")
@@ -310,5 +310,6 @@ def test_without_a_held_out_split_some_are_taken_away_or_none(tmp_path, copies, 
     found, (said, warned) = evaluate_by(few, "none"), capsys.readouterr()
     assert found["held_out_split"] is None and "too few to hold some out" in warned
     assert [row["model"] for row in found["results"]] == [str(copies), "noise, for comparison"]
-    assert not {"copies", "precision", "density"} & set(found["results"][0])  # pixels cannot tell
+    # Nothing is held out, and pixels have no precision
+    assert not {"copies", "precision", "density"} & set(found["results"][0])
     assert "| model " in said and "features_hash" in said and "All columns are in results.md" in said

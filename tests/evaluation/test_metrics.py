@@ -23,7 +23,7 @@ def test_frechet_distance_equals_scipys_and_the_closed_forms(normal):
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(first, first + 0.5) == pytest.approx(8 * 0.25)
     assert frechet_distance(first, 3 * (first - first.mean(0)) + first.mean(0)) == pytest.approx(4 * np.trace(c1))
-    flat = np.hstack([first, np.zeros((500, 3))])  # units that are always zero
+    flat = np.hstack([first, np.zeros((500, 3))])  # features that are always zero
     assert frechet_distance(flat, flat) == pytest.approx(0, abs=1e-9)
 
 
@@ -80,7 +80,7 @@ def test_precision_recall_density_coverage_of_known_sets(normal):
     precision, recall = precision_recall(same, real)
     density, coverage = density_coverage(same, real)
     assert precision > 0.9 and recall > 0.9 and density == pytest.approx(1, abs=0.1) and coverage > 0.9
-    one_mode = real[:1] + 0.01 * normal(1000, 2, seed=2)  # sure of itself, and nothing else
+    one_mode = real[:1] + 0.01 * normal(1000, 2, seed=2)  # a single mode: precise, but without recall
     precision, recall = precision_recall(one_mode, real)
     _, coverage = density_coverage(one_mode, real)
     assert precision > 0.9 and recall < 0.05 and coverage < 0.05

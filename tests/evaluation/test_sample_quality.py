@@ -89,7 +89,7 @@ def test_a_failure_to_keep_the_best_leaves_the_one_before(fake_run, tmp_path):
     with pytest.raises(CheckpointError, match="No space left"):
         fake_run.measure(quality, 2, uniform_images(1), fail)
     assert (tmp_path / "best" / "model").read_text() == "first"
-    fake_run.measure(quality, 3, uniform_images(0, high=50), fail)  # worse than the second, as good as the first
+    fake_run.measure(quality, 3, uniform_images(0, high=50), fail)  # no better than the first, so not kept
 
 
 def test_a_kill_between_two_renames_is_repaired(fake_run, tmp_path):

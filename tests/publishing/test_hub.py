@@ -72,7 +72,7 @@ def environment(hub):
 
 
 def run(hub, folder, *flags, script="train_ddpm.py", processes=1, **changes):
-    """Train in a child and push; return exit code and output. ``changes`` to the environment may be None."""
+    """Train in a child and push, and return exit code and output. A value None in ``changes`` removes a variable."""
     name = Path(script).name
     if name.startswith(("train", "finetune")):
         unet = ["--unet=tiny"] if name.startswith("train_ddpm") else []
@@ -111,7 +111,7 @@ def test_a_run_is_pushed_and_a_stranger_draws_the_same_pixels(hub, tmp_path):
     assert (
         "The Hub" not in said
         and "with `push.py --hub_license`" in said
-        and "HF_ENDPOINT is set: the model and your token go to" in said
+        and "HF_ENDPOINT is set, so the model and your token are sent to" in said
     )
     # No token, and no path of this machine
     assert not tokens_in(tmp_path)
@@ -230,7 +230,7 @@ def test_a_space_is_pushed_with_the_code_that_it_runs(hub, finished):
     assert metadata["sdk"] == "gradio" and metadata["app_file"] == "app.py" and metadata["models"] == ["me/digits"]
     assert metadata["license"] == "mit" and f"gradio=={metadata['sdk_version']}" in files["requirements.txt"].decode()
     assert "main(parse_args(['me/digits']))" in files["app.py"].decode()
-    # The Space has another name, and is private because the model is. The command that sends it again names both
+    # The Space has another name, and is private because the model is. The command that sends it again has both names
     hub.fail("models/space.me/demo/commit", 500)
     again = ["--hub_model_id=me/digits", "--space=me/demo", "--hub_timeout=4"]
     code, said = run(hub, finished, *again, script="push.py")
@@ -248,7 +248,7 @@ def test_a_branch(hub, finished):
 
 
 def test_only_what_is_allowed_is_pushed(hub, finished, tmp_path):
-    """Protection: ``ALLOWED`` and ``is_symlink`` in ``utils/hub.py``."""
+    """Protection: ``ALLOWED`` and ``is_symlink`` in ``utils/publishing/hub.py``."""
     (tmp_path / "secret").write_text("my diary")
     (finished / "samples" / "linked.png").symlink_to(tmp_path / "secret")
     (finished / "scheduler" / "old").mkdir()
@@ -341,7 +341,7 @@ def test_a_fault_never_costs_the_model(hub, finished, where, action, times, succ
         sent = [request for request in hub.requests if request.startswith("PUT /lfs")]
         code, said = run(hub, finished, *command.split()[3:], script="push.py")
         assert code == 0, said
-        if where == "/commit/" and action != "hang":  # the weights had arrived: they are not sent again
+        if where == "/commit/" and action != "hang":  # the weights had arrived, so they are not sent again
             assert len([request for request in hub.requests if request.startswith("PUT /lfs")]) == len(sent)
     assert load(hub.files("me/digits")[WEIGHTS]).keys()
     assert hub.files("me/digits")[WEIGHTS] == (finished / WEIGHTS).read_bytes()

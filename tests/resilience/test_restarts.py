@@ -1,4 +1,4 @@
-"""Runs without supervision: killed runs resume by themselves, and hanging runs abort and print where."""
+"""Runs without supervision: killed runs resume by themselves, and hanging runs abort and print where they hang."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def newest(folder):
 
 @pytest.fixture(autouse=True)
 def launch(tmp_path):
-    """Return a function that starts a script under an agent; no agent is left behind."""
+    """Return a function that starts a script under an agent, and end all agents afterwards."""
     agents = []
 
     def start(*flags, restarts, processes=2):
@@ -55,7 +55,7 @@ def launch(tmp_path):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Return a function for the weights of two processes after so many undisturbed steps."""
+    """Return a function that gives the weights of two processes after a number of undisturbed steps."""
     folder, made = tmp_path_factory.mktemp("straight"), {}
 
     def train(steps):
@@ -71,8 +71,8 @@ def straight(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("kills, steps", [(3, 16), (20, 90)])
 def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch, straight, kills, steps):
-    """Protection: ``process._rendezvous``, because a restarted process would look for one that is gone without it; the
-    lock on the folder, which ends with its process; ``resilience.EXIT_PEER_LOST`` of the others."""
+    """Protection: ``process._rendezvous``, without which a restarted process would look for one that is gone. Also the
+    lock on the folder, which ends with its process, and ``resilience.EXIT_PEER_LOST`` of the other processes."""
     rng, folder, log = random.Random(0), tmp_path / "run", tmp_path / "log"
     agent = launch(*flags_of(folder, steps), restarts=kills)
     for kill in range(kills):
@@ -91,8 +91,8 @@ def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch,
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--num_sampels=4"], "Did you mean --num_samples?"),  # code 2
-        (["--dataset_split=trian"], "trian"),  # code 1
+        (["--num_sampels=4"], "Did you mean --num_samples?"),  # exit code 2
+        (["--dataset_split=trian"], "trian"),  # exit code 1
         slow(
             ["--learning_rate=1e30", "--lr_warmup_steps=1", "--max_grad_norm=0"],
             "a new run with a lower --learning_rate",
@@ -127,7 +127,7 @@ def test_a_stop_and_a_finished_run_burn_none_either(tmp_path, launch, straight):
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [1, 0])
 def test_a_hang_ends_says_where_and_the_run_goes_on_by_itself(tmp_path, launch, straight, stopped):
-    """One of two processes is stopped, the other waits for it. Protection: ``watchdog.Watchdog``."""
+    """One of two processes is stopped, and the other waits for it. Protection: ``watchdog.Watchdog``."""
     folder = tmp_path / "run"
     flags = [*flags_of(folder, 16), "--hang_timeout=2"]
     agent = launch(*flags, restarts=1)
@@ -140,7 +140,8 @@ def test_a_hang_ends_says_where_and_the_run_goes_on_by_itself(tmp_path, launch, 
     assert code == 0, said
     assert re.search(
         rf"no progress for 2 s \(--hang_timeout\): process {1 - stopped} of 2 on .* has done \d+ optimizer "
-        rf"steps and is in: (step|saving)\. Process {stopped} does not answer either\. Its threads:", said
+        rf"steps and is in: (step|saving)\. Process {stopped} does not answer either\. "
+        r"The threads of this process:", said
     ), said  # fmt: skip
     assert "most recent call first" in said and "in main" in said  # the stacks
     assert equal_weights(folder / WEIGHTS, straight(16))
@@ -165,7 +166,7 @@ def test_a_hang_names_the_place(tmp_path, place, patch):
     """Protection: ``signals.progress``. There is one process, without a launcher that restarts it."""
     flags = [*flags_of(tmp_path / "run", 5), "--hang_timeout=2", "--sample_steps=2"]
     code, said = children.run(children.patched(patch), *flags, folder=tmp_path)
-    assert code == EXIT_PEER_LOST and f"optimizer steps and is in: {place}. Its threads:" in said, said
+    assert code == EXIT_PEER_LOST and f"optimizer steps and is in: {place}. The threads of this process:" in said, said
     assert said.rstrip().endswith("The same command resumes from the newest checkpoint.")
 
 

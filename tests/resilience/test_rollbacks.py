@@ -30,7 +30,7 @@ TrainData.batches = batches
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Return a function that multiplies the images of these global batches, counted from 0, by the factor."""
+    """Return a function that multiplies the images of given global batches, counted from 0, by a factor."""
     original = TrainData.batches
 
     def poison(*numbers, factor=float("nan")):
@@ -81,7 +81,7 @@ def test_rollbacks_come_to_an_end(tmp_path, poisoned):
         train_again(tmp_path / "run", *FLAGS)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     with pytest.raises(UserError, match=r"step 2: loss nan.*skip the images of such steps with --max_rollbacks"):
-        train(tmp_path / "other", "--logging_steps=2")  # by default it stops
+        train(tmp_path / "other", "--logging_steps=2")  # by default, the run stops
 
 
 def test_a_gradient_that_is_much_larger_than_those_before_is_left_out(tmp_path, monkeypatch, poisoned):
@@ -91,7 +91,8 @@ def test_a_gradient_that_is_much_larger_than_those_before_is_left_out(tmp_path, 
     monkeypatch.setattr(guard, "WINDOW", window)
     steps, bad = window + 12, window + 8
     flags = [*FLAGS, f"--max_train_steps={steps}", "--train_batch_size=2", "--resolution=4"]
-    flags += ["--logging_steps=10", "--gradient_accumulation_steps=2"]  # a checkpoint between two points
+    # The checkpoint is between two points of the curves
+    flags += ["--logging_steps=10", "--gradient_accumulation_steps=2"]
     flags += [f"--checkpointing_steps={window + 4}", "--checkpoints_total_limit=9", "--lr_scheduler=constant"]
     poisoned(bad, factor=5000)
     assert train_again(tmp_path / "run", *flags) == 1
@@ -99,7 +100,7 @@ def test_a_gradient_that_is_much_larger_than_those_before_is_left_out(tmp_path, 
     assert entry["global_batch"] == bad and entry["step"] == bad + 1 and "a norm of at most" in entry["expected"]
     interrupt(tmp_path / "run", f"checkpoint-{window + 4}")
     weights = (tmp_path / "run" / WEIGHTS).rename(tmp_path / "weights.safetensors")
-    (tmp_path / "run" / RECORD).rename(tmp_path / RECORD)  # as if killed before it happened
+    (tmp_path / "run" / RECORD).rename(tmp_path / RECORD)  # as if the run was killed before the rollback
     assert train_again(tmp_path / "run", *flags) == 1
     assert (tmp_path / "run" / RECORD).read_text() == (tmp_path / RECORD).read_text()
     assert equal_weights(tmp_path / "run" / WEIGHTS, weights)
@@ -115,7 +116,7 @@ def test_a_stream_reads_past_what_is_left_out(tmp_path, poisoned):
     assert train_again(run, *flags) == 1
     weights = (run / WEIGHTS).rename(tmp_path / "weights.safetensors")
     interrupt(run, "checkpoint-3")
-    assert train_again(run, *flags) == 0  # batches 3, 5 and 6: without reading past 4 it would be 3, 4 and 5
+    assert train_again(run, *flags) == 0  # the batches are 3, 5 and 6, not 3, 4 and 5
     assert equal_weights(run / WEIGHTS, weights)
     known = tmp_path / "known"
     known.mkdir()
@@ -167,7 +168,7 @@ def test_a_signal_is_not_lost_when_the_run_goes_back(tmp_path, poisoned, monkeyp
     assert train(tmp_path / "run", *flags) == 143
     assert len(read(tmp_path / "run")) == 1
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
-    assert train(tmp_path / "run", *flags) == 0  # and in a notebook the next run is not stopped by it
+    assert train(tmp_path / "run", *flags) == 0  # in a notebook, the signal does not stop the next run
 
 
 def test_a_run_that_was_told_where_to_begin_goes_back_to_what_it_has_saved_since(tmp_path, poisoned, capsys):

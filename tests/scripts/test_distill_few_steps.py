@@ -94,7 +94,7 @@ def calls_of(monkeypatch, folder, teacher, *flags):
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
-def test_the_student_learns_from_points_of_the_ways_that_the_teacher_walks(
+def test_the_student_learns_from_points_of_the_trajectories_of_the_teacher(
     tmp_path, monkeypatch, teachers, prediction_type
 ):
     teacher = teachers[prediction_type]
@@ -102,7 +102,7 @@ def test_the_student_learns_from_points_of_the_ways_that_the_teacher_walks(
     monkeypatch.setattr(distill_few_steps, "TEACHER_STEPS", 2)
     flags = ["--solver_steps=8"]
     asked, (points, timesteps, _) = calls_of(monkeypatch, tmp_path / "run", teacher, *flags)
-    walked = asked[-8:]  # the first two drew the teacher's row
+    walked = asked[-8:]  # the first two calls drew the teacher's row
     assert [call[1][0].item() for call in walked] == [999, 874, 749, 624, 499, 374, 249, 124]
     ids = np.arange(0, 40, 5)
     assert torch.allclose(walked[0][0], sample_noise(0, "noise", ids, (1, 8, 8)), atol=1e-3)  # noise, and nothing else
@@ -159,7 +159,9 @@ def test_each_flag_and_constant_of_the_objective_changes_the_result(tmp_path, mo
         assert not equal_weights(tmp_path / "plain" / WEIGHTS, tmp_path / name / WEIGHTS), name
 
 
-def test_classes_go_with_their_ways_and_the_guidance_of_the_teacher_is_learnt(tmp_path, monkeypatch, teachers):
+def test_classes_stay_with_their_trajectories_and_the_guidance_of_the_teacher_is_learnt(
+    tmp_path, monkeypatch, teachers
+):
     flags = ["--solver_steps=2", "--class_dropout_prob=0.3"]
     walked, (points, timesteps, labels) = calls_of(monkeypatch, tmp_path / "plain", teachers["classes"], *flags)
     assert torch.equal(labels, walked[-1][2].repeat_interleave(4)) and len(set(labels.tolist())) > 2 and 10 in labels

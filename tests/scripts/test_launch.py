@@ -132,13 +132,13 @@ TrainData.batches = batches
 
 @pytest.mark.slow
 def test_a_process_that_is_slower_than_the_others_is_seen(tmp_path):
-    """Protection: ``MetricLogger._forward_ended``. The time of a whole step is the same for all: they wait."""
+    """Protection: ``MetricLogger._forward_ended``. All processes wait, so a whole step takes each the same time."""
     flags = [*TINY, "--unet=tiny", f"--output_dir={tmp_path / 'run'}", "--report_to=tensorboard", "--logging_steps=2"]
     code, output = children.run(children.patched(SLOW_RANK), *flags, processes=2, folder=tmp_path)
     assert code == 0, output
     slowest, fastest = (scalars(tmp_path / "run", f"system/{name}_seconds") for name in ("slowest", "fastest"))
     assert list(slowest) == list(fastest) == [2, 4, 6]
-    for step in (4, 6):  # before the first step, processes wait for other things than data
+    for step in (4, 6):  # before the first step, processes also wait for other things
         assert 0.2 < slowest[step] < 1 and slowest[step] - fastest[step] > 0.15
 
 
@@ -165,7 +165,7 @@ def test_accelerate_launch_uses_the_config_and_a_stranger_loads_the_result(tmp_p
     code, output = run_anew(ONE, tmp_path / "run", "--max_train_steps=2", OMP_NUM_THREADS=None)
     assert code == 0, output
     cores = len(os.sched_getaffinity(0))
-    assert f"1 x CPU, {cores} threads, bf16" in output  # though accelerate has set OMP_NUM_THREADS to 1
+    assert f"1 x CPU, {cores} threads, bf16" in output  # although accelerate has set OMP_NUM_THREADS to 1
     assert output.splitlines()[-5].startswith("Finished, after 2 optimizer steps")
     assert json.loads((tmp_path / "run" / "training_args.json").read_text())["mixed_precision"] == "bf16"
     loaded_by_a_stranger(tmp_path, "DDPMPipeline")
@@ -185,7 +185,7 @@ def loaded_by_a_stranger(folder, name, options=""):
 def test_the_first_stages_are_launched_and_a_stranger_loads_the_result(tmp_path, script):
     code, output = run([*ONE[:-1], str(ROOT / script)], tmp_path / "run", "--max_train_steps=2", OMP_NUM_THREADS="1")
     assert code == 0, output
-    assert "1 x CPU, 1 thread, bf16" in output  # the user's number
+    assert "1 x CPU, 1 thread, bf16" in output  # the number that the user has set
     assert output.splitlines()[-5].startswith("Finished, after 2 optimizer steps")
     loaded_by_a_stranger(tmp_path, "DiffusionPipeline", ", trust_remote_code=True")
 
@@ -248,7 +248,7 @@ def test_engines_that_cut_up_the_weights_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_fsdp_is_refused_where_accelerate_only_ignores_it(tmp_path):
-    """On a CPU only the launcher's command line shows it."""
+    """On a CPU, only the command line of the launcher shows that FSDP was asked for."""
     command = [*LAUNCH, "--num_processes=1", "--use_fsdp", SCRIPT]  # on a CPU, where accelerate only ignores it
     code, output = run_anew(command, tmp_path / "run")
     assert code != 0 and "error: the accelerate configuration asks for FSDP" in output, output
@@ -275,7 +275,7 @@ def test_a_signal_to_the_launcher_stops_everything_and_the_same_command_goes_on(
     process = start(command, tmp_path / "run", *flags, PYTHONUNBUFFERED="1")
     wait_for_training(tmp_path / "run")
     os.kill(process.pid, number)
-    code, output = children.ended(process)  # no orphan trains on
+    code, output = children.ended(process)  # no process is left that trains
     assert code not in (0, None)
     assert "Stopped by SIG" in output, output
     step = saved_step(tmp_path / "run")
@@ -343,14 +343,14 @@ accelerate.Accelerator.save_state = save_state
 
 @pytest.mark.slow
 def test_a_failure_in_saving_on_one_rank_stops_all_with_its_message(tmp_path):
-    """Protection: ``checkpoints.on_all_processes``, ``exits.run_script``: no rank waits for others to leave. Then
-    torchrun trains to the end."""
+    """Protection: ``checkpoints.on_all_processes``, ``exits.run_script``: no rank waits for others to exit.
+    Afterwards, torchrun resumes the run and trains to the end."""
     (tmp_path / "driver.py").write_text(children.patched(RANK_FAILS))
     began = time.monotonic()
     code, output = run([*TORCHRUN[:-1], str(tmp_path / "driver.py")], tmp_path / "run", "--unet=tiny")
     assert code not in (0, None)
     assert "checkpoint-6 cannot be saved: process 1: OSError: [Errno 28] No space left on device" in output, output
-    assert time.monotonic() - began < 60  # a rank that waits does so for two hours
+    assert time.monotonic() - began < 60  # a rank that waits would wait for two hours
     assert saved_step(tmp_path / "run") == 3
     code, output = run(TORCHRUN, tmp_path / "run")
     assert code == 0 and "3 optimizer steps done" in output, output

@@ -21,14 +21,14 @@ def test_the_notebook_runs_and_ends_with_a_seven(tmp_path, monkeypatch):
         if path.suffix == ".py" or path.name in ("utils", "notebooks"):
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.setenv("LADDER_STEPS", "1000" if write else "5")
-    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):  # as a user has it
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):  # a user has not set these
         monkeypatch.delenv(name)
     if write:
         monkeypatch.delenv("OMP_NUM_THREADS")
     notebook = nbformat.read(PATH, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(notebook.cells) <= 10
-    assert write or sum(str(cell.outputs).count("image/png") for cell in code) >= 6  # they are kept
+    assert write or sum(str(cell.outputs).count("image/png") for cell in code) >= 6  # the notebook keeps its pictures
     client(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
     assert len(shown) >= 6 and code[-1].outputs[-1].output_type == "execute_result"  # the 7

@@ -93,7 +93,7 @@ def test_an_interrupted_run_resumes_where_it_stopped(tmp_path, finished_run, mon
     assert len(calls) == 2 * 3  # two batches, the three images that were missing
     draw(finished_run, tmp_path / "straight")
     assert np.abs(images(tmp_path / "run") - images(tmp_path / "straight")).max() <= 1
-    assert draw(finished_run, tmp_path / "run", "--num_samples=7") == 0  # more of the same
+    assert draw(finished_run, tmp_path / "run", "--num_samples=7") == 0  # more images of the same run
     assert len(list((tmp_path / "run" / "images").iterdir())) == 7
 
 

@@ -87,7 +87,7 @@ def run_copy(folder, script, *flags, without=()):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Return the digest of the final weights of the whole copy."""
+    """Return the digest of the final weights of a copy with all folders."""
     folder = tmp_path_factory.mktemp("whole") / "copy"
     copy(folder)
     return run_copy(folder, "train_ddpm.py", "--unet=tiny").split("RESUMED ")[1].split()[0]

@@ -229,7 +229,7 @@ def test_integers_and_strings_become_classes(accelerator, tmp_path, labels, kind
     data = load_train_data(parse(*flags), accelerator, conditional=True)
     assert data.label_names == names
     batch = next(data.batches(range(0, 1)))
-    shown = ((batch["images"][:, 0, 0, 0] + 1) * 127.5 / 10).round().long()  # which image it is
+    shown = ((batch["images"][:, 0, 0, 0] + 1) * 127.5 / 10).round().long()  # index of each image
     assert batch["labels"].tolist() == [expected[k % 4] for k in shown]
 
 

@@ -211,7 +211,7 @@ def test_a_signal_while_drawing_stops_the_drawing(tmp_path, monkeypatch, capsys)
 
 
 def test_one_process_trains_again_and_again_as_a_notebook_does(tmp_path):
-    """Another precision works, too. No thread, open file or tensor is left of a run."""
+    """Another precision works, too. No thread, open file or tensor of a run is left."""
 
     def left():
         gc.collect()
@@ -259,8 +259,8 @@ def test_a_foreign_folder_and_changed_settings_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--checkpointing_steps=4"],  # in the middle of an epoch
-        ["--checkpointing_steps=3"],  # at the end of one
+        ["--checkpointing_steps=4"],  # a checkpoint in the middle of an epoch
+        ["--checkpointing_steps=3"],  # a checkpoint at the end of an epoch
         ["--checkpointing_steps=4", "--gradient_accumulation_steps=2", "--train_batch_size=4"],
         ["--checkpointing_steps=4", "--cache_images=never", "--dataloader_num_workers=0"],
         ["--checkpointing_steps=4", "--cache_images=never", "--dataloader_num_workers=2"],
@@ -555,7 +555,7 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line(tmp_path, monkey
     train(tmp_path / "run")
     interrupt(tmp_path / "run", "checkpoint-3")
     wider = dict(unets.UNETS["tiny"], block_out_channels=(16, 32, 64))
-    monkeypatch.setitem(unets.UNETS, "tiny", wider)  # as an edited script has it
+    monkeypatch.setitem(unets.UNETS, "tiny", wider)  # as in an edited script
     with pytest.raises(UserError, match=r"block_out_channels'\] was \[16, 32, 32\], is \[16, 32, 64\]") as refused:
         train(tmp_path / "run")
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600

@@ -58,12 +58,12 @@ def three(tmp_path):
 
 def test_a_slice_that_lacks_a_class_says_which(accelerator, three, caplog):
     data = load(accelerator, f"--train_data_dir={three}", "--dataset_split=train[:75%]")
-    assert "--dataset_split train[:75%]: no image of 1 of the 3 classes in label: c." in caplog.text
+    assert "--dataset_split train[:75%]: no image for 1 of the 3 classes in label: c." in caplog.text
     data.images.held_out("train[75%:]", "--validation_split")
-    assert "--validation_split train[75%:]: no image of 2 of the 3 classes in label: a, b." in caplog.text
+    assert "--validation_split train[75%:]: no image for 2 of the 3 classes in label: a, b." in caplog.text
     caplog.clear()
     load(accelerator, f"--train_data_dir={three}", "--dataset_split=train")
-    assert "no image of" not in caplog.text
+    assert "no image for" not in caplog.text
 
 
 def test_a_sample_is_drawn_at_random_by_the_seed_and_a_run_of_before_keeps_the_first(accelerator, three, tmp_path):
@@ -78,7 +78,7 @@ def test_a_sample_is_drawn_at_random_by_the_seed_and_a_run_of_before_keeps_the_f
     assert first.settings["sample"] == "at random, seed 0"
     assert load(accelerator, *flags, "--seed=1").images.dataset["image"][:] != first.images.dataset["image"][:]
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "training_args.json").write_text('{"arguments": {}}')  # by a version that took the first ones
+    (tmp_path / "run" / "training_args.json").write_text('{"arguments": {}}')  # from a version that took the first ones
     before = load(accelerator, *flags)
     assert classes(before) == {"a": 30} and "sample" not in before.settings
     (tmp_path / "run" / "training_args.json").write_text('{"arguments": {}, "sample": "at random, seed 0"}')
@@ -110,7 +110,7 @@ def test_loose_images_beside_splits_are_left_out_by_name(accelerator, tmp_path, 
     write(tmp_path / "data" / "test" / "cat", 4)
     write(tmp_path / "data", 1)
     data = load(accelerator, f"--train_data_dir={tmp_path}/data")
-    assert data.length == 6 and "1 images beside the splits are skipped" in caplog.text and "000.png" in caplog.text
+    assert data.length == 6 and "skipped images beside the splits (1)" in caplog.text and "000.png" in caplog.text
 
 
 def test_a_class_that_is_called_like_a_split_is_reported(accelerator, tmp_path, caplog):
@@ -118,7 +118,7 @@ def test_a_class_that_is_called_like_a_split_is_reported(accelerator, tmp_path, 
         write(tmp_path / "data" / name, 4)
     data = load(accelerator, f"--train_data_dir={tmp_path}/data", "--label_column=label")
     assert classes(data) == {"bus": 4, "car": 4, "train": 4}
-    assert "the folders train are beside bus, car, so they are treated as classes" in caplog.text
+    assert "names of splits (train) are beside bus, car, so such folders are treated as classes" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------------- floats
@@ -140,7 +140,7 @@ def test_floats_are_scaled_once_for_the_data_set(accelerator, tmp_path, channels
         means = sorted(((images + 1) * 127.5).mean(dim=(1, 2, 3)).tolist())
         assert means[0] > 90 if name == "unit" else means[0] < 2 < 90 < means[1]
         assert means[-1] < 170
-    overshot = (unit * 1.2 - 0.1).astype(np.float32)  # as after a bicubic resize
+    overshot = (unit * 1.2 - 0.1).astype(np.float32)  # like values after a bicubic resize
     if channels == 3:
         data = datasets.Dataset.from_dict({"image": list(overshot)}, features=datasets.Features({"image": kind}))
         data.to_parquet(tmp_path / "overshot.parquet")
@@ -204,7 +204,7 @@ def test_classes_without_an_image_are_left_out_of_filtered_data(accelerator, tmp
     datasets.Dataset.from_dict(data, features=features).save_to_disk(tmp_path / "filtered")
     loaded = load(accelerator, f"--dataset_name={tmp_path}/filtered", conditional=True)
     assert classes(loaded) == {"a": 4, "c": 4, "e": 4}
-    assert "3 of the 6 classes in label have no image and are left out: b, d, f" in caplog.text
+    assert "left out 3 of the 6 classes in label, because no image has them: b, d, f" in caplog.text
 
 
 def test_the_column_of_images_is_no_column_of_labels(accelerator, tmp_path):
@@ -353,7 +353,7 @@ def test_a_pipe_is_not_waited_for(accelerator, tmp_path, caplog):
     write(tmp_path / "data", 6)
     os.mkfifo(tmp_path / "data" / "pipe.png")
     assert load(accelerator, f"--train_data_dir={tmp_path}/data").length == 6
-    assert "skipped 1 that are no files" in caplog.text and "pipe.png" in caplog.text
+    assert "skipped pipes and other special files (1)" in caplog.text and "pipe.png" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "METADATA.CSV"])

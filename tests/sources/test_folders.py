@@ -27,7 +27,7 @@ from utils.training import checkpoints
 
 
 def draw(*paths, size=(16, 16), **options):
-    """Write different pictures: the first pixel of the k-th is (7 k, 40, 9)."""
+    """Write a picture to each path. All pixels of the k-th are (7 k, 40, 9)."""
     for k, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, (7 * k, 40, 9)).save(path, **options)
@@ -68,7 +68,7 @@ def test_splits_are_folders_of_their_names_and_nothing_else(accelerator, tmp_pat
         assert len(dataset) == (2 if "50" in name else 4)
         assert dataset.features["label"].names == ["cat", "dog"] and set(dataset["label"][:]) == {1}
     assert len(load(accelerator, tmp_path, "train+val")) == 10
-    with pytest.raises(UserError, match=r"--dataset_split test: .* has the splits train, validation. Expected that"):
+    with pytest.raises(UserError, match=r"--dataset_split test: .* has the splits train, validation. Expected a split"):
         load(accelerator, tmp_path, "test")
 
 
@@ -114,7 +114,7 @@ def test_names_are_no_patterns_and_litter_is_left_out(accelerator, tmp_path, cap
     (folder / "photo.HEIC").write_text("")
     dataset = load(accelerator, folder)
     assert names_of(dataset, folder) == sorted([*names, "test/x.png"])
-    assert "skipped 2 files that Pillow does not read: .txt (1), .heic (1)" in caplog.text
+    assert "skipped files that Pillow does not read (2): .txt (1), .heic (1)" in caplog.text
     assert "pip install pillow-heif" in caplog.text
     stream = load(accelerator, folder, streaming=True)
     assert [row["image"]["path"] for row in stream] == [record["path"] for record in dataset["image"]]
@@ -145,7 +145,7 @@ def test_metadata_give_labels_and_take_no_picture_away(accelerator, tmp_path, ca
 
     write([*rows, {"file_name": "gone.png", "text": "", "digit": 3}])
     assert len(load(accelerator, tmp_path)) == 12
-    assert f"metadata.{kind}: 1 of its 6 rows name no image that is there: gone.png" in caplog.text
+    assert f"metadata.{kind}: no image exists for 1 of its 6 rows: gone.png" in caplog.text
     labelled = load(accelerator, tmp_path, label_column="digit")
     assert labelled.features["label"].names == ["3", "6", "7", "8", "9", "10"][1:]
     assert (
@@ -276,7 +276,7 @@ def test_an_unwritable_cache_is_named(accelerator, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", "/somewhere")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"Permission denied.*set HF_HOME to another folder"):
+    with pytest.raises(UserError, match=r"Permission denied.*Set HF_HOME to another folder"):
         train(accelerator, "--dataset_name", tmp_path / "x.parquet")
 
 
@@ -284,7 +284,7 @@ def test_an_unwritable_cache_is_named(accelerator, tmp_path, monkeypatch):
 
 
 def deep(tmp_path, values, count=12, kind=np.uint16, suffix="png"):
-    """Write images of a gradient over ``values``, with one picture that reaches both ends."""
+    """Write images of a gradient that runs from the first to the last of ``values``."""
     for k in range(count):
         ramp = np.linspace(*values, 64).reshape(8, 8).astype(kind)
         Image.fromarray(ramp).save(tmp_path / f"{k:02}.{suffix}")
@@ -349,7 +349,7 @@ def test_colours_of_16_bits_that_pillow_shortens_are_reported(accelerator, tmp_p
     deep = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     (tmp_path / "deep.png").write_bytes(deep)
     train(accelerator, "--train_data_dir", tmp_path)
-    assert "deep.png" in caplog.text and "Pillow keeps the upper 8" in caplog.text
+    assert "deep.png" in caplog.text and "Pillow keeps only the upper 8" in caplog.text
 
 
 def test_a_long_image_is_cut_before_it_is_enlarged():
@@ -385,7 +385,7 @@ def test_crops_of_any_shape_reach_every_place():
     assert lefts == set(range(5))
 
 
-# The same data, spelt otherwise
+# The same data under other paths and names
 
 
 def test_a_fingerprint_is_of_the_images_and_not_of_their_place(accelerator, tmp_path):
@@ -465,11 +465,11 @@ def test_evaluation_reads_a_folder_as_training_does(accelerator, tmp_path):
     flags += ["--held_out_split=train[50%:]", "--features=pixels", f"--output_dir={tmp_path / 'e'}", "--num_samples=20"]
     evaluate.main(evaluate.parse_args(flags))
     floor, copies, _ = json.loads((tmp_path / "e" / "results.json").read_text())["results"]
-    assert copies["fd_pixels"] < 0.7 * floor["fd_pixels"]  # 20 of the 40, of both halves
+    assert copies["fd_pixels"] < 0.7 * floor["fd_pixels"]  # the copies are 20 of the 40 images, from both halves
     assert 0.3 <= copies["copies"] <= 0.7
 
 
-# Found by trying more of the same
+# Further cases
 
 
 def test_an_archive_beside_the_images_hides_none_of_them(accelerator, tmp_path, caplog):
@@ -492,7 +492,7 @@ def test_links_in_a_circle_and_twice_are_reported(accelerator, tmp_path, caplog)
     os.symlink("self", tmp_path / "self")
     os.symlink(tmp_path / "a", tmp_path / "b")
     assert len(load(accelerator, tmp_path)) == 13
-    assert f"{tmp_path / 'b'} is skipped, because it links to a folder that is already read" in caplog.text
+    assert f"{tmp_path / 'b'} is skipped, because it links to a folder that was already read" in caplog.text
 
 
 def test_masks_and_wide_numbers_in_a_table(accelerator, tmp_path):
@@ -542,7 +542,7 @@ def test_a_table_of_paths_has_a_fingerprint_of_the_files(accelerator, tmp_path):
 
     before = fingerprint("a")
     assert before == fingerprint("b")
-    Image.effect_noise((16, 16), 99).save(tmp_path / "b" / "198.png")  # it is not among the probed images
+    Image.effect_noise((16, 16), 99).save(tmp_path / "b" / "198.png")  # this image is not among the probed images
     assert before != fingerprint("b")
 
 

@@ -1,4 +1,4 @@
-"""The fault matrix: faults of a run, after which nothing may be lost. Tests name the code that protects it."""
+"""The fault matrix: faults of a run, after which nothing may be lost. Tests name the code that protects the run."""
 
 import contextlib
 import json
@@ -64,7 +64,7 @@ def folders(folder, pattern):
 
 
 def wait_until(folder, pattern, child, before, seconds=60):
-    """Wait until there is a new folder in the folder."""
+    """Wait until there is a new folder inside the folder."""
     deadline = time.monotonic() + seconds
     while not folders(folder, pattern) - before:
         assert child.is_alive() and time.monotonic() < deadline, child.log.read_text()[-2000:]
@@ -89,7 +89,7 @@ def flags_of(name, finished_run):
 )
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, kills, steps):
     """Protection: ``os.rename(staging, final)`` after the manifest in ``checkpoints.save_checkpoint``, randomness by
-    sample number, ``purge_step`` in ``run.start``."""
+    sample number, ``purge_step`` in ``trackers``."""
     flags = ["--checkpointing_steps=1", f"--max_train_steps={steps}", "--sample_steps=7", *flags_of(name, finished_run)]
     code, said = finish(start(name, tmp_path / "straight", *flags))
     assert code == 0, said
@@ -107,7 +107,7 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, ki
         saving += bool(folders(folder, ".tmp-checkpoint-*") - leftovers)
         for path in folder.glob("checkpoint-*"):
             verify_checkpoint(path)
-    assert saving >= kills // 4  # otherwise this tests something else
+    assert saving >= kills // 4  # otherwise the kills were not during a save
     code, said = finish(start(name, folder, *flags))
     assert code == 0 and said.count("Resuming from") >= kills // 2, said
     assert not list(folder.glob(".tmp*"))
@@ -127,7 +127,7 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, ki
 def test_a_write_that_fails_halfway_leaves_the_older_checkpoint(tmp_path):
     """Protection: ``on_all_processes``, and the staging folder of ``save_checkpoint``. The system refuses to let
     a file grow over a limit, like a quota or a full disk."""
-    adamw = "--optimizer=adamw"  # its state is twice as large as the weights
+    adamw = "--optimizer=adamw"  # the state of AdamW is twice as large as the weights
     assert finish(start("ddpm", tmp_path / "straight", adamw))[0] == 0
     assert finish(start("ddpm", tmp_path / "run", adamw, "--max_train_steps=3"))[0] == 0
     code, said = finish(start("ddpm", tmp_path / "run", adamw, file_limit=1_500_000))
@@ -179,7 +179,7 @@ mount -t tmpfs none "$1" && mkdir "$1/run" && mount -o remount,ro none "$1" && s
 @pytest.mark.slow
 @pytest.mark.skipif(not TMPFS, reason="needs a kernel that lets this user mount a tmpfs")
 def test_a_folder_that_cannot_be_written_to_is_said_before_training(tmp_path):
-    """Protection: ``os.access`` in ``output_dir._inspect_output_dir``."""
+    """Protection: ``os.access`` in ``output_dir._inspect``."""
     folder = tmp_path / "disk" / "run"
     (tmp_path / "disk").mkdir()
     command = [sys.executable, ROOT / "train_basic.py", *TINY, f"--output_dir={folder}"]
@@ -388,7 +388,7 @@ def test_a_run_resumes_with_another_geometry_of_the_same_batch(tmp_path, finishe
 
 
 def test_hundreds_of_mutated_files_in_the_loader(tmp_path, accelerator):
-    """Protection: ``except Exception`` in ``images.decode_image``. Files are skipped by name, equally with and
+    """Protection: ``except Exception`` in ``decoding.decode_image``. Files are skipped by name, equally with and
     without workers, or refused by name. There is no crash and no hang."""
     from utils.data.train_data import load_train_data
 
@@ -419,7 +419,7 @@ def test_hundreds_of_mutated_files_in_the_loader(tmp_path, accelerator):
 
 @pytest.mark.parametrize("side", [9_500, 13_400])  # 90 and 180 megapixels: where Pillow warns, and where it raises
 def test_a_decompression_bomb_is_refused_by_name(tmp_path, accelerator, side):
-    """Protection: ``MAX_IMAGE_PIXELS`` in ``images.decode_image``."""
+    """Protection: ``MAX_IMAGE_PIXELS`` in ``decoding.decode_image``."""
     from utils.data.train_data import load_train_data
 
     Image.new("1", (side, side)).save(tmp_path / "bomb.png")
@@ -558,7 +558,7 @@ def no_memory_on_a_cpu():
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), no_memory_on_a_cpu(), MemoryError()])
 def test_out_of_memory_says_which_flags_with_which_values(capsys, error):
-    """Protection: ``_less_memory`` in ``exits``; the two flags keep images per step, and so the learning rate."""
+    """Protection: ``advice.memory``. The two flags keep the number of images per step, and so the learning rate."""
     flags = ["--train_batch_size=48", "--gradient_accumulation_steps=3", "--sample_batch_size=10"]
     code, said = raised(error, *flags, capsys=capsys)
     assert code == 1

@@ -150,7 +150,7 @@ def test_a_real_kill_and_a_polite_one_lose_nothing_that_is_due(tmp_path, place, 
 
 @pytest.mark.parametrize("flags", [[], slow(["--gradient_accumulation_steps=2", "--train_batch_size=4"])])
 def test_the_point_after_a_stop_is_that_of_a_run_without_one(tmp_path, monkeypatch, flags):
-    """A point of the curves is a mean over the steps since the last point, also those before the stop."""
+    """A point of the curves is a mean over all steps since the last point, including those before the stop."""
     flags = [*flags, "--report_to=tensorboard", "--logging_steps=4", "--max_train_steps=8", "--label_column=label"]
     assert train(tmp_path / "straight", *flags) == 0
     original = StopSignal.check
@@ -376,7 +376,7 @@ def test_compiling_may_take_longer(monkeypatch):
 
 
 def test_every_so_many_steps_of_ones_own_come_before_the_checkpoint(tmp_path):
-    """A run that is killed in between then repeats them."""
+    """Therefore a run that is killed in between repeats these actions."""
     line = "            if run.every(3):\n                made.append(sorted(run.output_dir.glob('checkpoint-*')))\n"
     names = edited((UPDATE, UPDATE + line))
     names["made"] = made = []

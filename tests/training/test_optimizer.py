@@ -41,12 +41,12 @@ def test_a_step_is_orthogonal(shape, rank):
     matrix = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
     result = orthogonal(matrix)
     assert torch.allclose(result.double(), newton_schulz(matrix), atol=1e-4)
-    assert torch.allclose(orthogonal(matrix.T), result.T, atol=1e-4)  # the smaller product is taken
+    assert torch.allclose(orthogonal(matrix.T), result.T, atol=1e-4)  # the smaller product is computed
     values = torch.linalg.svdvals(result)[:rank]
     assert (
         values.quantile(0.1) > 0.3 and values.max() < 1.25 and values.median() > 0.65
     )  # a random square is near singular
-    assert torch.allclose(orthogonal(1e-6 * matrix), result, atol=1e-2)  # for any size of the gradient
+    assert torch.allclose(orthogonal(1e-6 * matrix), result, atol=1e-2)  # the size of the gradient does not matter
     assert orthogonal(torch.zeros(shape)).abs().max() == 0
 
 

@@ -10,12 +10,12 @@ def add_arguments(parser: Parser) -> None:
     if optional.find("sources"):
         group = parser.group("validation")
         group.add_argument("--validation_split", help="held-out split for a loss curve, for example train[90%%:]")
-        group.add_argument("--prior_dataset_name", metavar="NAME[:SPLIT]", help="data set of the kind that the pretrained model was trained on. Its loss curve shows forgetting")
+        group.add_argument("--prior_dataset_name", metavar="NAME[:SPLIT]", help="data set like that of the pretrained model. Its loss curve shows how much the model forgets")
         group.add_argument("--validation_steps", type=integer(1), help="optimizer steps between validations (default: --sample_steps)")
 
     group = parser.group("evaluation while training")
-    group.add_argument("--evaluate_steps", type=integer(1), help="optimizer steps between evaluations. Each adds fd and kid against training images to the curves. The pipeline with the lowest fd is kept in OUTPUT_DIR/best")
-    group.add_argument("--num_evaluation_samples", type=integer(10), default=1000, help="number of samples, compared with as many training images. More samples are more precise and slower")
+    group.add_argument("--evaluate_steps", type=integer(1), help="optimizer steps between evaluations. Each evaluation adds two curves, fd and kid against training images. The pipeline with the lowest fd is kept in OUTPUT_DIR/best")
+    group.add_argument("--num_evaluation_samples", type=integer(10), default=1000, help="number of samples, which are compared with as many training images. More samples take longer, and the result is more precise")
     add_features_arguments(group)
 
 

@@ -75,7 +75,7 @@ def check_classes(config, real: Reference) -> list[str]:
 def asked_classes(
     names: list[str], real: Reference, extract: Extractor, preparation, count: int
 ) -> AskedClasses | None:
-    """Return the classes to request, as often as the reference has them; None for an unconditional model.
+    """Return the requested class of each sample, with the frequencies of the reference; None if unconditional.
 
     If the reference has no labels, all classes are requested equally often.
     """
@@ -85,16 +85,17 @@ def asked_classes(
         return AskedClasses(np.arange(count) % len(names), names, np.zeros((0, 1)), np.zeros(0, int))
     features, labels, real_names = real.labelled(extract, preparation, len(real.images(real.args.reference_split)))
     labels = translate_labels(labels, real_names, names)
-    features, labels = features[labels >= 0], labels[labels >= 0]  # an image without a class requests nothing
+    features, labels = features[labels >= 0], labels[labels >= 0]  # images without a class are left out
     if len(labels) < count:
         logger.warning(
-            f"the reference has {len(labels)} images with a class, fewer than samples. Their classes are repeated"
+            f"the reference has {len(labels)} images with a class, which are fewer than the samples. So their classes "
+            "are repeated"
         )
     return AskedClasses(labels[np.arange(count) % len(labels)], names, features, labels)
 
 
 def digit_statistics(probabilities: np.ndarray) -> dict[str, float]:
-    """Return the confidence of the digit classifier, and the distance of its class frequencies from equal ones.
+    """Return the confidence of the digit classifier, and the distance of its class frequencies from equal frequencies.
 
     Args:
         probabilities: probability of each digit for each image, (N, 10), see ``digit_probabilities``.

@@ -49,9 +49,8 @@ def _inside(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray
     from sklearn.neighbors import NearestNeighbors
 
     with config_context(working_memory=128):  # MiB; the default is a gigabyte
-        radii = (
-            NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]
-        )  # a centre is its own nearest
+        # The search takes k + 1 neighbours, because a centre is its own nearest neighbour
+        radii = NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]
     balls, counts, size = [], np.zeros(len(centres), int), max(1, BLOCK // len(centres))
     norms = (centres**2).sum(1)
     for block in np.split(points, range(size, len(points), size)):
@@ -63,9 +62,9 @@ def _inside(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray
 
 
 def compare(generated: np.ndarray, real: np.ndarray, name: str, seed: int) -> dict[str, float]:
-    """Return all of these metrics, named after the features.
+    """Return all metrics of two sets of images, named after the features.
 
-    For pixels, return only distances, because noise lies inside the large balls around images in pixel space.
+    For pixels, return only distances, because noise lies inside the large balls around images in the space of pixels.
     """
     kid, kid_error = kernel_distance(generated, real, seed=seed)
     distance, measure = distance_name(name), frechet_distance_to(real)

@@ -19,7 +19,7 @@ class Copies:
     """Measure the share of images that are suspiciously near to a training image.
 
     An image's ratio is its distance to the nearest part of a training image, divided by its distance to the nearest
-    part of a held-out image. Parts are all crops that training may show, mirrored if training mirrored them. An image
+    part of a held-out image. Parts are all crops that training may show, also mirrored if training mirrors. An image
     counts as a copy if its ratio is below the first percentile of the held-out images' own ratios. Real images
     therefore have a rate of about 0.01. Held-out images that are also training images are left out.
 
@@ -64,7 +64,7 @@ class Copies:
         ends = np.cumsum(kept[:, 2] - kept[:, 1])
         own = np.stack([ends - (kept[:, 2] - kept[:, 1]), ends], axis=1)
         self.unseen, self.unseen_rows = vectors[rows], dict(zip(kept[:, 0].tolist(), own, strict=True))
-        # Each image contributes one part; the position of its crop varies from image to image
+        # Each image contributes one part. The position of the crop varies from image to image
         places = own[:, 0] + np.arange(len(own)) % (own[:, 1] - own[:, 0])
         points = self.unseen[places]
         ratios = nearest_distances(points, self.trained)[0] / self._to_unseen(points, own)
@@ -100,7 +100,7 @@ class Copies:
         self.closest = sorted([*self.closest, *found], key=lambda entry: entry[0])[:SHOWN]
 
     def result(self) -> tuple[float | None, tuple[np.ndarray, np.ndarray]]:
-        """Return the rate of copies, and the images with the lowest ratios with their nearest training images.
+        """Return the rate of copies, and the images with the lowest ratios beside their nearest training images.
 
         The rate is None if nothing is held out.
         """

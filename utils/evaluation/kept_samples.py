@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from .. import sync
 
-BLOCK = 250  # images in a file, rounded up to whole batches
+BLOCK = 250  # number of images in a file, rounded up to whole batches
 
 
 class KeptSamples:
@@ -25,7 +25,7 @@ class KeptSamples:
         accelerator: ``Accelerator`` of this process.
         count: number of samples.
         batch_size: number of images that each process draws at once.
-        facts: everything that a sample depends on besides its number. Samples of other facts are left alone.
+        facts: everything that a sample depends on besides its number. Samples with other facts are not touched.
         draw: function called on all processes with the first number and the number of samples; it returns uint8
             (N, C, H, W) on the main process.
         announce: function called with the number of missing samples before the first is drawn.
@@ -88,5 +88,5 @@ def digest_of(facts) -> str:
 
 
 def settings_of(configured) -> list:
-    """Return class and settings of a model or scheduler of diffusers, without private settings."""
+    """Return the class and settings of a model or scheduler of diffusers, without private settings."""
     return [type(configured).__name__, {key: v for key, v in configured.config.items() if not key.startswith("_")}]

@@ -12,7 +12,7 @@ import numpy as np
 from .. import UserError
 
 BLOCK = 5000  # points converted to float64 at once
-MIN_IMAGES = 6  # images: density and coverage need a fifth neighbour
+MIN_IMAGES = 6  # density and coverage need a fifth neighbour
 
 
 def check_count(count: int, source: str) -> None:
@@ -33,7 +33,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Return the Fréchet distance between normal distributions with the sets' means and covariances.
 
     |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017, arXiv:1706.08500, Eq. 6. It is biased upwards for
-    small sets, so compare only results with the same N, and report a floor.
+    small sets, so compare only results with the same N, and report that of real images as a floor.
     """
     return frechet_distance_to(second)(first)
 
@@ -56,7 +56,7 @@ def frechet_distance_to(second: np.ndarray) -> Callable[[np.ndarray], float]:
             pair = _deviations(first), deviations()
             cross = np.linalg.svd(pair[0] @ pair[1].T, compute_uv=False).sum()
             traces = sum((part**2).sum() for part in pair)
-        else:  # it is also the trace of (C2^(1/2) C1 C2^(1/2))^(1/2), a symmetric matrix
+        else:  # the trace is also that of (C2^(1/2) C1 C2^(1/2))^(1/2), a symmetric matrix
             covariance, root = covariance_and_root()
             other = _covariance(first)
             cross = np.sqrt(np.linalg.eigvalsh(root @ other @ root).clip(0)).sum()
@@ -68,7 +68,7 @@ def frechet_distance_to(second: np.ndarray) -> Callable[[np.ndarray], float]:
 
 
 def _deviations(points: np.ndarray) -> np.ndarray:
-    """Return A with the covariance A'A."""
+    """Return the matrix A for which A'A is the covariance."""
     points = points.astype(np.float64)
     return (points - points.mean(0)) / np.sqrt(len(points) - 1)
 
@@ -105,7 +105,7 @@ def _squared_mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
 def kernel_distance(
     first: np.ndarray, second: np.ndarray, block: int = 2000, repeats: int = 50, seed: int = 0
 ) -> tuple[float, float]:
-    """Return KID: ``squared_mmd`` (arXiv:1801.01401, Sec. 4), for large sets its mean over disjoint blocks.
+    """Return KID: ``squared_mmd`` (arXiv:1801.01401, Sec. 4), or for large sets its mean over disjoint blocks.
 
     Args:
         block: number of points at once.

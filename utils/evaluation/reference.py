@@ -23,7 +23,7 @@ BLOCK = 250  # images
 
 @dataclass(frozen=True)
 class Preparation:
-    """Settings that prepare real images like the images that a model was trained on.
+    """Settings to prepare real images like the images that a model was trained on.
 
     Attributes:
         shape: (C, H, W) of the prepared images.
@@ -39,11 +39,11 @@ class Preparation:
 
 
 class Reference:
-    """Both splits of the reference, prepared like the images that a model was trained on.
+    """The reference split and the held-out split, prepared like the images that a model was trained on.
 
-    Without ``held_out_split``, the split ``test`` is held out. If there is none, half of the reference is held out, but
-    no more images than samples. The choice of these images is fixed. Samples are then compared with the rest. A
-    reference of fewer than 100 images has nothing held out.
+    Without ``held_out_split``, the split ``test`` is held out. If there is no such split, half of the reference split
+    is held out, but no more images than samples. These images are the same in every run. Samples are then compared
+    with the rest. If the reference split has fewer than 100 images, nothing is held out.
 
     Args:
         args: flags ``reference``, ``reference_split``, ``held_out_split``, ``image_column``, ``label_column``,
@@ -55,7 +55,7 @@ class Reference:
         held_out_split: name of the held-out split, or None.
 
     Raises:
-        UserError: a split does not exist, has too few images, or shares images with the other split; or an image cannot
+        UserError: a split does not exist, has too few images, or shares images with the other split, or an image cannot
             be read.
     """
 
@@ -93,11 +93,11 @@ class Reference:
     def _hold_out(self, split: str) -> str | None:
         """Hold out half of a split, or as many images as samples. Return its name; None if there are too few images."""
         length = len(self._sources[split])
-        start = f"{self.args.reference} has no separate split test"
+        start = f"{self.args.reference} has no separate split named test"
         if length < 100:
             logger.warning(
                 f"{start}, and {length} images are too few to hold some out. There is no floor and no measure of "
-                "copying. Name images for them with --held_out_split"
+                "copying. For both, name held-out images with --held_out_split"
             )
             return None
         order, count = (
@@ -118,7 +118,7 @@ class Reference:
         return ImageSource(self.args.reference, split, image_column=self.args.image_column, flags=flags, **options)
 
     def preparation(self, shape: tuple[int, int, int], record: dict) -> Preparation:
-        """Return the preparation of a run's images, by flags or otherwise by the run's record ({} if it has none)."""
+        """Return the preparation of a run's images: from the flags, otherwise from its record ({} if it has none)."""
         flags, args = record.get("arguments", {}), self.args
         center_crop = flags.get("center_crop", False) if args.center_crop is None else args.center_crop
         random_flip = flags.get("random_flip") if args.random_flip is None else args.random_flip
@@ -136,7 +136,7 @@ class Reference:
         Args:
             split: name of the split.
             preparation: preparation of the images.
-            mirrored: True to mirror images also if it is unknown whether training did.
+            mirrored: True to mirror images even if it is unknown whether training mirrored them.
         """
         flip = bool(preparation.random_flip) or (mirrored and preparation.random_flip is None)
         return PreparedImages(
@@ -189,7 +189,7 @@ class Reference:
         return found[0][:count], found[1][:count]
 
     def copies(self, preparation: Preparation) -> Copies:
-        """Return the detector of copies of training images, with distances that are measured once."""
+        """Return the detector of copies of training images. Its distances are measured once."""
         if preparation not in self._copies:
             self._copies = {preparation: Copies(self, preparation)}  # only one is kept, because it is large
         return self._copies[preparation]

@@ -10,13 +10,13 @@ from .sweep import plot_guidance, plot_sweep
 
 NOTE = """
 N is the number of samples, and of the real images that they are compared with. Compare only rows with the same N, and
-only within this table. ema tells whether the weights are averages, if that is known. The floor is the result of real,
+only within this table. ema states whether the weights are averages, if that is known. The floor is the result of real,
 held-out images. Lower is better for fd, kid and class_distance. Higher is better for precision, recall, density,
 coverage and class_accuracy. class_distance is the distance of the digits' frequencies from equal ones. class_accuracy
 is the share of samples that are recognised as the requested digit. confidence is the mean certainty of the digit
 classifier, which can also be high for noise. copies is the share of images that are nearer to a training image than
 99 % of the held-out images are. Errors are bootstrap estimates over the generated images. Pixels have no precision,
-recall, density and coverage, because noise would score best.
+recall, density or coverage, because noise would score best.
 """
 SHORT = """
 Lower is better, except for coverage and class_accuracy. The floor is the result of real images instead of samples.
@@ -70,7 +70,7 @@ def write_report(
 
     Args:
         folder: folder to write to.
-        rows: results, each with its name as ``model``; the first one is the floor, if there is one.
+        rows: results, each with its name as ``model``; the floor is the first, if there is one.
         losses: denoising losses for a second table; may be empty.
         grids: samples to show by name, uint8 (N, C, H, W).
         pairs: pairs of such arrays by name: the samples most similar to training images, and those training images.
@@ -105,7 +105,7 @@ def write_report(
 
 
 def _strip(groups: dict):
-    """Return a grid with a row of eight images for each name, in colour if any is, enlarged to the largest size."""
+    """Return a grid with a row of eight images for each name, in colour if one is, enlarged to the largest size."""
     height, width = (max(images.shape[axis] for images in groups.values()) for axis in (2, 3))
     rows = []
     for images in groups.values():

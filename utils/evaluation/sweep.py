@@ -13,7 +13,7 @@ from ..training.output_dir import ARGUMENTS, read_arguments
 
 
 def best_setting(tried: list[tuple]) -> tuple:
-    """Return the sampler and the number of steps with the lowest Fréchet distance; within its error, the fewest steps.
+    """Return the sampler and the number of steps with the lowest distance, or with fewer steps within its error.
 
     Args:
         tried: pairs of a sampler, or its name, and a list with its one row.
@@ -83,14 +83,14 @@ def check_writable(name: str) -> None:
     """Refuse a pipeline if its scheduler cannot be replaced.
 
     Raises:
-        UserError: there is no such folder, it is not a DDPMPipeline, or it is a checkpoint, which must keep the hashes
-            of its files.
+        UserError: there is no such folder, it is not a DDPMPipeline, or it is a checkpoint, which must not change,
+            because its manifest has hashes.
     """
     index = Path(name) / "model_index.json"
     if not index.is_file():
         raise UserError(f"--write_best: {name} is not a folder with a pipeline. Expected the output of train_ddpm.py")
     if (Path(name) / "manifest.json").exists():
-        raise UserError(f"--write_best: {name} is a checkpoint, which must not change. Give the run's folder")
+        raise UserError(f"--write_best: {name} is a checkpoint, which must not change. Give the run's output folder")
     pipeline_class = read_record(index).get("_class_name")
     if pipeline_class != "DDPMPipeline":
         raise UserError(

@@ -64,7 +64,7 @@ class Validation:
             self.losses[name] = DenoisingLoss(images, run.noise_scheduler, run.args.seed, inputs)
 
     def measure(self) -> None:
-        """Measure, and write to the trackers. Call it on all processes."""
+        """Measure the losses, and send them to the trackers. Call it on all processes."""
         curves = {}
         for name, denoising_loss in self.losses.items():
             for part, value in denoising_loss.measure(
@@ -81,9 +81,9 @@ class SampleQuality:
     Both are biased or noisy for small N, so the names of the curves contain N: ``metrics/fd_digits_N1000``.
 
     Args:
-        run: training run. A best model of a later step is ignored, because the run does not resume from it.
+        run: training run. A best model of a later step is ignored, because the run resumes from an earlier step.
         features: features, or None to choose them, see ``features.choose_features``.
-        count: number of samples; the number of training images is the maximum.
+        count: number of samples, and at most the number of training images.
         every: optimizer steps between evaluations, for a message.
 
     Attributes:
@@ -133,8 +133,8 @@ class SampleQuality:
             if not self.announced:
                 self.announced = True
                 logger.info(
-                    f"Drawing and comparing {self.count} samples took {time.perf_counter() - start:.0f} s, every "
-                    f"{self.every} steps. Change this with --evaluate_steps and --num_evaluation_samples"
+                    f"Drawing and comparing {self.count} samples took {time.perf_counter() - start:.0f} s. This is "
+                    f"repeated every {self.every} steps. Change it with --evaluate_steps and --num_evaluation_samples"
                 )
         on_all_processes(
             run.accelerator, f"{self.folder} cannot be saved", lambda: self._keep(values), "The earlier one is intact"
@@ -157,4 +157,4 @@ class SampleQuality:
         os.rename(staging, self.folder)
         shutil.rmtree(self.previous, ignore_errors=True)
         self.best = values[self._distance]
-        logger.info(f"{self._distance} {self.best:.3g} is the lowest so far: kept in {self.folder}")
+        logger.info(f"{self._distance} {self.best:.3g} is the lowest so far. This model is kept in {self.folder}")

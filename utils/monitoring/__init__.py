@@ -5,8 +5,8 @@ from ..args import Parser
 
 # fmt: off
 def add_arguments(parser: Parser) -> None:
-    """Add the flag of the trackers."""
-    parser.group("run").add_argument("--report_to", metavar="TRACKER", default="tensorboard", help="names of trackers with commas between them: tensorboard, wandb, trackio, others of accelerate, or all, or none")
+    """Add the flag that names the trackers."""
+    parser.group("run").add_argument("--report_to", metavar="TRACKER", default="tensorboard", help="names of trackers, separated by commas: tensorboard, wandb, trackio, or another that accelerate supports. Also all, or none")
 # fmt: on
 
 

@@ -1,4 +1,4 @@
-"""The curves of a run: loss by noise level and by class, gradient norm, learning rate, speed, memory, stragglers.
+"""The curves of a run: loss by noise level and by class, gradient norm, learning rate, speed, memory, slow processes.
 
 Trackers group curves by the part of the name before the slash, and sort the groups by name. The names are chosen so
 that the most important groups come first: ``loss``, ``loss_by_timestep``, ``loss_per_label``, ``metrics``,
@@ -45,7 +45,7 @@ class MetricLogger:
         self.num_train_timesteps = run.num_train_timesteps
         self.label_names = run.train_data.label_names
         bins = NOISE_LEVELS + len(self.label_names) + 1  # the last bin is for samples without a label
-        self.sums = torch.zeros(2, bins, device=run.accelerator.device)  # sums of losses, and their numbers
+        self.sums = torch.zeros(2, bins, device=run.accelerator.device)  # sums of losses, and numbers of losses
         restored = self.restored if run.accelerator.is_main_process else None  # the others start at zero
         if restored and len(restored[0]) == bins:
             self.sums += torch.tensor(restored, device=self.sums.device)
@@ -75,7 +75,7 @@ class MetricLogger:
             self.sums[1].index_add_(0, index, finite.float())
 
     def _forward_ended(self, *_) -> None:
-        """Note the time when this process begins to wait for the others, which is in the backward pass."""
+        """Note the time when the forward pass ends. In the backward pass, this process waits for the others."""
         self.forward_ended = time.perf_counter()
 
     def logged(self, run, losses: torch.Tensor, grad_norms: torch.Tensor) -> None:
@@ -91,7 +91,7 @@ class MetricLogger:
             self.skipped += overflows
             logger.warning(
                 f"step {run.global_step}: fp16 overflowed in {overflows} of the last {len(grad_norms)} steps, which "
-                f"were skipped ({self.skipped} so far). A few are normal. If it continues, try --mixed_precision bf16"
+                f"were skipped ({self.skipped} so far). A few are normal. If this continues, try --mixed_precision bf16"
             )
         steps, losses, grad_norms = len(losses), losses[~skipped], grad_norms[~skipped]
         if len(grad_norms):
@@ -123,15 +123,15 @@ class MetricLogger:
             self.load_measured_at = now, waiting_seconds()
             return
         since, before = self.load_measured_at
-        if before is None or now - since < LOAD_SECONDS:  # it is unknown, or was checked before
+        if before is None or now - since < LOAD_SECONDS:  # the load is unknown, or the interval too short
             return
         threads, waited, self.load_measured_at = torch.get_num_threads(), waiting_seconds(), (now, None)
         share = 0 if waited is None else (waited - before) / ((now - since) * threads)
         if threads > 1 and share > LOAD_SHARE:
             logger.warning(
-                f"{threads} threads run on {counted(usable_cores(), 'core')}, and other programs use them, too: the "
-                f"threads waited for a core {share:.0%} of the time. Several trainings on the same cores slow each "
-                "other down many times. Give each of them fewer threads: OMP_NUM_THREADS=1"
+                f"{threads} threads run on {counted(usable_cores(), 'core')}, which other programs also use. The "
+                f"threads waited for a core {share:.0%} of the time. Several runs on the same cores make each "
+                "other many times slower. Give each run fewer threads, for example OMP_NUM_THREADS=1"
             )
 
     def pictured(self, run, name: str, picture, caption: str) -> None:
@@ -148,7 +148,7 @@ class MetricLogger:
         self.began = time.perf_counter()
 
     def finished(self, run) -> None:
-        """Draw the curves that TensorBoard has; an error in it does not fail a complete run."""
+        """Draw the curves that TensorBoard has. An error in drawing does not make a complete run fail."""
         self.closed(run)
         if run.accelerator.is_main_process:
             try:
@@ -159,7 +159,7 @@ class MetricLogger:
     def closed(self, run) -> None:
         """Close the trackers.
 
-        Unlike ``accelerator.end_training``, leave the process group alone, because gloo may hang while destroying it.
+        Unlike ``accelerator.end_training``, leave the process group alone, because destroying it may hang with gloo.
         """
         trackers, run.accelerator.trackers = run.accelerator.trackers, []
         for tracker in trackers:

@@ -14,9 +14,8 @@ def draw_curves(folder: Path, logs: Path) -> None:
     from matplotlib.figure import Figure
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging.getLogger("tensorboard").setLevel(
-        logging.ERROR
-    )  # it warns about points that a resumed run has written twice
+    # Otherwise TensorBoard warns about points that a resumed run has written twice
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
 
     curves = {}
     for run in runs:

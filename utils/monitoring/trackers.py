@@ -1,4 +1,4 @@
-"""Trackers of a run: start them, send them pictures, and keep a resumed run in one place."""
+"""Trackers of a run: start them, send them pictures, and show a resumed run as one run."""
 
 import logging
 import uuid
@@ -25,8 +25,8 @@ LAYOUT = {
         "fixed noise, by noise level": ["Multiline", ["^loss_by_timestep_validation/"]],
     }
 }
-ALWAYS = ("train_batch_size", "seed")  # flags that TensorBoard's hyperparameters show also with their defaults
-FACTS = ("parameters", "learning_rate")  # facts of the run that they show, too
+ALWAYS = ("train_batch_size", "seed")  # flags in TensorBoard's table of hyperparameters even at their defaults
+FACTS = ("parameters", "learning_rate")  # facts of the run in that table
 
 
 def check_trackers(report_to: str) -> list[str]:
@@ -48,8 +48,9 @@ def check_trackers(report_to: str) -> list[str]:
 def start_trackers(run, names: list[str], logs: Path) -> None:
     """Open the trackers on the main process.
 
-    The trackers name the run after its output folder. TensorBoard keeps one run over all resumes, and hides points of
-    later steps. Its table of hyperparameters shows the flags that differ from their defaults, and a few others.
+    The trackers name the run after its output folder. In TensorBoard, a resumed run stays one run, and points after the
+    step that it resumes from are hidden. The table of hyperparameters shows the flags that differ from their defaults,
+    and a few others.
 
     Args:
         run: training run.
@@ -74,8 +75,8 @@ def start_trackers(run, names: list[str], logs: Path) -> None:
         accelerator.init_trackers(run.name, init_kwargs=_options(folder, logs, names, run.global_step))
         for tracker in accelerator.trackers:
             if tracker is tensorboard:
-                # The summary goes into the run itself: accelerate would add a run for each start, and torch's record
-                # of the experiment would hide other runs' flags
+                # The summary goes into the run itself, because accelerate would add a run for each start, and torch's
+                # record of the experiment would hide the flags of other runs
                 from torch.utils.tensorboard.summary import hparams
 
                 defaults = {**defaults_of(args), **dict.fromkeys(ALWAYS)}

@@ -1,8 +1,8 @@
 """Upload of a model to the Hub. The model is safe on disk if the upload fails.
 
-The files to push are first copied to ``hub/`` in the output folder, by a list of what may be published. This excludes
-optimizer states, checkpoints, links, and pictures that show training images. The Hub gets a copy of that folder, and
-nothing else writes to it.
+The files that may be published are first copied to ``hub/`` in the output folder. A list names them, so that optimizer
+states, checkpoints, links, and pictures that show training images are not published. The Hub gets a copy of that
+folder, and nothing else writes to the folder.
 """
 
 import json
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 PUSH_FAILED = 75  # exit code, EX_TEMPFAIL of sysexits.h: try again
 REQUEST_TIMEOUT = 60.0  # seconds without an answer; the client has no limit by default
-ALLOWED = (  # code only if these scripts have written it
+ALLOWED = (  # code is allowed only if these scripts have written it
     "model_index.json", "README.md", "pipeline.py", "linear_mix.py", "unet/config.json", "unet/*.safetensors",
     "unet/*.safetensors.index.json", "unet/basic_unet.py", "unet/own_net_*.py", "vqvae/config.json",
     "vqvae/*.safetensors", "vae/config.json", "vae/*.safetensors", "scheduler/scheduler_config.json",
@@ -51,7 +51,7 @@ class Hub:
         private: True to create a private repository, and to refuse a public one.
         revision: branch to push to.
         logs: True to push TensorBoard's files, too.
-        timeout: seconds of failing requests, after which the push is given up.
+        timeout: seconds of failing requests after which the push is given up.
         card: further arguments of ``model_card.write_card``.
     """
 
@@ -75,7 +75,7 @@ class Hub:
             UserError: the user is not logged in or may not write there, or the repository is public instead of private.
         """
         if constants.ENDPOINT != constants._HF_DEFAULT_ENDPOINT:
-            logger.warning(f"HF_ENDPOINT is set: the model and your token go to {constants.ENDPOINT}")
+            logger.warning(f"HF_ENDPOINT is set, so the model and your token are sent to {constants.ENDPOINT}")
         try:
             self._create()
         except Exception as error:  # httpx2's errors, the client's and ConnectionError have no common class
@@ -105,7 +105,7 @@ class Hub:
         for number, handler in handlers.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler)
-        # A signal does not wait for this thread
+        # The thread is a daemon, so that a signal need not wait for it
         thread = threading.Thread(target=self._send, daemon=True, name=UPLOAD_THREAD)
         try:
             thread.start()
@@ -128,7 +128,7 @@ class Hub:
         sys.exit(PUSH_FAILED)
 
     def _send(self) -> None:
-        """Upload in this thread; an error is kept in ``failure``."""
+        """Upload in this thread, and keep an error in ``failure``."""
         try:
             _retry(self._create, self.timeout)
             self._snapshot()
@@ -158,7 +158,7 @@ class Hub:
         return shlex.join([*parts, *more])
 
     def _snapshot(self) -> None:
-        """Replace the folder with the files to send; it is always complete, old or new."""
+        """Replace the folder with the files to send, once its new content is complete."""
         target, staging = self.folder / self.sent, self.folder / f"{self.sent}-staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -184,9 +184,8 @@ class Hub:
         files += [path for pattern in PICTURES for path in self.folder.glob(pattern)]
         files = [(path, path.relative_to(self.folder)) for path in files]
         for path in logs.glob("**/events.out.*") if self.logs and not logs.is_symlink() else ():
-            parts = path.name.split(
-                "."
-            )  # events.out.tfevents.TIME.HOST.PID.NUMBER; HOST is left out, because it is private
+            # In events.out.tfevents.TIME.HOST.PID.NUMBER, HOST is private, so it is left out
+            parts = path.name.split(".")
             files.append((path, Path("logs", ".".join(parts[:4] + parts[-2:]))))
         for path, place in files:
             if path.is_symlink() or path.parent.is_symlink():
@@ -207,9 +206,8 @@ class Hub:
 
 def _with_timeout(seconds: float):
     """Return the Hub client's default HTTP client, with a time limit for each request."""
-    from huggingface_hub.utils._http import (
-        default_client_factory,
-    )  # a private name; only a run that pushes depends on it
+    # The module is private, so it is imported here, and only a run that pushes depends on it
+    from huggingface_hub.utils._http import default_client_factory
 
     client = default_client_factory()
     client.timeout = seconds
@@ -226,7 +224,7 @@ def _retry(action: Callable[[], object], patience: float) -> None:
         try:
             action()
             return
-        except Exception as error:  # as in ``_check``
+        except Exception as error:  # as in ``Hub.check``
             deadline, response = deadline or time.monotonic() + patience, _response(error)
             asked_for = response.headers.get("retry-after", "") if response is not None else ""
             pause = max(wait, int(asked_for) if asked_for.isdigit() else 0)

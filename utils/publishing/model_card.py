@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "numpy", "pillow")
 TRAINING_FLAGS = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "use_ema", "random_flip", "seed")
-# The card shows these flags as the base model, and as the settings of the samples
+# The card shows these flags elsewhere, as the base model and as the settings of the samples
 SHOWN_OTHERWISE = {"pretrained_model_name_or_path", "sampler", "num_inference_steps"}
 INTENDED_USE = """
 ## Intended use and limits
@@ -97,8 +97,8 @@ def write_card(
 ) -> None:  # fmt: skip
     """Write ``README.md``: metadata, samples, code that loads the model, and the command that reproduces it.
 
-    The card of a finished model has the code only if the pipeline loads and draws. It describes training images from
-    this machine by their number.
+    The card of a finished model has the code only if the pipeline loads and draws. Training images that
+    are only on this machine are described by their number.
 
     Args:
         folder: folder of a saved pipeline.
@@ -144,14 +144,14 @@ def write_card(
     found = {key: value for key, value in record.items() if key not in known and value is not None}
     settings = redact(found) | {"data": data} | record.get("ran", {})
     own = {*flags} - _common_flags() - {*settings} - SHOWN_OTHERWISE  # flags of the script itself
-    own -= {"class_dropout_prob"} if not classes else set()  # a script for both kinds of models has this flag
+    own -= {"class_dropout_prob"} if not classes else set()  # an unconditional model does not use this flag
     settings |= {key: flags[key] for key in (*TRAINING_FLAGS, *sorted(own)) if flags.get(key) is not None}
     settings |= redact(record.get("constants", {}))
     code = [
         f"`{path.relative_to(folder)}`" for part in ("", "scheduler", "unet") for path in (folder / part).glob("*.py")
     ]
     trust = f"`trust_remote_code=True` runs the code that comes with the model: {', '.join(code)}. Read it first.\n\n"
-    ours = index["_class_name"] in ("DDPMPipeline", "ConsistencyModelPipeline")  # linear mixing has a class of its own
+    ours = index["_class_name"] in ("DDPMPipeline", "ConsistencyModelPipeline")  # linear mixing has its own class
     used = flags | found | {"ddpm": ours and not scheduler.get("use_flow_sigmas"), "classes": bool(classes)}
     used["sampler"] = index["scheduler"][1]
     papers = {
@@ -265,7 +265,7 @@ def _describe_classes(classes) -> str:
     if not classes:
         return ""
     shown = ", ".join(_escape(name) for name in classes[:50]) + (" ..." if len(classes) > 50 else "")
-    return f" It has {len(classes)} classes, which are chosen by number from 0 or by name: {shown}."
+    return f" It has {len(classes)} classes, which are chosen by number (from 0) or by name: {shown}."
 
 
 def _snippet(
@@ -284,7 +284,8 @@ def _snippet(
     code = f"from diffusers import {load.pipeline}\n\npipeline = {load.call}\n"
     code += f"images = pipeline({how}, num_inference_steps={steps}).images\n"
     code += 'images[0].save("sample.png")'
-    guided = bool(classes) and guidance_scale is not None  # a distilled model has learnt its teacher's guidance
+    # A distilled model takes no scale, because it has learnt its teacher's guidance
+    guided = bool(classes) and guidance_scale is not None
     if guided:
         scale = 1.5 if guidance_scale == 1 else guidance_scale
         more = "from diffusers import DiffusionPipeline\n\n"
@@ -299,7 +300,7 @@ def _snippet(
     if final:
         try:
             _try(folder, load, guided, classes)
-        except Exception as error:  # the model is saved: a card without the snippet is better than none
+        except Exception as error:  # the model is already saved, and a card without code is better than none
             logger.warning(
                 f"{folder}: the saved pipeline could not be loaded and called: {type(error).__name__}: {error}"
             )

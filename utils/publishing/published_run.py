@@ -30,7 +30,7 @@ class PublishedRun:
             add_to_record(run.output_dir, run.args, run.title, run.caption, state)
 
     def saved(self, run, folder) -> None:
-        if folder != run.output_dir:  # the card there is written at the end, when there are pictures
+        if folder != run.output_dir:  # the card of the output folder is written at the end, with pictures
             write_card(folder, run.output_dir)
 
     def finished(self, run) -> None:

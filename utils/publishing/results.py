@@ -27,7 +27,7 @@ def describe_results(folder: Path, results: dict) -> tuple[str, list[EvalResult]
         raise ValueError(
             f"none of its rows is about the weights in {folder} ({weights}): {names}. Run evaluate.py again"
         )
-    reference = results.get("public_reference", OWN_IMAGES)  # the name that evaluate.py found fit to publish
+    reference = results.get("public_reference", OWN_IMAGES)  # a name that may be published
     names = [name for name in rows[0] if name.startswith(MEASURED) and "error" not in name]
     settings = [name for name in ("sampler", "algorithm", "steps", "guidance_scale", "N") if name in rows[0]]
     head = [*settings, *names]

@@ -18,7 +18,7 @@ class Space(Hub):
     """The repository of the demo on the Hub, private if the model is; see ``Hub``.
 
     Args:
-        model: repository of the model, which has been pushed.
+        model: repository of the model, which must have been pushed.
         repo_id: USER/NAME or NAME of the Space; "" for the name of the model.
 
     Raises:

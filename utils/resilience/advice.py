@@ -1,4 +1,4 @@
-"""Advice about errors of the machine: too little memory, a lost process."""
+"""Advice about two errors: too little memory, and a lost process."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def lost(error: Exception) -> str | None:
 
 
 def memory(error: Exception, flags: dict) -> str | None:
-    """Return advice if the memory was too small; None otherwise.
+    """Return advice if there was too little memory; None otherwise.
 
     The advice names flags to change, with values that keep the number of images per optimizer step.
     """
@@ -43,16 +43,16 @@ def memory(error: Exception, flags: dict) -> str | None:
         smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
         micro_steps = flags["gradient_accumulation_steps"] * batch // smaller
         advice.append(
-            f"--train_batch_size {smaller} --gradient_accumulation_steps {micro_steps} (the same images in each "
-            "optimizer step, with the same result)"
+            f"--train_batch_size {smaller} --gradient_accumulation_steps {micro_steps} (each optimizer step has "
+            "the same images and the same result)"
         )
     if flags.get("gradient_checkpointing") is False:
         advice.append("--gradient_checkpointing")
     if sampled > 1:
-        advice.append(f"if it happened while samples were drawn, --sample_batch_size {sampled // 2}")
+        advice.append(f"--sample_batch_size {sampled // 2} if it happened while samples were drawn")
     advice.append("a smaller --resolution" if "resolution" in flags else "a smaller model")
     first_line = _first_line(error) if str(error) else "Out of memory."
-    return f"{first_line} Add to the same command {', or '.join(advice)}"
+    return f"{first_line} Repeat the command with {', or '.join(advice)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The guard of a training run: a watchdog, and rollbacks after a step that went wrong."""
+"""The guard of a training run: a watchdog, and rollbacks after a bad step."""
 
 import itertools
 import logging
@@ -20,7 +20,7 @@ from .watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 WINDOW = 100  # number of optimizer steps that a gradient norm is compared with
-GRAD_NORM_DEVIATIONS = None  # K: also roll back if a norm is more than K standard deviations above their mean
+GRAD_NORM_DEVIATIONS = None  # K: also roll back for a norm more than K standard deviations above the mean
 
 
 class Guard:
@@ -74,7 +74,7 @@ class Guard:
         self.norms = [*self.norms, norm][-WINDOW:]
 
     def diverged(self, run, problem: str, entry: dict) -> tuple[str, str]:
-        """Roll back, if a rollback is left.
+        """Roll back, unless the run has used up its rollbacks.
 
         Args:
             problem: description of what went wrong.
@@ -107,7 +107,7 @@ class Guard:
 
 
 def check_shared(accelerator, folder: Path) -> None:
-    """Refuse an output folder that the machines do not share: each would save only a part of every checkpoint.
+    """Refuse an output folder that the machines do not share, because each would save only a part of a checkpoint.
 
     Raises:
         UserError: on every process.
@@ -125,6 +125,6 @@ def check_shared(accelerator, folder: Path) -> None:
     blind = [name for seen, name in found if not seen]
     if blind:
         raise UserError(
-            f"--output_dir {folder} must be on a file system that all machines share: {', '.join(blind)} cannot find "
-            f"a file written by {found[0][1]}. Choose a shared folder"
+            f"--output_dir {folder} must be on a file system that all machines share. A file written by "
+            f"{found[0][1]} is missing for {', '.join(blind)}. Choose a shared folder"
         )

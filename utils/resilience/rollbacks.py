@@ -1,7 +1,7 @@
 """Rollback to the newest checkpoint, and the record of the batches that a run skips.
 
-All random numbers are a function of the number of a sample. So a run can skip the samples of one optimizer step and
-leave the others unchanged. It ends with the same bits whether or not it is killed in between.
+Random numbers depend only on the seed, their purpose and the sample id. Therefore a run can skip the samples of one
+optimizer step, and nothing changes for the others. It ends with the same bits whether or not it is killed in between.
 """
 
 import itertools
@@ -17,7 +17,7 @@ RECORD = "rollbacks.json"  # in the output folder, with an entry for each rollba
 
 
 def read(output_dir: Path) -> list[dict]:
-    """Read the rollbacks of the run in this folder: ``global_batch``, ``step`` and the reason of each.
+    """Read the rollbacks of the run in this folder: ``global_batch``, ``step`` and the reason for each.
 
     Raises:
         UserError: the record is damaged.
@@ -42,7 +42,7 @@ def add(output_dir: Path, entries: list[dict]) -> None:
 
 
 def read_together(accelerator, output_dir: Path) -> list[dict]:
-    """Read on the main process for all, because other machines may find an older file. Call it on all processes."""
+    """Read the record on the main process, because other machines may see an older file. Call it on all processes."""
     return broadcast_object_list([read(output_dir)])[0] if accelerator.num_processes > 1 else read(output_dir)
 
 

@@ -1,8 +1,8 @@
-"""Detection of a run that hangs: abort it, and print where it was.
+"""Detection of a run that hangs: abort it, and print where it hangs.
 
 Progress is an event, such as a batch, a sampling step, or a piece of a file while saving. A run hangs if none of its
-processes makes progress for ``--hang_timeout`` seconds. Waiting longer does not help then, because another process is
-stopped or stuck, or a file system is gone.
+processes makes progress for ``--hang_timeout`` seconds. Waiting longer does not help in this case, because a process
+is stopped or stuck, or a file system is gone.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ COMPILING = 10  # factor on the time limit while --compile compiles
 class Watchdog:
     """Two threads: one exchanges progress with the other processes, and one checks the time.
 
-    Two are needed because the first may wait forever for a process that has stopped. A process that was itself
-    suspended, by Ctrl-Z or with its machine, does not count as hanging.
+    Two threads are needed because the first may wait forever for a process that has stopped. A process that was
+    itself suspended, by Ctrl-Z or with its machine, does not count as hanging.
 
     Args:
         accelerator: ``Accelerator`` of this process.
@@ -40,7 +40,7 @@ class Watchdog:
         self.interval = min(5.0, seconds / 10)
 
     def heartbeat(self, global_step: int) -> None:
-        """Note the end of an optimizer step. The first one starts the watch, because downloads come before it."""
+        """Note the end of an optimizer step. The first call starts the threads, because downloads come before it."""
         self.step = max(self.step, global_step)
         if self.progress_at or not self.seconds:
             return
@@ -64,7 +64,7 @@ class Watchdog:
                 self._abort()
 
     def _share_progress(self) -> None:
-        """Add to a number that all processes share. If it does not change, find out which of them still add to it."""
+        """Add to a number that all processes share. If it does not change, find out which of them do not answer."""
         if process.store:
             with contextlib.suppress(RuntimeError):  # the process that keeps the store may have ended
                 self._exchange(process.store.clone())
@@ -91,7 +91,7 @@ class Watchdog:
         where = f"process {self.rank} of {self.world_size} on {platform.node()}"
         print(
             f"\nerror: no progress for {self.seconds:g} s (--hang_timeout): {where} has done {self.step} "
-            f"optimizer steps and is in: {signals.activity}.{silent} Its threads:",
+            f"optimizer steps and is in: {signals.activity}.{silent} The threads of this process:",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)

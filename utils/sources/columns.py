@@ -21,12 +21,12 @@ class NoLabels(UserError):
 
 
 def select_columns(dataset, source):
-    """Return the columns of images and labels that ``source`` names, as ``image``, not decoded, and ``label``.
+    """Return the data set with only the columns that ``source`` names, as ``image`` (not decoded) and ``label``.
 
     Images may be of type Image, encoded bytes, {bytes, path}, paths, or arrays, see ``decoding.open_row``.
 
     Raises:
-        UserError: no column or several columns match, or they hold something else. The message lists the columns.
+        UserError: no column matches, several match, or the values do not fit. The message lists the columns.
     """
     if dataset.features is None:  # a stream without a description of its columns
         dataset = dataset._resolve_features()
@@ -38,13 +38,13 @@ def select_columns(dataset, source):
         problem = "no column of images" if not images else f"{len(images)} columns of images: {', '.join(images)}"
         raise UserError(
             f"{source.name} has {problem}. Name one with --image_column. The columns are {listing}"
-            + ". A folder of image files is read by --train_data_dir" * (source.flags["name"] == "--dataset_name")
+            + ". To read a folder of image files, use --train_data_dir" * (source.flags["name"] == "--dataset_name")
         )
     image_column = source.image_column or images[0]
     if not _may_hold_images(columns.get(image_column)):
         raise UserError(
-            f"--image_column {image_column}: not a column of images, bytes, paths or arrays. {source.name} has "
-            f"{listing}"
+            f"--image_column {image_column}: not a column of images, bytes, paths or arrays. {source.name} has the "
+            f"columns {listing}"
         )
     selected = {image_column: "image"}
     label_column = source.label_column
@@ -52,14 +52,14 @@ def select_columns(dataset, source):
         found = [key for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
         if len(found) != 1:
             raise (UserError if found else NoLabels)(
-                f"{source.name} has {len(found) or 'no'} columns of class labels. Name one with --label_column, of "
-                f"type ClassLabel, integers or strings. The columns are {listing}"
+                f"{source.name} has {len(found) or 'no'} columns of class labels. Name one with --label_column. It "
+                f"must be of type ClassLabel, integers or strings. The columns are {listing}"
             )
         label_column = found[0]
     if label_column is not None:
         selected[label_column] = "label"
     if label_column is not None and label_column == image_column:
-        raise UserError(f"--label_column {label_column}: it is also the column of images. The columns are {listing}")
+        raise UserError(f"--label_column {label_column}: this is the column of images. The columns are {listing}")
     for name, column in source.columns.items():
         key = f"column:{name}" if isinstance(column.source, Path) else column.source
         if key not in columns:
@@ -90,7 +90,7 @@ def select_columns(dataset, source):
 
 
 def _sample(dataset, source):
-    """Return ``max_samples`` random rows in their order, or the first rows of a stream or with ``take_first``."""
+    """Return ``max_samples`` random rows in order, or the first rows for a stream or with ``take_first``."""
     if source.streaming or source.take_first or source.max_samples >= len(dataset):
         return dataset.take(source.max_samples)
     chosen = randomness.shuffled_indices(source.seed, np.arange(source.max_samples), len(dataset))
@@ -98,26 +98,26 @@ def _sample(dataset, source):
 
 
 def _warn_of_lacking_classes(classes: dict, dataset, source) -> None:
-    """Warn of classes without an image in a slice or a sample, as in slices of sorted data."""
+    """Warn of classes that have no image in a slice or a sample, as happens in slices of sorted data."""
     for key, kind in classes.items():
         present = {*dataset.with_format(None)[key]}
         lacking = [name for code, name in enumerate(kind.names) if code not in present]
         if lacking and len(lacking) < len(kind.names):
             logger.warning(
-                f"{source.flag_label('split')}: no image of {len(lacking)} of the {len(kind.names)} classes in {key}: "
-                f"{', '.join(lacking[:5])}. The data may be sorted. Take other parts"
+                f"{source.flag_label('split')}: no image for {len(lacking)} of the {len(kind.names)} classes in {key}: "
+                f"{', '.join(lacking[:5])}. The data may be sorted. Choose other parts"
             )
 
 
 def _drop_empty_classes(dataset, column: str, source):
-    """Return the data set with only those classes that have images, because filtered data still list the others."""
+    """Return the data set without the classes that have no image, which filtered data still list."""
     names, values = dataset.features[column].names, dataset[column][:]
     present = sorted({value for value in values if value not in (None, -1)})
     if not present or len(present) == len(names):
         return dataset
     empty = [name for code, name in enumerate(names) if code not in present]
     logger.warning(
-        f"{source.name}: {len(empty)} of the {len(names)} classes in {column} have no image and are left out: "
+        f"{source.name}: left out {len(empty)} of the {len(names)} classes in {column}, because no image has them: "
         f"{', '.join(empty[:5])}"
     )
     codes = {code: new for new, code in enumerate(present)}
@@ -126,10 +126,10 @@ def _drop_empty_classes(dataset, column: str, source):
 
 
 def add_paired_files(dataset, source):
-    """Add a column with the path of each image's partner, for each folder of files with the same names.
+    """Add a column of paths for each folder in ``source.columns``: the partner of an image has the same name there.
 
     Raises:
-        UserError: the images are no files, or some have no partner. The message names the first ones.
+        UserError: the images are not files, or some have no partner. The message names the first of these images.
     """
     for name, column in source.columns.items():
         if not isinstance(column.source, Path):
@@ -143,20 +143,20 @@ def add_paired_files(dataset, source):
                 files.setdefault(path.relative_to(column.source).with_suffix(""), []).append(path)
         key = source.image_column or "image"
         if source.streaming or key not in dataset.features:
-            raise UserError(f"{label}: only for images in a folder, not streamed. Name a column of the data instead")
+            raise UserError(f"{label} needs images in a folder, not streamed. Name a column of the data set instead")
         if isinstance(dataset.features[key], datasets.Image):
             dataset = dataset.cast_column(key, datasets.Image(decode=False))
         records = [row if isinstance(row, str) else (row or {}).get("path") for row in dataset[key]]
         if not all(records):
-            raise UserError(f"{label}: the images of {source.name} are no files. Name a column of the data set instead")
+            raise UserError(f"{label}: {source.name} has images that are not files. Name a column of the data instead")
         root = Path(source.name).expanduser()
         names = [Path(os.path.relpath(record, root)).with_suffix("") for record in records]
         if {*names} & {*files} == set():  # the folder may have no folders for the splits
             names = [Path(*name.parts[1:]) if name.parts[0].lower() in SPLITS else name for name in names]
         if several := [name for name, count in Counter(names).items() if count > 1 or len(files.get(name, [])) > 1]:
             raise UserError(
-                f"{label}: {len(several)} names belong to several files, such as {several[0]}. Expected one image and "
-                "one partner of a name, in folders of the same names"
+                f"{label}: several files have the same name, such as {several[0]} ({len(several)} in all). Expected "
+                "one image and one partner of each name, in folders of the same names"
             )
         partners = [files.get(name, [None])[0] for name in names]
         if missing := [record for record, partner in zip(records, partners, strict=True) if not partner]:
@@ -179,13 +179,13 @@ def _encode_labels(dataset, kind, column: str, source, listing: str):
         integers = all(value is None or value.is_integer() for value in values)
         values = [None if value is None else int(value) for value in values] if integers else values
     if source.streaming or not (integers or (isinstance(kind, datasets.Value) and "string" in kind.dtype)):
-        asked = "of type ClassLabel, for a stream" if source.streaming else "of class labels, integers or strings"
-        raise UserError(f"--label_column {column}: not a column {asked}. {source.name} has {listing}")
+        asked = "of type ClassLabel, as streams need" if source.streaming else "of class labels, integers or strings"
+        raise UserError(f"--label_column {column}: not a column {asked}. {source.name} has the columns {listing}")
     names = sorted({value for value in values if value is not None and value != -1})
     if -1 in values and len(names) == 1:
         raise UserError(
             f"--label_column {column}: the values are -1 and {names[0]!r}, and -1 means that an image has no class. If "
-            "both are classes, write other values"
+            "both are classes, replace -1 by another value"
         )
     if len(names) > MAX_CLASSES:
         raise UserError(f"--label_column {column}: {len(names)} different values. Expected at most {MAX_CLASSES}")

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from ..data.pixels import DEEP_MODES, BadImage, channels_last, grey_if_palette_is
 
 MAX_ASPECT = 100  # longer side over shorter
-OVERSHOOT = 0.5  # share of the range of floats by which a resize may have exceeded it
+OVERSHOOT = 0.5  # share of the range by which floats may exceed it, as after a bicubic resize
 
 
 def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
@@ -25,8 +25,8 @@ def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
         The first frame, in the mode of the file, rotated as its EXIF orientation says.
 
     Raises:
-        BadImage: the file is empty, truncated, not an image, or over Pillow's limit of 89 megapixels, or one side is
-            more than a hundred times the other.
+        BadImage: the file is empty, truncated or not an image, exceeds Pillow's limit of 89 megapixels, or has one side
+            that is more than a hundred times as long as the other.
     """
     if isinstance(source, Image.Image):
         return source
@@ -43,8 +43,8 @@ def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
-        raise BadImage(f"{name}: more than {limit}, which might be an attack. Shrink the file") from error
-    except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ValueError ...
+        raise BadImage(f"{name}: more than {limit}, which might be an attack. Make the image smaller") from error
+    except Exception as error:  # decoders raise errors of any class: OSError, SyntaxError, struct.error, ValueError ...
         size = len(source) if isinstance(source, bytes) else os.path.getsize(source) if os.path.exists(source) else None
         if size == 0:
             reason = "the file is empty"
@@ -70,13 +70,13 @@ def size_and_mode(source: bytes | str | Image.Image, name: str) -> tuple[tuple[i
 
 
 def dropped_content(source: bytes | str | Image.Image) -> list[str]:
-    """Return the content of a file that ``decode_image`` drops: further pictures, and lower bits, as messages."""
+    """Return a message for each part of a file that ``decode_image`` drops: further pictures, or the lower bits."""
     if isinstance(source, Image.Image):
         return []
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         several = ["only the first of several pictures is used"] if getattr(image, "is_animated", False) else []
         wide = image.mode not in DEEP_MODES and any(";16" in str(tile) for tile in image.tile)
-        return several + ["of 16 bits a colour, Pillow keeps the upper 8. Scale the files to 8 bits"] * wide
+        return several + ["Pillow keeps only the upper 8 of 16 bits per colour. Scale the files to 8 bits"] * wide
 
 
 def open_row(
@@ -85,10 +85,10 @@ def open_row(
     """Return the bytes or path of a row's image, or the image itself, and its name for messages.
 
     Args:
-        row: row with ``image``: {bytes, path}, bytes, a path (also relative to the table ``source``), or an array.
+        row: row with ``image``: {bytes, path}, bytes, a path (perhaps relative to the table ``source``), or an array.
         source: name of the data set, or path of a table.
         index: index of the row, for messages.
-        white: white value of arrays of floats in colour, see ``from_values``.
+        white: value that becomes white in colour arrays of floats, see ``from_values``.
     """
     record, where = row["image"], f"image {index} of {source}"
     if isinstance(record, (list, np.ndarray)):
@@ -103,7 +103,7 @@ def open_row(
         where = f"{file} ({where})"
     if content is not None or file is None:
         return content or b"", where
-    if "://" in file:  # streamed from the Hub, or inside an archive
+    if "://" in file:  # the file is on the Hub, or inside an archive
         try:
             with xopen(file, "rb") as stream:
                 return stream.read(), where
@@ -119,22 +119,22 @@ def find_file(file: str, source: str) -> str:
 
 
 def from_values(array: np.ndarray, where: str, white: float | tuple[float, float] | None = None) -> Image.Image:
-    """Make an image of the numbers in a table: whole numbers, floats in [0, 1] or [0, 255], or booleans.
+    """Make an image from the numbers in a table: whole numbers, floats in [0, 1] or [0, 255], or booleans.
 
     Args:
         where: name of the array in errors.
-        white: value of floats in colour that becomes white, 1 or 255, or a pair for black and white. None finds it from
-            this image alone.
+        white: value that becomes white in colour arrays of floats: 1 or 255, or a pair of the values for black and
+            white. None derives it from this array alone.
 
     Raises:
-        BadImage: the array has another shape or, in colour, other values.
+        BadImage: the array does not have the shape of an image, or its colours are outside of the range.
     """
     array = channels_last(array, where)
     if array.dtype.kind not in "iufb":
-        raise BadImage(f"{where} consists of {array.dtype}. Expected numbers")
+        raise BadImage(f"{where} has values of type {array.dtype}. Expected numbers")
     array = array * np.uint8(255) if array.dtype.kind == "b" else array
     whole, low, high = array.dtype.kind != "f", array.min(), array.max()
-    if array.ndim == 2 and array.dtype != np.uint8:  # scaled as files with more than 8 bits are
+    if array.ndim == 2 and array.dtype != np.uint8:  # scaled later, like files with more than 8 bits
         if whole and not -(2**31) <= low <= high < 2**31:
             raise BadImage(f"{where} has values from {low} to {high}. Expected values that fit into 32 bits")
         return Image.fromarray(array.astype(np.int32 if whole else np.float32))
@@ -156,5 +156,5 @@ def from_values(array: np.ndarray, where: str, white: float | tuple[float, float
 
 
 def is_unit(high: float) -> bool:
-    """Return whether floats up to this value have the range [0, 1] and not [0, 255]."""
+    """Return whether floats with this maximum are in the range [0, 1], and not in [0, 255]."""
     return high <= 1 + OVERSHOOT

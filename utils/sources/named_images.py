@@ -22,14 +22,14 @@ from .streams import SHUFFLE_BUFFER_BYTES, SHUFFLE_BUFFER_SIZE, Stream, read_ahe
 
 logger = logging.getLogger(__name__)
 
-QUICK = 1.0  # seconds of decoding up to which there is no file
+QUICK = 1.0  # seconds of decoding below which the decoded images are not written to a file
 
 
 class NamedImages(Images):
     """The images of a data set.
 
     Args:
-        source: names of the images and of the flags.
+        source: description of the images, and the names of the flags.
         accelerator: accelerator of this process.
         max_bad_images: number of unreadable images that may be skipped.
 
@@ -42,7 +42,7 @@ class NamedImages(Images):
     """
 
     advice = "--max_bad_images N skips up to N such images"
-    buffer_size = SHUFFLE_BUFFER_SIZE  # size of a stream's shuffle buffer; smaller for large images
+    buffer_size = SHUFFLE_BUFFER_SIZE  # images in a stream's shuffle buffer; fewer if they are large
     white = None  # white value in colour images of floats, see ``decoding.from_values``
 
     def __init__(self, source: ImageSource, accelerator, max_bad_images: int = 0):
@@ -58,7 +58,7 @@ class NamedImages(Images):
         self._stamp = None
 
     def select(self, indices, name: str) -> "NamedImages":
-        """Return a copy with these rows only, and with ``name`` as its split."""
+        """Return a copy with only these rows, and with ``name`` as the name of its split."""
         images = object.__new__(NamedImages)
         images.__dict__ |= {**self.__dict__, "dataset": self.dataset.select(indices), "length": len(indices)}
         images.source = replace(self.source, split=name)
@@ -68,13 +68,13 @@ class NamedImages(Images):
         return {**self.__dict__, "accelerator": None}
 
     def add_decoders(self, row: dict, index: int) -> dict:
-        """Return the row with functions that decode its image and its columns, and return their names."""
+        """Return the row with functions for its image and columns. Each returns the decoded value and its name."""
         decoders = {**row, "image": partial(self._decoded, row["image"], index)}
         for name, column in self.columns.items():
             key, decode = f"column:{name}", self._decoded
             if column.kind == "vector":
                 decode = self._unchanged
-            elif isinstance(row[key], (list, np.ndarray)):  # any number of channels
+            elif isinstance(row[key], (list, np.ndarray)):  # an array may have any number of channels
                 decode = self._as_array
             decoders[key] = partial(decode, row[key], index)
         return decoders
@@ -108,7 +108,7 @@ class NamedImages(Images):
         return self.dataset["label"][:]
 
     def iter_probe_images(self) -> Iterator[Image.Image | BadImage]:
-        """Yield some of the images and compute the fingerprint. Warn about content of the files that is dropped."""
+        """Yield some of the images, and compute the fingerprint. Warn about content of the files that is not used."""
         self.white = self._find_white()
         digest, stamp = self._digests_of_names()
         unused, count, encoded = {}, 0, 0
@@ -163,9 +163,10 @@ class NamedImages(Images):
         return (self.add_decoders(row, index) for index, row in self._probe_rows())
 
     def _digests_of_names(self):
-        """Return two hashes: of the names and sizes of files, to be updated with some content, and of all properties.
+        """Return a hash of the names and sizes of files, and a hash of all properties of the files.
 
-        The second identifies decoded images on this machine. It is None for a stream.
+        The caller updates the first with the content of some images. The second identifies decoded images on this
+        machine. It is None for a stream.
         """
         digest = hashlib.sha256(str(self.length).encode())
         if self.length is None:
@@ -195,7 +196,7 @@ class NamedImages(Images):
         """Return the path of a file for the decoded images, or None if decoding is quick.
 
         Args:
-            facts: values other than these images on which the decoded images depend.
+            facts: values that the decoded images depend on, besides these images.
             folder: folder for the file. With a folder, there is a file even if decoding is quick.
             seconds: time that decoding takes.
         """
@@ -226,7 +227,7 @@ class NamedImages(Images):
             flag: name of the flag with the split.
 
         Raises:
-            UserError: see ``sources.load_source``. Also, the splits share images.
+            UserError: see ``sources.load_source``, or the splits share images.
         """
         find = bool(self.label_names) and self.source.label_column is None
         flags = {**self.source.flags, "split": flag}

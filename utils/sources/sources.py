@@ -1,6 +1,6 @@
 """Sources of images: the Hub, a folder, a file, or one of the embedded sets, as one column of images.
 
-Images are not decoded here, so that the decoder can name a bad one.
+Images are not decoded here, because the decoder names unreadable images later.
 """
 
 import errno
@@ -30,7 +30,7 @@ from .folders import SPLITS, has_tables, load_folder
 logger = logging.getLogger(__name__)
 
 DEFAULT_DATASET = "ylecun/mnist"
-FILES = {  # builders of ``datasets``, by the extension of files
+FILES = {  # builders of ``datasets``, by file extension
     ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json", ".tar": "webdataset",
 }  # fmt: skip
 
@@ -49,16 +49,17 @@ class ImageSource:
     """The description of the images to load, and the names of the flags for messages.
 
     Attributes:
-        name: Hub id, local path, or one of the embedded sets; None for MNIST, or the digits if it is not available.
+        name: Hub id, local path, or one of the embedded sets; None for MNIST, or for the digits if MNIST is missing.
         split: split of the data set, or a slice such as train[:1%].
         is_folder: True if ``name`` is a folder of image files.
         config_name: configuration of the data set, if it has several.
         image_column: name of the column of images; None for the only one of type Image.
         label_column: name of a column to keep as ``label``, of type ClassLabel, or of integers or strings, which become
-            classes in their order.
-        max_samples: number of images, at random by ``seed``, or the first ones with ``take_first`` or of a stream.
-        streaming: True to read images when they are needed.
-        find_labels: True to use the only column of type ClassLabel if ``label_column`` is None, or refuse the data.
+            classes in sorted order.
+        max_samples: number of images: a random sample by ``seed``, or the first with ``take_first`` or of a stream.
+        streaming: True to read images only when they are needed.
+        find_labels: True to use the only column of type ClassLabel if ``label_column`` is None. Data are refused unless
+            they have exactly one such column.
         columns: additional tensors of each row, by name.
         flags: names of the flags for ``name`` and ``split``.
     """
@@ -89,7 +90,7 @@ class ImageSource:
 
     @property
     def split_names(self) -> set[str]:
-        """Names of the splits in ``split``: train and test in train[:80%]+test."""
+        """Names of the splits in ``split``, for example train and test for train[:80%]+test."""
         return {part.split("[")[0] for part in self.split.split("+")}
 
     def flag_label(self, attribute: str) -> str:
@@ -113,22 +114,22 @@ def load_source(source: ImageSource, accelerator) -> tuple[datasets.Dataset | da
     with accelerator.main_process_first():
         try:
             dataset = _open_source(source)
-        except UserError as error:  # it is raised after the barrier in which the other processes wait
+        except UserError as error:  # it is raised after the barrier at which the other processes wait
             failure = error
-    message = [failure and f"on {platform.node()}: {failure}. All machines need the images, at the same place"]
+    message = [failure and f"on {platform.node()}: {failure}. All machines need the images at the same path"]
     problems = filter(None, gather_object(message) if accelerator.num_processes > 1 else [])
     if failure:
         raise failure
-    for problem in problems:  # a problem of another process stops all
+    for problem in problems:  # a problem of one process stops all processes
         raise UserError(problem)
     dataset = dataset.with_format(None)  # a saved format might hide columns, or make tensors of them
     return _arrays_as_numpy(select_columns(add_paired_files(dataset, source), source)), source.name
 
 
 def _arrays_as_numpy(dataset):
-    """Return the data set with columns of arrays in NumPy, because Python lists take 30 times the memory.
+    """Return the data set with arrays in NumPy, because Python lists take 30 times the memory.
 
-    NumPy's format has one type for all columns, so a float64 column beside others is not changed.
+    The format has one type for all columns. Therefore nothing is changed if only some of the columns are float64.
     """
     if not isinstance(dataset, datasets.Dataset):
         return dataset
@@ -143,8 +144,8 @@ def _arrays_as_numpy(dataset):
 def check_disjoint(trained_on, held_out) -> None:
     """Refuse a held-out split that shares images with the training split of the same data set.
 
-    Slices are compared by their numbers, and rows by file or content, whatever the names of the splits. A few rows in
-    both are duplicates within the data, which only cause a warning.
+    Slices are compared by row number. Rows are compared by file or content, whatever the splits are called. A few
+    shared rows may be duplicates within the data, so they only cause a warning.
 
     Args:
         trained_on, held_out: ``NamedImages``.
@@ -157,7 +158,7 @@ def check_disjoint(trained_on, held_out) -> None:
     if shared and shared >= LEAK * count:
         raise UserError(
             f"{source.flag_label('split')} shares images with {trained_on.source.flag_label('split')}: {shared} of its "
-            f"{count}, so it would not be held out. Take a split of other images"
+            f"{count}, so it would not be held out. Choose a split of other images"
         )
     if shared:
         logger.warning(f"{source.flag_label('split')}: {shared} of its {count} images are training images, too")
@@ -184,7 +185,7 @@ def _check_slices(trained_on: ImageSource, held_out: ImageSource, accelerator) -
     if any(max(first[1], second[1]) < min(first[2], second[2]) for first, second in pairs):
         raise UserError(
             f"{held_out.flag_label('split')} shares images with {trained_on.flag_label('split')}, so it would not be "
-            f"held out. Take parts that do not overlap, such as {trained_on.flags['split']} 'train[:90%]' and "
+            f"held out. Choose parts that do not overlap, such as {trained_on.flags['split']} 'train[:90%]' and "
             f"{held_out.flags['split']} 'train[90%:]'"
         )
 
@@ -196,7 +197,7 @@ def shared_rows(trained_on, held_out) -> int | None:
         trained_on, held_out: data sets with the column ``image``, not decoded.
 
     Returns:
-        The count, or None for streams and for more than a gigabyte of images that are in no files.
+        The count, or None for streams and for more than a gigabyte of images that are not in files.
     """
     if not all(isinstance(dataset, datasets.Dataset) for dataset in (trained_on, held_out)):
         return None
@@ -226,16 +227,16 @@ def data_license(dataset, name: str) -> str:
 def _default_source(source: ImageSource) -> str:
     hub_logger = logging.getLogger("huggingface_hub")
     level = hub_logger.level
-    hub_logger.setLevel(logging.CRITICAL)  # its retries take twenty seconds and as many lines
-    logger.info(f"No data set named: trying {DEFAULT_DATASET} from the Hub's cache and the Hub.")
+    hub_logger.setLevel(logging.CRITICAL)  # its retries log twenty lines in twenty seconds
+    logger.info(f"No data set is named. Trying {DEFAULT_DATASET} from the Hub's cache and the Hub.")
     try:
         datasets.load_dataset(DEFAULT_DATASET)  # its splits are checked later
         return DEFAULT_DATASET
-    except Exception as error:  # no common class: httpx2, ConnectionError, OSError, ValueError ...
+    except Exception as error:  # there is no common class: httpx2, ConnectionError, OSError, ValueError ...
         reason = " ".join(str(error).split())
         logger.warning(
             f"{DEFAULT_DATASET} is not available ({type(error).__name__}: {reason}), so this run trains on the 1,797 "
-            "embedded 8x8 digits. To choose: --dataset_name digits, faces, a Hub id or a path, or --train_data_dir DIR"
+            "embedded 8x8 digits. To choose, give --train_data_dir, or --dataset_name (digits, faces, Hub id or path)"
         )
         return "digits"
     finally:
@@ -247,18 +248,18 @@ def _open_source(source: ImageSource):
     name = source.name
     if not source.is_folder and name in embedded:
         if source.streaming:
-            raise UserError(f"--streaming: {name} is embedded and already in memory. Leave the flag out")
+            raise UserError(f"--streaming: {name} is an embedded set, which is already in memory. Leave the flag out")
         return _choose({"train": embedded[name]()}, source)
     path = Path(name).expanduser()
     load = partial(datasets.load_dataset, split=source.split, streaming=source.streaming)
     try:
         if source.is_folder or (path.is_dir() and not has_tables(path)):
             if not path.is_dir():
-                problem = "is a file" if path.exists() else "there is no such folder"
+                problem = "this is a file" if path.exists() else "there is no such folder"
                 raise UserError(f"{source.flag_label('name')}: {problem}. Expected a folder with image files")
             if parts := load_folder(path, source.label_column):
                 if source.flags["name"] == "--dataset_name":
-                    logger.info(f"{source.flag_label('name')} is a folder of image files, read as by --train_data_dir.")
+                    logger.info(f"{source.flag_label('name')} is a folder of images, read as with --train_data_dir.")
                 return _choose(parts, source)
             if source.is_folder:
                 return _load_archives(path, source, load)
@@ -281,16 +282,16 @@ def _open_source(source: ImageSource):
         if "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError):
             reason = "it holds no image files"
         elif isinstance(error, ConnectionError):
-            reason += ". Without a network there are digits and faces, which are embedded, and local paths"
+            reason += ". Without a network, use a local path, or digits or faces, which are embedded"
         elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
-            reason += f". datasets keeps a copy in {datasets.config.HF_DATASETS_CACHE}: set HF_HOME to another folder"
+            reason += f". datasets keeps a copy in {datasets.config.HF_DATASETS_CACHE}. Set HF_HOME to another folder"
         raise UserError(
-            f"{source.flag_label('name')} cannot be loaded, {source.flag_label('split')!r}: {reason}"
+            f"{source.flag_label('name')} cannot be loaded with {source.flag_label('split')!r}: {reason}"
         ) from error
 
 
 def _innermost(error: BaseException) -> str:
-    """Return type and text of the first cause, because the error of datasets does not contain the reason."""
+    """Return the type and text of the first cause, because the error of datasets does not contain the reason."""
     cause = error
     while isinstance(cause, datasets.exceptions.DatasetGenerationError) and (cause.__cause__ or cause.__context__):
         cause = cause.__cause__ or cause.__context__
@@ -298,7 +299,7 @@ def _innermost(error: BaseException) -> str:
 
 
 def _load_archives(path: Path, source: ImageSource, load):
-    """Load archives of images below a folder, all zip files or all tar files."""
+    """Load the archives of images below a folder, which must be all zip files or all tar files."""
     files = [file for file in sorted(path.rglob("*")) if re.fullmatch(r".*\.(zip|tar|tar\.gz|tgz)", file.name.lower())]
     zips = [file for file in files if file.suffix.lower() == ".zip"]
     if zips and len(zips) < len(files):
@@ -310,7 +311,7 @@ def _load_archives(path: Path, source: ImageSource, load):
 
 
 def _load_files(files: list[str], source: ImageSource, load):
-    """Load tables, or archives in the form of WebDataset, all of one kind."""
+    """Load tables, or archives in the form of WebDataset, which must all be of one kind."""
     suffixes = {Path(file).suffix.lower() for file in files}
     kind = FILES.get(suffixes.pop()) if len(suffixes) == 1 else None
     if kind is None:
@@ -318,7 +319,7 @@ def _load_files(files: list[str], source: ImageSource, load):
             f"{source.flag_label('name')}: expected {', '.join(FILES)} files of one kind, a folder or a Hub id"
         )
     escaped = [glob.escape(file) for file in files]  # names must not act as patterns
-    # "None", "NA" and "null" are words, and only an empty cell is missing
+    # "None", "NA" and "null" are ordinary words. Only an empty cell is a missing value
     options = dict(keep_default_na=False, na_values=[""]) if kind == "csv" else {}
     if source.streaming:
         return load(kind, data_files=escaped, **options)
@@ -326,7 +327,7 @@ def _load_files(files: list[str], source: ImageSource, load):
 
 
 def _choose(parts: Mapping[str, datasets.Dataset], source: ImageSource):
-    """Return the rows that ``source.split`` names, such as train[:80%] or train+test, of the splits ``parts``."""
+    """Return the rows that ``source.split`` names, such as train[:80%] or train+test, from the splits ``parts``."""
     try:
         spec = re.sub(r"[a-z]+", lambda word: _split_called(word[0], parts), source.split)
         instruction = datasets.ReadInstruction.from_spec(spec)
@@ -334,7 +335,7 @@ def _choose(parts: Mapping[str, datasets.Dataset], source: ImageSource):
     except (ValueError, AssertionError) as error:
         raise NoSuchSplit(
             f"{source.flag_label('split')}: {source.name} has the {'one split' if len(parts) == 1 else 'splits'} "
-            f"{', '.join(parts)}. Expected that, or a part such as {next(iter(parts))}[:80%]"
+            f"{', '.join(parts)}. Expected a split, or a part such as {next(iter(parts))}[:80%]"
         ) from error
     chosen = [parts[part.splitname].select(range(part.from_, part.to)) for part in ranges]
     dataset = datasets.concatenate_datasets(chosen)
@@ -342,7 +343,7 @@ def _choose(parts: Mapping[str, datasets.Dataset], source: ImageSource):
 
 
 def _split_called(name: str, parts: Mapping) -> str:
-    """Return the split of this name, or of the name that datasets has for it."""
+    """Return this name, or the name that datasets has for such a split if only that one exists."""
     return SPLITS[name] if name not in parts and SPLITS.get(name) in parts else name
 
 

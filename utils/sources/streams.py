@@ -11,19 +11,19 @@ from .. import UserError
 from ..data.images import PreparedImages
 from ..data.pixels import BadImage
 
-SHUFFLE_BUFFER_SIZE, SHUFFLE_BUFFER_BYTES = 10_000, 2**30  # number of images, and fewer if they are large
+SHUFFLE_BUFFER_SIZE, SHUFFLE_BUFFER_BYTES = 10_000, 2**30  # at most this many images, and this many bytes
 
 
 class Stream:
     """Micro-batches from a stream: the shards of this process, shuffled in a buffer and decoded by threads.
 
-    A resumed run reads past the images that it has already used, without decoding them. Threads decode, because
-    ``datasets`` distributes shards among DataLoader workers, so that the order would depend on their number.
+    A resumed run reads past the images that it has already used, without decoding them. Threads decode, and not
+    DataLoader workers. ``datasets`` distributes shards among workers, so the order would depend on their number.
 
     Args:
         prepared: images of a ``NamedImages``.
         batches: sample ids (B,) of each micro-batch.
-        images_per_step: images of this process in an optimizer step.
+        images_per_step: number of images of this process in an optimizer step.
         process_index: index of this process.
         num_processes: number of processes.
         threads: number of threads that decode.
@@ -60,7 +60,7 @@ class Stream:
         with ThreadPoolExecutor(self.threads) as pool:
             for sample_ids in self.batches:
                 before, self.number = self.number, int(sample_ids[0]) // self.global_batch_size
-                for _ in range(max(0, self.number - before - 1) * self.images_per_step):  # skipped global batches
+                for _ in range(max(0, self.number - before - 1) * self.images_per_step):  # skip global batches
                     next(rows)
                 items = []
                 while len(items) < len(sample_ids):
@@ -79,7 +79,7 @@ class Stream:
 
 
 def read_ahead(iterable: Iterable) -> Iterator:
-    """Yield the items of an iterable. A thread prepares each one while the one before is used."""
+    """Yield the items of an iterable. A thread prepares each item while the previous one is used."""
     iterator, end = iter(iterable), object()
     with ThreadPoolExecutor(1) as pool:
         item = pool.submit(next, iterator, end)
