@@ -47,7 +47,7 @@ def main(args):
     from utils.diffusion.guidance import Guidance, color_loss
     from utils.diffusion.linear_mix import LinearMixScheduler
     from utils.diffusion.sampling import sample_batch, starting_noise
-    from utils.evaluation.image_folder import scaled_from
+    from utils.evaluation.given_images import scaled_from
     from utils.pictures import make_grid, to_uint8
     from utils.sources.named_images import NamedImages
     from utils.sources.sources import ImageSource

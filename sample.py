@@ -6,6 +6,9 @@ Image k depends only on the seed and k, not on the batch size or the number of p
 an interruption, the same command resumes. Code that comes with a model runs only with --trust_remote_code.
 """
 
+import mimetypes
+import os
+
 from utils.args import ALL_SAMPLERS, Parser, integer, real
 from utils.diffusion.guidance_args import add_guidance_arguments
 from utils.exits import run_script
@@ -29,8 +32,13 @@ def parse_args(argv=None):
     parser.switch(group, "--compile", False, "compilation of the UNet with torch.compile, which takes minutes at first")
     parser.switch(group, "--gif", False, "additional files walk.gif and walk.png, with noisy and predicted images at each step, for the first images. With --interpolate, walk.gif alone, with the interpolation from A to B and back")
     group.add_argument("--interpolate", nargs=2, type=integer(0), metavar=("A", "B"), help="numbers of two images. --num_samples images are drawn from noise interpolated between the noise of A and of B. For a model with classes, they are also interpolated between --class_labels. If the pipeline's scheduler adds noise, dpmsolver++ is used instead")
-    group.add_argument("--init_image", metavar="FILE", help="picture to start from, with noise added")
+
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--init_image", metavar="FILE", help="picture to start from, with noise added, or with a hole by --mask")
     group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="amount of noise added to --init_image. 1: the noise replaces the picture")
+    group.add_argument("--mask", metavar="FILE", help="picture that is white in the hole to fill, for --init_image with any model, or for --condition_image with a model of --condition inpaint")
+    group.add_argument("--condition_image", metavar="FILE|DIR", help="inputs of a model of train_paired.py, of any size: small pictures, grey ones, outlines, or pictures with a transparent hole (default of --num_samples: 4 for each)")
+    group.add_argument("--true_image", metavar="FILE|DIR", help="true images, to compare samples with. Without --condition_image, the inputs are made from them, as in training")
 
     group = parser.add_argument_group("steering")
     group.add_argument("--class_labels", metavar="LABELS", help="classes to draw in turn, by name or number, such as 7,7,3, or all (default: all, for a model with classes). --guidance_scale sets the strength of the classes")
@@ -39,6 +47,17 @@ def parse_args(argv=None):
     if args.interpolate:
         parser.set_defaults(num_samples=8)  # with more images, neighbours look nearly equal
         args = parser.parse(argv)
+    if given := args.condition_image or args.true_image:
+        names = os.listdir(given) if os.path.isdir(given) else [given]
+        inputs = sum(str(mimetypes.guess_type(name)[0]).startswith("image/") for name in names)
+        parser.set_defaults(num_samples=4 * max(1, inputs))
+        args = parser.parse(argv)
+    if given and args.init_image:
+        parser.error("--init_image and --condition_image are for different models. Leave one out")
+    if args.mask and not (args.init_image or args.condition_image):
+        parser.error("--mask needs --init_image or --condition_image. Give the picture with the hole")
+    if args.mask and args.init_image and (args.gif or args.interpolate):
+        parser.error("--mask does not go together with --gif or --interpolate. Leave them out")
     if args.strength != parser.get_default("strength") and not args.init_image:
         parser.error("--strength needs --init_image. Give a picture, or leave --strength out")
     return args
@@ -57,8 +76,10 @@ def main(args):
     from utils import UserError
     from utils.diffusion.class_conditional import class_names
     from utils.diffusion.classes import GuidedModel, between_classes, choose_classes, cycle_labels, group_by_class
+    from utils.diffusion.conditions import Condition, GuidedByCondition, arrange
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import make_guidance
+    from utils.diffusion.inpainting import check_inpainting, inpaint_batch
     from utils.diffusion.pipelines import (
         choose_sampler,
         default_steps,
@@ -67,6 +88,9 @@ def main(args):
         load_pipeline,
     )
     from utils.diffusion.sampling import sample_batch, starting_noise
+    from utils.diffusion.spaces import Latents
+    from utils.diffusion.windows import Windows
+    from utils.evaluation.given_images import GivenImages
     from utils.evaluation.image_folder import ImageFolder, load_image, save_gif, save_trajectories
     from utils.pictures import make_grid, to_uint8
     from utils.signals import Interrupted, StopSignal
@@ -90,12 +114,24 @@ def main(args):
 
     # Starting noise and guidance
     def between(sample_ids):
-        ends = [starting_noise(own, args.seed, np.array([k]), space.shape, "cpu") for k in args.interpolate]
+        ends = [starting_noise(own, args.seed, np.array([k]), shape, "cpu") for k in args.interpolate]
         return interpolate_noise(own, *ends, torch.from_numpy(sample_ids / max(1, args.num_samples - 1)).float())
 
+    shape, given = space.shape, None
     guidance = make_guidance(args, accelerator.device, space=space)
     options = dict(guidance=guidance, strength=args.strength)
     classes = choose_classes(unet.config, args.class_labels)
+    condition = Condition.of_model(unet.config)
+    if condition:
+        given = GivenImages(args, condition, shape[1:])
+        options["model_inputs"] = given.model_inputs
+        unet = GuidedByCondition(Windows(unet, shape[1:]), condition, 1.0 if guidance else args.guidance_scale)
+        shape = (shape[0], *given.inputs.shape[2:])
+    elif args.condition_image or args.true_image:
+        raise UserError(
+            f"--condition_image, --true_image: {args.model} takes no condition. Expected a model of train_paired.py. "
+            "--init_image starts from a picture with any model"
+        )
     if classes is not None:  # --guidance_scale applies to the classes, unless a colour or a prompt guides samples
         names = class_names(unet.config)
         if args.interpolate and not hasattr(unet, "class_embedding"):
@@ -105,26 +141,38 @@ def main(args):
         else:
             options["model_inputs"] = cycle_labels(classes, accelerator.device)
         unet = GuidedModel(unet, 1.0 if guidance else args.guidance_scale)
-    elif args.guidance_scale != 1 and not guidance:
+    elif args.guidance_scale != 1 and not guidance and not condition:
         raise UserError("--guidance_scale: this model has no classes. Give --guidance_color or --guidance_prompt, too")
     if args.interpolate:
         options["noise"] = between
     if args.init_image and is_few_step(own):
         raise UserError(f"--init_image: {args.model} is a few-step model with too few noise levels. Use its teacher")
     if args.init_image:
-        picture = load_image(args.init_image, space.image_shape, args.model)
+        if condition:
+            raise UserError(f"--init_image: {args.model} draws from --condition_image. Give that instead")
+        picture = load_image(args.init_image, "--init_image", space.image_shape, args.model)
         options["init_images"] = space.encode(picture.to(accelerator.device))
-    draw = partial(
-        sample_batch, unet, sampler, shape=space.shape, num_inference_steps=steps, seed=args.seed,
-        device=accelerator.device, **options,
-    )  # fmt: skip
+    if args.init_image and args.mask:
+        if isinstance(space, Latents) or guidance:
+            raise UserError("--mask: holes are filled in pixels, and without guidance by colours or prompts")
+        check_inpainting(own, args.model)
+        hole = load_image(args.mask, "--mask", (1, *shape[1:]), args.model) > 0
+        draw = partial(
+            inpaint_batch, unet, own, known=picture, hole=hole, num_inference_steps=steps, seed=args.seed,
+            device=accelerator.device, model_inputs=options.get("model_inputs"),
+        )  # fmt: skip
+    else:
+        draw = partial(
+            sample_batch, unet, sampler, shape=shape, num_inference_steps=steps, seed=args.seed,
+            device=accelerator.device, **options,
+        )  # fmt: skip
 
     @torch.no_grad()
     def decoded(samples):
         return to_uint8(space.decode(samples))
 
     # Each process draws its share of the missing images
-    images_folder = ImageFolder(accelerator, args, steps, plain, sampler, space)
+    images_folder = ImageFolder(accelerator, args, steps, plain, sampler, space, given and given.digest)
     stop_signal = StopSignal(accelerator, "stopping. Complete images are kept")
     missing = images_folder.missing()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
@@ -140,7 +188,8 @@ def main(args):
             images = draw(sample_ids=sample_ids, stop=stop_signal.requested)
         except Interrupted:
             break
-        images_folder.save(sample_ids, decoded(images))
+        images = decoded(images)
+        images_folder.save(sample_ids, given.finish(sample_ids, images) if given else images)
         progress.update(len(sample_ids) * accelerator.num_processes)
     progress.close()
     accelerator.wait_for_everyone()
@@ -152,8 +201,14 @@ def main(args):
 
     # Pictures of all images
     if accelerator.is_main_process:
-        images, captions = images_folder.load(64), ()
-        if args.interpolate and len(images) <= 16:
+        images, captions = images_folder.load(range(64)), ()
+        if given:
+            count = min(16, len(given.names))
+            rows = range(min(4, max(1, args.num_samples // len(given.names))))
+            images = images_folder.load(row * len(given.names) + k for row in rows for k in range(count))
+            true = given.true if given.true is None else given.true[:count]
+            images, captions = arrange(given.shown[:count], images, true)
+        elif args.interpolate and len(images) <= 16:
             captions = [""]  # one row
         elif classes and not args.interpolate and len(classes) <= len(images):
             images, captions = group_by_class(images, [names[k] for k in classes])
@@ -161,7 +216,7 @@ def main(args):
         if args.format != "png":
             images_folder.export(args.format)
         if args.gif and args.interpolate:
-            frames = [[image[None]] for image in images_folder.load(args.num_samples)]
+            frames = [[image[None]] for image in images_folder.load(range(args.num_samples))]
             save_gif(frames + frames[::-1], images_folder.folder / "walk.gif")
         elif args.gif:
             frames = []

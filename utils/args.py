@@ -63,6 +63,17 @@ def image_range(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor full nor LOW,HIGH, such as 0,4095")
 
 
+def condition(text: str) -> str:
+    """Check that a text is a kind of ``diffusion.conditions`` that is made from an image, and return it."""
+    name, _, factor = text.partition(":")
+    if text in ("gray", "inpaint", "outline") or (name == "lowres" and factor.isdecimal() and 2 <= int(factor) <= 64):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is neither lowres:FACTOR, such as lowres:4 (FACTOR from 2 to 64), nor gray, inpaint or outline. For "
+        "pictures of your own use --condition_dir or --condition_column"
+    )
+
+
 def _number(kind, low, high, noun):
     def convert(text: str):
         try:

@@ -46,7 +46,7 @@ def load_train_data(
         args: the flags.
         accelerator: accelerator of this process.
         pretrained_config: config of a pretrained model. Its ``sample_size`` is the default of ``--resolution``, and its
-            ``in_channels`` (1 or 3) those of ``--image_mode`` auto.
+            ``out_channels`` (1 or 3) those of ``--image_mode`` auto.
         own_images: images to use instead, see ``own_images.OwnImages``.
         conditional: True if the images need class labels. Without ``--label_column`` the only column of labels is used.
         columns: additional tensors of each row, by their name in a batch; ``own_images`` have their own.
@@ -69,7 +69,7 @@ def load_train_data(
         own_images.max_bad_images = args.max_bad_images
     size, image_mode = None, None
     if pretrained_config:
-        size, image_mode = size_of(pretrained_config.sample_size), MODES[pretrained_config.in_channels]
+        size, image_mode = size_of(pretrained_config.sample_size), MODES[pretrained_config.out_channels]
     train_data = TrainData(own_images, args, accelerator, size, image_mode)
     if accelerator.num_processes > 1:
         found = gather_object([(f"process {accelerator.process_index} on {platform.node()}", train_data.settings)])
@@ -268,6 +268,11 @@ class TrainData:
             values["label"] = translate_labels(values["label"], images.label_names, self.label_names)
         values = {name: torch.from_numpy(value) for name, value in values.items()}
         return self._batch(torch.from_numpy(found), values, torch.device("cpu"))
+
+    def examples_to_show(self, count: int) -> dict[str, torch.Tensor]:
+        """Return held-out images if ``--validation_split`` names some, or else training images, see ``examples``."""
+        split = vars(self.args).get("validation_split")
+        return self.examples(count, self.images.held_out(split, "--validation_split") if split else None)
 
     def crops(self, count: int) -> np.ndarray:
         """Return the possible training crops of random images, to find copies of them: uint8 (M, C, H, W)."""

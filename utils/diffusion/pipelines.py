@@ -15,6 +15,7 @@ from ..args import SAMPLERS
 from . import flow, schedulers
 from .basic_unet import BasicUNet
 from .few_steps import is_compatible, is_few_step
+from .identity import is_identity
 from .linear_mix import LinearMixScheduler
 from .pretrained import (
     check_embeddings,
@@ -29,12 +30,15 @@ from .pretrained import (
 )
 from .sampling import sample_images
 from .spaces import Latents, Pixels
+from .unets import concatenate_condition
 
 AUTOENCODERS = ("vqvae", "vae")  # names of the autoencoder in a pipeline
 
 
 def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[ModelMixin, SchedulerMixin, Pixels]:
-    """Load the UNet, the scheduler and the space of a pipeline that draws without further inputs.
+    """Load the UNet, the scheduler and the space of a pipeline.
+
+    The UNet of an ``LDMSuperResolutionPipeline`` takes ``condition=``, see ``conditions.Condition.of_model``.
 
     Args:
         name_or_path: folder or Hub id of the output of these scripts, a ``DDPMPipeline``, an ``LDMPipeline``, or a
@@ -80,11 +84,15 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
         unet = unet_class.from_pretrained(places[0], variant=variant_of(places[0]))
         check_embeddings(unet.config, name_or_path)
         scheduler = scheduler_class.from_pretrained(places[1]) if scheduler_class else DDPMScheduler()
-        leave_out_variance(unet, scheduler, name_or_path)
+        if index.get("_class_name") == "LDMSuperResolutionPipeline":
+            concatenate_condition(unet)
+        else:
+            leave_out_variance(unet, scheduler, name_or_path)
         space = Pixels(image_shape(unet.config))
         for part in AUTOENCODERS:
             if kind := index.get(part, [None, None])[1]:
-                space = Latents.of_shape(getattr(diffusers, kind).from_pretrained(folder / part), space.shape)
+                autoencoder = getattr(diffusers, kind).from_pretrained(folder / part)
+                space = space if is_identity(autoencoder) else Latents.of_shape(autoencoder, space.shape)
         return unet, scheduler, space
     except UserError:
         raise

@@ -12,7 +12,9 @@ from ..args import size_of
 logger = logging.getLogger(__name__)
 
 
-def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = False) -> DDPMPipeline:
+def load_pretrained(
+    name_or_path: str, conditional: bool = False, flow: bool = False, condition: bool = False
+) -> DDPMPipeline:  # fmt: skip
     """Load a pipeline to start training from. A learned variance is left out.
 
     Args:
@@ -20,6 +22,7 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
         conditional: whether its UNet may take class labels.
         flow: whether a model of train_flow.py is expected, trained on straight paths instead of with a
             ``DDPMScheduler``.
+        condition: whether its UNet may take a condition as further channels, as models of train_paired.py do.
 
     Raises:
         UserError: the pipeline cannot be loaded, or its model is not a UNet2DModel that predicts one or two values
@@ -34,7 +37,8 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
                 f"{flag}: its net is code that is saved with the model. In a script that has the class, start from its "
                 "weights with as_diffusers_model(Net).from_pretrained(FOLDER/unet), see docs/extending.md"
             )
-        others = other_parts(index)
+        known = ("unet", "scheduler", *(["vqvae"] if condition else []))
+        others = other_parts(index, known)
         if others:
             raise UserError(f"{flag}: this pipeline also has {others}. Expected only unet and scheduler")
         pipeline = DDPMPipeline.from_pretrained(name_or_path, variant=variant_of(Path(name_or_path) / "unet"))
@@ -61,12 +65,35 @@ def load_pretrained(name_or_path: str, conditional: bool = False, flow: bool = F
             f"{flag}: its unet takes class labels. Expected an unconditional one. For this model use "
             "train_conditional.py"
         )
+    if condition and unet.config.out_channels < unet.config.in_channels:
+        return pipeline
     channels = unet.config.in_channels
     if channels not in (1, 3):
         more = " For a model with a condition use the script that trained it." * (channels == 2)
         raise UserError(f"{flag}: its unet takes {channels} channels. Expected 1 or 3.{more}")
     leave_out_variance(unet, pipeline.scheduler, flag)
     return pipeline
+
+
+def add_input_channels(unet: UNet2DModel, in_channels: int) -> UNet2DModel:
+    """Return a trained UNet that takes further channels, for a condition. At first they do not change its output.
+
+    Raises:
+        UserError: the UNet takes other further channels already.
+    """
+    first, taken = unet.conv_in, unet.config.in_channels
+    if taken == in_channels:
+        return unet
+    if taken != unet.config.out_channels:
+        raise UserError(
+            f"the pretrained model takes {taken} channels with its condition, these images and their condition have "
+            f"{in_channels}. Expected the same kind of condition, or a model without one"
+        )
+    unet.conv_in = torch.nn.Conv2d(in_channels, first.out_channels, first.kernel_size, padding=first.padding)
+    torch.nn.init.zeros_(unet.conv_in.weight)
+    unet.conv_in.weight.data[:, :taken], unet.conv_in.bias.data = first.weight.data, first.bias.data
+    unet.register_to_config(in_channels=in_channels)
+    return unet
 
 
 def variant_of(folder: Path) -> str | None:
@@ -173,7 +200,7 @@ def image_shape(config) -> tuple[int, int, int]:
     size = size_of(config.sample_size)
     if size is None:
         raise UserError("the model's config.json has no sample_size. Add the size of its images there, such as 32")
-    return config.in_channels, *size
+    return config.out_channels, *size
 
 
 def refuse_missing(flag: str, name_or_path: str) -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,17 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from .. import UserError, read_record
-from ..data.images import PreparedImages, choose_range
-from ..data.pixels import GREY_MODES, deep_values, prepare_image, to_eight_bits
+from ..data.images import PreparedImages
+from ..data.pixels import GREY_MODES, prepare_image
 from ..diffusion.unets import weights_digest
 from ..pictures import from_uint8, make_grid
 from ..sources import folders
-from ..sources.decoding import decode_image, open_row, size_and_mode
+from ..sources.decoding import open_row, size_and_mode
 from ..sources.named_images import NamedImages
 from ..sources.sources import ImageSource
 from ..training.checkpoints import file_hash
 from ..training.output_dir import inspect_together, read_arguments
+from .given_images import read_picture
 from .kept_samples import digest_of, settings_of
 from .metrics import check_count
 
@@ -51,16 +52,19 @@ class ImageFolder:
         args: flags of sample.py.
         num_inference_steps: number of sampling steps, given or by default.
         model, sampler, space: model, sampler and image space; the images depend on their weights and settings.
+        given: hash of the pictures that are given to a model with a condition.
 
     Raises:
         UserError: the folder holds other files, or images drawn with other settings.
     """
 
-    def __init__(self, accelerator, args, num_inference_steps: int, model, sampler, space):
+    def __init__(self, accelerator, args, num_inference_steps: int, model, sampler, space, given: str | None = None):
         self.accelerator, self.args, self.folder = accelerator, args, Path(args.output_dir)
-        inspect_together(accelerator, self.folder, lambda: self._prepare(num_inference_steps, model, sampler, space))
+        inspect_together(
+            accelerator, self.folder, lambda: self._prepare(num_inference_steps, model, sampler, space, given)
+        )
 
-    def _prepare(self, num_inference_steps, model, sampler, space) -> None:
+    def _prepare(self, num_inference_steps, model, sampler, space, given) -> None:
         settings = {flag: value for flag, value in vars(self.args).items() if flag not in MAY_CHANGE}
         settings["num_inference_steps"] = num_inference_steps
         settings["weights"] = weights_digest(model)[:12]
@@ -68,7 +72,10 @@ class ImageFolder:
         if space.fingerprint:
             settings["autoencoder"] = space.fingerprint
         if self.args.init_image:
-            settings["init_image"] += f" {file_hash(Path(self.args.init_image))[:12]}"
+            files = [Path(name) for name in (self.args.init_image, self.args.mask) if name]
+            settings["init_image"] += f" {file_hash(*files)[:12]}"
+        if given:
+            settings["given_images"] = given
         if self.args.interpolate:
             settings["interpolate"] = [*self.args.interpolate, f"in {self.args.num_samples} images"]
         path = self.folder / SETTINGS
@@ -105,9 +112,9 @@ class ImageFolder:
             Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(temporary, format="PNG")
             os.replace(temporary, self._path(sample_id))
 
-    def load(self, count: int) -> np.ndarray:
-        """Return the first images, uint8 (N, C, H, W)."""
-        images = [np.atleast_3d(Image.open(self._path(k))) for k in range(min(count, self.args.num_samples))]
+    def load(self, sample_ids: Iterable[int]) -> np.ndarray:
+        """Return the images with these numbers, as far as they were asked for, uint8 (N, C, H, W)."""
+        images = [np.atleast_3d(Image.open(self._path(k))) for k in sample_ids if k < self.args.num_samples]
         return np.stack(images).transpose(0, 3, 1, 2)
 
     def export(self, kind: str) -> None:
@@ -129,7 +136,7 @@ class ImageFolder:
     def _write_npz(self) -> None:
         """Write one image after another, because all images together may not fit into memory."""
         staging, count = self.folder / ".tmp-images.npy", self.args.num_samples
-        shape = (count, *self.load(1).transpose(0, 2, 3, 1).shape[1:])
+        shape = (count, *self.load([0]).transpose(0, 2, 3, 1).shape[1:])
         images = np.lib.format.open_memmap(staging, "w+", np.uint8, shape)
         for k in range(count):
             images[k] = np.atleast_3d(Image.open(self._path(k)))
@@ -153,31 +160,20 @@ class ImageFolder:
         )
 
 
-def load_image(path: str, shape: tuple[int, int, int], model: str) -> torch.Tensor:
+def load_image(path: str, flag: str, shape: tuple[int, int, int], model: str) -> torch.Tensor:
     """Return a picture as model input: float32 (1, C, H, W) in [-1, 1], resized and cropped in the middle.
 
     Args:
         path: image file.
+        flag: flag that names it, for messages.
         shape: (C, H, W) of the model's images.
-        model: folder or Hub id of the model. A picture of high bit depth is scaled like the model's training images if
-            their range is known, otherwise by its own range.
+        model: folder or Hub id of the model, see ``given_images.read_picture``.
 
     Raises:
         UserError: the file does not exist or is not an image.
     """
-    if not Path(path).is_file():
-        raise UserError(f"--init_image {path}: there is no such file. Expected a picture")
-    image = decode_image(path, f"--init_image {path}")
-    known, image_range = scaled_from(model)
-    image_range = image_range if known else choose_range("auto", deep_values([image]), say=False)
-    image = to_eight_bits(image, "L" if shape[0] == 1 else "RGB", path, image_range, logger.warning)
+    image = read_picture(path, flag, "L" if shape[0] == 1 else "RGB", model)
     return from_uint8(prepare_image(image, shape[1:], True))[None]
-
-
-def scaled_from(model: str) -> tuple[bool, tuple[float, float] | None]:
-    """Return whether the scaling of a model's training images is known, and the values that became black and white."""
-    found = read_arguments(model)
-    return "scaled_from" in found, found.get("scaled_from") and tuple(found["scaled_from"])
 
 
 class SampleFolder:

@@ -25,6 +25,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from .. import UserError
 from ..exits import UPLOAD_THREAD
+from ..privacy import OWN_IMAGES
 from ..signals import STOP_SIGNALS, progress
 from ..training.output_dir import ARGUMENTS, read_arguments
 from .model_card import write_card
@@ -40,6 +41,8 @@ ALLOWED = (  # code is allowed only if these scripts have written it
     "scheduler/linear_mix.py", "adapter/*.json", "adapter/*.safetensors",
 )  # fmt: skip
 PICTURES = ("samples.png", "curves.png", "walk.png", "before_after.png", "guided.png", "samples/*.png")
+# With these, a model that draws from pictures shows its inputs and true images
+SHOWN_IMAGES = {"samples.png", "samples/*.png", "condition.png"}
 
 
 class Hub:
@@ -181,7 +184,17 @@ class Hub:
                 )
         if not any(path.suffix == ".safetensors" for path in files):
             raise ValueError(f"{self.folder}/unet has no weights (.safetensors)")
-        files += [path for pattern in PICTURES for path in self.folder.glob(pattern)]
+        pictures = {*PICTURES}
+        record = read_arguments(self.folder)
+        if record.get("condition") and record.get("public_data", OWN_IMAGES) == OWN_IMAGES:
+            pictures -= SHOWN_IMAGES
+            logger.warning(
+                "samples.png and condition.png show images of yours, so they are not pushed. If they may be published, "
+                f"upload them: hf upload {self.repo_id} {self.folder / 'samples.png'} samples.png"
+            )
+        elif record.get("condition"):
+            pictures.add("condition.png")
+        files += [path for pattern in sorted(pictures) for path in self.folder.glob(pattern)]
         files = [(path, path.relative_to(self.folder)) for path in files]
         for path in logs.glob("**/events.out.*") if self.logs and not logs.is_symlink() else ():
             # In events.out.tfevents.TIME.HOST.PID.NUMBER, HOST is private, so it is left out

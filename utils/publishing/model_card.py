@@ -51,6 +51,11 @@ person without consent, to deceive anyone, or to recognise or judge people. Its 
 person.
 """
 DATA_WITHOUT_PEOPLE = {"digits", "mnist", "ylecun/mnist"}  # images that show no people
+CONDITIONS = {
+    "gray": "It colours grey images.", "inpaint": "It fills the transparent part of an image.",
+    "outline": "It draws an image from white outlines on black.",
+    "paired": "It draws an image from another one, as in its training pairs.",
+}  # fmt: skip
 DATA_TITLES = {"digits": "scikit-learn's digits", "mnist": "MNIST", "faces": "scikit-image's faces"}
 PAPERS = {  # source of a setting with a value; ... is any value
     ("ddpm", True): ("Denoising diffusion probabilistic models", "2006.11239"),
@@ -60,6 +65,7 @@ PAPERS = {  # source of a setting with a value; ... is any value
     ("weighting_scheme", "logit_normal"): ("Scaling rectified flow transformers: the density of times", "2403.03206"),
     ("rescale_betas_zero_snr", True): ("Common diffusion noise schedules and sample steps are flawed", "2305.08891"),
     ("snr_gamma", ...): ("Efficient diffusion training via min-SNR weighting", "2303.09556"),
+    ("condition", ...): ("Image super-resolution via iterative refinement: a condition as channels", "2104.07636"),
     ("classes", True): ("Classifier-free diffusion guidance", "2207.12598"),
     ("model_guidance", ...): ("Diffusion models without classifier-free guidance", "2502.12154"),
     ("method", "lora"): ("LoRA", "2106.09685"),
@@ -119,7 +125,7 @@ def write_card(
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     classes = class_names(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
-    flags, base = record["public_arguments"], record.get("base")
+    flags, base, kind = record["public_arguments"], record.get("base"), record.get("condition")
     data = record.get("public_data", OWN_IMAGES)
     people = data not in DATA_WITHOUT_PEOPLE or _shows_people(base)
     if data == OWN_IMAGES:
@@ -130,8 +136,8 @@ def write_card(
     metadata = ModelCardData(
         license=license or "unknown",
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=_tags(index, scheduler, classes),
+        pipeline_tag="image-to-image" if kind else "unconditional-image-generation",
+        tags=_tags(index, scheduler, classes, kind),
         datasets=[data] if is_hub_id(data) else None,
         base_model=base if is_hub_id(base) else None,
         model_name=run_folder.resolve().name if results else None,
@@ -160,17 +166,19 @@ def write_card(
     links = "\n".join(f"* [{name}](https://arxiv.org/abs/{number})" for name, number in sorted(papers))
     steps = record.get("num_inference_steps", flags["num_inference_steps"])
     named, given = name or _loading_name(run_folder), record.get("model_inputs")
-    snippet = _snippet(folder, named, steps, classes, flags.get("guidance_scale"), final, given)
+    snippet = _snippet(folder, named, steps, classes, flags.get("guidance_scale"), final, given, record)
+    pictured = "![samples](samples.png)" if (folder / "samples.png").is_file() else ""
+    described = _describe_samples(index["scheduler"][1], record) if final and pictured else ""
     text = f"""---
 {metadata.to_yaml()}
 ---
 
 # {_escape(record["card"]["title"])} trained on {_escape(subject)}
 
-{"![samples](samples.png)" if final else "This is a checkpoint from before the end of training."}
+{pictured if final else "This is a checkpoint from before the end of training."}
 
-{_describe_samples(index["scheduler"][1], record) if final else ""}This model draws {_shape(record)}images \
-like those of {_escape(subject)} with a {index["unet"][1]}.{_describe_classes(classes)}
+{described}This model draws {_shape(record)}images \
+like those of {_escape(subject)} with a {index["unet"][1]}.{_describe_classes(classes)}{_describe_condition(kind)}
 
 ## Use
 
@@ -196,8 +204,12 @@ def _common_flags() -> set[str]:
     return {action.dest for action in parser._actions}
 
 
-def _tags(index: dict, scheduler: dict, classes) -> list[str]:
-    tags = ["diffusers", "unconditional-image-generation", *(["class-conditional"] if classes else [])]
+def _tags(index: dict, scheduler: dict, classes, kind: str | None) -> list[str]:
+    tags = [
+        "diffusers",
+        "image-to-image" if kind else "unconditional-image-generation",
+        *(["class-conditional"] if classes else []),
+    ]
     if scheduler.get("use_flow_sigmas"):
         tags.append("flow-matching")
     elif index["scheduler"][1] == "LCMScheduler":
@@ -246,6 +258,8 @@ def _describe_samples(sampler: str, record: dict) -> str:
     flags, caption = record["public_arguments"], record["card"]["caption"]
     if sampler == "LCMScheduler":
         return f"The picture shows unselected samples of the teacher and this model from the same noise ({caption}). "
+    if record.get("condition"):
+        return f"The picture shows inputs, samples for each that were not selected ({caption}), and true images. "
     return f"The picture shows {flags['num_samples']} samples, not selected: {caption}. "
 
 
@@ -268,9 +282,16 @@ def _describe_classes(classes) -> str:
     return f" It has {len(classes)} classes, which are chosen by number (from 0) or by name: {shown}."
 
 
+def _describe_condition(kind: str | None) -> str:
+    """Return a sentence about the condition of a model of train_paired.py."""
+    if str(kind).startswith("lowres:"):
+        return f" It enlarges images {kind.partition(':')[2]} times."
+    return f" {CONDITIONS[kind]}" if kind else ""
+
+
 def _snippet(
     folder: Path, name: str, steps: int, classes: list[str], guidance_scale: float | None, final: bool,
-    given: str | None,
+    given: str | None, record: dict,
 ) -> str:  # fmt: skip
     """Return code that loads the model and draws, as Markdown; nothing if the code of a finished model fails."""
     load = how_to_load(folder, name)
@@ -279,6 +300,8 @@ def _snippet(
         note = f"Besides the noisy images, the net takes {beside} as input. No pipeline of diffusers can pass that. "
         note += "Use the script that trained the model to draw samples."
         return f"```python\n{code}\n```\n\n{note}\n\n"
+    if load.takes_condition:
+        return _snippet_with_condition(folder, name, steps, final, record)
     asked = f", class_labels={[k % len(classes) for k in range(4)]}" if classes else ""
     how = repr(list(classes[:4])) if load.own_pipeline else f"batch_size=4{asked}"
     code = f"from diffusers import {load.pipeline}\n\npipeline = {load.call}\n"
@@ -304,6 +327,48 @@ def _snippet(
             logger.warning(
                 f"{folder}: the saved pipeline could not be loaded and called: {type(error).__name__}: {error}"
             )
+            return ""
+    return f"```python\n{code}\n```\n\n"
+
+
+def _snippet_with_condition(folder: Path, name: str, steps: int, final: bool, record: dict) -> str:
+    """Return code that draws from a picture; nothing if the code of a finished model fails."""
+    (channels, height, width), kind = record["image_shape"], record["condition"]
+    fetched = (folder / "condition.png").is_file()
+    local, place = f'"{name}/condition.png"', f'hf_hub_download({name!r}, "condition.png")'
+    source = place if is_hub_id(name) else local
+    first = f"Image.open({source})  # or a picture of yours" if fetched else 'Image.open("your_picture.png")'
+    grey, steps_text = channels == 1, f"num_inference_steps={steps}"
+    prepare = [f"picture = picture.resize(({width}, {height}), Image.Resampling.BICUBIC)"]
+    if kind == "inpaint":
+        prepare += [
+            f'pixels = np.asarray(picture.convert("{"LA" if grey else "RGBA"}")) / 255  # transparent where to draw',
+            "hole = pixels[..., -1:] < 0.5",
+            "pixels = np.concatenate([np.where(hole, 0, pixels[..., :-1] * 2 - 1), hole], axis=2)",
+        ]
+    else:
+        one = 'picture.convert("L")' if kind in ("gray", "outline") and not grey else "picture"
+        prepare += [f'pixels = np.asarray({one}.convert("{"L" if grey else "RGB"}")) / 127.5 - 1']
+    reshape = "[None, None]" if grey and kind != "inpaint" else ".permute(2, 0, 1)[None]"
+    body = [
+        f"pipeline = LDMSuperResolutionPipeline.from_pretrained({name!r})",
+        f"picture = {first}",
+        *prepare,
+        f"condition = torch.tensor(pixels, dtype=torch.float32){reshape}",
+        f"pipeline(condition, {steps_text}).images[0].save('sample.png')",
+    ]
+    hub = ["from huggingface_hub import hf_hub_download"] if fetched and is_hub_id(name) else []
+    head = ["import numpy as np", "import torch", "from diffusers import LDMSuperResolutionPipeline", *hub]
+    code = "\n".join([*head, "from PIL import Image", "", *body])
+    if final and fetched:
+        here = str(folder.resolve())
+        tried = code.replace(repr(name), repr(here)).replace(source, f"{str(folder / 'condition.png')!r}")
+        tried = tried.replace(steps_text, "num_inference_steps=1").replace(".save('sample.png')", "")
+        try:
+            with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # hide a progress bar
+                exec(tried, {})
+        except Exception as error:  # the model is saved: a card without the snippet is better than none
+            logger.warning(f"{folder}: the saved pipeline could not draw: {type(error).__name__}: {error}")
             return ""
     return f"```python\n{code}\n```\n\n"
 

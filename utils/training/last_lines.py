@@ -26,6 +26,11 @@ class Loading:
     own_pipeline: bool
     runs_code: bool
 
+    @property
+    def takes_condition(self) -> bool:
+        """Return whether the pipeline draws from a picture, as those of train_paired.py do."""
+        return self.pipeline == "LDMSuperResolutionPipeline"
+
 
 def how_to_load(folder: Path, name: str | Path) -> Loading:
     """Return the code that loads the pipeline of ``folder`` by ``name``, a path or a Hub id."""
@@ -46,6 +51,8 @@ def inputs_beside(folder: Path, given: str | None) -> str:
         folder: folder of the pipeline.
         given: recorded names of the inputs that the script passes to the model.
     """
+    if how_to_load(folder, folder).takes_condition:
+        return ""
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     taken = unet.get("in_channels") or 0
     channels = taken - (unet.get("out_channels") or taken)
@@ -66,9 +73,13 @@ def last_lines(folder: Path, num_inference_steps: int, continued: str | None, gi
     lines = {"samples": ", ".join([str(folder / "samples.png"), *pictures])}
     load = how_to_load(folder, folder)
     labels = "[0], " * load.own_pipeline or "class_labels=[0], " * (given == "class_labels")
+    labels = labels or "condition, " * load.takes_condition
     lines["pipeline"] = f"{load.call}({labels}num_inference_steps={num_inference_steps})"
     if beside := inputs_beside(folder, given):
         lines["pipeline"] = f"{load.call}.unet also needs {beside}. No pipeline of diffusers passes it to the model"
+    if load.takes_condition:
+        script = os.path.join(os.path.dirname(os.path.relpath(sys.argv[0])), "sample.py")
+        lines["draw"] = f"python {script} {folder} --condition_image {folder / 'condition.png'}"
     if any(folder.glob("logs/**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {folder}"
     lines["train longer"] = "the same command with a larger --max_train_steps"

@@ -1,0 +1,171 @@
+"""The pictures that a user gives to a model with a condition: inputs, or finished images to make inputs from."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from .. import UserError
+from ..data.images import choose_range
+from ..data.pixels import deep_values, to_eight_bits
+from ..diffusion.conditions import PAIRED, Condition
+from ..pictures import from_uint8, to_uint8
+from ..sources.decoding import decode_image
+from ..sources.folders import image_extensions
+from ..training.checkpoints import file_hash
+from ..training.output_dir import read_arguments
+
+logger = logging.getLogger(__name__)
+
+
+class GivenImages:
+    """Inputs of a model with a condition, from ``--condition_image`` or ``--true_image``.
+
+    Args:
+        args: flags ``condition_image``, ``true_image``, ``mask``, ``seed`` and ``model``.
+        condition: condition of the model.
+        window: (H, W) that the model was trained on. Smaller inputs are extended to it.
+
+    Attributes:
+        names: paths of the files.
+        inputs: inputs of the model, float32 (N, K, H, W), extended.
+        size: (H, W) of the images without the extension.
+        shown: inputs as a picture shows them, uint8 (N, C, h, w).
+        true: true images, float32 (N, C, h, w) in [-1, 1], or None.
+        digest: hash of the files.
+
+    Raises:
+        UserError: a file is missing or no picture, the files have several sizes, or the flags do not fit the condition.
+    """
+
+    def __init__(self, args, condition: Condition, window: tuple[int, int]):
+        self.args, self.condition, self.true = args, condition, None
+        if not (args.condition_image or args.true_image):
+            also = "" if condition.kind == PAIRED else ", or --true_image with finished images to make inputs from"
+            raise UserError(f"{args.model} draws from a picture. Give --condition_image FILE or a folder{also}")
+        if args.mask and condition.kind != "inpaint":
+            raise UserError(f"--mask: the condition of {args.model} is {condition.kind}. Expected a model of inpaint")
+        if condition.kind == PAIRED and not args.condition_image:
+            raise UserError(f"--true_image: {args.model} was trained on pairs. Also give --condition_image")
+        self.names = _files("--condition_image" if args.condition_image else "--true_image", args)
+        files = [*self.names]
+        if args.condition_image:
+            pictures = [self._picture(path) for path in self.names]
+            if args.true_image:
+                files += (others := _partners(self.names, args))
+                self.true = _stack([self._image(path, "--true_image") for path in others], others)
+            pictures = _stack(pictures, self.names)
+        else:
+            self.true = _stack([self._image(path, "--true_image") for path in self.names], self.names)
+            factor = condition.factor
+            height, width = (side // factor * factor for side in self.true.shape[2:])
+            self.true = self.true[..., :height, :width]
+            pictures = condition.pictures({"images": self.true})
+        if args.mask:
+            files.append(Path(args.mask))
+        self.digest = file_hash(*files)[:12]
+        inputs = condition.input_of(pictures)
+        self.size = tuple(inputs.shape[2:])
+        self.shown = condition.show(pictures)
+        if self.true is not None and self.true.shape[2:] != self.size:
+            sizes = " and ".join("{1} x {0}".format(*size) for size in (self.true.shape[2:], self.size))
+            raise UserError(f"--true_image: true and drawn images have {sizes} pixels. Expected the same size")
+        missing = [max(0, side - size) for side, size in zip(window, self.size, strict=True)]
+        self.inputs = F.pad(inputs, (0, missing[1], 0, missing[0]), mode="replicate")
+
+    def _image(self, path: Path, flag: str) -> torch.Tensor:
+        mode = "L" if self.condition.image_channels == 1 else "RGB"
+        return from_uint8(np.atleast_3d(read_picture(path, flag, mode, self.args.model)).transpose(2, 0, 1).copy())
+
+    def _picture(self, path: Path) -> torch.Tensor:
+        image, flag = decode_image(str(path), f"--condition_image {path}"), "--condition_image"
+        if self.condition.kind != "inpaint":
+            return self.condition.picture_from(read_picture(path, flag, self.condition.mode, self.args.model))[0]
+        if self.args.mask:
+            mask = decode_image(self.args.mask, f"--mask {self.args.mask}").convert("L")
+            if mask.size != image.size:
+                raise UserError(f"--mask: {mask.size} pixels, the picture has {image.size}. Expected the same size")
+            image = image.convert("RGBA")
+            image.putalpha(mask.point(lambda value: 0 if value >= 128 else 255))
+        try:
+            return self.condition.picture_from(image)[0]
+        except UserError as error:
+            raise UserError(f"--condition_image {path}: {error}") from None
+
+    def model_inputs(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the inputs of samples: sample k has input k modulo N."""
+        return {"condition": self.inputs[np.asarray(sample_ids) % len(self.inputs)]}
+
+    def finish(self, sample_ids: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """Remove the extension from samples, uint8 (B, C, H, W), and restore the known pixels of ``inpaint``."""
+        images = images[..., : self.size[0], : self.size[1]]
+        if self.condition.kind == "inpaint":
+            chosen = self.inputs[sample_ids % len(self.inputs), :, : self.size[0], : self.size[1]]
+            known, hole = to_uint8(chosen[:, :-1]), chosen[:, -1:].numpy() > 0.5
+            images = np.where(hole, images, known)
+        return images
+
+
+def read_picture(path: str | Path, flag: str, mode: str, model: str) -> Image.Image:
+    """Return a picture in ``L`` or ``RGB``. One of high bit depth is scaled like the model's training images.
+
+    Args:
+        path: image file.
+        flag: flag that names it, for messages.
+        mode: ``L`` or ``RGB``.
+        model: folder or Hub id of the model. If the range of its training images is not known, the picture's own range
+            is used.
+
+    Raises:
+        UserError: the file does not exist or is not an image.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: there is no such file. Expected a picture")
+    image = decode_image(str(path), f"{flag} {path}")
+    known, image_range = scaled_from(model)
+    image_range = image_range if known else choose_range("auto", deep_values([image]), say=False)
+    return to_eight_bits(image, mode, str(path), image_range, logger.warning)
+
+
+def scaled_from(model: str) -> tuple[bool, tuple[float, float] | None]:
+    """Return whether the scaling of a model's training images is known, and the values that became black and white."""
+    found = read_arguments(model)
+    return "scaled_from" in found, found.get("scaled_from") and tuple(found["scaled_from"])
+
+
+def _files(flag: str, args) -> list[Path]:
+    """Return the file that a flag names, or the pictures of the folder, sorted by name."""
+    path = Path(vars(args)[flag[2:]]).expanduser()
+    if path.is_file():
+        return [path]
+    found = sorted(file for file in path.glob("*") if file.suffix.lower() in image_extensions())
+    if not found:
+        problem = "holds no pictures" if path.is_dir() else "does not exist"
+        raise UserError(f"{flag} {path} {problem}. Expected a picture, or a folder of pictures")
+    return found
+
+
+def _partners(files: list[Path], args) -> list[Path]:
+    """Return the true image of each file: the only one, or the one with the same name."""
+    others = _files("--true_image", args)
+    if len(files) == len(others) == 1:
+        return others
+    by_name = {other.stem: other for other in others}
+    if missing := [file.name for file in files if file.stem not in by_name]:
+        raise UserError(
+            f"--true_image {args.true_image} has no file with the name of {len(missing)} inputs: "
+            f"{', '.join(missing[:3])}. Expected the same names"
+        )
+    return [by_name[file.stem] for file in files]
+
+
+def _stack(images: list[torch.Tensor], files: list[Path]) -> torch.Tensor:
+    """Return images (N, C, H, W) of one size."""
+    for image, file in zip(images, files, strict=True):
+        if image.shape != images[0].shape:
+            sizes = " and ".join(f"{image.shape[2]} x {image.shape[1]}" for image in (images[0], image))
+            raise UserError(f"{file.name} has another size than {files[0].name}: {sizes}. Expected one size in a call")
+    return torch.stack(images)
