@@ -37,6 +37,11 @@ def parse_args(argv=None):
     parser.switch(group, "--random_flip", None, "mirroring of half of the images (default: as in the training run, or none if that run is unknown). If it is unknown, copies are also searched for among mirrored images")
     group.add_argument("--held_out_split", help="split of real images that the models were not trained on, for the floor and the measure of copying (default: test or, if there is no such split, half of --reference_split, at most --num_samples images)")
 
+    group = parser.add_argument_group("inputs of models of train_paired.py (made from held-out images)")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--condition_dir", metavar="DIR", help="folder of second pictures with the names of the images, for models of pairs (default: that of the run)")
+    one.add_argument("--condition_column", metavar="NAME", help="column with second pictures (default: that of the run)")
+
     group = parser.add_argument_group("samples")
     group.add_argument("--num_samples", type=integer(10), default=2000, help="N, the number of samples of each model and of real images of each split")
     group.add_argument("--resolution", metavar="SIDE|HxW", type=resolution, help="size that folders of images are resized to (default: their own)")
@@ -83,6 +88,7 @@ def main(args):
     from utils.data.own_images import translate_labels
     from utils.data.pixels import MODES
     from utils.diffusion.classes import GuidedModel, cycle_labels
+    from utils.diffusion.conditions import PAIRED, Condition, GuidedByCondition, condition_columns
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, saved_scheduler, training_scheduler
     from utils.diffusion.spaces import encode_in_batches
@@ -95,6 +101,7 @@ def main(args):
     from utils.evaluation.kept_samples import settings_of
     from utils.evaluation.reference import Reference
     from utils.evaluation.report import write_report
+    from utils.evaluation.restoration import Restoration
     from utils.evaluation.sweep import best_setting, check_writable, write_scheduler
     from utils.hardware import peak_memory
     from utils.pictures import from_uint8
@@ -127,7 +134,7 @@ def main(args):
             plan.settings = settings(args, model, own, say)
             for name, steps in plan.settings:
                 choose_sampler(own, name, steps)
-            plan.classes = check_classes(unet.config, reference)
+            plan.classes, plan.condition = check_classes(unet.config, reference), Condition.of_model(unet.config)
         plan.how = reference.preparation(shape, plan.record)
         plans.append(plan)
     known = {plan.how.shape: plan.how for plan in reversed(plans) if plan.record}
@@ -142,10 +149,11 @@ def main(args):
     if count < args.num_samples:
         say(f"N is {count} for all rows, because --reference_split has no more images")
 
-    def measure(name, blocks, how, asked=None, **facts):
+    def measure(name, blocks, how, asked=None, labels=None, **facts):
         """Add a row for images that come in blocks, uint8 (B, C, H, W). Return it, or None on other processes.
 
-        Blocks of held-out images are pairs of images and indices. ``asked`` are the requested classes, if any.
+        Blocks of held-out images are pairs of images and indices. ``asked`` are the requested classes, if any. ``labels``
+        are the digits that inputs were made from.
         """
         features, probabilities, copies, shown = (
             [],
@@ -178,6 +186,8 @@ def main(args):
             by_class[name] = asked.by_class(features, probabilities)
             if "class_accuracy" in by_class[name]:
                 row["class_accuracy"] = by_class[name]["class_accuracy"]
+        if labels is not None and probabilities is not None:
+            row["class_accuracy"] = float(np.mean(probabilities.argmax(1) == labels))
         rate, pairs[name] = copies.result()
         row |= {} if rate is None else {"copies": rate}
         rows.append(row)
@@ -212,6 +222,10 @@ def main(args):
         space.to(accelerator.device)
         if args.validation_loss and is_few_step(own):
             say(f"{model} has no denoising loss, because it is a few-step model")
+        elif args.validation_loss and plan.condition and plan.condition.kind == PAIRED:
+            say(
+                f"{model} has no denoising loss here, because its inputs are pictures. See --validation_split in training"
+            )
         elif args.validation_loss:
             splits = {"--reference_split": args.reference_split, "--held_out_split": reference.held_out_split}
             for flag, split in ((flag, split) for flag, split in splits.items() if split):
@@ -222,18 +236,39 @@ def main(args):
                     labels, names = reference.labels(split, flag)
                     labels = torch.from_numpy(translate_labels(labels[numbers], names, plan.classes))
                     inputs["class_labels"] = labels.where(labels >= 0, len(plan.classes))
+                if plan.condition:
+                    batch = {"images": images, "sample_ids": numbers[: len(images)]}
+                    inputs |= plan.condition.model_inputs(batch)
                 loss = DenoisingLoss(images, training_scheduler(own), args.seed, inputs)
                 losses.append(dict(model=plan.name, images=split, **loss.measure(unet, accelerator)))
         asked = asked_classes(plan.classes, reference, extract, plan.how, count)
         options = dict(model_inputs=cycle_labels(asked.labels, accelerator.device)) if asked else {}
+        restoration, labels, total = None, None, count
+        if plan.condition:
+            known = plan.record.get("arguments", {})
+            given = {name: vars(args)[name] for name in ("condition_dir", "condition_column")}
+            if not any(given.values()):
+                given = {name: known.get(name) for name in given}
+            columns = condition_columns(SimpleNamespace(**given))
+            restoration = Restoration(reference, plan.condition, plan.how, count, columns)
+            options, total, scores = dict(model_inputs=restoration.model_inputs), restoration.total, {}
+            if extract.name == "digits":
+                labels, names = reference.labels(reference.held_out_split, "--held_out_split")
+                labels = labels[restoration.indices][np.arange(count) % len(restoration.true)]
+                labels = labels if names == [str(k) for k in range(10)] else None
+            guesses = restoration.measured(restoration.guesses(), scores)
+            row = measure(f"{plan.name}: input, without the model", guesses, plan.how, labels=labels)
+            row |= scores if row else {}
         tried = []  # names of samplers, and their rows
         for name, steps in plan.settings:
-            for scale in args.guidance_scale if asked else [None]:
+            guided = asked or restoration
+            for scale in args.guidance_scale if guided else [None]:
                 sampler = choose_sampler(own, name, steps)
-                drawn_by = unet if scale is None else GuidedModel(unet, scale)
-                title = [plan.name, *([name, str(steps)] if name else []), *([f"guidance {scale:g}"] if asked else [])]
+                drawn_by = unet if scale is None else GuidedModel(unet, scale) if asked else None
+                drawn_by = drawn_by or GuidedByCondition(unet, plan.condition, scale)
+                title = [plan.name, *([name, str(steps)] if name else []), *([f"guidance {scale:g}"] if guided else [])]
                 facts = dict(sampler=type(sampler).__name__, steps=steps, ema=ema, weights=weights)
-                if asked:
+                if guided:
                     facts["guidance_scale"] = scale
                 if "algorithm_type" in sampler.config:
                     facts["algorithm"] = sampler.config.algorithm_type
@@ -242,11 +277,16 @@ def main(args):
                     labels=asked and asked.labels.tolist(), seed=args.seed, precision=accelerator.mixed_precision,
                     randomness=randomness.VERSION, **({"autoencoder": space.fingerprint} if space.fingerprint else {}),
                 )  # fmt: skip
+                if restoration:
+                    depends_on["inputs"] = restoration.digest
                 kept = drawing(
-                    args, accelerator, drawn_by, sampler, space, steps, count, " ".join(title), depends_on, **options
+                    args, accelerator, drawn_by, sampler, space, steps, total, " ".join(title), depends_on, **options
                 )
-                row = measure(" ".join(title), kept.blocks(), plan.how, asked, **facts)
+                scores = {}
+                blocks = restoration.measured(kept.blocks(), scores) if restoration else kept.blocks()
+                row = measure(" ".join(title), blocks, plan.how, asked, labels, **facts)
                 if row:
+                    row |= scores
                     row["images_per_second"] = kept.images_per_second
                     tried.append((name, [row]))
         if args.write_best and accelerator.is_main_process:

@@ -122,7 +122,8 @@ def main(args):
 
     def sample():
         shown = train_data.examples_to_show(max(1, args.num_samples // SAMPLES_PER_INPUT))
-        drawn = draw(args.num_samples, inputs=condition.model_inputs(shown))
+        inputs = condition.model_inputs(shown)
+        drawn = condition.keep_known(draw(args.num_samples, inputs=inputs), inputs["condition"])
         images, captions = arrange(condition.show(condition.pictures(shown)), drawn, shown["images"])
         return {"samples": make_grid(images, captions=captions)}
 

@@ -146,6 +146,18 @@ class Condition:
         null[:, self.image_channels :] = 1
         return null
 
+    def keep_known(self, images: np.ndarray, inputs: torch.Tensor) -> np.ndarray:
+        """Return samples with the known pixels of ``inpaint`` restored. Other samples are returned unchanged.
+
+        Args:
+            images: samples, uint8 (B, C, H, W).
+            inputs: their inputs in turn, (N, K, H, W).
+        """
+        if self.kind != "inpaint":
+            return images
+        inputs = inputs[np.arange(len(images)) % len(inputs)].cpu()
+        return np.where(inputs[:, -1:].numpy() > 0.5, images, to_uint8(inputs[:, :-1]))
+
     def save_picture(self, picture: torch.Tensor, path: Path) -> None:
         """Save a picture (K, h, w) as PNG, for ``inpaint`` with a transparent hole."""
         channels = to_uint8(picture)

@@ -12,7 +12,7 @@ from .. import UserError
 from ..data.images import choose_range
 from ..data.pixels import deep_values, to_eight_bits
 from ..diffusion.conditions import PAIRED, Condition
-from ..pictures import from_uint8, to_uint8
+from ..pictures import from_uint8
 from ..sources.decoding import decode_image
 from ..sources.folders import image_extensions
 from ..training.checkpoints import file_hash
@@ -101,12 +101,8 @@ class GivenImages:
 
     def finish(self, sample_ids: np.ndarray, images: np.ndarray) -> np.ndarray:
         """Remove the extension from samples, uint8 (B, C, H, W), and restore the known pixels of ``inpaint``."""
-        images = images[..., : self.size[0], : self.size[1]]
-        if self.condition.kind == "inpaint":
-            chosen = self.inputs[sample_ids % len(self.inputs), :, : self.size[0], : self.size[1]]
-            known, hole = to_uint8(chosen[:, :-1]), chosen[:, -1:].numpy() > 0.5
-            images = np.where(hole, images, known)
-        return images
+        images = self.condition.keep_known(images, self.inputs[sample_ids % len(self.inputs)])
+        return images[..., : self.size[0], : self.size[1]]
 
 
 def read_picture(path: str | Path, flag: str, mode: str, model: str) -> Image.Image:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import randomness
+from ..data.columns import Column, Layout
 from ..data.images import PreparedImages, choose_range
 from ..data.pixels import GREY_MODES, MODES, BadImage, deep_values
 from ..pictures import to_uint8
@@ -147,6 +148,12 @@ class Reference:
     def blocks(self, preparation: Preparation, count: int, split: str | None = None) -> Iterator[tuple]:
         """Yield images of a split (default: the reference split), shuffled and prepared as in training."""
         return self.prepared(split or self.args.reference_split, preparation).shown(count)
+
+    def with_columns(self, split: str, columns: dict[str, Column]) -> tuple[NamedImages, Layout]:
+        """Return the images of a split with further columns, and the layout of these."""
+        flag = "--held_out_split" if split == self.held_out_split else "--reference_split"
+        images = self._open(split, flag, columns=columns)
+        return images, Layout(columns, [*images.iter_probe_rows()])
 
     def features(self, extract, preparation: Preparation, count: int) -> np.ndarray:
         """Return features of ``count`` images of the reference, or of all if there are fewer: float32 (N, D)."""

@@ -16,11 +16,12 @@ coverage and class_accuracy. class_distance is the distance of the digits' frequ
 is the share of samples that are recognised as the requested digit. confidence is the mean certainty of the digit
 classifier, which can also be high for noise. copies is the share of images that are nearer to a training image than
 99 % of the held-out images are. Errors are bootstrap estimates over the generated images. Pixels have no precision,
-recall, density or coverage, because noise would score best.
+recall, density or coverage, because noise would score best. For models of train_paired.py, psnr and ssim compare
+samples with the true images, and psnr_mean8 the mean of eight samples of an input. Higher is better.
 """
 SHORT = """
-Lower is better, except for coverage and class_accuracy. The floor is the result of real images instead of samples.
-copies is the share of samples that are suspiciously near to a training image. For real images it is about 0.01.
+Lower is better, except for coverage, class_accuracy, psnr and ssim. The floor is the result of real images.
+copies is the share of samples that are suspiciously near to a training image. It is about 0.01 for real images.
 """
 LOSS_NOTE = """
 Denoising loss on fixed (image, timestep, noise) triples, overall and by range of timesteps. A model that has memorised
@@ -51,7 +52,7 @@ def table_of(rows: list[dict]) -> str:
 
 def _short(row: dict) -> dict:
     """Return the most important columns of a row, for the terminal."""
-    kept = ("model", "N", "fd_", "fid_", "kid_", "coverage", "class_accuracy", "copies")
+    kept = ("model", "N", "psnr", "ssim", "fd_", "fid_", "kid_", "coverage", "class_accuracy", "copies")
     return {key: value for key, value in row.items() if key.startswith(kept)}
 
 

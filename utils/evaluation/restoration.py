@@ -1,0 +1,148 @@
+"""Comparison of samples that were drawn from inputs with the true images of these inputs."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from .. import UserError
+from ..data.columns import Column
+from ..data.images import PreparedImages
+from ..data.pixels import MODES
+from ..diffusion.conditions import COLUMN, PAIRED, Condition
+from ..pictures import from_uint8, to_uint8
+from .reference import Preparation, Reference
+
+logger = logging.getLogger(__name__)
+
+REPEATS = 8  # samples of an input, for the mean of samples
+MEAN_INPUTS = 256  # inputs with that many samples
+MAX_BYTES = 2**31  # of true images and pictures in memory
+MIN_SIDE = 11  # pixels, the window of the structural similarity
+
+
+class Restoration:
+    """Held-out images, the inputs that belong to them, and the distance of samples from them.
+
+    Sample k < N has input k modulo M. The samples from N on are further ones of the first inputs, for their mean.
+
+    Args:
+        reference: real images.
+        condition: condition of the model.
+        preparation: preparation of the images.
+        count: number of samples that are compared as a set, N.
+        columns: column ``condition`` of the data, for pairs.
+
+    Attributes:
+        total: number of samples to draw.
+        digest: hash of images and inputs.
+
+    Raises:
+        UserError: nothing is held out, or the pairs are missing.
+    """
+
+    def __init__(
+        self, reference: Reference, condition: Condition, preparation: Preparation, count: int,
+        columns: dict[str, Column],
+    ):  # fmt: skip
+        self.condition, self.count = condition, count
+        if condition.kind == PAIRED and not columns:
+            raise UserError(
+                "the model was trained on pairs. Give --condition_dir or --condition_column, the inputs of the "
+                "held-out images"
+            )
+        split = reference.held_out_split
+        if not split:
+            raise UserError("no images are held out to make inputs from. Name some with --held_out_split")
+        blocks, size = [], 0
+        for stacked, indices in _blocks(reference, split, preparation, count, columns):
+            blocks.append((stacked, indices))
+            if (size := size + stacked.nbytes) > MAX_BYTES:
+                logger.warning(f"Inputs are made from the first {sum(len(block[1]) for block in blocks)} images only")
+                break
+        stacked, self.indices = (np.concatenate(part) for part in zip(*blocks, strict=True))
+        self.true, self.paired = np.split(stacked, [preparation.shape[0]], axis=1)
+        self.mean_count = min(len(self.true), MEAN_INPUTS, count)
+        self.total = count + (REPEATS - 1) * self.mean_count
+        content = hashlib.sha256(condition.kind.encode())
+        for array in (self.true, self.paired, self.indices):
+            content.update(np.ascontiguousarray(array))
+        self.digest = content.hexdigest()[:16]
+
+    def numbers(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Return the number of each sample's input."""
+        further = np.maximum(sample_ids - self.count, 0) % self.mean_count
+        return np.where(sample_ids < self.count, sample_ids % len(self.true), further)
+
+    def model_inputs(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the inputs of samples, see ``sampling.sample_batch``."""
+        chosen = self.numbers(np.asarray(sample_ids))
+        batch = {"images": from_uint8(self.true[chosen]), "sample_ids": self.indices[chosen]}
+        if self.condition.kind == PAIRED:
+            batch[COLUMN] = from_uint8(self.paired[chosen])
+        return self.condition.model_inputs(batch)
+
+    def guesses(self) -> Iterator[np.ndarray]:
+        """Yield the best guess without a model for each of N samples: the first channels of its input."""
+        for ids in np.array_split(np.arange(self.count), -(-self.count // 250)):
+            yield to_uint8(self.model_inputs(ids)["condition"][:, : self.condition.image_channels])
+
+    def measured(self, blocks: Iterator[np.ndarray], scores: dict) -> Iterator[np.ndarray]:
+        """Yield the first N of these samples, and add the distance from the true images to ``scores`` at the end.
+
+        Args:
+            blocks: samples in order, uint8 (B, C, H, W): N of them, or ``total``.
+            scores: dictionary to add means over images to: ``psnr`` in dB, and ``ssim`` from 11 pixels on. If there are
+                further samples, ``psnr_mean8`` and ``ssim_mean8`` are those of the mean of eight samples of an input.
+        """
+        single, position = [], 0
+        sums = np.zeros((self.mean_count, *self.true.shape[1:]))
+        for block in blocks:
+            ids = position + np.arange(len(block))
+            if self.condition.kind == "inpaint":
+                block = self.condition.keep_known(block, self.model_inputs(ids)["condition"])
+            position += len(block)
+            head = block[ids < self.count]
+            single += [_similarity(image, self.true[k]) for image, k in zip(head, self.numbers(ids), strict=False)]
+            for image, k, number in zip(block, self.numbers(ids), ids, strict=True):
+                if number >= self.count or number < self.mean_count:
+                    sums[k] += image
+            if len(head):
+                yield head
+        scores |= _mean(single)
+        if position == self.total:
+            means = np.rint(sums / REPEATS).astype(np.uint8)
+            found = _mean([_similarity(image, true) for image, true in zip(means, self.true, strict=False)])
+            scores |= {f"{name}_mean{REPEATS}": value for name, value in found.items()}
+
+
+def _blocks(reference, split: str, preparation, count: int, columns: dict) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield held-out images and, behind their channels, those of their pictures: uint8 (B, C + K, H, W), indices."""
+    if not columns:
+        yield from (block[:2] for block in reference.blocks(preparation, count, split))
+        return
+    images, layout = reference.with_columns(split, columns)
+    prepared = PreparedImages(
+        images, MODES[preparation.shape[0]], preparation.shape[1:], preparation.center_crop,
+        bool(preparation.random_flip), reference.args.seed, image_range=preparation.image_range, layout=layout,
+    )  # fmt: skip
+    yield from (block[:2] for block in prepared.shown(count))
+
+
+def _similarity(image: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Return PSNR, and SSIM as Wang et al. 2004, of two images, uint8 (C, H, W)."""
+    same = np.array_equal(image, true)  # the PSNR would be infinite, and with it every mean
+    psnr = 100.0 if same else peak_signal_noise_ratio(true, image, data_range=255)
+    if min(image.shape[1:]) < MIN_SIDE:
+        return {"psnr": psnr}
+    ssim = structural_similarity(
+        true, image, channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    return {"psnr": psnr, "ssim": ssim}
+
+
+def _mean(found: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([entry[name] for entry in found])) for name in (found[0] if found else ())}
