@@ -18,6 +18,7 @@ import train_basic
 import train_conditional
 import train_ddpm
 import train_flow
+import train_paired
 import train_unet2d
 from utils.args import Parser
 
@@ -69,6 +70,7 @@ SCRIPTS = {  # with their required arguments
     train_ddpm: [],
     train_conditional: [],
     train_flow: [],
+    train_paired: [],
     finetune_faces: ["--dataset_name=digits"],
     distill_few_steps: ["--pretrained_model_name_or_path=outputs/digits"],
     sample: ["outputs/digits"],

@@ -15,6 +15,7 @@ import train_basic
 import train_conditional
 import train_ddpm
 import train_flow
+import train_paired
 import train_unet2d
 
 ROOT = Path(__file__).parent.parent
@@ -162,7 +163,7 @@ def headings(text):
 
 def test_the_update_and_the_headings_are_the_same_text_in_every_script():
     """The diff of two scripts should show only their methods, and a fix of the update must reach all of them."""
-    assert len(TRAINING) == 7
+    assert len(TRAINING) == 8
     assert len({update_block(text) for text in TRAINING.values()}) == 1
     for name, text in TRAINING.items():
         common = ["Data", "Model", "Noise scheduler", "Samples", "Train"]
@@ -170,7 +171,17 @@ def test_the_update_and_the_headings_are_the_same_text_in_every_script():
 
 
 @pytest.mark.parametrize(
-    "script", [train_basic, train_unet2d, train_ddpm, finetune_faces, train_conditional, train_flow, distill_few_steps]
+    "script",
+    [
+        train_basic,
+        train_unet2d,
+        train_ddpm,
+        finetune_faces,
+        train_conditional,
+        train_flow,
+        train_paired,
+        distill_few_steps,
+    ],
 )
 def test_every_flag_is_tested_or_documented(capsys, script):
     with pytest.raises(SystemExit):

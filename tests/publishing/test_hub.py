@@ -23,6 +23,7 @@ import train_basic
 import train_conditional
 import train_ddpm
 import train_flow
+import train_paired
 from utils.privacy import basename_if_path
 from utils.publishing.hub import PUSH_FAILED
 from utils.publishing.model_card import write_card
@@ -387,7 +388,7 @@ def test_ctrl_c_while_pushing(hub, finished, tmp_path):
 # --------------------------------------------------------------------------------------------------- without a server
 
 
-@pytest.mark.parametrize("script", [train_basic, train_ddpm, train_conditional, train_flow, distill_few_steps])
+@pytest.mark.parametrize("script", [train_basic, train_ddpm, train_conditional, train_paired, distill_few_steps])
 def test_flags_of_the_hub_need_a_push(capsys, script):
     start = ["--pretrained_model_name_or_path=x"] * (script is distill_few_steps)
     for flag in ("--hub_model_id=x", "--hub_private_repo"):

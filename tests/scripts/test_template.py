@@ -24,6 +24,7 @@ SCRIPTS = (
     "finetune_faces.py",
     "train_conditional.py",
     "train_flow.py",
+    "train_paired.py",
     "distill_few_steps.py",
 )
 FOLDERS = ("sources", "monitoring", "resilience", "evaluation", "publishing")  # each of them may be deleted

@@ -29,6 +29,7 @@ import train_basic
 import train_conditional
 import train_ddpm
 import train_flow
+import train_paired
 import train_unet2d
 from utils import UserError, printable
 from utils.exits import run_script
@@ -41,7 +42,12 @@ from utils.training.losses import RecentLosses
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPTS = {"basic": train_basic, "unet2d": train_unet2d, "ddpm": train_ddpm, "faces": finetune_faces}
-SCRIPTS |= {"conditional": train_conditional, "flow": train_flow, "few-steps": distill_few_steps}
+SCRIPTS |= {
+    "conditional": train_conditional,
+    "flow": train_flow,
+    "few-steps": distill_few_steps,
+    "paired": train_paired,
+}
 FLAGS = ["--report_to=tensorboard", "--random_flip", "--train_batch_size=4", "--lr_scheduler=constant"]
 MOUNT = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/tmp"]
 TMPFS = shutil.which("unshare") is not None and subprocess.run(MOUNT, capture_output=True).returncode == 0

@@ -24,6 +24,7 @@ import train_basic
 import train_conditional
 import train_ddpm
 import train_flow
+import train_paired
 import train_unet2d
 from utils import UserError, signals
 from utils.evaluation import while_training
@@ -35,7 +36,9 @@ from utils.training.output_dir import check_settings
 
 ROOT = Path(train_ddpm.__file__).parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-SCRIPTS = [train_basic, train_unet2d, train_ddpm, train_flow, train_conditional, finetune_faces, distill_few_steps]
+SCRIPTS = [
+    train_basic, train_unet2d, train_ddpm, train_flow, train_paired, train_conditional, finetune_faces, distill_few_steps,
+]  # fmt: skip
 EVERYTHING = [  # all repeated actions coincide with the checkpoints, as by default
     "--report_to=tensorboard", "--checkpointing_steps=2", "--sample_steps=2", "--evaluate_steps=2",
     "--num_evaluation_samples=10", "--features=pixels", "--dataset_split=train[:64]", "--checkpoints_total_limit=9",

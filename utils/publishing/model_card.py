@@ -362,7 +362,7 @@ def _snippet_with_condition(folder: Path, name: str, steps: int, final: bool, re
     code = "\n".join([*head, "from PIL import Image", "", *body])
     if final and fetched:
         here = str(folder.resolve())
-        tried = code.replace(repr(name), repr(here)).replace(source, f"{str(folder / 'condition.png')!r}")
+        tried = code.replace(source, repr(str(folder / "condition.png"))).replace(repr(name), repr(here))
         tried = tried.replace(steps_text, "num_inference_steps=1").replace(".save('sample.png')", "")
         try:
             with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # hide a progress bar
