@@ -122,7 +122,7 @@ def main(args):
             name = None if sampler == samplers[0] else sampler
             try:
                 chosen, model, watched = pipelines.choose_sampler(own, name, int(steps), steered=True), unet, True
-            except UserError:  # with other noise, samples are neither guided nor shown at each step
+            except UserError:  # without the noise of a DDPMScheduler, samples are neither guided nor shown at each step
                 chosen, model, watched = pipelines.choose_sampler(own, name, int(steps), bool(color)), unet, False
             options = {"noise": noise}
             if names:
@@ -153,8 +153,9 @@ def main(args):
         """Draw from noise interpolated between two seeds, with a sampler that adds none."""
         text = f"From seed {int(seed or 0)} to seed {int(other_seed or 0)}"
         if sampler in (samplers[0], "ddpm", "sde-dpmsolver++") and pipelines.interpolation_sampler(own):
-            asked, sampler = sampler, pipelines.interpolation_sampler(own)
-            text += f", drawn by {sampler}: {asked} adds noise at each step, so its image of the same seed differs"
+            sampler = pipelines.interpolation_sampler(own)
+            text += f", drawn by {sampler}, because the chosen sampler adds noise at each step. "
+            text += "Its image of the same seed differs"
         ends = [starting_noise(own, int(end or 0), np.zeros(1, int), space.shape, "cpu") for end in (seed, other_seed)]
         between = pipelines.interpolate_noise(own, *ends, torch.linspace(0, 1, int(count)))
         yield from draw(seed, count, steps, sampler, *rest, noise=lambda ids: between, text=text)

@@ -18,7 +18,8 @@ from utils.diffusion.unets import add_speed_arguments
 from utils.exits import run_script, training_script
 
 POINTS_PER_TRAJECTORY = 4  # images per trajectory in a batch; fewer: more varied batches, but more teacher steps
-NOISY_POINTS = 2.0  # exponent of a uniform position on the trajectory, from noise to image; larger: more near noise
+# Exponent of a uniform position on the trajectory, from noise to image; larger: more points near noise
+NOISY_POINTS = 2.0
 HUBER_C = 0.03  # c of the pseudo-Huber loss sqrt(d^2 + c^2) - c, quadratic for d below about c; d: RMS error
 TEACHER_STEPS = 25  # sampling steps of the teacher's samples, for comparison
 

@@ -2,10 +2,10 @@
 
     python evaluate.py outputs/basic outputs/ddpm --reference mnist
 
-This command prints one table and writes it to --output_dir as JSON, Markdown and a picture. The first row, called the
-floor, evaluates held-out real images in place of samples. The last row evaluates noise, for comparison. Real images are
-prepared as in the model's training run. Only rows of the same table are comparable. A metric's name contains its
-features: fd_digits is a Frechet distance with the features of a digit classifier, and not an FID.
+This command prints one table, and writes it to --output_dir as JSON and Markdown, with pictures of samples. The first
+row, called the floor, evaluates held-out real images in place of samples. The last row evaluates noise, for comparison.
+Real images are prepared as in the model's training run. Only rows of the same table are comparable. A metric's name
+contains its features: fd_digits is a Frechet distance with the features of a digit classifier, and not an FID.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def parse_args(argv=None):
     group.add_argument("--image_column", help="column with the images, as in training (default: the only one of type Image)")
     group.add_argument("--label_column", help="column with class labels, for models with classes (default: the only one of type ClassLabel)")
     group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, for images with more than 8 bits, as in training: LOW,HIGH, full or auto")
-    parser.switch(group, "--center_crop", None, "centre crop of images of another shape, instead of a random crop (default: as in the training run, or a random crop if that run is unknown)")
+    parser.switch(group, "--center_crop", None, "centre crop of images of another aspect ratio, instead of a random crop (default: as in the training run, or a random crop if that run is unknown)")
     parser.switch(group, "--random_flip", None, "mirroring of half of the images (default: as in the training run, or none if that run is unknown). If it is unknown, copies are also searched for among mirrored images")
     group.add_argument("--held_out_split", help="split of real images that the models were not trained on, for the floor and the measure of copying (default: test or, if there is no such split, half of --reference_split, at most --num_samples images)")
 
@@ -150,7 +150,9 @@ def main(args):
         say(f"N is {count} for all rows, because --reference_split has no more images")
 
     def measure(name, blocks, how, asked=None, labels=None, **facts):
-        """Add a row for images that come in blocks, uint8 (B, C, H, W). Return it, or None on other processes.
+        """Add a row for images that come in blocks, uint8 (B, C, H, W).
+
+        Return it on the main process, and None on the others.
 
         Blocks of held-out images are pairs of images and indices. ``asked`` are the requested classes, if any. ``labels``
         are the digits that inputs were made from.
@@ -176,7 +178,7 @@ def main(args):
         row = dict(model=name, N=len(features), **facts)
         if len(features) < 2 * features.shape[1]:
             say(
-                f"warning: {name}: {len(features)} images for {features.shape[1]} features. Fewer than twice as many images as features make fd and kid unreliable"
+                f"warning: {name}: {len(features)} images for {features.shape[1]} features. fd and kid are reliable only with at least twice as many images as features"
             )
         row |= compare(features, reference.features(extract, how, len(features)), extract.name, args.seed)
         probabilities = np.concatenate(probabilities) if probabilities else None
@@ -322,7 +324,7 @@ def warn_of_differences(args, plan, reference, say):
     flags, model = plan.record.get("arguments", {}), plan.model
     if flags.get("dataset_split") not in (None, args.reference_split):
         say(
-            f"warning: {model} was trained on {flags['dataset_split']}, not on --reference_split {args.reference_split}. Copies and floor are misleading"
+            f"warning: {model} was trained on {flags['dataset_split']}, not on --reference_split {args.reference_split}. Copies and floor are misleading. Give the split that it was trained on"
         )
     trained_range = plan.record.get("scaled_from")
     if "scaled_from" in plan.record and tuple(trained_range or ()) != tuple(plan.how.image_range or ()):
@@ -349,7 +351,7 @@ def drawing(args, accelerator, model, sampler, space, steps, count, title, depen
         text = f"{title}: {type(sampler).__name__}, {steps} steps: "
         if missing:
             minutes = estimate_seconds(*setting(missing), **options) / 60
-            kept = f" for {missing} of {count} images, the others are kept" * (missing < count)
+            kept = f" for {missing} of {count} images. The others are kept" * (missing < count)
             text += f"about {minutes:.1f} minutes{kept}"
         else:
             text += f"kept in {folder}"

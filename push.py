@@ -15,7 +15,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("output_dir", metavar="folder", help="output folder of a run, with model_index.json")
     parser.add_argument("--evaluation", metavar="FILE", help="results.json of evaluate.py, for the numbers on the card")
-    parser.add_argument("--space", metavar="ID", nargs="?", const="", help="id of a Space to push, too, which runs demo.py (default: the model's id)")
+    parser.add_argument("--space", metavar="ID", nargs="?", const="", help="push of a Space that runs demo.py, too, by its id (without ID: the model's id)")
     group = parser.add_argument_group("Hub (defaults of --hub_model_id and --hub_private_repo: those of the run)")
     add_hub_arguments(parser, group)
     group.add_argument("--hub_revision", metavar="BRANCH", help="branch to push to (default: main)")

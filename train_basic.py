@@ -7,8 +7,8 @@ This command draws digits after a minute on 2 CPU cores. The output folder is a 
     DiffusionPipeline.from_pretrained("outputs/basic", trust_remote_code=True)
 
 An image x_0 is mixed with a random amount a of uniform noise u, x_a = (1 - a) x_0 + a u. A UNet of six convolutions
-learns to predict x_0 without being given a. Sampling starts from noise and moves towards the predictions in small steps.
-train_unet2d.py uses a better UNet, and train_ddpm.py also changes the noise.
+learns to predict x_0 without the amount a as an input. Sampling starts from noise and moves towards the predictions in
+small steps. train_unet2d.py uses a better UNet, and train_ddpm.py also changes the noise.
 """
 
 from utils.args import Parser, add_common_arguments

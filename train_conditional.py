@@ -2,7 +2,8 @@
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_conditional.py --dataset_name digits
 
-This command draws the requested digits after a few minutes on 2 CPU cores. The output folder loads with diffusers alone:
+This command draws digits of every class after a few minutes on 2 CPU cores. The output folder loads with diffusers
+alone:
 
     ConsistencyModelPipeline.from_pretrained("outputs/conditional")(batch_size=2, class_labels=[7, 3], num_inference_steps=25)
 
@@ -39,7 +40,7 @@ def parse_args(argv=None):
     group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="scheduler that draws samples")
     group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="share of training samples that get the null class")
-    group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), similar to a guidance scale of 1 / (1 - W). 0: none, which trains a third faster")
+    group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), similar to a guidance scale of 1 / (1 - W). 0: none. Training is then a third faster")
     group.add_argument("--guidance_scale", type=real(0), default=1.0, help="guidance scale of sampling, in addition to --model_guidance. 1: no further guidance. Larger scales make samples more typical and less varied. Each sampling step then takes twice as long")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/conditional", num_inference_steps=25, num_samples=80)

@@ -32,7 +32,12 @@ def main():
     parser.add_argument("data", help="faces (embedded), or a Parquet file with a column image")
     parser.add_argument("--compare", choices=("methods", "rates", "pictures"), default="methods")
     parser.add_argument("--resolution", type=int, default=24)
-    parser.add_argument("--base_images", type=int, default=100, help="number of images for the base, from the first")
+    parser.add_argument(
+        "--base_images",
+        type=int,
+        default=100,
+        help="number of images for the base model: the first ones of the data set",
+    )
     parser.add_argument("--base_steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)

@@ -74,7 +74,7 @@ def start(what, *arguments, log, folder=None, environment=None, file_limit=None,
         mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process),
         mock.patch.dict(
             os.environ, {**unread, **dict(read if server is not BARE else ())}, clear=True
-        ),  # if it starts now
+        ),  # the environment of the server, if the server starts now
     ):
         child.start()
     child.log = Path(log)

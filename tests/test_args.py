@@ -56,7 +56,7 @@ def refused(capsys, *flags, script=train_ddpm):
         (["--features=dinosaurs"], "unknown features 'dinosaurs'. Expected digits, efficientnet, pixels, dinov2"),
         (["--snr_gamma=5"], "there is no flag --snr_gamma"),
         (["--use_ema=perhaps"], "argument --use_ema: 'perhaps' is not true or false"),
-        (["--no-use_ema", "false"], "argument --no-use_ema: 'false' is not true or false"),
+        (["--no-use_ema", "false"], "argument --no-use_ema: got the value 'false'. Expected no value"),
         (["--config=missing.yaml"], "--config missing.yaml: cannot be read as YAML"),
     ],
 )

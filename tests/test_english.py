@@ -1,6 +1,6 @@
 """The rules of CONTRIBUTING.md about English that a machine can check, over all texts of the repository.
 
-Texts are docstrings, comments, other strings outside of the tests, and what Markdown says outside of code.
+Texts are docstrings, comments, other strings outside of the tests, and Markdown text outside of code.
 """
 
 import ast

@@ -19,7 +19,7 @@ OTHER = CORES + 1  # an unusual number of threads
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Return the threads after ``use_all_cores``, starting from ``OTHER``, in this environment below this launcher."""
+    """Return a function for the number of threads that ``use_all_cores`` sets, given an environment and a launcher."""
     before = torch.get_num_threads()
     for name in (*LAUNCHER_SETS, "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -65,7 +65,7 @@ def test_noise_of_neighbours_seeds_and_purposes_is_independent():
         "the other half, which shares a radius": noise.flatten(1).roll(512, dims=1).view_as(noise),
     }
     for name, other in others.items():
-        for power in (1, 2):  # of the values, and of their sizes
+        for power in (1, 2):  # correlation of the values, and of their squares
             x, y = ((part**power).double().flatten().numpy() for part in (noise, other))
             assert abs(np.corrcoef(x, y)[0, 1]) * np.sqrt(len(x)) < 5, name
         products = (noise * other).flatten(1).mean(1)  # one pair of images each

@@ -124,7 +124,9 @@ class _Switch(argparse.BooleanOptionalAction):
 
     def __call__(self, parser, namespace, value, option_string=None):
         known = {None: True, "true": True, "false": False}
-        if value not in known or (value and option_string.startswith("--no-")):
+        if value is not None and option_string.startswith("--no-"):
+            parser.error(f"argument {option_string}: got the value {value!r}. Expected no value. Leave it out")
+        if value not in known:
             parser.error(f"argument {option_string}: {value!r} is not true or false")
         setattr(namespace, self.dest, known[value] != option_string.startswith("--no-"))
 
@@ -207,8 +209,8 @@ class Parser(argparse.ArgumentParser):
                 close = (
                     [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, actions, n=1, cutoff=0.8)
                 )
-                hint = f"Did you mean {close[0]}?" if close else "--help lists them"
-                self.error(f"--config {path}: there is no flag --{name}. {hint}")
+                hint = f". Did you mean {close[0]}?" if close else ""
+                self.error(f"--config {path}: there is no flag --{name}{hint}")
             argv += self._typed(path, name, node, actions[name])
         return argv
 
@@ -262,7 +264,7 @@ def add_common_arguments(parser: Parser) -> None:
     group.add_argument("--resolution", metavar="SIDE|HxW", type=resolution, help="side of the training images, or height x width, in pixels (default: the size of the pretrained model, or the images' own size with a shorter side of at most 64)")
     group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L) or colour (RGB). auto: as the pretrained model expects, or as the images are")
     group.add_argument("--image_range", metavar="RANGE", type=image_range, default="auto", help="values that become black and white, for images with more than 8 bits: LOW,HIGH, as in --image_range=-1000,3000. full: range of the format. auto: range of some inspected images, or of the format if they use at least half of it")
-    parser.switch(group, "--center_crop", False, "centre crop of images of another shape, instead of a random crop")
+    parser.switch(group, "--center_crop", False, "centre crop of images of another aspect ratio, instead of a random crop")
     parser.switch(group, "--random_flip", False, "mirroring of half of the images, left to right")
     group.add_argument("--cache_images", metavar="auto|always|never|DIR", default="auto", help="cache of decoded images: a file that all processes map if decoding takes seconds, otherwise memory. Small caches are copied to the GPU. auto: a file of up to 32 GiB or half of the free disk, or up to 4 GiB of memory. DIR: folder for the file, which later runs reuse (default: prepared-images in the cache folder of datasets)")
     group.add_argument("--dataloader_num_workers", type=integer(0), default=min(4, os.cpu_count() or 1), help="processes that decode images that are not cached")
@@ -273,7 +275,7 @@ def add_common_arguments(parser: Parser) -> None:
     group.add_argument("--gradient_accumulation_steps", type=integer(1), default=1, help="micro-steps per optimizer step")
     group.add_argument("--num_train_epochs", type=integer(1), default=40, help="passes over the data")
     group.add_argument("--max_train_steps", type=integer(1), help="number of optimizer steps, which overrides --num_train_epochs")
-    group.add_argument("--learning_rate", type=real(0), help="peak learning rate (default: 1e-3 from random weights. With pretrained weights, it decreases with their number, see utils/training/optimizer.py)")
+    group.add_argument("--learning_rate", type=real(0), help="peak learning rate (default: 1e-3 from random weights, 5e-4 in distill_few_steps.py. With other pretrained weights, it decreases with their number, see utils/training/optimizer.py)")
     group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="optimizer. muon learns faster from random weights. adamw8bit keeps a quarter of adamw's state, and requires bitsandbytes (on a GPU) or torchao (default: muon, or adamw for pretrained weights that are not distilled)")
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="schedule of the learning rate. constant ignores --lr_warmup_steps")
     group.add_argument("--lr_warmup_steps", type=integer(0), default=50, help="optimizer steps from 0 to the peak learning rate")

@@ -1,6 +1,6 @@
 """The end of a script: exit codes, messages about errors, and cleanup after a run.
 
-torch is imported only where it is needed, so that a mistake in a flag is reported at once.
+No package that takes seconds to import is imported at the top, so that a mistake in a flag is reported at once.
 """
 
 import errno
@@ -76,7 +76,10 @@ def training_script(main: Callable) -> Callable:
 
 
 def run_script(main: Callable, parse_args: Callable) -> NoReturn:
-    """Call ``main(parse_args())`` and exit with 0, its code, or 1 and one line for a mistake of the user."""
+    """Call ``main(parse_args())``, and exit with 0, the code of a ``SystemExit``, or ``explain``'s code after an error.
+
+    A mistake of the user is shown as one line.
+    """
     code, final, args = 0, True, None  # final: a restart would end in the same way
     try:
         args = parse_args()
@@ -84,7 +87,7 @@ def run_script(main: Callable, parse_args: Callable) -> NoReturn:
     except SystemExit as request:
         code = request.code or 0
     except KeyboardInterrupt:  # during training, StopSignal receives it
-        print("\nStopped by SIGINT before the first step", file=sys.stderr)
+        print("\nStopped by SIGINT", file=sys.stderr)
         code = 130
     except Exception as error:
         code, message, final = explain(error, args)

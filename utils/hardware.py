@@ -40,9 +40,10 @@ def set_up_process() -> None:
 
 
 def use_all_cores(device: torch.device) -> None:
-    """Use this process's share of the cores if it computes on a CPU and the launcher set one thread.
+    """Use this process's share of the cores on a CPU.
 
-    A number of threads that the user has set is kept.
+    This is done if the launcher set one thread or torch ignores a container's quota. A number of threads that the user
+    has set is kept.
     """
     if device.type != "cpu":
         return

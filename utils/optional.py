@@ -32,12 +32,12 @@ def collect(name: str) -> list:
 class Parts:
     """The objects with which the optional folders take part in a run.
 
-    Each has any of these methods. They are called on all processes; ``saved`` may be called on the main one alone:
+    Each may have any of these methods. They are called on all processes; ``saved`` may be called on the main one alone:
 
     * ``claimed(run)``: the output folder is reserved for this run;
     * ``load_state(run, state)``: a checkpoint is loaded, with the dictionary that ``state`` returned;
     * ``resumed(run)``: weights and global step are loaded; ``started(run)``: the first step follows;
-    * ``global_batches(run)``: return the global batch of each optimizer step of the whole run;
+    * ``global_batches(run)``: return the number of the global batch of each optimizer step of the whole run;
     * ``measured(run, losses, timesteps, labels)``: a micro-step has ended, see ``Run.end_of_step``;
     * ``stepped(run)``: an optimizer step has ended;
     * ``checked(run, step, loss, norm)``: a loss was checked and is finite;

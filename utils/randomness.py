@@ -76,7 +76,7 @@ def shuffled_indices(seed: int, sample_ids: np.ndarray, length: int) -> np.ndarr
     return indices
 
 
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
+@lru_cache(maxsize=2)  # a batch may contain samples of two epochs
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(length)
 

@@ -83,8 +83,9 @@ class StopSignal:
     def _handle(self, number, frame):
         if self.received is None:
             self.received, self.at = number, time.monotonic()
-            if self.accelerator.is_main_process:  # os.write, because print may not interrupt itself
+            if self.accelerator.is_main_process:
                 name = signal.Signals(number).name
+                # os.write, because a handler must not call print while print is running
                 os.write(2, f"\n{name}: {self.promise}. Send the signal again after 2 s to stop at once\n".encode())
         elif time.monotonic() - self.at > self.GRACE * (1 if number == self.received else 5):
             if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():

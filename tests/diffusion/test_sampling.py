@@ -51,7 +51,7 @@ def test_weights_mode_gradients_and_random_state_stay_as_they_were(accelerator):
     assert torch.equal(state, torch.get_rng_state()) and (python_state == np.random.get_state()[1]).all()
     assert all(torch.equal(before[name], value) for name, value in unet.state_dict().items())
     assert all(torch.equal(a, p.grad) for a, p in zip(gradients, unet.parameters(), strict=True))
-    torch.manual_seed(123)  # dropout would show
+    torch.manual_seed(123)  # with active dropout, another seed would change the images
     assert (draw(accelerator, unet, 5) == first).all()
 
 
@@ -70,7 +70,8 @@ def test_images_start_from_a_picture_and_keep_more_of_it_the_weaker_the_noise(ac
     full = sample_images(unet, sampler, accelerator, 3, (1, 8, 8), 10, 2, 0, init_images=picture, strength=1.0)
     assert np.abs(full.astype(int) - draw(accelerator, unet, 2, count=3, name="ddim")).mean() > 0
     two = sample_images(unet, sampler, accelerator, 2, (1, 8, 8), 10, 2, 0, init_images=-picture, strength=0.1)
-    assert (two[0].mean(0)[0] > two[0].mean(0)[-1]).all()  # each image has its own picture to start from, or the one
+    # init_images holds one picture for each image, or one for all
+    assert (two[0].mean(0)[0] > two[0].mean(0)[-1]).all()
 
 
 def test_interpolated_noise_draws_the_ends_and_between(accelerator):

@@ -86,7 +86,7 @@ def test_samples_survive_a_stop_and_a_mistake(tmp_path, finished_run, capsys, mo
         run(tmp_path / "out", *flags)
     drawn.append("stopped")
     again, _ = run(tmp_path / "out", *flags)
-    assert drawn == [0, 10, "stopped", 20] and "10 of 30 images, the others are kept" in capsys.readouterr().out
+    assert drawn == [0, 10, "stopped", 20] and "10 of 30 images. The others are kept" in capsys.readouterr().out
     pixels, _ = run(tmp_path / "out", *flags, "--features=pixels")  # the samples are not drawn again
     assert len(drawn) == 4 and "1 steps: kept in" in capsys.readouterr().out
     assert pixels[finished_run.name]["images_per_second"] == again[finished_run.name]["images_per_second"] > 0
@@ -132,7 +132,10 @@ def test_another_split_than_trained_on_is_reported(tmp_path, finished_run, capsy
 
 def test_too_few_images_are_reported(tmp_path, copies, capsys):
     run(tmp_path / "out", copies, "--num_samples=100")
-    assert "100 images for 64 features. Fewer than twice as many" in capsys.readouterr().out
+    assert (
+        "100 images for 64 features. fd and kid are reliable only with at least twice as many"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def write(folder, pictures):
 
 
 def wide(picture, size=14):
-    """Return pictures twice as wide as high, with a digit in the middle."""
+    """Return a picture twice as wide as high, with a digit in the middle."""
     canvas = Image.new("L", (2 * size, size))
     canvas.paste(Image.fromarray(picture).resize((size, size), Image.BICUBIC), (size // 2, 0))
     return canvas
@@ -144,7 +144,7 @@ def test_splits_that_are_the_same_images_under_other_names_are_refused(tmp_path)
         for split, rows in parts.items()
     }
     datasets.DatasetDict(tables).save_to_disk(table)
-    with pytest.raises(UserError, match=r"--validation_split test shares images .*: 20 of its 20"):
+    with pytest.raises(UserError, match=r"--validation_split test shares images .*: 20 of 20 held-out"):
         train(tmp_path / "other", f"--dataset_name={table}", "--validation_split=test")
 
 

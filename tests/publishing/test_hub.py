@@ -131,7 +131,7 @@ def test_a_run_is_pushed_and_a_stranger_draws_the_same_pixels(hub, tmp_path):
     commits = hub.repos["me/digits"]["commits"]
     hub.requests.clear()
     code, said = run(hub, folder, *flags)
-    assert code == 0 and "This run was finished before" in said and "Pushed to" in said, said
+    assert code == 0 and "This run is already finished" in said and "Pushed to" in said, said
     assert hub.repos["me/digits"]["commits"] == commits
     assert not [request for request in hub.requests if request.startswith("PUT") or "/commit/" in request]
     # With facts that only push.py has

@@ -71,8 +71,9 @@ def straight(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("kills, steps", [(3, 16), (20, 90)])
 def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch, straight, kills, steps):
-    """Protection: ``process._rendezvous``, without which a restarted process would look for one that is gone. Also the
-    lock on the folder, which ends with its process, and ``resilience.EXIT_PEER_LOST`` of the other processes."""
+    """Protection: ``process._rendezvous``, without which a restarted process would look for a rendezvous that no longer
+    exists. Also the lock on the folder, which ends with its process, and ``resilience.EXIT_PEER_LOST`` of the other
+    processes."""
     rng, folder, log = random.Random(0), tmp_path / "run", tmp_path / "log"
     agent = launch(*flags_of(folder, steps), restarts=kills)
     for kill in range(kills):
@@ -121,7 +122,7 @@ def test_a_stop_and_a_finished_run_burn_none_either(tmp_path, launch, straight):
     assert code == 0 and said.count("Resuming from") == 1
     assert equal_weights(folder / WEIGHTS, straight(16))
     code, said = finish(launch(*flags, restarts=3))
-    assert code == 0 and said.count("This run was finished before") == 1
+    assert code == 0 and said.count("This run is already finished") == 1
 
 
 @pytest.mark.slow
@@ -140,7 +141,7 @@ def test_a_hang_ends_says_where_and_the_run_goes_on_by_itself(tmp_path, launch, 
     assert code == 0, said
     assert re.search(
         rf"no progress for 2 s \(--hang_timeout\): process {1 - stopped} of 2 on .* has done \d+ optimizer "
-        rf"steps and is in: (step|saving)\. Process {stopped} does not answer either\. "
+        rf"steps and is in: (step|saving)\. Process {stopped} does not answer\. "
         r"The threads of this process:", said
     ), said  # fmt: skip
     assert "most recent call first" in said and "in main" in said  # the stacks

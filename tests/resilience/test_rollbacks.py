@@ -77,7 +77,7 @@ def test_the_run_goes_around_what_is_not_finite_and_ends_as_if_it_had_never_been
 
 def test_rollbacks_come_to_an_end(tmp_path, poisoned):
     poisoned(1, 2, 3)
-    with pytest.raises(UserError, match=r"loss nan.*expected finite.*--max_rollbacks 2 are used up"):
+    with pytest.raises(UserError, match=r"loss nan.*expected finite.*--max_rollbacks 2 is reached"):
         train_again(tmp_path / "run", *FLAGS)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     with pytest.raises(UserError, match=r"step 2: loss nan.*skip the images of such steps with --max_rollbacks"):

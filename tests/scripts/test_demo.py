@@ -125,7 +125,7 @@ def test_models_of_other_kinds_are_drawn(tmp_path, finished_run, serve, page, ki
 
 
 def test_a_model_with_classes_is_asked_for_them(tmp_path, serve, page):
-    # A new network begins as the identity: after one step its classes would differ by less than a grey level
+    # A new UNet predicts zero, so after one step its classes would differ by less than a grey level
     flags = ("--max_train_steps=10", "--learning_rate=1e-2", "--unet=tiny")
     assert train(tmp_path / "run", *flags, script=train_conditional) == 0
     page.goto(serve("demo.py", tmp_path / "run"))

@@ -246,7 +246,8 @@ def test_the_tools_draw_it_with_two_calls_and_with_no_other_sampler(tmp_path, fi
     assert exit_code(sample.main, sample.parse_args(flags)) == 0
     settings = json.loads((tmp_path / "drawn" / "sampling_args.json").read_text())
     assert settings["num_inference_steps"] == 2
-    assert exit_code(sample.main, sample.parse_args([*flags, "--num_inference_steps=2"])) == 0  # is the same
+    # Two steps are the default, so the settings are the same
+    assert exit_code(sample.main, sample.parse_args([*flags, "--num_inference_steps=2"])) == 0
     own, usual = load_pipeline(str(finished))[1], load_pipeline(str(teachers["v_prediction"]))[1]
     assert choose_sampler(own, "lcm", 4) is not usual
     with pytest.raises(UserError, match=r"--sampler ddim: the model was trained for a few large steps\. Expected lcm"):
@@ -319,7 +320,8 @@ def test_the_teacher_must_be_the_same_when_a_run_resumes(tmp_path, teachers):
 def test_a_schedule_that_the_sampler_does_not_know_is_handed_over_as_betas(tmp_path, monkeypatch):
     monkeypatch.setitem(train_ddpm.NOISE, "num_train_timesteps", 40)
     assert train(tmp_path / "teacher", "--max_train_steps=1", "--beta_schedule=sigmoid") == 0
-    monkeypatch.setattr(distill_few_steps, "TEACHER_STEPS", 41)  # it has fewer noise levels, and takes all
+    # The teacher has only 40 timesteps, so all of them are used
+    monkeypatch.setattr(distill_few_steps, "TEACHER_STEPS", 41)
     assert run(tmp_path / "run", tmp_path / "teacher", "--max_train_steps=1") == 0
     saved = DDPMPipeline.from_pretrained(tmp_path / "run").scheduler
     assert torch.allclose(saved.alphas_cumprod, DDPMScheduler(40, beta_schedule="sigmoid").alphas_cumprod)

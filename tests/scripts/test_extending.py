@@ -1,4 +1,4 @@
-"""docs/extending.md: each change, applied to a copy, trains, validates, draws and resumes, and is compared."""
+"""docs/extending.md: a script with each change trains, validates and draws, and resumes with the same bits."""
 
 import json
 import re
@@ -61,7 +61,7 @@ print("SAID", json.dumps(said))
 
 
 def change(text, section):
-    """Apply the diff of a section to a script: each hunk's old lines stand in it once."""
+    """Apply the diff of a section to a script, in which the old lines of each hunk must occur exactly once."""
     (diff,) = re.findall(r"```diff\n(.*?)```", SECTIONS[section], re.S)
     for hunk in re.split(r"^@@.*\n", diff, flags=re.M)[1:]:
         lines = hunk.splitlines()
@@ -79,7 +79,7 @@ def test_a_change_has_fifteen_lines_at_most():
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory):
-    """Return the folder in which each change was trained, and the answer to the changed constant."""
+    """Return the folder in which each change was trained, and by section the messages that refuse changed constants."""
     from diffusers import AutoencoderKL
 
     folder = tmp_path_factory.mktemp("changed")

@@ -47,7 +47,7 @@ def start(command, folder, *flags, **changes):
 
 
 def start_anew(command, folder, *flags, **changes):
-    """Start a launcher like a user does, in new processes."""
+    """Start a launcher as a user does, in new processes."""
     return subprocess.Popen(
         [*command, *tiny(command[-1], folder), *map(str, flags)], cwd=folder.parent, env=changed(**changes),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -55,7 +55,7 @@ def start_anew(command, folder, *flags, **changes):
 
 
 def run_script(script, folder, *flags, processes=1):
-    """Run a script in so many processes, without a launcher, which would take longer than the training."""
+    """Run a script in this number of processes, without a launcher, which would take longer than the training."""
     return children.run(Path(script), *tiny(script, folder), *flags, processes=processes, folder=folder.parent)
 
 
@@ -96,7 +96,7 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     state = tmp_path / "two" / "checkpoint-6" / "training_state"
     assert (state / "random_states_0.pkl").is_file() and (state / "random_states_1.pkl").is_file()
 
-    # The last checkpoint of each is lost. The other number of processes resumes from the one before
+    # Each run loses its last checkpoint, and resumes from the previous one with the other number of processes
     for name in ("one", "two"):
         interrupt(tmp_path / name, "checkpoint-3")
         shutil.move(tmp_path / name / WEIGHTS, tmp_path / f"{name}.safetensors")

@@ -31,7 +31,7 @@ def test_the_notebook_runs_and_ends_with_a_seven(tmp_path, monkeypatch):
     assert write or sum(str(cell.outputs).count("image/png") for cell in code) >= 6  # the notebook keeps its pictures
     client(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(shown) >= 6 and code[-1].outputs[-1].output_type == "execute_result"  # the 7
+    assert len(shown) >= 6 and code[-1].outputs[-1].output_type == "execute_result"  # the image of a seven
     if write:
         for cell in code:
             cell.outputs = [output for output in cell.outputs if "data" in output]

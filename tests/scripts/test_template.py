@@ -60,7 +60,7 @@ print("RESUMED", digest, json.loads(Path("cut/training_args.json").read_text()).
 
 
 def copy(folder, script="train_ddpm.py", without=(), edits=()):
-    """Return a folder with a script and utils/ without these folders, with pieces of the script's text replaced."""
+    """Write a script, with pieces of its text replaced, and utils/ without these folders into a folder."""
     folder.mkdir()
     shutil.copytree(ROOT / "utils", folder / "utils", ignore=shutil.ignore_patterns("__pycache__", *without))
     text = (ROOT / script).read_text()
@@ -204,7 +204,7 @@ def test_a_model_that_cannot_draw_is_found_out_before_the_first_step(tmp_path, m
     assert not [*(tmp_path / "run").glob("checkpoint-*")]
 
 
-# ------------------------------------------------------------------------------------------- settings that come and go
+# ---------------------------------------------------------------------------------- settings that are added or removed
 
 
 def forget(folder, *flags, **added):

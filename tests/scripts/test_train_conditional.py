@@ -130,7 +130,7 @@ def test_model_guidance_moves_the_conditional_target_away_from_the_unconditional
     monkeypatch.setattr(UNet2DModel, "forward", spy_forward)
     monkeypatch.setattr(
         "utils.diffusion.pretrained.zero_init", lambda unet: unet
-    )  # its outputs would be the same for all classes
+    )  # a zero-initialized UNet would have the same output for all classes
     for weight in (0.0, 0.4):
         seen["labels"] = []
         flags = ["--max_train_steps=1", "--train_batch_size=64", "--class_dropout_prob=0.5"]

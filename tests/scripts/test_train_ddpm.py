@@ -175,7 +175,7 @@ def test_the_same_command_again_does_nothing(tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     capsys.readouterr()
     assert train(tmp_path / "run") == 0
-    assert "This run was finished before, after 6 optimizer steps" in capsys.readouterr().out
+    assert "This run is already finished, after 6 optimizer steps" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
@@ -188,7 +188,7 @@ def test_a_finished_run_draws_again_what_is_missing_or_asked_for_otherwise(tmp_p
     train(tmp_path / "run", "--num_samples=9")
     assert Image.open(tmp_path / "run" / "samples.png").size[1] == 3 * 68 + 4 + 24  # a line of text below
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == before
-    assert "finished before" not in capsys.readouterr().out
+    assert "already finished" not in capsys.readouterr().out
 
 
 def test_a_signal_while_drawing_stops_the_drawing(tmp_path, monkeypatch, capsys):
@@ -593,7 +593,7 @@ def test_a_stream_trains_and_resumes_bit_for_bit(tmp_path, monkeypatch):
 
     from utils.sources.sources import _embedded_digits
 
-    # At the end of a stream of Parquet files datasets sleeps for the sake of threads that outlive the interpreter
+    # After a stream of Parquet files, ``datasets`` sleeps, because some of its threads might outlive the interpreter
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
     _embedded_digits().select(range(60)).to_parquet(tmp_path / "digits.parquet")

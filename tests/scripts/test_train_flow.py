@@ -35,7 +35,8 @@ def run(folder, *flags):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flow") / "run"
-    flags = ["--num_inference_steps=5", "--learning_rate=1e-2"]  # a new network begins as the identity
+    # A new UNet predicts zero, and must change in a few steps
+    flags = ["--num_inference_steps=5", "--learning_rate=1e-2"]
     assert run(folder, *flags) == 0
     return folder
 

@@ -118,7 +118,7 @@ def test_a_class_that_is_called_like_a_split_is_reported(accelerator, tmp_path, 
         write(tmp_path / "data" / name, 4)
     data = load(accelerator, f"--train_data_dir={tmp_path}/data", "--label_column=label")
     assert classes(data) == {"bus": 4, "car": 4, "train": 4}
-    assert "names of splits (train) are beside bus, car, so such folders are treated as classes" in caplog.text
+    assert "names of splits (train) are beside bus, car, so they are treated as classes" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------------- floats

@@ -322,7 +322,7 @@ def test_values_outside_are_clipped_and_counted(accelerator, tmp_path, caplog):
     deep(tmp_path, (0, 4095))
     _, batch = train(accelerator, "--train_data_dir", tmp_path, "--image_range=0,2000")
     assert (batch["images"] == 1).float().mean() > 0.4
-    assert "clipped in 10 images read so far" in caplog.text and "outside of 0 to 2000" in caplog.text
+    assert "clipped in 10 images so far" in caplog.text and "outside of 0 to 2000" in caplog.text
 
 
 def test_long_images_are_refused_and_animations_reported(accelerator, tmp_path, caplog):
@@ -415,7 +415,7 @@ def test_a_run_resumes_with_the_same_images_from_another_place_and_with_no_other
 
     assert go(tmp_path / "a") == 0
     (tmp_path / "a").rename(tmp_path / "b")
-    assert go(f"{tmp_path}/b/") == 0 and "finished before" in capsys.readouterr().out
+    assert go(f"{tmp_path}/b/") == 0 and "already finished" in capsys.readouterr().out
     interrupt(run, "checkpoint-3")
     assert go(tmp_path / "b") == 0
     draw(*(tmp_path / "a" / f"{k}.png" for k in reversed(range(12))))

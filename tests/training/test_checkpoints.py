@@ -1,4 +1,4 @@
-"""utils/training/checkpoints.py: incomplete checkpoints are ignored, and a newer one never costs an older one."""
+"""utils/training/checkpoints.py: incomplete checkpoints are ignored, and a failed save never damages an older one."""
 
 import errno
 import json

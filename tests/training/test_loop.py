@@ -1,4 +1,4 @@
-"""utils/training/loop.py: the actions of a step are done however the run ends, and nothing stays behind."""
+"""utils/training/loop.py: the actions of a step are done however the run ends, and nothing is left behind."""
 
 import ast
 import json
@@ -263,7 +263,7 @@ def test_a_break_ends_a_run_as_its_last_step_does(tmp_path, capsys):
     nothing_is_left(tmp_path / "run", handlers)
     assert train(tmp_path / "four", *flags, "--max_train_steps=4", "--lr_scheduler=linear") == 0
     run_edited(names, tmp_path / "run", *flags)
-    assert "This run was finished before, after 4 optimizer steps" in capsys.readouterr().out
+    assert "This run is already finished, after 4 optimizer steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

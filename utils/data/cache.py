@@ -20,7 +20,7 @@ from .pixels import BadImage, augment, flips
 
 logger = logging.getLogger(__name__)
 
-ROWS = 128  # encoded images read at once; photographs of this number take about a gigabyte
+ROWS = 128  # encoded images read at once; this many photographs take about a gigabyte
 
 
 class Cache:

@@ -130,7 +130,7 @@ class Layout:
             if abs(round(width * size[1] / height) - size[0]) > 1:
                 raise BadImage(
                     f"{where} has {width} x {height} pixels beside an image of {size[0]} x {size[1]}. Expected the "
-                    "same shape, so that both can be cropped alike (arrays are (C, H, W) or (H, W))"
+                    "same aspect ratio, so that both can be cropped alike (arrays are (C, H, W) or (H, W))"
                 )
             for plane in map(Image.fromarray, array):
                 planes.append((plane if plane.size == size else plane.resize(size, column.resample), column.resample))

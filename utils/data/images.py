@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import UserError
+from .. import UserError, counted
 from .columns import Layout
 from .own_images import Images, label_of
 from .pixels import GREY_MODES, BadImage, all_crops, augment, float_range, prepare_image, to_eight_bits, used_range
@@ -51,7 +51,7 @@ class PreparedImages(torch.utils.data.Dataset):
         images: source of the images.
         mode: ``L`` or ``RGB``.
         size: (H, W), pixels.
-        center_crop: True to crop the middle of images of another shape, instead of a random part.
+        center_crop: True to crop the middle of images of another aspect ratio, instead of a random part.
         random_flip: True to mirror half of the images.
         seed: seed of crops, flips and the choice of ``examples``.
         refuse_colour: True to treat an image that is not grey as an error.
@@ -150,7 +150,7 @@ class PreparedImages(torch.utils.data.Dataset):
     def _count_clipped(self, message: str) -> None:
         self.clipped += 1
         if self.clipped in (1, 10, 100) or self.clipped % 1000 == 0:
-            logger.warning(f"clipped in {self.clipped} images read so far: {message}")
+            logger.warning(f"values were clipped in {counted(self.clipped, 'image')} so far: {message}")
 
     def attempt(self, row: dict, center_crop: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]] | BadImage:
         """Return ``prepared`` and ``values`` of a row or, for a bad image, the error, so that threads do not raise."""

@@ -99,7 +99,9 @@ class Images:
         Raises:
             UserError: see ``held_out``.
         """
-        raise UserError(f"{flag} {name}: images by name need utils/sources/ and a data set to train on that has a name")
+        raise UserError(
+            f"{flag} {name}: images by name need utils/sources/, and training images by name. Leave the flag out"
+        )
 
     def cache_file(self, facts: tuple, folder: str | None, seconds: float):
         """Return the path of a file for the decoded images. For images in Python, return None."""

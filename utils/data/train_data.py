@@ -178,7 +178,7 @@ class TrainData:
         if self.size is None:
             # Multiples of 4 suit a UNet that halves the size twice. For deeper nets, check_fit may refuse them
             side, ratio = max(4, min(shorter, MAX_DEFAULT_RESOLUTION) // 4 * 4), 1.0
-            if len({*sizes}) == 1:  # the shape is kept if all images have it and it is not a strip
+            if len({*sizes}) == 1:  # The aspect ratio is kept if all images have the same size and it is at most 4
                 ratio = max(sizes[0]) / shorter if max(sizes[0]) <= 4 * shorter else 1.0
             longer = max(side, round(side * ratio / 4) * 4)
             self.size = (side, longer) if sizes[0][0] > sizes[0][1] else (longer, side)

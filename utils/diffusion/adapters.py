@@ -100,13 +100,13 @@ def log_trainable_counts(
         memory = sum(size * (2 if eight_bit else 8) for size, eight_bit in zip(sizes, small, strict=True))
         logger.info(
             f"{'->' if method == chosen else '  '} --method {method}: {sum(sizes):,} trainable weights"
-            f"{' in addition to' if method == 'lora' else ' of'} {total:,}, "
-            f"the optimizer keeps {'at most ' * (optimizer == 'muon')}{memory / 2**20:.1f} MiB"
+            f"{' in addition to' if method == 'lora' else ' of'} {total:,}. "
+            f"The optimizer keeps {'at most ' * (optimizer == 'muon')}{memory / 2**20:.1f} MiB"
         )
 
 
 def merged(unet: UNet2DModel) -> UNet2DModel:
-    """Return a UNet that diffusers can load: a copy with merged adapters, or the UNet itself without adapters."""
+    """Return a UNet that diffusers can load: a copy with merged adapters or, if it has none, the UNet itself."""
     if not _adapters(unet):
         return unet
     plain = UNet2DModel.from_config(unet.config)

@@ -46,7 +46,7 @@ class BasicUNet(ModelMixin, ConfigMixin):
 
         Args:
             sample: noisy images (B, C, H, W), with H and W divisible by 4 for the default channels.
-            timestep: unused, so that the signature is that of other models.
+            timestep: unused; an argument only so that the signature is that of other models.
 
         Raises:
             ValueError: H or W is not divisible by the total downsampling factor.

@@ -9,7 +9,7 @@ def add_guidance_arguments(parser: Parser, group) -> None:
     group.add_argument("--guidance_color", metavar="COLOR", help="target colour of samples: a name or #rrggbb")
     group.add_argument("--guidance_prompt", metavar="TEXT", help="description of the target, compared with samples by CLIP")
     group.add_argument("--clip_model_name_or_path", default="openai/clip-vit-base-patch32", help="CLIP model for --guidance_prompt")
-    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="guidance strength. 0: no guidance. For a colour, 1 reaches it. For a sentence, use 10 to 1000. For classes, 1 is the conditional model")
+    group.add_argument("--guidance_scale", type=real(0), default=1.0, help="guidance strength. For a colour or a sentence, 0 is no guidance. For a colour, 1 reaches it. For a sentence, use 10 to 1000. For classes or a condition, 1 is the conditional model and 0 the unconditional one")
     group.add_argument("--guidance_mode", choices=("direct", "net"), default="direct", help="gradient with respect to the predicted image, or through the UNet")
     parser.checks.append(_check)
 

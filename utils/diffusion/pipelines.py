@@ -50,7 +50,7 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
     """
     ours = {"BasicUNet": BasicUNet, "LinearMixScheduler": LinearMixScheduler}
     refuse_missing("", name_or_path)
-    expected = "Expected a pipeline with model_index.json, made by these scripts or a DDPMPipeline, or a UNet2DModel"
+    expected = "Expected the output of these scripts, a DDPMPipeline, an LDMPipeline or a UNet2DModel"
     try:
         folder = Path(name_or_path).expanduser()
         if not folder.exists():
@@ -215,7 +215,7 @@ def interpolation_sampler(own: SchedulerMixin) -> str | None:
 
 
 def adds_noise(scheduler: SchedulerMixin) -> bool:
-    """Return whether a sampler adds noise at every step."""
+    """Return whether a sampler adds noise at every step. False for few-step models, which have no other sampler."""
     return isinstance(scheduler, DDPMScheduler) or str(scheduler.config.get("algorithm_type")).startswith("sde")
 
 

@@ -244,7 +244,9 @@ def unet_from_config(name_or_path: str, **overrides) -> UNet2DModel:
     try:
         unet = UNet2DModel.from_config({**config, **overrides})
     except Exception as error:  # torch's layers raise errors of many classes
-        raise UserError(f"--model_config_name_or_path: no UNet2DModel can be made from it: {error}") from error
+        raise UserError(
+            f"--model_config_name_or_path {name_or_path}: no UNet2DModel can be made from it: {error}"
+        ) from error
     check_embeddings(unet.config, f"--model_config_name_or_path {name_or_path}")
     if unet.class_embedding is not None and "num_class_embeds" not in overrides:
         raise UserError(

@@ -16,7 +16,7 @@ SAMPLER_CLASSES = {
 
 
 def noise_levels(num_train_timesteps: int) -> list[str]:
-    """Return the names of the ranges: their first and last timesteps, such as 0-249."""
+    """Return names of ``NOISE_LEVELS`` ranges of timesteps: the first and last timestep of each, such as 0-249."""
     edges = [-(-k * num_train_timesteps // NOISE_LEVELS) for k in range(NOISE_LEVELS + 1)]
     return [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
 

@@ -1,6 +1,6 @@
 """The space that a model denoises in: pixels, or the latents of an autoencoder.
 
-A space is any object with the attributes of ``Pixels``, such as an autoencoder, a whitening or a wavelet transform.
+A space is any object with the attributes of ``Pixels``. It may use an autoencoder, a whitening or a wavelet transform.
 """
 
 import torch
@@ -69,9 +69,11 @@ class Latents(Pixels):
         self.fingerprint = weights_digest(autoencoder)[:16]
         taken, channels = autoencoder.config.in_channels, self.image_shape[0]
         if taken != channels:
+            advice = {1: "--image_mode L converts them", 3: "--image_mode RGB converts them"}.get(
+                taken, "Choose another autoencoder"
+            )
             raise UserError(
-                f"the autoencoder takes {counted(taken, 'channel')}, but the images have {channels}. --image_mode "
-                f"{ {1: 'L', 3: 'RGB'}.get(taken, '?') } converts them"
+                f"the autoencoder takes {counted(taken, 'channel')}, but the images have {channels}. {advice}"
             )
         images = torch.zeros(1, *self.image_shape, device=autoencoder.device)
         latents = self.encode(images)

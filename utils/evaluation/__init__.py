@@ -14,7 +14,7 @@ def add_arguments(parser: Parser) -> None:
         group.add_argument("--validation_steps", type=integer(1), help="optimizer steps between validations (default: --sample_steps)")
 
     group = parser.group("evaluation while training")
-    group.add_argument("--evaluate_steps", type=integer(1), help="optimizer steps between evaluations. Each evaluation adds two curves, fd and kid against training images. The pipeline with the lowest fd is kept in OUTPUT_DIR/best")
+    group.add_argument("--evaluate_steps", type=integer(1), help="optimizer steps between evaluations. Each evaluation adds a point to two curves: fd and kid against training images. The pipeline with the lowest fd is kept in OUTPUT_DIR/best")
     group.add_argument("--num_evaluation_samples", type=integer(10), default=1000, help="number of samples, which are compared with as many training images. More samples take longer, and the result is more precise")
     add_features_arguments(group)
 

@@ -61,7 +61,7 @@ class DenoisingLoss:
                 timesteps = torch.from_numpy(fractions * steps)
                 if isinstance(self.noise_scheduler, DDPMScheduler):
                     timesteps = timesteps.long()
-                else:  # timesteps are real numbers; float32 cannot recover the noise below 1
+                else:  # timesteps are real numbers; below timestep 1, float32 cannot recover the noise
                     timesteps = timesteps.float().clamp(min=1)
                 timesteps = timesteps.to(accelerator.device)
                 clean_images = self.images[batch // NOISE_LEVELS].to(accelerator.device)

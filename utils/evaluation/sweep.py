@@ -13,7 +13,7 @@ from ..training.output_dir import ARGUMENTS, read_arguments
 
 
 def best_setting(tried: list[tuple]) -> tuple:
-    """Return the sampler and the number of steps with the lowest distance, or with fewer steps within its error.
+    """Return the sampler and the fewest steps that reach the lowest distance, within its standard error.
 
     Args:
         tried: pairs of a sampler, or its name, and a list with its one row.
@@ -55,7 +55,7 @@ def plot_sweep(rows: list[dict]) -> Figure:
     axes.set_xticks(steps, [str(n) for n in steps])
     label_log_axis(axes)
     axes.legend()
-    axes.set_title(f"N={rows[0]['N']}; bars: standard error by bootstrap", fontsize="medium")
+    axes.set_title(f"N={rows[0]['N']}, bars: standard error by bootstrap", fontsize="medium")
     return figure
 
 

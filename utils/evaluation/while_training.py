@@ -37,7 +37,7 @@ class Evaluation:
 
 
 class Validation:
-    """Curves of the denoising loss on training images, held-out images, and images of a pretrained model.
+    """Curves of the denoising loss: on training images, held-out images, and data like that of a pretrained model.
 
     Args:
         run: training run.
@@ -83,7 +83,7 @@ class SampleQuality:
     Args:
         run: training run. A best model of a later step is ignored, because the run resumes from an earlier step.
         features: features, or None to choose them, see ``features.choose_features``.
-        count: number of samples, and at most the number of training images.
+        count: number of samples, reduced to the number of training images if these are fewer.
         every: optimizer steps between evaluations, for a message.
 
     Attributes:

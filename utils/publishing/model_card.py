@@ -57,7 +57,7 @@ CONDITIONS = {
     "paired": "It draws an image from another one, as in its training pairs.",
 }  # fmt: skip
 DATA_TITLES = {"digits": "scikit-learn's digits", "mnist": "MNIST", "faces": "scikit-image's faces"}
-PAPERS = {  # source of a setting with a value; ... is any value
+PAPERS = {  # papers by (setting, value); Ellipsis stands for any value
     ("ddpm", True): ("Denoising diffusion probabilistic models", "2006.11239"),
     ("prediction_type", "v_prediction"): ("Progressive distillation: v-prediction", "2202.00512"),
     ("prediction_type", "flow_prediction"): ("Flow matching for generative modeling", "2210.02747"),

@@ -89,7 +89,7 @@ class Guard:
         found = rollbacks.read_together(run.accelerator, run.output_dir)
         if len(found) >= self.max_rollbacks:
             if found:
-                return f", and --max_rollbacks {self.max_rollbacks} are used up, see {rollbacks.RECORD}", ""
+                return f", and --max_rollbacks {self.max_rollbacks} is reached, see {rollbacks.RECORD}", ""
             return "", "skip the images of such steps with --max_rollbacks, or "
         number = next(itertools.islice(rollbacks.global_batches(found), entry["step"] - 1, None))
         logger.warning(

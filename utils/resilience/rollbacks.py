@@ -29,7 +29,7 @@ def read(output_dir: Path) -> list[dict]:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{file} is damaged ({type(error).__name__}: {error}). Expected a list of entries with global_batch. The "
-            "newest checkpoint holds all entries except the last. To resume from it, delete the file"
+            "newest checkpoint holds the entries that existed when it was saved. To resume with those, delete the file"
         ) from error
 
 

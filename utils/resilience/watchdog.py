@@ -87,7 +87,7 @@ class Watchdog:
                 return
 
     def _abort(self) -> None:
-        silent = "".join(f" Process {rank} does not answer either." for rank in self.silent)
+        silent = "".join(f" Process {rank} does not answer." for rank in self.silent)
         where = f"process {self.rank} of {self.world_size} on {platform.node()}"
         print(
             f"\nerror: no progress for {self.seconds:g} s (--hang_timeout): {where} has done {self.step} "

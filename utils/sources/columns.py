@@ -21,9 +21,10 @@ class NoLabels(UserError):
 
 
 def select_columns(dataset, source):
-    """Return the data set with only the columns that ``source`` names, as ``image`` (not decoded) and ``label``.
+    """Return the data set with only the columns that ``source`` names.
 
-    Images may be of type Image, encoded bytes, {bytes, path}, paths, or arrays, see ``decoding.open_row``.
+    They are ``image`` (not decoded), ``label`` and ``column:NAME``. Images may be of type Image, encoded bytes,
+    {bytes, path}, paths, or arrays, see ``decoding.open_row``.
 
     Raises:
         UserError: no column matches, several match, or the values do not fit. The message lists the columns.
@@ -110,7 +111,7 @@ def _warn_of_lacking_classes(classes: dict, dataset, source) -> None:
 
 
 def _drop_empty_classes(dataset, column: str, source):
-    """Return the data set without the classes that have no image, which filtered data still list."""
+    """Return the data set without the classes that have no image. Filtered data still list such classes."""
     names, values = dataset.features[column].names, dataset[column][:]
     present = sorted({value for value in values if value not in (None, -1)})
     if not present or len(present) == len(names):

@@ -22,7 +22,7 @@ def decode_image(source: bytes | str | Image.Image, name: str) -> Image.Image:
         name: name of the image in errors (a path, or a row of a data set).
 
     Returns:
-        The first frame, in the mode of the file, rotated as its EXIF orientation says.
+        The first frame, in the mode of the file, rotated according to its EXIF orientation.
 
     Raises:
         BadImage: the file is empty, truncated or not an image, exceeds Pillow's limit of 89 megapixels, or has one side

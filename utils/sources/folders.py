@@ -50,7 +50,8 @@ def image_extensions() -> set[str]:
 def walk(folder: Path) -> tuple[list[str], list[str], Counter]:
     """Return the sorted image files and metadata files below a folder, and the counts of other files by extension.
 
-    Links are followed, and no folder is entered twice. System files, with names that begin with a dot, are skipped.
+    Links are followed, and no folder is entered twice. Hidden files and folders (names that begin with a dot) and
+    ``IGNORED_FOLDERS`` are skipped.
     """
     extensions, images, metadata, others = image_extensions(), [], [], Counter()
     special = []
@@ -86,7 +87,8 @@ def load_folder(folder: Path, label_column: str | None = None) -> dict[str, data
 
     The splits are the folders that ``SPLITS`` names, if no other folders lie beside them. They may lie inside folders
     that contain all images. Images beside a folder for train are skipped. In all other cases, the only split is train.
-    Within a split, the classes are the first folders with different names. They are the column ``label``.
+    Within a split, the classes are the folders at the first level at which the names differ. They are the column
+    ``label``.
 
     Args:
         label_column: column of metadata.csv, .jsonl or .parquet to keep, if one of them has it.
@@ -151,8 +153,8 @@ def _find_splits(folder: Path, files: list[str], parts: list[tuple]) -> tuple[li
         if found:
             beside = ", ".join(sorted(others)[:5]) or f"{len(loose)} images"
             logger.warning(
-                f"{folder}: names of splits ({', '.join(sorted(found))}) are beside {beside}, so such "
-                "folders are treated as classes and not as splits"
+                f"{folder}: folders with names of splits ({', '.join(sorted(found))}) are beside {beside}, so they are "
+                "treated as classes and not as splits"
             )
         return files, parts, ["train"] * len(files)
     if loose:

@@ -224,7 +224,7 @@ class NamedImages(Images):
         """Load another split of the same data set.
 
         Args:
-            flag: name of the flag with the split.
+            flag: flag that gives ``split``, for messages.
 
         Raises:
             UserError: see ``sources.load_source``, or the splits share images.
@@ -241,7 +241,7 @@ class NamedImages(Images):
 
         Args:
             name: ``NAME`` or ``NAME:SPLIT``.
-            flag: name of the flag with the name.
+            flag: flag that gives ``name``, for messages.
         """
         name, _, split = name.partition(":") if not Path(name).exists() else (name, "", "")
         flags = {"name": flag, "split": flag}

@@ -56,7 +56,8 @@ class ImageSource:
         image_column: name of the column of images; None for the only one of type Image.
         label_column: name of a column to keep as ``label``, of type ClassLabel, or of integers or strings, which become
             classes in sorted order.
-        max_samples: number of images: a random sample by ``seed``, or the first with ``take_first`` or of a stream.
+        max_samples: number of images: a random sample by ``seed``, or the first images with ``take_first`` or
+            ``streaming``.
         streaming: True to read images only when they are needed.
         find_labels: True to use the only column of type ClassLabel if ``label_column`` is None. Data are refused unless
             they have exactly one such column.
@@ -80,7 +81,7 @@ class ImageSource:
 
     @classmethod
     def from_args(cls, args) -> "ImageSource":
-        """Return the training images that the flags of ``args.add_common_arguments`` name."""
+        """Return the description of the training images that the flags of ``args.add_common_arguments`` name."""
         source = cls(
             args.train_data_dir or args.dataset_name, args.dataset_split, args.train_data_dir is not None,
             args.dataset_config_name, args.image_column, args.label_column, args.max_train_samples,
@@ -157,8 +158,8 @@ def check_disjoint(trained_on, held_out) -> None:
     source, shared, count = held_out.source, shared_rows(trained_on.dataset, held_out.dataset), held_out.length
     if shared and shared >= LEAK * count:
         raise UserError(
-            f"{source.flag_label('split')} shares images with {trained_on.source.flag_label('split')}: {shared} of its "
-            f"{count}, so it would not be held out. Choose a split of other images"
+            f"{source.flag_label('split')} shares images with {trained_on.source.flag_label('split')}: {shared} of "
+            f"{count} held-out images are training images. Choose a split of other images"
         )
     if shared:
         logger.warning(f"{source.flag_label('split')}: {shared} of its {count} images are training images, too")

@@ -17,8 +17,8 @@ SHUFFLE_BUFFER_SIZE, SHUFFLE_BUFFER_BYTES = 10_000, 2**30  # at most this many i
 class Stream:
     """Micro-batches from a stream: the shards of this process, shuffled in a buffer and decoded by threads.
 
-    A resumed run reads past the images that it has already used, without decoding them. Threads decode, and not
-    DataLoader workers. ``datasets`` distributes shards among workers, so the order would depend on their number.
+    A resumed run reads past the images that it has already used, without decoding them. Threads decode the images,
+    because ``datasets`` distributes shards among DataLoader workers, so the order would depend on their number.
 
     Args:
         prepared: images of a ``NamedImages``.

@@ -102,7 +102,7 @@ class Run:
             return False
         output_dir.check_finished(self.output_dir, train_data.settings)
         self.global_step = output_dir.read_arguments(self.output_dir)["finished_at_step"]
-        self._release("This run was finished before")
+        self._release("This run is already finished")
         return True
 
     def steps(
@@ -411,8 +411,8 @@ class Run:
         entry = dict(step=step, loss=str(loss), grad_norm=str(norm), expected=expected)
         used_up, instead = next(iter(self.tell("diverged", problem, entry)), ("", ""))
         raise UserError(
-            f"{problem}. This step was not saved{used_up}. The same command resumes from the last checkpoint, perhaps "
-            f"with --mixed_precision no. If it happens again, {instead}start a new run with a lower --learning_rate"
+            f"{problem}. This step was not saved{used_up}. The same command resumes from the last checkpoint. "
+            f"--mixed_precision no may help. If it happens again, {instead}start a new run with a lower --learning_rate"
         )
 
     def _save_checkpoint(self) -> None:

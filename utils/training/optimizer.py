@@ -52,9 +52,12 @@ def choose_learning_rate(given: float | None, model: torch.nn.Module, method: st
     if given is not None:
         return given
     size = sum(weight.numel() for name, weight in model.named_parameters() if ".lora_" not in name)
-    # With this power, models of 860 M weights get the usual rates: about 1e-5 in full, about 1e-4 with LoRA
+    # With this power, models of 860 M weights get the usual rates: about 1e-5 with full, about 1e-4 with lora
     rate = float(f"{RATES[method] * min(1, SMALL / size) ** 0.75:.1g}")
-    logger.info(f"--learning_rate {rate:g}: the default for a trained model of {size / 1e6:.1f} M weights, {method}")
+    logger.info(
+        f"--learning_rate {rate:g}: the default to train a model of {size / 1e6:.1f} M pretrained weights "
+        f"(method {method})"
+    )
     return rate
 
 

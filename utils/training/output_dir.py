@@ -138,7 +138,7 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
     changed = setting_changes(where, old, settings, defaults)
     if changed and not any(path.exists() for path in models):
         logger.warning(
-            f"{where} holds a run without a checkpoint. The run starts from scratch, because {'; '.join(changed)}"
+            f"{where} holds a run without a checkpoint. This run starts from scratch, because {'; '.join(changed)}"
         )
         for name in RUN_RECORDS:
             (folder / name).unlink(missing_ok=True)
@@ -330,7 +330,7 @@ def describe_optimizers(accelerator) -> list[dict]:
 
 
 def read_arguments(folder: str | Path) -> dict:
-    """Read the record that ``write_arguments`` wrote in this folder, or {} without one."""
+    """Return the record that ``write_arguments`` wrote in this folder, or {} if there is none."""
     path = Path(folder) / ARGUMENTS
     return read_record(path) if path.is_file() else {}
 

@@ -113,7 +113,7 @@ class _AboveTheBar(logging.Handler):
 def _set_up_logging(accelerator) -> None:
     lines = dict(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.basicConfig(**lines, level=logging.WARNING, handlers=[_AboveTheBar()], force=True)
-    diffusers.utils.logging.disable_progress_bar()  # A progress bar for two small files is noise
+    diffusers.utils.logging.disable_progress_bar()  # Two small files need no progress bar
     logging.getLogger("huggingface_hub").propagate = False  # It has its own handler, so lines would appear twice
     logging.getLogger("utils").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if not accelerator.is_main_process:
