@@ -85,10 +85,11 @@ def main(args):
 
     from utils import UserError, optional, randomness
     from utils.args import size_of
+    from utils.data.columns import condition_columns
     from utils.data.own_images import translate_labels
     from utils.data.pixels import MODES
     from utils.diffusion.classes import GuidedModel, cycle_labels
-    from utils.diffusion.conditions import PAIRED, Condition, GuidedByCondition, condition_columns
+    from utils.diffusion.conditions import PAIRED, Condition, GuidedByCondition
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.pipelines import choose_sampler, load_pipeline, saved_scheduler, training_scheduler
     from utils.diffusion.spaces import encode_in_batches

@@ -52,8 +52,9 @@ def main(args):
     from diffusers import LDMSuperResolutionPipeline
     from diffusers.optimization import get_scheduler
 
+    from utils.data.columns import condition_columns
     from utils.data.train_data import load_train_data
-    from utils.diffusion.conditions import Condition, GuidedByCondition, arrange, condition_columns
+    from utils.diffusion.conditions import Condition, GuidedByCondition, arrange
     from utils.diffusion.flow import make_flow, make_sampler, shifted
     from utils.diffusion.identity import identity_autoencoder
     from utils.diffusion.pretrained import add_input_channels, check_fit, load_pretrained

@@ -1,4 +1,4 @@
-"""What models of train_paired.py are given, the autoencoder that is the identity, windows, and holes in any model."""
+"""Conditions of train_paired.py, the autoencoder that is the identity, windows, and holes that any model fills."""
 
 import itertools
 

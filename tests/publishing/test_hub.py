@@ -22,7 +22,6 @@ import distill_few_steps
 import train_basic
 import train_conditional
 import train_ddpm
-import train_flow
 import train_paired
 from utils.privacy import basename_if_path
 from utils.publishing.hub import PUSH_FAILED

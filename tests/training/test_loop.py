@@ -37,7 +37,8 @@ from utils.training.output_dir import check_settings
 ROOT = Path(train_ddpm.__file__).parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPTS = [
-    train_basic, train_unet2d, train_ddpm, train_flow, train_paired, train_conditional, finetune_faces, distill_few_steps,
+    train_basic, train_unet2d, train_ddpm, train_flow, train_paired, train_conditional, finetune_faces,
+    distill_few_steps,
 ]  # fmt: skip
 EVERYTHING = [  # all repeated actions coincide with the checkpoints, as by default
     "--report_to=tensorboard", "--checkpointing_steps=2", "--sample_steps=2", "--evaluate_steps=2",
@@ -281,7 +282,7 @@ def test_what_fails_after_a_signal_is_a_stop(tmp_path, capsys):
     body = "if run.global_step == 4:\n                run.stop_signal.received = 15\n                raise RuntimeError"
     names = edited((UPDATE, UPDATE + f"            {body}\n"))
     assert exit_code(names["main"], names["parse_args"](tiny("--output_dir", tmp_path / "run"))) == 143
-    assert "Stopped by SIGTERM after 4 optimizer steps, with a RuntimeError" in capsys.readouterr().err
+    assert "Stopped by SIGTERM after 4 optimizer steps, but a RuntimeError" in capsys.readouterr().err
     assert train(tmp_path / "run") == 0
 
 

@@ -66,6 +66,12 @@ def check_columns(columns: dict[str, Column]) -> None:
             raise UserError(f"columns: {name!r} is a vector from a folder. Expected a column of numbers, or an array")
 
 
+def condition_columns(args) -> dict[str, Column]:
+    """Return the column ``condition`` that ``--condition_dir`` or ``--condition_column`` names, or {} without them."""
+    source = args.condition_column or (args.condition_dir and Path(args.condition_dir))
+    return {"condition": Column(source)} if source else {}
+
+
 class Layout:
     """The shapes and value ranges of a source's columns, found from some of its rows.
 

@@ -15,18 +15,11 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from .. import UserError
-from ..data.columns import Column
 from ..pictures import from_uint8, to_uint8
 from ..randomness import uniform
 
 PAIRED = "paired"
 COLUMN = "condition"  # name of the column with the second pictures
-
-
-def condition_columns(args) -> dict[str, Column]:
-    """Return the column of the second pictures that the flags name, see ``data.columns``, or {} for ``--condition``."""
-    source = args.condition_column or (args.condition_dir and Path(args.condition_dir))
-    return {COLUMN: Column(source)} if source else {}
 
 
 class Condition:
