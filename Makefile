@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train mnist faces conditional few-steps test test-slow test-all lint benchmark clean
+.PHONY: help train mnist faces conditional paired few-steps test test-slow test-all lint benchmark clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,6 +26,11 @@ faces: .venv/installed  ## train on the embedded faces, then adapt the model to 
 conditional: .venv/installed  ## train on the embedded digits with classes: pictures with a row for each digit, in minutes
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_conditional.py \
 	  --dataset_name digits --resolution 16 --max_train_steps 2000 --output_dir outputs/conditional
+
+paired: .venv/installed  ## digits of 16 pixels from 4 x 4 pixels, several for each
+	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_paired.py \
+	  --dataset_name digits --dataset_split "train[:1500]" --validation_split "train[1500:]" \
+	  --resolution 16 --max_train_steps 600 --output_dir outputs/paired
 
 few-steps: .venv/installed outputs/digits/model_index.json  ## distil the model of `make train` to two sampling steps instead of 25
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml distill_few_steps.py \

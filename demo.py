@@ -10,6 +10,12 @@ Code that comes with a model runs only with --trust_remote_code. `push.py --spac
 from utils.args import SAMPLERS, SOLVERS, Parser, integer
 from utils.exits import run_script
 
+MAX_SIDE = 512  # pixels of an image that is drawn from a picture
+INPUTS = {
+    "gray": "a grey picture", "outline": "white lines on black", "paired": "a picture",
+    "inpaint": "a picture, with the hole painted white",
+}  # fmt: skip
+
 
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
@@ -35,6 +41,7 @@ def main(args):
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page works offline
     import numpy as np
     import torch
+    from PIL import Image
 
     from utils import UserError, counted
     from utils.data.images import PreparedImages
@@ -43,11 +50,13 @@ def main(args):
     from utils.diffusion import pipelines
     from utils.diffusion.class_conditional import class_names
     from utils.diffusion.classes import GuidedModel, cycle_labels
+    from utils.diffusion.conditions import Condition, GuidedByCondition
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import Guidance, color_loss
     from utils.diffusion.linear_mix import LinearMixScheduler
-    from utils.diffusion.sampling import sample_batch, starting_noise
-    from utils.evaluation.given_images import scaled_from
+    from utils.diffusion.sampling import cycle_rows, sample_batch, starting_noise
+    from utils.diffusion.windows import Windows
+    from utils.evaluation.given_images import extend, scaled_from
     from utils.pictures import make_grid, to_uint8
     from utils.sources.named_images import NamedImages
     from utils.sources.sources import ImageSource
@@ -65,6 +74,7 @@ def main(args):
     space.to(accelerator.device)
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
     shape, names = space.image_shape, class_names(unet.config)
+    condition = Condition.of_model(unet.config)
     samplers = ["the model's own" + " (adds noise)" * pipelines.adds_noise(own)]
     most_steps = 100
     if is_few_step(own):
@@ -112,8 +122,36 @@ def main(args):
         picture.info["number"] = str(next(numbers))
         return picture
 
+    def input_of(given):
+        """Return the input that belongs to the given picture: float32 (1, K, H, W)."""
+        if isinstance(given, dict):  # an editor, in which the user has painted the hole
+            image, painted = given["background"], given["layers"][0].getchannel("A")
+            image = image.convert("RGBA")
+            image.putalpha(painted.point(lambda value: 0 if value else 255))
+            given = image
+        if given is None:
+            raise UserError("there is no picture. Drop one into the field Input")
+        inputs = condition.input_of(condition.picture_from(given))
+        if max(inputs.shape[2:]) > MAX_SIDE:
+            raise UserError(
+                f"{given.width} x {given.height} pixels are too many. Expected images of {MAX_SIDE} at most"
+            )
+        return inputs
+
     # Actions of the page
-    def draw(seed, count, steps, sampler, guidance_scale, classes=(), steer=False, color=None, noise=None, text=""):
+    def draw(
+        seed,
+        count,
+        steps,
+        sampler,
+        guidance_scale,
+        classes=(),
+        steer=False,
+        color=None,
+        given=None,
+        noise=None,
+        text="",
+    ):
         """Yield the prediction at each sampling step, then the samples, their description and the nearest images."""
         if steer and shape[0] == 1:
             color = "#" + 3 * f"{int(color):02x}"
@@ -124,7 +162,17 @@ def main(args):
                 chosen, model, watched = pipelines.choose_sampler(own, name, int(steps), steered=True), unet, True
             except UserError:  # without the noise of a DDPMScheduler, samples are neither guided nor shown at each step
                 chosen, model, watched = pipelines.choose_sampler(own, name, int(steps), bool(color)), unet, False
-            options = {"noise": noise}
+            options, drawn_shape, finish = {"noise": noise}, space.shape, decoded
+            if condition:
+                inputs = input_of(given)
+                extended = extend(inputs, shape[1:])
+                options["model_inputs"] = cycle_rows({"condition": extended}, accelerator.device)
+                model = GuidedByCondition(Windows(unet, shape[1:]), condition, guidance_scale)
+                drawn_shape = (shape[0], *extended.shape[2:])
+
+                def finish(samples):
+                    return condition.keep_known(decoded(samples)[..., : inputs.shape[2], : inputs.shape[3]], inputs)
+
             if names:
                 labels = [names.index(label) for label in classes] or list(range(len(names)))
                 options["model_inputs"] = cycle_labels(labels, accelerator.device)
@@ -136,18 +184,19 @@ def main(args):
             predictions = queue.Queue()
             with ThreadPoolExecutor(1) as pool:
                 drawn = pool.submit(
-                    sample_batch, model, chosen, ids, space.shape, int(steps), int(seed or 0), accelerator.device,
+                    sample_batch, model, chosen, ids, drawn_shape, int(steps), int(seed or 0), accelerator.device,
                     watch=(lambda _, predicted: predictions.put(predicted)) if watched else None, **options,
                 )  # fmt: skip
                 drawn.add_done_callback(lambda _: predictions.put(None))
                 while (predicted := predictions.get()) is not None:
-                    yield grid(decoded(predicted)), None, None
-            images = decoded(drawn.result())
+                    yield grid(finish(predicted)), None, None
+            images = finish(drawn.result())
         except (UserError, ValueError) as error:
             raise gr.Error(str(error)) from error
         steps_taken = counted(int(steps), "sampling step")
         text = text or f"Seed {int(seed or 0)}, {steps_taken}, {name or type(own).__name__}"
-        yield grid(images), text, None if training_images is None else show_nearest(images[:8], training_images)
+        comparable = training_images is not None and images.shape[1:] == shape
+        yield grid(images), text, show_nearest(images[:8], training_images) if comparable else None
 
     def interpolate(other_seed, seed, count, steps, sampler, *rest):
         """Draw from noise interpolated between two seeds, with a sampler that adds none."""
@@ -160,6 +209,22 @@ def main(args):
         between = pipelines.interpolate_noise(own, *ends, torch.linspace(0, 1, int(count)))
         yield from draw(seed, count, steps, sampler, *rest, noise=lambda ids: between, text=text)
 
+    example = Path(args.model) / "condition.png" if (Path(args.model) / "condition.png").is_file() else None
+
+    def input_field():
+        """Return the field for the picture that the model draws from."""
+        label = f"Input: {INPUTS.get(condition.kind, 'a small picture to enlarge')}"
+        example_image = Image.open(example) if example else None
+        if condition.kind != "inpaint":
+            return gr.Image(example_image, type="pil", label=label, elem_id="given", height=240)
+        white = gr.Brush(colors=["#ffffff"], color_mode="fixed", default_size=max(2, shape[1] // 6))
+        value = None
+        if example:
+            hole = example_image.getchannel("A").point(lambda alpha: 0 if alpha else 255)
+            layer = Image.merge("RGBA", [*[hole] * 3, hole])
+            value = dict(background=example_image.convert("RGB"), layers=[layer], composite=None)
+        return gr.ImageEditor(value, type="pil", label=label, brush=white, elem_id="given", height=320)
+
     # The page; on a phone the second column is below the first
     usual, title = min(25, pipelines.default_steps(own)), Path(args.model).name
     seed_input = partial(gr.Number, precision=0, minimum=0, maximum=2**53 - 1)  # browsers round larger numbers
@@ -168,6 +233,7 @@ def main(args):
         gr.Markdown(f"# {title}\n{shape[1]} x {shape[2]} pixels. The same seed draws the same images.")
         with gr.Row():
             with gr.Column(scale=2):
+                given = input_field() if condition else gr.State(None)
                 picture = image(label="Samples", elem_id="picture")
                 how = gr.Markdown(elem_id="how")
             with gr.Column(scale=1):
@@ -177,24 +243,26 @@ def main(args):
                 steps = gr.Slider(1, most_steps, usual, step=1, label="Sampling steps")
                 sampler = gr.Dropdown(samplers, value=samplers[0], label="Sampler")
                 classes = gr.Dropdown(names, multiselect=True, label="Classes (empty: all)", visible=bool(names))
-                steer = gr.Checkbox(False, label="Guide towards a colour", visible=not names)
+                steer = gr.Checkbox(False, label="Guide towards a colour", visible=not (names or condition))
                 if shape[0] == 1:
                     color = gr.Slider(0, 255, 128, step=1, label="Grey level", visible=False)
                 else:
                     color = gr.ColorPicker("#ff8000", label="Colour", visible=False)
-                scale = gr.Slider(0, 5, 1, step=0.1, label="Guidance strength", visible=bool(names))
-                other = seed_input(1, label="Second seed")
-                between = gr.Button("Interpolate from seed to seed")
+                guided = bool(names) or (condition and condition.may_be_left_out)
+                scale = gr.Slider(0, 5, 1, step=0.1, label="Guidance strength", visible=bool(guided))
+                other = seed_input(1, label="Second seed", visible=not condition)
+                between = gr.Button("Interpolate from seed to seed", visible=not condition)
         known = training_images is not None
         gr.Markdown("The first samples, and the training images nearest to them", visible=known)
         nearest = image(label="Nearest training images", elem_id="nearest", visible=known)
-        inputs = [seed, count, steps, sampler, scale, classes, steer, color]
+        inputs = [seed, count, steps, sampler, scale, classes, steer, color, given]
         # One request at a time, because the scheduler has a state
         one = dict(outputs=[picture, how, nearest], concurrency_id="model")
         steer.change(lambda on: [gr.update(visible=on)] * 2, steer, [color, scale])
         start.click(draw, inputs, **one)
         between.click(interpolate, [other, *inputs], **one)
-        page.load(partial(draw, 0, 16, usual, samplers[0], 1), None, **one)
+        if not condition or example:
+            page.load(draw, inputs, **one)
     try:
         _, here, public = page.launch(
             server_name=host, server_port=args.port, share=args.share, quiet=True, prevent_thread_lock=True

@@ -2,13 +2,14 @@
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_paired.py --dataset_name digits
 
-learns to enlarge digits four times in a few minutes on 2 CPU cores. The output folder loads with diffusers alone:
+This command learns to enlarge digits four times, in a few minutes on 2 CPU cores. The output folder loads with diffusers
+alone:
 
     LDMSuperResolutionPipeline.from_pretrained("outputs/paired")(condition, num_inference_steps=25)
 
-This is train_flow.py with a condition, an image that is concatenated to the channels of the noisy image (SR3,
-arXiv:2104.07636, and Palette, arXiv:2111.05826). It is made from each image (--condition), or a second picture of each
-image (--condition_dir, --condition_column). Each sample is one of the images that fit the condition.
+This is train_flow.py with a condition: an image that is concatenated to the channels of the noisy image (SR3,
+arXiv:2104.07636, and Palette, arXiv:2111.05826). The condition is made from each image (--condition), or it is a second
+picture of each image (--condition_dir, --condition_column). Each sample is one of the images that fit the condition.
 """
 
 from utils.args import SOLVERS, Parser, add_common_arguments, condition, real
@@ -27,7 +28,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     add_unet_arguments(parser)
     group = parser.group("flow (defaults: those shown, or the pretrained pipeline's)")
-    group.add_argument("--prediction_type", choices=("velocity", "sample"), help="target: the velocity noise - image, or the clean image with the loss on the velocity (arXiv:2511.13720, default: velocity)")
+    group.add_argument("--prediction_type", choices=("velocity", "sample"), help="target: the velocity (noise - image), or the clean image with a loss on the velocity that it implies (arXiv:2511.13720, default: velocity)")
     group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
     group.add_argument("--flow_shift", type=real(0.01, 100), help="shift of the timesteps towards noise, for larger images, in training and sampling (arXiv:2403.03206, default: 1 up to 64 pixels, then proportional to the side)")
     group.add_argument("--sampler", choices=SOLVERS, default="dpmsolver++", help="scheduler that draws samples")
@@ -160,7 +161,7 @@ def main(args):
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps, condition=given).sample.float()
             target = noise - clean_images
-            if prediction_type == "sample":  # both images become velocities; the clamp avoids dividing by almost zero
+            if prediction_type == "sample":  # both become velocities; the clamp prevents division by almost zero
                 levels = (timesteps / num_train_timesteps).clamp(min=0.05).view(-1, 1, 1, 1)
                 model_output, target = ((noisy_images - images) / levels for images in (model_output, clean_images))
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)

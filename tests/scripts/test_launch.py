@@ -107,7 +107,9 @@ def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_pat
     assert close(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("script, flag", [slow("conditional", "--class_dropout_prob=0.4"), ("flow", "--flow_shift=2")])
+@pytest.mark.parametrize(
+    "script, flag", [slow("conditional", "--class_dropout_prob=0.4"), ("paired", "--condition_dropout_prob=0.4")]
+)
 def test_two_processes_of_another_script_learn_what_one_learns(tmp_path, script, flag):
     """Labels, dropped labels, and the nearest of several noises depend on the sample's id."""
     flags = ["--unet=tiny", "--learning_rate=1e-4", flag, "--max_train_steps=3", "--num_samples=10"]

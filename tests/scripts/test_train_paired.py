@@ -357,6 +357,20 @@ def test_psnr_and_ssim_are_those_of_scikit_image():
     ]
     expected = np.mean([peak_signal_noise_ratio(t, m, data_range=255) for t, m in zip(true, means, strict=True)])
     assert scores["psnr_mean8"] == pytest.approx(expected) and expected > np.mean(psnr) + 5
+    spreads = [np.var([samples[i] for i in chosen if numbers[i] == k], axis=0, ddof=1).mean() for k in range(3)]
+    assert scores["spread"] == pytest.approx(np.mean(spreads) ** 0.5)
+
+
+def test_detail_is_1_for_the_true_images_and_less_for_a_blur():
+    from PIL import ImageFilter
+
+    from utils.evaluation.restoration import _fine_energy
+
+    sharp = np.random.default_rng(0).integers(0, 256, (4, 1, 32, 32), dtype=np.uint8)
+    blurred = [np.asarray(Image.fromarray(x[0]).filter(ImageFilter.GaussianBlur(1)))[None] for x in sharp]
+    assert _fine_energy(np.stack(blurred)) < 0.2 * _fine_energy(sharp)
+    wave = np.broadcast_to(128 + 100 * np.cos(np.arange(32) * np.pi / 8), (1, 1, 32, 32)).astype(np.uint8)
+    assert _fine_energy(wave) < 1e-3 * _fine_energy(sharp)  # sixteen pixels a period are coarse
 
 
 def test_pairs_are_evaluated_with_their_folder(tmp_path):

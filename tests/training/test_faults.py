@@ -90,7 +90,7 @@ def flags_of(name, finished_run):
     [
         ("ddpm", 3, 12),
         slow("ddpm", 20, 40),
-        *(slow(name, 5, 40) for name in ("basic", "unet2d", "faces", "conditional", "flow", "few-steps")),
+        *(slow(name, 5, 40) for name in ("basic", "unet2d", "faces", "conditional", "flow", "few-steps", "paired")),
     ],
 )
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, kills, steps):

@@ -73,8 +73,7 @@ class GivenImages:
         if self.true is not None and self.true.shape[2:] != self.size:
             sizes = " and ".join("{1} x {0}".format(*size) for size in (self.true.shape[2:], self.size))
             raise UserError(f"--true_image: true and drawn images have {sizes} pixels. Expected the same size")
-        missing = [max(0, side - size) for side, size in zip(window, self.size, strict=True)]
-        self.inputs = F.pad(inputs, (0, missing[1], 0, missing[0]), mode="replicate")
+        self.inputs = extend(inputs, window)
 
     def _image(self, path: Path, flag: str) -> torch.Tensor:
         mode = "L" if self.condition.image_channels == 1 else "RGB"
@@ -103,6 +102,12 @@ class GivenImages:
         """Remove the extension from samples, uint8 (B, C, H, W), and restore the known pixels of ``inpaint``."""
         images = self.condition.keep_known(images, self.inputs[sample_ids % len(self.inputs)])
         return images[..., : self.size[0], : self.size[1]]
+
+
+def extend(inputs: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    """Repeat the last row and column of inputs (N, K, H, W) that are smaller than a window of (H, W)."""
+    missing = [max(0, side - size) for side, size in zip(window, inputs.shape[2:], strict=True)]
+    return F.pad(inputs, (0, missing[1], 0, missing[0]), mode="replicate")
 
 
 def read_picture(path: str | Path, flag: str, mode: str, model: str) -> Image.Image:

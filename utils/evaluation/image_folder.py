@@ -135,15 +135,15 @@ class ImageFolder:
 
     def _write_npz(self) -> None:
         """Write one image after another, because all images together may not fit into memory."""
-        staging, count = self.folder / ".tmp-images.npy", self.args.num_samples
-        shape = (count, *self.load([0]).transpose(0, 2, 3, 1).shape[1:])
-        images = np.lib.format.open_memmap(staging, "w+", np.uint8, shape)
-        for k in range(count):
-            images[k] = np.atleast_3d(Image.open(self._path(k)))
-        images.flush()
-        with zipfile.ZipFile(self.folder / "images.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.write(staging, "images.npy")
-        staging.unlink()
+        shape = (self.args.num_samples, *self.load([0]).transpose(0, 2, 3, 1).shape[1:])
+        header = dict(descr="|u1", fortran_order=False, shape=shape)
+        with (
+            zipfile.ZipFile(self.folder / "images.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+            archive.open("images.npy", "w", force_zip64=True) as file,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
+            for k in range(self.args.num_samples):
+                file.write(np.asarray(Image.open(self._path(k))).tobytes())
 
     def print_stopped(self) -> None:
         """Print how to resume after a signal."""

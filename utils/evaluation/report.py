@@ -16,8 +16,10 @@ coverage and class_accuracy. class_distance is the distance of the digits' frequ
 is the share of samples that are recognised as the requested digit. confidence is the mean certainty of the digit
 classifier, which can also be high for noise. copies is the share of images that are nearer to a training image than
 99 % of the held-out images are. Errors are bootstrap estimates over the generated images. Pixels have no precision,
-recall, density or coverage, because noise would score best. For models of train_paired.py, psnr and ssim compare
-samples with the true images, and psnr_mean8 the mean of eight samples of an input. Higher is better.
+recall, density or coverage, because noise would score best.
+For models of train_paired.py, psnr and ssim compare samples with the true images, and psnr_mean8 the mean of eight
+samples of an input. Higher is better. detail is the energy of fine structure as a share of that of the true images, so
+1 is as sharp. spread is the standard deviation between samples of one input.
 """
 SHORT = """
 Lower is better, except for coverage, class_accuracy, psnr and ssim. The floor is the result of real images.
@@ -52,7 +54,20 @@ def table_of(rows: list[dict]) -> str:
 
 def _short(row: dict) -> dict:
     """Return the most important columns of a row, for the terminal."""
-    kept = ("model", "N", "psnr", "ssim", "fd_", "fid_", "kid_", "coverage", "class_accuracy", "copies")
+    kept = (
+        "model",
+        "N",
+        "psnr",
+        "ssim",
+        "detail",
+        "spread",
+        "fd_",
+        "fid_",
+        "kid_",
+        "coverage",
+        "class_accuracy",
+        "copies",
+    )
     return {key: value for key, value in row.items() if key.startswith(kept)}
 
 

@@ -95,11 +95,13 @@ class Restoration:
 
         Args:
             blocks: samples in order, uint8 (B, C, H, W): N of them, or ``total``.
-            scores: dictionary to add means over images to: ``psnr`` in dB, and ``ssim`` from 11 pixels on. If there are
-                further samples, ``psnr_mean8`` and ``ssim_mean8`` are those of the mean of eight samples of an input.
+            scores: dictionary to add means over images to: ``psnr`` in dB, ``ssim`` from 11 pixels on, and ``detail``,
+                the energy of fine structure as a share of that of the true images. If there are further samples,
+                ``psnr_mean8`` and ``ssim_mean8`` are those of the mean of eight samples of an input, and ``spread`` is
+                the standard deviation of a pixel between them, in grey levels.
         """
-        single, position = [], 0
-        sums = np.zeros((self.mean_count, *self.true.shape[1:]))
+        single, position, energies = [], 0, np.zeros(2)
+        sums = np.zeros((2, self.mean_count, *self.true.shape[1:]))
         for block in blocks:
             ids = position + np.arange(len(block))
             if self.condition.kind == "inpaint":
@@ -107,14 +109,17 @@ class Restoration:
             position += len(block)
             head = block[ids < self.count]
             single += [_similarity(image, self.true[k]) for image, k in zip(head, self.numbers(ids), strict=False)]
+            energies += [_fine_energy(head), _fine_energy(self.true[self.numbers(ids[: len(head)])])]
             for image, k, number in zip(block, self.numbers(ids), ids, strict=True):
                 if number >= self.count or number < self.mean_count:
-                    sums[k] += image
+                    sums[:, k] += image, np.square(image, dtype=float)
             if len(head):
                 yield head
-        scores |= _mean(single)
+        scores |= _mean(single) | {"detail": float(energies[0] / max(energies[1], 1e-9))}
         if position == self.total:
-            means = np.rint(sums / REPEATS).astype(np.uint8)
+            means, squares = sums / REPEATS
+            scores["spread"] = float(np.sqrt(np.maximum(squares - means**2, 0).mean() * REPEATS / (REPEATS - 1)))
+            means = np.rint(means).astype(np.uint8)
             found = _mean([_similarity(image, true) for image, true in zip(means, self.true, strict=False)])
             scores |= {f"{name}_mean{REPEATS}": value for name, value in found.items()}
 
@@ -130,6 +135,14 @@ def _blocks(reference, split: str, preparation, count: int, columns: dict) -> It
         bool(preparation.random_flip), reference.args.seed, image_range=preparation.image_range, layout=layout,
     )  # fmt: skip
     yield from (block[:2] for block in prepared.shown(count))
+
+
+def _fine_energy(images: np.ndarray) -> float:
+    """Return the energy of images (B, C, H, W) at more than half of the highest frequency, summed over all."""
+    spectrum = np.fft.fft2(images.astype(np.float32) / 255, norm="ortho")
+    frequencies = [np.abs(np.fft.fftfreq(side)) for side in images.shape[2:]]
+    fine = np.maximum(frequencies[0][:, None], frequencies[1]) > 0.25  # of at most 0.5 periods per pixel
+    return float((np.abs(spectrum) ** 2)[..., fine].sum())
 
 
 def _similarity(image: np.ndarray, true: np.ndarray) -> dict[str, float]:
