@@ -41,6 +41,7 @@ def main(args):
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page works offline
     import numpy as np
     import torch
+    from huggingface_hub import hf_hub_download
     from PIL import Image
 
     from utils import UserError, counted
@@ -209,7 +210,13 @@ def main(args):
         between = pipelines.interpolate_noise(own, *ends, torch.linspace(0, 1, int(count)))
         yield from draw(seed, count, steps, sampler, *rest, noise=lambda ids: between, text=text)
 
-    example = Path(args.model) / "condition.png" if (Path(args.model) / "condition.png").is_file() else None
+    example = Path(args.model) / "condition.png"
+    if condition and not Path(args.model).exists():
+        try:
+            example = Path(hf_hub_download(args.model, "condition.png"))
+        except (OSError, ValueError) as error:  # a network error, or a repository without it
+            print(f"There is no example of an input: {error}")
+    example = example if condition and example.is_file() else None
 
     def input_field():
         """Return the field for the picture that the model draws from."""

@@ -49,7 +49,7 @@ def parse_args(argv=None):
     group.add_argument("--num_inference_steps", type=integer(1, 1000), help="sampling steps (default: 40, or 2 for a model of distill_few_steps.py)")
     group.add_argument("--sweep", metavar="SAMPLER:STEPS,STEPS", nargs="+", help="samplers with numbers of steps, such as ddim:10,50 dpmsolver++:10,20. Each model is evaluated with all of them")
     parser.switch(group, "--write_best", False, "saving of the best sampler's scheduler in the pipeline, which must be a local folder. Needs --sweep")
-    group.add_argument("--guidance_scale", metavar="SCALE,SCALE", type=scales, default=[1.0], help="guidance scales. Each model with classes is evaluated with all of them")
+    group.add_argument("--guidance_scale", metavar="SCALE,SCALE", type=scales, default=[1.0], help="guidance scales. Each model with classes or a condition is evaluated with all of them")
     group.add_argument("--sample_batch_size", type=integer(1), default=128, help="images in a batch, per process")
     group.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of samples, subsets and bootstrap")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of the UNet's arithmetic (default: that of the accelerate config)")
@@ -136,6 +136,10 @@ def main(args):
             for name, steps in plan.settings:
                 choose_sampler(own, name, steps)
             plan.classes, plan.condition = check_classes(unet.config, reference), Condition.of_model(unet.config)
+            if plan.condition and space.fingerprint:
+                raise UserError(
+                    f"{model} draws latents from a condition. Expected a model in pixels. sample.py draws it"
+                )
         plan.how = reference.preparation(shape, plan.record)
         plans.append(plan)
     known = {plan.how.shape: plan.how for plan in reversed(plans) if plan.record}
@@ -264,8 +268,8 @@ def main(args):
             row |= scores if row else {}
         tried = []  # names of samplers, and their rows
         for name, steps in plan.settings:
-            guided = asked or restoration
-            for scale in args.guidance_scale if guided else [None]:
+            guided = asked or (restoration and plan.condition.may_be_left_out)
+            for scale in args.guidance_scale if asked or restoration else [None]:
                 sampler = choose_sampler(own, name, steps)
                 drawn_by = unet if scale is None else GuidedModel(unet, scale) if asked else None
                 drawn_by = drawn_by or GuidedByCondition(unet, plan.condition, scale)

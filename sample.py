@@ -123,7 +123,7 @@ def main(args):
     classes = choose_classes(unet.config, args.class_labels)
     condition = Condition.of_model(unet.config)
     if condition:
-        given = GivenImages(args, condition, shape[1:])
+        given = GivenImages(args, condition, shape[1:], space.image_shape[1] // shape[1])
         options["model_inputs"] = given.model_inputs
         unet = GuidedByCondition(Windows(unet, shape[1:]), condition, 1.0 if guidance else args.guidance_scale)
         shape = (shape[0], *given.inputs.shape[2:])

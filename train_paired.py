@@ -114,24 +114,24 @@ def main(args):
 
     # Samples
     guided = GuidedByCondition(unet, condition, args.guidance_scale)
+    shown = train_data.examples_to_show(max(1, args.num_samples // SAMPLES_PER_INPUT))
+    pictures = condition.pictures(shown)
 
-    def draw(count, num_inference_steps=args.num_inference_steps, inputs=None):
-        inputs = inputs or condition.model_inputs(train_data.examples_to_show(count))
-        return sample_images(
+    def draw(count, num_inference_steps=args.num_inference_steps, examples=None):
+        inputs = condition.model_inputs(examples or train_data.examples_to_show(count))
+        samples = sample_images(
             guided, sampler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
             args.seed, run.stop_requested, model_inputs=cycle_rows(inputs, accelerator.device),
         )  # fmt: skip
+        return condition.keep_known(samples, inputs["condition"])
 
     def sample():
-        shown = train_data.examples_to_show(max(1, args.num_samples // SAMPLES_PER_INPUT))
-        inputs = condition.model_inputs(shown)
-        drawn = condition.keep_known(draw(args.num_samples, inputs=inputs), inputs["condition"])
-        images, captions = arrange(condition.show(condition.pictures(shown)), drawn, shown["images"])
+        images, captions = arrange(condition.show(pictures), draw(args.num_samples, examples=shown), shown["images"])
         return {"samples": make_grid(images, captions=captions)}
 
     def save_pipeline(folder):
         LDMSuperResolutionPipeline(identity_autoencoder(train_data.channels), unet, sampler).save_pretrained(folder)
-        condition.save_picture(condition.pictures(train_data.examples_to_show(1))[0], folder / "condition.png")
+        condition.save_picture(pictures[0], folder / "condition.png")
 
     # Train
     for batch in run.steps(

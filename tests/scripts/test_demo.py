@@ -14,9 +14,11 @@ from children import ROOT, free_port
 from conftest import train
 from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
 from fake_hub import FakeHub
+from PIL import Image
 
 import demo
 import train_conditional
+import train_paired
 from utils import UserError
 from utils.diffusion.few_steps import make_few_step_sampler
 from utils.evaluation.sweep import write_scheduler
@@ -134,6 +136,26 @@ def test_a_model_with_classes_is_asked_for_them(tmp_path, serve, page):
     page.get_by_role("option", name="7").click()
     page.get_by_role("button", name="Draw").click()
     assert drawn(page, first) != first and not page.get_by_label("Guide towards a colour").is_visible()
+
+
+@pytest.mark.parametrize("kind", ["lowres:2", "inpaint"])
+def test_a_model_with_a_condition_draws_from_a_picture(tmp_path, serve, page, kind):
+    flags = ("--max_train_steps=10", "--learning_rate=1e-2", "--unet=tiny", f"--condition={kind}")
+    assert train(tmp_path / "run", *flags, script=train_paired) == 0
+    page.goto(serve("demo.py", tmp_path / "run"))
+    first = drawn(page)  # from the example in the folder
+    assert not page.get_by_label("Guide towards a colour").is_visible()
+    assert not page.get_by_role("button", name="Interpolate").is_visible()
+    if kind == "lowres:2":
+        Image.new("L", (6, 4), 200).save(tmp_path / "picture.png")
+        page.locator("#given button[aria-label='Clear'], #given button[aria-label='Remove Image']").first.click()
+        page.locator("#given input[type=file]").set_input_files(tmp_path / "picture.png")
+        page.locator("#given img").wait_for()
+        page.wait_for_timeout(1000)
+    else:
+        page.get_by_label("Seed", exact=True).fill("7")
+    page.get_by_role("button", name="Draw").click()
+    assert drawn(page, first) != first
 
 
 def test_the_space_draws_with_its_own_files_and_the_model_of_the_hub(tmp_path, finished_run, serve, page):

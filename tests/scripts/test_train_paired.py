@@ -317,6 +317,27 @@ def test_models_without_a_condition_refuse_pictures(tmp_path, finished_run, pict
         draw(finished_run, tmp_path / "out", f"--condition_image={pictures / 'small'}")
 
 
+def test_a_public_super_resolution_model_draws(tmp_path, pictures):
+    """Models such as CompVis/ldm-super-resolution-4x-openimages take a small picture beside latents of its size."""
+    from diffusers import DDIMScheduler, UNet2DModel, VQModel
+
+    torch.manual_seed(0)
+    down, up = ["DownBlock2D"] * 2, ["UpBlock2D"] * 2
+    small = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, add_attention=False)
+    unet = UNet2DModel(8, in_channels=6, out_channels=3, down_block_types=down, up_block_types=up, **small)
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    vqvae = VQModel(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3, num_vq_embeddings=16, **blocks)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    LDMSuperResolutionPipeline(vqvae, unet, scheduler).save_pretrained(tmp_path / "public")
+    Image.new("RGB", (8, 6), (90, 30, 200)).save(tmp_path / "small.png")
+    drawn = draw(tmp_path / "public", tmp_path / "out", f"--condition_image={tmp_path / 'small.png'}")
+    assert len(drawn) == 4 and drawn[0].shape == (12, 16, 3) and not np.array_equal(drawn[0], drawn[1])
+    with pytest.raises(UserError, match="draws latents from a condition"):
+        evaluate.main(
+            evaluate.parse_args([str(tmp_path / "public"), "--reference=digits", f"--output_dir={tmp_path / 'e'}"])
+        )
+
+
 def test_evaluation_compares_with_the_true_images(tmp_path, finished):
     flags = [str(finished), "--reference=digits", "--reference_split=train[:200]", "--held_out_split=train[1500:1530]"]
     flags += ["--num_samples=40", "--num_inference_steps=2", f"--output_dir={tmp_path}", "--sample_batch_size=64"]

@@ -271,8 +271,12 @@ class TrainData:
 
     def examples_to_show(self, count: int) -> dict[str, torch.Tensor]:
         """Return held-out images if ``--validation_split`` names some, or else training images, see ``examples``."""
+        return self.examples(count, self._held_out)
+
+    @cached_property
+    def _held_out(self) -> Images | None:
         split = vars(self.args).get("validation_split")
-        return self.examples(count, self.images.held_out(split, "--validation_split") if split else None)
+        return self.images.held_out(split, "--validation_split") if split else None
 
     def crops(self, count: int) -> np.ndarray:
         """Return the possible training crops of random images, to find copies of them: uint8 (M, C, H, W)."""

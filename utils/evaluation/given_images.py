@@ -28,6 +28,7 @@ class GivenImages:
         args: flags ``condition_image``, ``true_image``, ``mask``, ``seed`` and ``model``.
         condition: condition of the model.
         window: (H, W) that the model was trained on. Smaller inputs are extended to it.
+        scale: ratio of the sides of a drawn image to those of its input, for models in a latent space.
 
     Attributes:
         names: paths of the files.
@@ -41,7 +42,7 @@ class GivenImages:
         UserError: a file is missing or no picture, the files have several sizes, or the flags do not fit the condition.
     """
 
-    def __init__(self, args, condition: Condition, window: tuple[int, int]):
+    def __init__(self, args, condition: Condition, window: tuple[int, int], scale: int = 1):
         self.args, self.condition, self.true = args, condition, None
         if not (args.condition_image or args.true_image):
             also = "" if condition.kind == PAIRED else ", or --true_image with finished images to make inputs from"
@@ -68,8 +69,8 @@ class GivenImages:
             files.append(Path(args.mask))
         self.digest = file_hash(*files)[:12]
         inputs = condition.input_of(pictures)
-        self.size = tuple(inputs.shape[2:])
-        self.shown = condition.show(pictures)
+        self.size = tuple(side * scale for side in inputs.shape[2:])
+        self.shown = condition.show(pictures).repeat(scale, axis=2).repeat(scale, axis=3)
         if self.true is not None and self.true.shape[2:] != self.size:
             sizes = " and ".join("{1} x {0}".format(*size) for size in (self.true.shape[2:], self.size))
             raise UserError(f"--true_image: true and drawn images have {sizes} pixels. Expected the same size")
