@@ -125,7 +125,7 @@ def test_denoising_picture_goes_from_clean_to_noise():
     assert picture.height == 3 * 68 + 4 and picture.width > 4 * 68 + 4 + 50  # captions
 
 
-def test_walk_picture_shows_the_first_samples_step_by_step(accelerator):
+def test_the_picture_of_trajectories_shows_the_first_samples_step_by_step(accelerator):
     unet, scheduler = model(), LinearMixScheduler()
     picture = np.asarray(show_walk(unet, scheduler, 3, (1, 8, 8), 5, 0, "cpu"))
     assert unet.training

@@ -204,7 +204,7 @@ def test_a_step_is_eulers_method_and_moves_a_fraction_of_the_way(steps):
     assert torch.equal(sample, prediction)  # the last step reaches the clean image
 
 
-def test_sampling_with_the_true_images_walks_the_line_of_training():
+def test_sampling_with_the_true_images_follows_the_line_of_training():
     scheduler = LinearMixScheduler(num_train_timesteps=10)
     scheduler.set_timesteps(7)
     clean, noise = torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4)

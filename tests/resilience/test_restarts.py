@@ -70,7 +70,7 @@ def straight(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills, steps", [(3, 16), (20, 90)])
-def test_kill_9_of_a_random_rank_and_the_run_goes_on_by_itself(tmp_path, launch, straight, kills, steps):
+def test_kill_9_of_a_random_rank_and_the_run_resumes_by_itself(tmp_path, launch, straight, kills, steps):
     """Protection: ``process._rendezvous``, without which a restarted process would look for a rendezvous that no longer
     exists. Also the lock on the folder, which ends with its process, and ``resilience.EXIT_PEER_LOST`` of the other
     processes."""
@@ -127,7 +127,7 @@ def test_a_stop_and_a_finished_run_burn_none_either(tmp_path, launch, straight):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [1, 0])
-def test_a_hang_ends_says_where_and_the_run_goes_on_by_itself(tmp_path, launch, straight, stopped):
+def test_a_hang_ends_says_where_and_the_run_resumes_by_itself(tmp_path, launch, straight, stopped):
     """One of two processes is stopped, and the other waits for it. Protection: ``watchdog.Watchdog``."""
     folder = tmp_path / "run"
     flags = [*flags_of(folder, 16), "--hang_timeout=2"]

@@ -317,7 +317,7 @@ def test_the_teacher_must_be_the_same_when_a_run_resumes(tmp_path, teachers):
         run(tmp_path / "run", teacher)
 
 
-def test_a_schedule_that_the_sampler_does_not_know_is_handed_over_as_betas(tmp_path, monkeypatch):
+def test_a_schedule_that_the_sampler_lacks_is_passed_on_as_betas(tmp_path, monkeypatch):
     monkeypatch.setitem(train_ddpm.NOISE, "num_train_timesteps", 40)
     assert train(tmp_path / "teacher", "--max_train_steps=1", "--beta_schedule=sigmoid") == 0
     # The teacher has only 40 timesteps, so all of them are used

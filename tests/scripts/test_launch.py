@@ -268,7 +268,7 @@ def test_fsdp_is_refused_where_accelerate_only_ignores_it(tmp_path):
         slow(TORCHRUN, signal.SIGINT, 0),
     ],
 )
-def test_a_signal_to_the_launcher_stops_everything_and_the_same_command_goes_on(tmp_path, command, number, workers):
+def test_a_signal_to_the_launcher_stops_everything_and_the_same_command_resumes(tmp_path, command, number, workers):
     """Protection: ``prctl`` in ``hardware.set_up_process``, because ``accelerate launch`` with one process passes no
     signal on; ``StopSignal.check`` for several."""
     cache = "always" if workers == 0 else "never"

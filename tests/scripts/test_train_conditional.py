@@ -286,7 +286,7 @@ def test_sample_draws_what_is_asked_for(finished, tmp_path):
     assert code == 0 and not np.array_equal(guided, sevens) and (tmp_path / "guided" / "walk.gif").is_file()
 
 
-def test_a_walk_leads_from_class_to_class_at_fixed_noise(finished, tmp_path):
+def test_classes_are_interpolated_at_fixed_noise(finished, tmp_path):
     _, plain = drawn(finished, tmp_path / "plain", "--num_samples=2", "--class_labels=3,8")
     _, walk = drawn(finished, tmp_path / "walk", "--num_samples=5", "--class_labels=3,8,1", "--interpolate", "0", "0")
     _, ends = drawn(finished, tmp_path / "ends", "--num_samples=1", "--class_labels=3")

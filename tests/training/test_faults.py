@@ -240,7 +240,7 @@ def at_moment(monkeypatch, moment, number):
         *(slow(moment, number) for moment in ("step", "sampling", "validation") for number in (signal.SIGTERM,)),
     ],
 )
-def test_a_signal_at_any_moment_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, moment, number):
+def test_a_signal_at_any_moment_saves_and_the_same_command_resumes(tmp_path, monkeypatch, capsys, moment, number):
     """Protection: ``StopSignal`` and the line ``if stop:`` of the scripts."""
     flags = ["--dataset_split=train[:40]", "--validation_split=train[40:48]", "--validation_steps=2"]
     flags += ["--evaluate_steps=2", "--num_evaluation_samples=10", "--features=pixels", "--sample_steps=2"]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .. import UserError
 from ..pictures import from_uint8
-from .pixels import GREY_MODES, MODES, BadImage, deep_values, to_eight_bits, used_range
+from .pixels import GREY_MODES, MODES, BadImage, high_bit_values, to_eight_bits, used_range
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +102,9 @@ class Layout:
                         f"{values[0][1]}: {name} has {sorted(found)} channels. Expected the same number in each row"
                     )
                 self.channels[name] = max(found)
-                deep = deep_values(v for v, _ in values if isinstance(v, Image.Image))
-                self.ranges[name] = column.value_range or used_range(deep)
-                if deep and self.ranges[name] and not column.value_range:
+                probed = high_bit_values(v for v, _ in values if isinstance(v, Image.Image))
+                self.ranges[name] = column.value_range or used_range(probed)
+                if probed and self.ranges[name] and not column.value_range:
                     low, high = self.ranges[name]
                     logger.warning(
                         f"{name}: values from {low:g} to {high:g} become -1 and 1. Column(..., value_range=({low:g}, "

@@ -25,23 +25,23 @@ CHUNK = 250  # images in a block
 PARTS_LIMIT = 2**28  # bytes of crops among which copies are searched for
 
 
-def choose_range(text: str, deep: Sequence[tuple[str, np.ndarray]], say: bool = True) -> tuple[float, float] | None:
+def choose_range(text: str, probed: Sequence[tuple[str, np.ndarray]], say: bool = True) -> tuple[float, float] | None:
     """Return the values that become black and white by ``--image_range``, or None for the range of the format.
 
     Args:
-        deep: modes and values of some images, see ``pixels.deep_values``.
+        probed: modes and values of some images, see ``pixels.high_bit_values``.
     """
     if text not in ("auto", "full"):
         low, high = text.split(",")
         return float(low), float(high)
-    used = used_range(deep) if text == "auto" else None
+    used = used_range(probed) if text == "auto" else None
     if used and used != (0, 255) and say:
         given = f"{used[0]:g},{used[1]:g}"
         logger.warning(
             f"The images have more than 8 bits per value. {used[0]:g} becomes black and {used[1]:g} white. "
             f"--image_range {given} does the same. --image_range full uses the range of their format"
         )
-    return used or float_range(deep)  # one image alone does not determine the range of floats
+    return used or float_range(probed)  # one image alone does not determine the range of floats
 
 
 class PreparedImages(torch.utils.data.Dataset):

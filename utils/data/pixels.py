@@ -12,8 +12,8 @@ from PIL import Image
 from .. import UserError, randomness
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
-DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits a value
-GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
+HIGH_BIT_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits a value
+GREY_MODES = ("1", "L", "LA", "La", *HIGH_BIT_MODES)
 
 
 class BadImage(UserError):
@@ -38,7 +38,7 @@ def to_eight_bits(
     Raises:
         BadImage: values are not finite or, without ``image_range``, negative or floats above 255.
     """
-    if image.mode in DEEP_MODES:
+    if image.mode in HIGH_BIT_MODES:
         values = np.asarray(image, dtype=np.float64)
         found = values.min(), values.max()
         low, high = image_range or _full_range(image.mode, found[1])
@@ -78,11 +78,11 @@ def _full_range(mode: str, high: float) -> tuple[float, float]:
     return 0, 65535 if high <= 65535 else 2**31 - 1
 
 
-def deep_values(images: Iterable[Image.Image]) -> list[tuple[str, np.ndarray]]:
+def high_bit_values(images: Iterable[Image.Image]) -> list[tuple[str, np.ndarray]]:
     """Return mode and values of each image with more than 8 bits: all, or the extremes and about 100,000 others."""
     found = []
     for image in images:
-        if image.mode in DEEP_MODES:
+        if image.mode in HIGH_BIT_MODES:
             values = np.asarray(image, np.float64).ravel()
             values = values[np.isfinite(values)]
             step = values.size // 100_000
@@ -92,29 +92,29 @@ def deep_values(images: Iterable[Image.Image]) -> list[tuple[str, np.ndarray]]:
     return found
 
 
-def float_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:
+def float_range(probed: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:
     """Return the range of the format of float images: [0, 1] or [0, 255].
 
     None is returned if there are none, or if images of other modes or negative values are among them.
     """
-    values = [values for mode, values in deep if mode == "F" and values.size]
-    if len(values) < len(deep) or not values or min(map(np.min, values)) < 0:
+    values = [values for mode, values in probed if mode == "F" and values.size]
+    if len(values) < len(probed) or not values or min(map(np.min, values)) < 0:
         return None
     low, high = _full_range("F", max(map(np.max, values)))
     return float(low), float(high)
 
 
-def used_range(deep: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:
+def used_range(probed: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:
     """Return the range of the values of images with more than 8 bits.
 
     Args:
-        deep: modes and values of images, see ``deep_values``.
+        probed: modes and values of images, see ``high_bit_values``.
 
     Returns:
         Lowest and highest value, without outliers: at most one value in ten thousand at each end. None if no image has
         more than 8 bits, if all values are equal, or if at least half of the format's range is used.
     """
-    modes, values = {mode for mode, _ in deep}, np.concatenate([values for _, values in deep] or [np.empty(0)])
+    modes, values = {mode for mode, _ in probed}, np.concatenate([values for _, values in probed] or [np.empty(0)])
     if not values.size or values.min() == values.max():
         return None
     low, high = float(values.min()), float(values.max())

@@ -27,7 +27,7 @@ from .cache import Cache
 from .columns import Column, Layout
 from .images import PreparedImages, choose_range
 from .own_images import INSPECTED, MAX_CLASSES, Images, embedded_digits, translate_labels
-from .pixels import GREY_MODES, MODES, BadImage, cover_size, deep_values, float_range
+from .pixels import GREY_MODES, MODES, BadImage, cover_size, float_range, high_bit_values
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class TrainData:
 
     def _inspect(self, size: tuple[int, int] | None, image_mode: str | None) -> None:
         """Find mode, size and range from some of the images, which are the same on every process."""
-        sizes, modes, deep, seconds = [], set(), [], []  # images are not kept, because they may be large
+        sizes, modes, probed, seconds = [], set(), [], []  # images are not kept, because they may be large
         start = time.perf_counter()
         for image in self.images.iter_probe_images():
             if isinstance(image, BadImage):
@@ -145,7 +145,7 @@ class TrainData:
                 seconds.append(time.perf_counter() - start)
                 sizes.append(image.size)
                 modes.add(image.mode)
-                deep += deep_values([image])
+                probed += high_bit_values([image])
             start = time.perf_counter()
         if not sizes:
             raise UserError(f"{self.name}: no readable image found. Expected a data set of images")
@@ -153,8 +153,8 @@ class TrainData:
         self.settings["fingerprint"] = self.images.fingerprint
         self._choose_mode(modes, image_mode)
         self._choose_size(sizes, size)
-        self.image_range = choose_range(self.args.image_range, deep)
-        chosen = self.image_range and deep and self.image_range != float_range(deep)
+        self.image_range = choose_range(self.args.image_range, probed)
+        chosen = self.image_range and probed and self.image_range != float_range(probed)
         self.settings["scaled_from"] = list(self.image_range) if chosen else None
 
     def _choose_mode(self, modes: set[str], image_mode: str | None) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from .. import UserError
 from ..data.images import choose_range
-from ..data.pixels import deep_values, to_eight_bits
+from ..data.pixels import high_bit_values, to_eight_bits
 from ..diffusion.conditions import PAIRED, Condition
 from ..pictures import from_uint8
 from ..sources.decoding import decode_image
@@ -63,6 +63,8 @@ class GivenImages:
             self.true = _stack([self._image(path, "--true_image") for path in self.names], self.names)
             factor = condition.factor
             height, width = (side // factor * factor for side in self.true.shape[2:])
+            if (height, width) != self.true.shape[2:]:
+                logger.warning(f"--true_image: cut to {width} x {height} pixels, multiples of {factor}")
             self.true = self.true[..., :height, :width]
             pictures = condition.pictures({"images": self.true})
         if args.mask:
@@ -128,7 +130,7 @@ def read_picture(path: str | Path, flag: str, mode: str, model: str) -> Image.Im
         raise UserError(f"{flag} {path}: there is no such file. Expected a picture")
     image = decode_image(str(path), f"{flag} {path}")
     known, image_range = scaled_from(model)
-    image_range = image_range if known else choose_range("auto", deep_values([image]), say=False)
+    image_range = image_range if known else choose_range("auto", high_bit_values([image]), say=False)
     return to_eight_bits(image, mode, str(path), image_range, logger.warning)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from .. import randomness
 from ..data.columns import Column, Layout
 from ..data.images import PreparedImages, choose_range
-from ..data.pixels import GREY_MODES, MODES, BadImage, deep_values
+from ..data.pixels import GREY_MODES, MODES, BadImage, high_bit_values
 from ..pictures import to_uint8
 from ..sources.columns import NoLabels
 from ..sources.named_images import NamedImages
@@ -68,7 +68,7 @@ class Reference:
         for split, images in self._sources.items():
             check_count(len(images), f"{args.reference}, {split}")
         probe_images = [*_probe_images(self._sources[args.reference_split])]
-        self.image_range = choose_range(args.image_range, deep_values(probe_images))
+        self.image_range = choose_range(args.image_range, high_bit_values(probe_images))
         self.mode = "L" if all(image.mode in GREY_MODES for image in probe_images) else "RGB"
         sizes = {image.size for image in probe_images}
         self.size = sizes.pop()[::-1] if len(sizes) == 1 else None  # (H, W) if all images have the same size

@@ -8,7 +8,7 @@ import numpy as np
 from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps
 
-from ..data.pixels import DEEP_MODES, BadImage, channels_last, grey_if_palette_is
+from ..data.pixels import HIGH_BIT_MODES, BadImage, channels_last, grey_if_palette_is
 
 MAX_ASPECT = 100  # longer side over shorter
 OVERSHOOT = 0.5  # share of the range by which floats may exceed it, as after a bicubic resize
@@ -75,7 +75,7 @@ def dropped_content(source: bytes | str | Image.Image) -> list[str]:
         return []
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         several = ["only the first of several pictures is used"] if getattr(image, "is_animated", False) else []
-        wide = image.mode not in DEEP_MODES and any(";16" in str(tile) for tile in image.tile)
+        wide = image.mode not in HIGH_BIT_MODES and any(";16" in str(tile) for tile in image.tile)
         return several + ["Pillow keeps only the upper 8 of 16 bits per colour. Scale the files to 8 bits"] * wide
 
 
