@@ -17,45 +17,62 @@ def bootstrap(metric, points: np.ndarray, repeats: int = 20, seed: int = 0) -> f
     return float(np.std([metric(points[rows]) for rows in drawn], ddof=1))
 
 
-def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
+def precision_recall(
+    generated: np.ndarray, real: np.ndarray, k: int = 3, real_radii: np.ndarray | None = None
+) -> tuple[float, float]:  # fmt: skip
     """Return the shares of each set within the k-nearest-neighbour balls of the other (arXiv:1904.06991).
+
+    Args:
+        k: number of neighbours.
+        real_radii: radii of the balls around real points, if they are known, see ``radii``.
 
     Returns:
         Precision, the share of generated points in balls of real ones, and recall, the share of real points in balls of
         generated ones.
     """
-    precise, recalled = _inside(generated, real, k)[0] > 0, _inside(real, generated, k)[0] > 0
+    real_radii = radii(real, k)[0] if real_radii is None else real_radii
+    precise = _inside(generated, real, real_radii)[0] > 0
+    recalled = _inside(real, generated, radii(generated, k)[0])[0] > 0
     return float(precise.mean()), float(recalled.mean())
 
 
-def density_coverage(generated: np.ndarray, real: np.ndarray, k: int = 5) -> tuple[float, float]:
+def density_coverage(
+    generated: np.ndarray, real: np.ndarray, k: int = 5, real_radii: np.ndarray | None = None
+) -> tuple[float, float]:  # fmt: skip
     """Return density and coverage, variants of precision and recall that are robust against outliers.
 
     See Naeem et al. 2020, arXiv:2002.09797.
 
+    Args:
+        k, real_radii: see ``precision_recall``.
+
     Returns:
         Density, about 1 for equal distributions but without an upper limit, and coverage, in [0, 1].
     """
-    balls, points = _inside(generated, real, k)
+    balls, points = _inside(generated, real, radii(real, k)[0] if real_radii is None else real_radii)
     return float(balls.mean() / k), float((points > 0).mean())
 
 
-def _inside(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of balls that hold each point (N,), and the number of points in each ball (M,).
-
-    A ball reaches from a centre to its k-th nearest other centre. The N x M distances are computed in blocks.
-    """
+def radii(points: np.ndarray, *ks: int) -> list[np.ndarray]:
+    """Return the distance of each point to its k-th nearest other point, (N,) for each k."""
     from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
 
     with config_context(working_memory=128):  # MiB; the default is a gigabyte
-        # The search takes k + 1 neighbours, because a centre is its own nearest neighbour
-        radii = NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]
+        distances = NearestNeighbors(n_neighbors=max(ks) + 1).fit(points).kneighbors(points)[0]
+    return [distances[:, k] for k in ks]  # column 0 is the point itself
+
+
+def _inside(points: np.ndarray, centres: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of balls that hold each point (N,), and the number of points in each ball (M,).
+
+    The balls have these centres, and ``limits`` as radii. The N x M distances are computed in blocks.
+    """
     balls, counts, size = [], np.zeros(len(centres), int), max(1, BLOCK // len(centres))
     norms = (centres**2).sum(1)
     for block in np.split(points, range(size, len(points), size)):
         squares = (block**2).sum(1)[:, None] + norms - 2 * block @ centres.T
-        inside = squares <= radii**2
+        inside = squares <= limits**2
         balls.append(inside.sum(1))
         counts += inside.sum(0)
     return np.concatenate(balls), counts
@@ -76,6 +93,7 @@ def compare(generated: np.ndarray, real: np.ndarray, name: str, seed: int) -> di
     }
     if name == "pixels":
         return row
-    precision, recall = precision_recall(generated, real)
-    density, coverage = density_coverage(generated, real)
+    near, further = radii(real, 3, 5)
+    precision, recall = precision_recall(generated, real, 3, near)
+    density, coverage = density_coverage(generated, real, 5, further)
     return {**row, "precision": precision, "recall": recall, "density": density, "coverage": coverage}

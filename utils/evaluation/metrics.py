@@ -43,7 +43,7 @@ def frechet_distance_to(second: np.ndarray) -> Callable[[np.ndarray], float]:
 
     @functools.cache
     def covariance_and_root() -> tuple[np.ndarray, np.ndarray]:
-        covariance = _covariance(second)
+        covariance = _covariance(second, mean)
         values, vectors = np.linalg.eigh(covariance)
         return covariance, (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
@@ -51,6 +51,7 @@ def frechet_distance_to(second: np.ndarray) -> Callable[[np.ndarray], float]:
     mean, dimensions = second.mean(0, dtype=np.float64), second.shape[1]
 
     def distance(first: np.ndarray) -> float:
+        first_mean = first.mean(0, dtype=np.float64)
         if min(len(first), len(second)) <= dimensions:
             # With C = A'A, the trace of (C1 C2)^(1/2) is the sum of the singular values of A1 A2', a small matrix
             pair = _deviations(first), deviations()
@@ -58,10 +59,10 @@ def frechet_distance_to(second: np.ndarray) -> Callable[[np.ndarray], float]:
             traces = sum((part**2).sum() for part in pair)
         else:  # the trace is also that of (C2^(1/2) C1 C2^(1/2))^(1/2), a symmetric matrix
             covariance, root = covariance_and_root()
-            other = _covariance(first)
+            other = _covariance(first, first_mean)
             cross = np.sqrt(np.linalg.eigvalsh(root @ other @ root).clip(0)).sum()
             traces = np.trace(covariance) + np.trace(other)
-        difference = mean - first.mean(0, dtype=np.float64)
+        difference = mean - first_mean
         return float(difference @ difference + traces - 2 * cross)
 
     return distance
@@ -73,9 +74,9 @@ def _deviations(points: np.ndarray) -> np.ndarray:
     return (points - points.mean(0)) / np.sqrt(len(points) - 1)
 
 
-def _covariance(points: np.ndarray) -> np.ndarray:
+def _covariance(points: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Return the covariance (D, D), summed in blocks because all points in float64 need twice the memory."""
-    mean, total = points.mean(0, dtype=np.float64), 0.0
+    total = 0.0
     for block in np.array_split(points, -(-len(points) // BLOCK)):
         deviations = block - mean
         total = total + deviations.T @ deviations
