@@ -125,19 +125,21 @@ def main(args):
 
     def input_of(given):
         """Return the input that belongs to the given picture: float32 (1, K, H, W)."""
+        layers = []
         if isinstance(given, dict):  # an editor, in which the user has painted the hole
-            image, painted = given["background"], given["layers"][0].getchannel("A")
-            image = image.convert("RGBA")
-            image.putalpha(painted.point(lambda value: 0 if value else 255))
-            given = image
+            given, layers = given["background"], given["layers"]
         if given is None:
             raise UserError("there is no picture. Drop one into the field Input")
-        inputs = condition.input_of(condition.picture_from(given))
-        if max(inputs.shape[2:]) > MAX_SIDE:
-            raise UserError(
-                f"{given.width} x {given.height} pixels are too many. Expected images of {MAX_SIDE} at most"
-            )
-        return inputs
+        if max(given.size) * condition.factor > MAX_SIDE:
+            limit = MAX_SIDE // condition.factor
+            raise UserError(f"{given.width} x {given.height} pixels are too many. Expected {limit} at most")
+        if condition.kind == "inpaint":
+            known = Image.new("L", given.size, 255)
+            for layer in layers:
+                known.paste(0, mask=layer.getchannel("A").point(lambda value: 255 if value else 0))
+            given = given.convert("RGBA")
+            given.putalpha(known)
+        return condition.input_of(condition.picture_from(given))
 
     # Actions of the page
     def draw(
@@ -166,13 +168,14 @@ def main(args):
             options, drawn_shape, finish = {"noise": noise}, space.shape, decoded
             if condition:
                 inputs = input_of(given)
-                extended = extend(inputs, shape[1:])
+                extended, scale = extend(inputs, space.shape[1:]), shape[1] // space.shape[1]
                 options["model_inputs"] = cycle_rows({"condition": extended}, accelerator.device)
-                model = GuidedByCondition(Windows(unet, shape[1:]), condition, guidance_scale)
-                drawn_shape = (shape[0], *extended.shape[2:])
+                model = GuidedByCondition(Windows(unet, space.shape[1:]), condition, guidance_scale)
+                drawn_shape = (space.shape[0], *extended.shape[2:])
+                height, width = (side * scale for side in inputs.shape[2:])
 
                 def finish(samples):
-                    return condition.keep_known(decoded(samples)[..., : inputs.shape[2], : inputs.shape[3]], inputs)
+                    return condition.keep_known(decoded(samples)[..., :height, :width], inputs)
 
             if names:
                 labels = [names.index(label) for label in classes] or list(range(len(names)))
@@ -216,7 +219,9 @@ def main(args):
             example = Path(hf_hub_download(args.model, "condition.png"))
         except (OSError, ValueError) as error:  # a network error, or a repository without it
             print(f"There is no example of an input: {error}")
-    example = example if condition and example.is_file() else None
+    # It may be one of the user's own images, except on the Hub
+    hidden = is_public and Path(args.model).exists()
+    example = example if condition and example.is_file() and not hidden else None
 
     def input_field():
         """Return the field for the picture that the model draws from."""

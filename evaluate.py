@@ -43,7 +43,7 @@ def parse_args(argv=None):
     one.add_argument("--condition_column", metavar="NAME", help="column with second pictures (default: that of the run)")
 
     group = parser.add_argument_group("samples")
-    group.add_argument("--num_samples", type=integer(10), default=2000, help="N, the number of samples of each model and of real images of each split")
+    group.add_argument("--num_samples", type=integer(10), default=2000, help="N, the number of samples of each model and of real images of each split. A model with a condition draws seven more samples of each of the first 256 inputs")
     group.add_argument("--resolution", metavar="SIDE|HxW", type=resolution, help="size that folders of images are resized to (default: their own)")
     group.add_argument("--sampler", choices=ALL_SAMPLERS, help="scheduler to draw with, instead of the pipeline's")
     group.add_argument("--num_inference_steps", type=integer(1, 1000), help="sampling steps (default: 40, or 2 for a model of distill_few_steps.py)")
@@ -85,7 +85,6 @@ def main(args):
 
     from utils import UserError, optional, randomness
     from utils.args import size_of
-    from utils.data.columns import condition_columns
     from utils.data.own_images import translate_labels
     from utils.data.pixels import MODES
     from utils.diffusion.classes import GuidedModel, cycle_labels
@@ -140,6 +139,9 @@ def main(args):
                 raise UserError(
                     f"{model} draws latents from a condition. Expected a model in pixels. sample.py draws it"
                 )
+            if plan.condition:
+                plan.columns = partner_columns(args, plan)
+                Restoration.check(reference, plan.condition, plan.columns)
         plan.how = reference.preparation(shape, plan.record)
         plans.append(plan)
     known = {plan.how.shape: plan.how for plan in reversed(plans) if plan.record}
@@ -252,24 +254,21 @@ def main(args):
         options = dict(model_inputs=cycle_labels(asked.labels, accelerator.device)) if asked else {}
         restoration, labels, total = None, None, count
         if plan.condition:
-            known = plan.record.get("arguments", {})
-            given = {name: vars(args)[name] for name in ("condition_dir", "condition_column")}
-            if not any(given.values()):
-                given = {name: known.get(name) for name in given}
-            columns = condition_columns(SimpleNamespace(**given))
-            restoration = Restoration(reference, plan.condition, plan.how, count, columns)
+            restoration = Restoration(reference, plan.condition, plan.how, count, plan.columns)
             options, total, scores = dict(model_inputs=restoration.model_inputs), restoration.total, {}
             if extract.name == "digits":
                 labels, names = reference.labels(reference.held_out_split, "--held_out_split")
                 labels = labels[restoration.indices][np.arange(count) % len(restoration.true)]
                 labels = labels if names == [str(k) for k in range(10)] else None
-            guesses = restoration.measured(restoration.guesses(), scores)
+            guesses = restoration.guesses() if accelerator.is_main_process else ()
+            guesses = restoration.measured(guesses, scores, means=False)
             row = measure(f"{plan.name}: input, without the model", guesses, plan.how, labels=labels)
-            row |= scores if row else {}
+            if row:
+                row |= scores
         tried = []  # names of samplers, and their rows
         for name, steps in plan.settings:
             guided = asked or (restoration and plan.condition.may_be_left_out)
-            for scale in args.guidance_scale if asked or restoration else [None]:
+            for scale in args.guidance_scale if guided else [1.0 if restoration else None]:
                 sampler = choose_sampler(own, name, steps)
                 drawn_by = unet if scale is None else GuidedModel(unet, scale) if asked else None
                 drawn_by = drawn_by or GuidedByCondition(unet, plan.condition, scale)
@@ -316,6 +315,20 @@ def main(args):
         facts |= dict(reference_split=args.reference_split, held_out_split=reference.held_out_split, seed=args.seed)
         write_report(Path(args.output_dir), rows, losses, grids, pairs, by_class, bool(args.sweep), **facts)
         say(f"peak memory {peak_memory(accelerator.device) / 2**30:.2f} GiB")
+
+
+def partner_columns(args, plan):
+    """Return the column of second pictures that the flags name, or else those of the model's run."""
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from utils.data.columns import condition_columns
+
+    given = {name: vars(args)[name] for name in ("condition_dir", "condition_column")}
+    if not any(given.values()):
+        given = {name: plan.record.get("arguments", {}).get(name) for name in given}
+    columns = condition_columns(SimpleNamespace(**given))
+    return {name: replace(column, value_range=plan.condition.value_range) for name, column in columns.items()}
 
 
 def describe(how):

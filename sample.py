@@ -44,20 +44,20 @@ def parse_args(argv=None):
     group.add_argument("--class_labels", metavar="LABELS", help="classes to draw in turn, by name or number, such as 7,7,3, or all (default: all, for a model with classes). --guidance_scale sets the strength of the classes")
     add_guidance_arguments(parser, group)
     args = parser.parse(argv)
-    if args.interpolate:
-        parser.set_defaults(num_samples=8)  # with more images, neighbours look nearly equal
-        args = parser.parse(argv)
     if given := args.condition_image or args.true_image:
         names = os.listdir(given) if os.path.isdir(given) else [given]
-        inputs = sum(str(mimetypes.guess_type(name)[0]).startswith("image/") for name in names)
+        inputs = sum(str(mimetypes.guess_type(name, strict=False)[0]).startswith("image/") for name in names)
         parser.set_defaults(num_samples=4 * max(1, inputs))
-        args = parser.parse(argv)
+    if args.interpolate:
+        parser.set_defaults(num_samples=8)  # with more images, neighbours look nearly equal
+    args = parser.parse(argv)
     if given and args.init_image:
         parser.error("--init_image and --condition_image are for different models. Leave one out")
     if args.mask and not (args.init_image or args.condition_image):
         parser.error("--mask needs --init_image or --condition_image. Give the picture with the hole")
-    if args.mask and args.init_image and (args.gif or args.interpolate):
-        parser.error("--mask does not go together with --gif or --interpolate. Leave them out")
+    ignored = args.gif or args.interpolate or args.sampler or args.strength != parser.get_default("strength")
+    if args.mask and args.init_image and ignored:
+        parser.error("--mask with --init_image uses no --sampler, --strength, --gif or --interpolate. Leave them out")
     if args.strength != parser.get_default("strength") and not args.init_image:
         parser.error("--strength needs --init_image. Give a picture, or leave --strength out")
     return args
@@ -91,7 +91,7 @@ def main(args):
     from utils.diffusion.spaces import Latents
     from utils.diffusion.windows import Windows
     from utils.evaluation.given_images import GivenImages
-    from utils.evaluation.image_folder import ImageFolder, load_image, save_gif, save_trajectories
+    from utils.evaluation.image_folder import ImageFolder, load_hole, load_image, save_gif, save_trajectories
     from utils.pictures import make_grid, to_uint8
     from utils.signals import Interrupted, StopSignal
     from utils.training.process import start_process
@@ -125,8 +125,13 @@ def main(args):
     if condition:
         given = GivenImages(args, condition, shape[1:], space.image_shape[1] // shape[1])
         options["model_inputs"] = given.model_inputs
-        unet = GuidedByCondition(Windows(unet, shape[1:]), condition, 1.0 if guidance else args.guidance_scale)
+        windows = Windows(unet, shape[1:])
+        unet = GuidedByCondition(windows, condition, 1.0 if guidance else args.guidance_scale)
         shape = (shape[0], *given.inputs.shape[2:])
+        if (number := windows.count(shape[1:])) > 1:
+            accelerator.print(f"An image of {shape[2]} x {shape[1]} pixels is drawn in {number} windows at each step")
+        if args.num_samples < len(given.names):
+            accelerator.print(f"--num_samples {args.num_samples}: only the first of {len(given.names)} inputs are used")
     elif args.condition_image or args.true_image:
         raise UserError(
             f"--condition_image, --true_image: {args.model} takes no condition. Expected a model of train_paired.py. "
@@ -156,7 +161,7 @@ def main(args):
         if isinstance(space, Latents) or guidance:
             raise UserError("--mask: holes are filled in pixels, and without guidance by colours or prompts")
         check_inpainting(own, args.model)
-        hole = load_image(args.mask, "--mask", (1, *shape[1:]), args.model) > 0
+        hole = load_hole(args.mask, args.init_image, shape[1:], args.model)
         draw = partial(
             inpaint_batch, unet, own, known=picture, hole=hole, num_inference_steps=steps, seed=args.seed,
             device=accelerator.device, model_inputs=options.get("model_inputs"),
@@ -168,8 +173,9 @@ def main(args):
         )  # fmt: skip
 
     @torch.no_grad()
-    def decoded(samples):
-        return to_uint8(space.decode(samples))
+    def finished(sample_ids, samples):
+        images = to_uint8(space.decode(samples))
+        return given.finish(sample_ids, images) if given else images
 
     # Each process draws its share of the missing images
     images_folder = ImageFolder(accelerator, args, steps, plain, sampler, space, given and given.digest)
@@ -188,8 +194,7 @@ def main(args):
             images = draw(sample_ids=sample_ids, stop=stop_signal.requested)
         except Interrupted:
             break
-        images = decoded(images)
-        images_folder.save(sample_ids, given.finish(sample_ids, images) if given else images)
+        images_folder.save(sample_ids, finished(sample_ids, images))
         progress.update(len(sample_ids) * accelerator.num_processes)
     progress.close()
     accelerator.wait_for_everyone()
@@ -201,16 +206,17 @@ def main(args):
 
     # Pictures of all images
     if accelerator.is_main_process:
-        images, captions = images_folder.load(range(64)), ()
         if given:
-            count = min(16, len(given.names))
+            count = min(16, len(given.names), args.num_samples)
             rows = range(min(4, max(1, args.num_samples // len(given.names))))
             images = images_folder.load(row * len(given.names) + k for row in rows for k in range(count))
             true = given.true if given.true is None else given.true[:count]
             images, captions = arrange(given.shown[:count], images, true)
-        elif args.interpolate and len(images) <= 16:
+        else:
+            images, captions = images_folder.load(range(64)), ()
+        if args.interpolate and len(images) <= 16:
             captions = [""]  # one row
-        elif classes and not args.interpolate and len(classes) <= len(images):
+        elif classes and len(classes) <= len(images):
             images, captions = group_by_class(images, [names[k] for k in classes])
         make_grid(images, captions=captions).save(images_folder.folder / "grid.png")
         if args.format != "png":
@@ -221,7 +227,10 @@ def main(args):
         elif args.gif:
             frames = []
             sample_ids = np.arange(min(16, args.num_samples))
-            draw(sample_ids=sample_ids, watch=lambda *pair: frames.append([decoded(samples) for samples in pair]))
+            draw(
+                sample_ids=sample_ids,
+                watch=lambda *pair: frames.append([finished(sample_ids, samples) for samples in pair]),
+            )
             save_gif(frames, images_folder.folder / "walk.gif")
             save_trajectories(frames, images_folder.folder / "walk.png")
     accelerator.wait_for_everyone()

@@ -12,7 +12,7 @@ arXiv:2104.07636, and Palette, arXiv:2111.05826). The condition is made from eac
 picture of each image (--condition_dir, --condition_column). Each sample is one of the images that fit the condition.
 """
 
-from utils.args import SOLVERS, Parser, add_common_arguments, condition, real
+from utils.args import SOLVERS, Parser, add_common_arguments, condition_kind, real
 from utils.diffusion.unets import add_unet_arguments
 from utils.exits import run_script, training_script
 
@@ -34,7 +34,7 @@ def parse_args(argv=None):
     group.add_argument("--sampler", choices=SOLVERS, default="dpmsolver++", help="scheduler that draws samples")
     group = parser.group("condition")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--condition", metavar="KIND", type=condition, help="condition made from each image: lowres:FACTOR (smaller), gray, inpaint (with a hole) or outline (default: lowres:4)")
+    one.add_argument("--condition", metavar="KIND", type=condition_kind, help="condition made from each image: lowres:FACTOR (smaller), gray, inpaint (with a hole) or outline (default: lowres:4)")
     one.add_argument("--condition_dir", metavar="DIR", help="folder of second pictures with the names of the images of --train_data_dir")
     one.add_argument("--condition_column", metavar="NAME", help="column with second pictures")
     group.add_argument("--condition_dropout_prob", type=real(0, 1), default=0.0, help="share of samples that are trained without their condition, for --guidance_scale")

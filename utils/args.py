@@ -63,7 +63,7 @@ def image_range(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor full nor LOW,HIGH, such as 0,4095")
 
 
-def condition(text: str) -> str:
+def condition_kind(text: str) -> str:
     """Check that a text is a kind of ``diffusion.conditions`` that is made from an image, and return it."""
     name, _, factor = text.partition(":")
     if text in ("gray", "inpaint", "outline") or (name == "lowres" and factor.isdecimal() and 2 <= int(factor) <= 64):

@@ -22,7 +22,7 @@ def redact(values: dict) -> dict:
     """Return the flags and results that may be published: paths cut to their last part, own images not named."""
     shown = {name: basename_if_path(value) for name, value in values.items() if name not in PRIVATE}
     shown |= {name: public_data(values[name]) for name in DATA & {*shown}}
-    return shown | {"train_data_dir": OWN_IMAGES} if shown.get("train_data_dir") else shown
+    return shown | {name: OWN_IMAGES for name in ("train_data_dir", "condition_dir") if shown.get(name)}
 
 
 def public_data(name):

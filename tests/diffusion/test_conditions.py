@@ -242,5 +242,5 @@ def test_the_noise_of_each_step_has_the_variance_of_its_timestep(name):
 
 def test_models_that_cannot_fill_holes_are_refused():
     for scheduler in (LinearMixScheduler(), make_few_step_sampler(DDPMScheduler(), 50)):
-        with pytest.raises(UserError, match=r"--mask: model (is mixed with uniform noise|has too few steps)"):
+        with pytest.raises(UserError, match=r"--mask: model (was trained with uniform noise|draws in too few steps)"):
             check_inpainting(scheduler, "model")

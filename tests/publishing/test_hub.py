@@ -23,7 +23,7 @@ import train_basic
 import train_conditional
 import train_ddpm
 import train_paired
-from utils.privacy import basename_if_path
+from utils.privacy import basename_if_path, redact
 from utils.publishing.hub import PUSH_FAILED
 from utils.publishing.model_card import write_card
 from utils.training.checkpoints import verify_checkpoint
@@ -403,6 +403,8 @@ def test_paths_are_cut_down_to_their_names(tmp_path):
     assert basename_if_path(str(tmp_path)) == tmp_path.name and basename_if_path("~/x/y") == "y"
     for kept in ("google/ddpm-celebahq-256", "train[:90%]", "--learning_rate=1e-3", 0.5, None, ["a"], "--use_ema"):
         assert basename_if_path(kept) == kept
+    for flag in ("train_data_dir", "condition_dir"):
+        assert redact({flag: "/data/patients_smith"}) == {flag: "own images"}
 
 
 @pytest.mark.parametrize("kind", ["nowhere", "a checkpoint", "a wrong evaluation"])

@@ -23,6 +23,7 @@ from utils.diffusion.conditions import Condition
 from utils.diffusion.pipelines import load_pipeline
 from utils.diffusion.sampling import sample_batch
 from utils.diffusion.spaces import Pixels
+from utils.evaluation.given_images import GivenImages
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # What a stranger does, in a process without this repository
@@ -159,6 +160,65 @@ def test_pairs_come_from_a_folder_or_a_column_and_change_the_model(tmp_path, mon
         run(tmp_path / "sizes", *flags)
 
 
+def test_partners_keep_their_range_and_their_channels(tmp_path, capsys):
+    """A grey partner of 16 bits is given to the model in sampling as it was in training."""
+    colour_folder(tmp_path / "images")
+    (tmp_path / "depth").mkdir()
+    for k in range(16):
+        values = np.linspace(0, 4095, 96).reshape(8, 12) * (k + 1) / 16
+        Image.fromarray(values.astype(np.uint16)).save(tmp_path / "depth" / f"{k:02}.png")
+    flags = [f"--train_data_dir={tmp_path / 'images'}", f"--condition_dir={tmp_path / 'depth'}", "--max_train_steps=1"]
+    assert run(tmp_path / "run", *flags) == 0
+    condition = Condition.of_model(load_pipeline(str(tmp_path / "run"))[0].config)
+    assert condition.value_range == (0, 4095) and condition.picture_channels == 1
+    from types import SimpleNamespace
+
+    args = SimpleNamespace(condition_image=str(tmp_path / "depth" / "07.png"), true_image=None, mask=None)
+    args.model = str(tmp_path / "run")
+    given = GivenImages(args, condition, (8, 12))
+    expected = np.linspace(0, 4095, 96).reshape(8, 12) / 2 / 4095 * 2 - 1
+    assert given.inputs.shape == (1, 3, 8, 12) and np.abs(given.inputs[0, 0].numpy() - expected).max() < 0.01
+    Image.new("RGB", (12, 8), (255, 0, 0)).save(tmp_path / "red.png")
+    args.condition_image = str(tmp_path / "red.png")
+    red = GivenImages(args, condition, (8, 12)).inputs
+    assert torch.equal(red[:, 0], red[:, 1])  # it becomes grey, as in training
+    (tmp_path / "depth").rename(tmp_path / "moved")
+    flags[1] = f"--condition_dir={tmp_path / 'moved'}"
+    assert run(tmp_path / "run", *flags[:2], "--max_train_steps=2") == 0  # the same pictures in another place
+
+
+def test_a_hole_in_a_picture_of_16_bits_keeps_its_grey_levels(tmp_path):
+    from types import SimpleNamespace
+
+    Image.fromarray(np.full((8, 8), 20000, np.uint16)).save(tmp_path / "deep.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    (tmp_path / "model").mkdir()
+    record = {"scaled_from": [0, 40000]}
+    (tmp_path / "model" / "training_args.json").write_text(json.dumps(record))
+    args = SimpleNamespace(
+        condition_image=str(tmp_path / "deep.png"), true_image=None, mask=str(tmp_path / "mask.png"),
+        model=str(tmp_path / "model"),
+    )  # fmt: skip
+    inputs = GivenImages(args, Condition("inpaint", 1), (8, 8)).inputs[0]
+    assert inputs[0, :, :4].abs().max() < 0.01 and (inputs[1, :, 4:] == 1).all() and not inputs[1, :, :4].any()
+
+
+@pytest.mark.parametrize("kind", ["mask", "vector"])
+def test_a_column_that_holds_no_images_is_refused(tmp_path, monkeypatch, kind):
+    from utils.data import train_data
+    from utils.data.columns import Column
+    from utils.data.own_images import OwnImages
+
+    values = np.zeros((20, 8, 8) if kind == "mask" else (20, 5), np.uint8)
+    images = OwnImages(np.zeros((20, 8, 8), np.uint8), columns={"condition": Column(values, kind=kind)})
+    load = train_data.load_train_data
+    monkeypatch.setattr(train_data, "load_train_data", lambda *a, columns, **o: load(*a, own_images=images, **o))
+    with pytest.raises(UserError, match=f"condition has the kind {kind}. Expected image"):
+        run(tmp_path / "run")
+
+
 def train_paired_input(monkeypatch):
     """Return a function that lets the UNet append its inputs in training to a list."""
     from diffusers import UNet2DModel
@@ -221,6 +281,8 @@ def test_conditions_that_do_not_fit_are_refused(tmp_path, capsys):
     flags = [f"--train_data_dir={tmp_path / 'images'}", f"--condition_dir={tmp_path / 'pairs'}", "--image_mode=L"]
     with pytest.raises(UserError, match="the condition has 3 channels, the images have 1"):
         run(tmp_path / "mode", *flags)
+    with pytest.raises(UserError, match="--condition_dir nowhere: there is no such folder"):
+        run(tmp_path / "none", f"--train_data_dir={tmp_path / 'images'}", "--condition_dir=nowhere")
     with pytest.raises(UserError, match="condition_dropout_prob"):
         run(tmp_path / "guided", "--guidance_scale=2")
 
@@ -299,6 +361,7 @@ def test_a_hole_is_filled_and_the_rest_stays(tmp_path, finished_run, pictures):
         (["--condition_image=nowhere"], "--condition_image nowhere does not exist"),
         (["--condition_image={small}", "--mask={small}/0.png"], "Expected a model of inpaint"),
         (["--condition_image={small}", "--true_image={small}"], "have 4 x 4 and 8 x 8 pixels. Expected the same size"),
+        (["--true_image={root}/tiny.png"], "fewer than 2 pixels on a side"),
         (["--condition_image={root}/mixed"], "b.png has another size than a.png: 4 x 4 and 5 x 4"),
         (["--condition_image={small}", "--true_image={root}/mixed"], "no file with the name of 2 inputs: 0.png, 1.png"),
     ],
@@ -307,9 +370,27 @@ def test_pictures_that_do_not_fit_are_refused(tmp_path, finished, pictures, flag
     (pictures / "mixed").mkdir(exist_ok=True)
     Image.new("L", (4, 4)).save(pictures / "mixed" / "a.png")
     Image.new("L", (5, 4)).save(pictures / "mixed" / "b.png")
+    Image.new("L", (8, 1)).save(pictures / "tiny.png")
     flags = [flag.format(small=pictures / "small", root=pictures) for flag in flags]
     with pytest.raises(UserError, match=said):
         draw(finished, tmp_path / "out", *flags)
+
+
+def test_masks_that_do_not_fit_are_refused(tmp_path, finished_run, pictures, capsys):
+    true = pictures / "true" / "0.png"
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    Image.new("L", (9, 8), 255).save(tmp_path / "wide.png")
+    for mask, said in (
+        ("black", "no part of it is white"),
+        ("wide", "have 9 x 8 and 8 x 8 pixels"),
+        ("x", "no such file"),
+    ):
+        with pytest.raises(UserError, match=said):
+            draw(finished_run, tmp_path / mask, f"--init_image={true}", f"--mask={tmp_path / mask}.png")
+    for flag in ("--sampler=ddim", "--strength=0.3", "--gif"):
+        with pytest.raises(SystemExit):
+            sample.parse_args(["model", f"--init_image={true}", "--mask=m.png", flag])
+        assert "Leave them out" in capsys.readouterr().err
 
 
 def test_models_without_a_condition_refuse_pictures(tmp_path, finished_run, pictures):
@@ -348,6 +429,21 @@ def test_evaluation_compares_with_the_true_images(tmp_path, finished):
     assert all({"psnr", "psnr_mean8", "class_accuracy"} <= {*row} for row in rows[2:4]) and "ssim" not in rows[2]
     assert rows[1]["N"] == rows[2]["N"] == 40 and "psnr_mean8" not in rows[1]
     assert rows[2]["psnr"] < rows[2]["psnr_mean8"]  # the mean of samples has less error than one of them
+
+
+def test_two_processes_evaluate_like_one(tmp_path, finished):
+    import children
+
+    flags = [str(finished), "--reference=digits", "--reference_split=train[:200]", "--held_out_split=train[1500:1520]"]
+    flags += ["--num_samples=20", "--num_inference_steps=1", "--features=pixels"]
+    rows = []
+    for processes in (1, 2):
+        script, folder = evaluate.__file__, tmp_path / str(processes)
+        code, said = children.run(script, *flags, f"--output_dir={folder}", processes=processes, folder=tmp_path)
+        assert code == 0, said
+        rows.append(json.loads((folder / "results.json").read_text())["results"])
+    for one, two in zip(*rows, strict=True):
+        assert one.get("psnr_mean8") == pytest.approx(two.get("psnr_mean8"), abs=1e-3)
 
 
 def test_psnr_and_ssim_are_those_of_scikit_image():
@@ -421,7 +517,7 @@ def test_what_shows_images_is_pushed_only_if_they_are_public(tmp_path, finished,
 
     shutil.copytree(finished, tmp_path / "run")
     record = json.loads((tmp_path / "run" / "training_args.json").read_text())
-    record["public_data"] = "digits" if public else "own images"
+    record["public_data"] = "digits" if public else "me/private"  # the Hub does not answer
     (tmp_path / "run" / "training_args.json").write_text(json.dumps(record))
     (tmp_path / "sent").mkdir()
     Hub(tmp_path / "run", "me/model")._fill(tmp_path / "sent")

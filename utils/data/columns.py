@@ -67,7 +67,13 @@ def check_columns(columns: dict[str, Column]) -> None:
 
 
 def condition_columns(args) -> dict[str, Column]:
-    """Return the column ``condition`` that ``--condition_dir`` or ``--condition_column`` names, or {} without them."""
+    """Return the column ``condition`` that ``--condition_dir`` or ``--condition_column`` names, or {} without them.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if args.condition_dir and not Path(args.condition_dir).is_dir():
+        raise UserError(f"--condition_dir {args.condition_dir}: there is no such folder. Expected second pictures")
     source = args.condition_column or (args.condition_dir and Path(args.condition_dir))
     return {"condition": Column(source)} if source else {}
 

@@ -33,6 +33,8 @@ class Condition:
         image_channels: number of channels of the images, C.
         seed: seed of the boxes of ``inpaint``.
         may_be_left_out: whether it is left out at random in training, so that guidance is possible.
+        picture_channels: number of channels of a second picture: C, or 1 for grey ones.
+        value_range: values of second pictures that became -1 and 1, if they had more than 8 bits.
 
     Attributes:
         factor: ratio of the sides of the image to those of the picture.
@@ -40,12 +42,16 @@ class Condition:
         mode: mode of a picture in Pillow.
     """
 
-    def __init__(self, kind: str, image_channels: int, seed: int = 0, may_be_left_out: bool = False):
-        self.may_be_left_out = may_be_left_out
+    def __init__(
+        self, kind: str, image_channels: int, seed: int = 0, may_be_left_out: bool = False,
+        picture_channels: int | None = None, value_range: tuple[float, float] | None = None,
+    ):  # fmt: skip
+        self.may_be_left_out, self.value_range = may_be_left_out, value_range and tuple(value_range)
+        self.picture_channels = 1 if kind in ("gray", "outline") else picture_channels or image_channels
         self.kind, self.image_channels, self.seed = kind, image_channels, seed
         self.factor = int(kind.partition(":")[2]) if kind.startswith("lowres:") else 1
         self.channels = image_channels + (kind == "inpaint")
-        self.mode = "L" if image_channels == 1 or kind in ("gray", "outline") else "RGB"
+        self.mode = "L" if self.picture_channels == 1 else "RGB"
 
     @classmethod
     def of_model(cls, config) -> "Condition | None":
@@ -60,10 +66,17 @@ class Condition:
         """Return the condition of a training: that of the flags, or the images' column ``condition``.
 
         Raises:
-            UserError: both are given, the sizes or channels do not fit, or grey images leave nothing to colour.
+            UserError: both are given, the sizes or channels do not fit, the column holds no images, or there is
+                nothing to colour.
         """
         channels, (height, width) = train_data.channels, train_data.size
-        if found := train_data.layout.channels.get(COLUMN):
+        if column := train_data.layout.columns.get(COLUMN):
+            found = train_data.layout.channels.get(COLUMN)
+            if column.kind != "image":
+                raise UserError(
+                    f"columns: {COLUMN} has the kind {column.kind}. Expected image, such as a map with a "
+                    "colour for each class"
+                )
             if args.condition:
                 raise UserError(
                     f"--condition {args.condition}: the images have a column {COLUMN} already. Leave the flag out"
@@ -73,7 +86,8 @@ class Condition:
                 raise UserError(
                     f"the condition has {found} channels, the images have {channels}. Expected 1 or {channels}{advice}"
                 )
-            return cls(PAIRED, channels, args.seed, args.condition_dropout_prob > 0)
+            ranges = train_data.layout.ranges.get(COLUMN)
+            return cls(PAIRED, channels, args.seed, args.condition_dropout_prob > 0, found, ranges)
         condition = cls(args.condition or "lowres:4", channels, args.seed, args.condition_dropout_prob > 0)
         if condition.kind == "gray" and channels == 1:
             raise UserError("--condition gray: the images are grey already. Expected images with colour")
@@ -89,7 +103,10 @@ class Condition:
     @property
     def config(self) -> dict:
         """Entries that the model's config keeps under ``_condition``, for ``of_model``."""
-        return {"kind": self.kind, "may_be_left_out": self.may_be_left_out}
+        known = {"kind": self.kind, "may_be_left_out": self.may_be_left_out}
+        if self.kind == PAIRED:
+            known |= {"picture_channels": self.picture_channels, "value_range": self.value_range}
+        return known
 
     def pictures(self, batch: dict) -> torch.Tensor:
         """Return the pictures that belong to a batch of images.
@@ -178,8 +195,8 @@ class Condition:
 class GuidedByCondition:
     """A model with a condition and classifier-free guidance (arXiv:2207.12598), called like the model itself.
 
-    The output is unconditional + scale (conditional - unconditional). Unconditional is the output for ``null``. It has
-    a meaning if the condition was left out at random in training.
+    The output is unconditional + scale (conditional - unconditional). Unconditional is the output for ``null``. It is
+    meaningful only if the condition was left out at random in training.
 
     Args:
         model: model that takes ``condition=``.

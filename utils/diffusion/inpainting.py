@@ -28,7 +28,8 @@ def check_inpainting(scheduler: SchedulerMixin, model: str) -> None:
         UserError: the model draws in a few steps, or its noise is not Gaussian.
     """
     if isinstance(scheduler, LinearMixScheduler) or is_few_step(scheduler):
-        reason = "is mixed with uniform noise" if isinstance(scheduler, LinearMixScheduler) else "has too few steps"
+        uniform = isinstance(scheduler, LinearMixScheduler)
+        reason = "was trained with uniform noise" if uniform else "draws in too few steps"
         raise UserError(f"--mask: {model} {reason}. Expected a model of train_ddpm.py, train_flow.py or the like")
     check_noise(scheduler, f"--mask {model}", flow=bool(scheduler.config.get("use_flow_sigmas")))
 

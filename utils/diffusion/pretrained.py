@@ -65,13 +65,13 @@ def load_pretrained(
             f"{flag}: its unet takes class labels. Expected an unconditional one. For this model use "
             "train_conditional.py"
         )
-    if condition and unet.config.out_channels < unet.config.in_channels:
-        return pipeline
-    channels = unet.config.in_channels
+    has_condition = condition and unet.config.out_channels < unet.config.in_channels
+    channels = unet.config.out_channels if has_condition else unet.config.in_channels
     if channels not in (1, 3):
         more = " For a model with a condition use the script that trained it." * (channels == 2)
         raise UserError(f"{flag}: its unet takes {channels} channels. Expected 1 or 3.{more}")
-    leave_out_variance(unet, pipeline.scheduler, flag)
+    if not has_condition:
+        leave_out_variance(unet, pipeline.scheduler, flag)
     return pipeline
 
 

@@ -22,6 +22,10 @@ class Windows:
         ramps = [1 - (torch.arange(side) * 2 + 1 - side).abs() / (side + 1) for side in size]
         self.weight = ramps[0][:, None] * ramps[1]  # (H, W), in (0, 1]
 
+    def count(self, size: tuple[int, int]) -> int:
+        """Return the number of windows of an image of (H, W)."""
+        return len(_starts(size[0], self.size[0])) * len(_starts(size[1], self.size[1]))
+
     @property
     def training(self) -> bool:
         return self.model.training

@@ -25,7 +25,7 @@ class GivenImages:
     """Inputs of a model with a condition, from ``--condition_image`` or ``--true_image``.
 
     Args:
-        args: flags ``condition_image``, ``true_image``, ``mask``, ``seed`` and ``model``.
+        args: flags ``condition_image``, ``true_image``, ``mask`` and ``model``.
         condition: condition of the model.
         window: (H, W) that the model was trained on. Smaller inputs are extended to it.
         scale: ratio of the sides of a drawn image to those of its input, for models in a latent space.
@@ -63,6 +63,8 @@ class GivenImages:
             self.true = _stack([self._image(path, "--true_image") for path in self.names], self.names)
             factor = condition.factor
             height, width = (side // factor * factor for side in self.true.shape[2:])
+            if not (height and width):
+                raise UserError(f"--true_image {self.names[0]}: fewer than {factor} pixels on a side. Expected more")
             if (height, width) != self.true.shape[2:]:
                 logger.warning(f"--true_image: cut to {width} x {height} pixels, multiples of {factor}")
             self.true = self.true[..., :height, :width]
@@ -83,19 +85,22 @@ class GivenImages:
         return from_uint8(np.atleast_3d(read_picture(path, flag, mode, self.args.model)).transpose(2, 0, 1).copy())
 
     def _picture(self, path: Path) -> torch.Tensor:
-        image, flag = decode_image(str(path), f"--condition_image {path}"), "--condition_image"
-        if self.condition.kind != "inpaint":
-            return self.condition.picture_from(read_picture(path, flag, self.condition.mode, self.args.model))[0]
+        condition, flag = self.condition, "--condition_image"
+        if condition.kind != "inpaint":
+            image = read_picture(path, flag, condition.mode, self.args.model, condition.value_range)
+            return condition.picture_from(image)[0]
+        image = open_picture(path, flag)
+        if image.mode not in ("LA", "La", "PA", "P", "RGBA"):  # they have no transparency, but perhaps more than 8 bits
+            image = read_picture(path, flag, condition.mode, self.args.model)
         if self.args.mask:
-            mask = decode_image(self.args.mask, f"--mask {self.args.mask}").convert("L")
-            if mask.size != image.size:
-                raise UserError(f"--mask: {mask.size} pixels, the picture has {image.size}. Expected the same size")
+            mask = open_picture(self.args.mask, "--mask").convert("L")
+            check_same_size(mask, image)
             image = image.convert("RGBA")
             image.putalpha(mask.point(lambda value: 0 if value >= 128 else 255))
         try:
-            return self.condition.picture_from(image)[0]
+            return condition.picture_from(image)[0]
         except UserError as error:
-            raise UserError(f"--condition_image {path}: {error}") from None
+            raise UserError(f"{flag} {path}: {error}") from None
 
     def model_inputs(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the inputs of samples: sample k has input k modulo N."""
@@ -113,7 +118,27 @@ def extend(inputs: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
     return F.pad(inputs, (0, missing[1], 0, missing[0]), mode="replicate")
 
 
-def read_picture(path: str | Path, flag: str, mode: str, model: str) -> Image.Image:
+def open_picture(path: str | Path, flag: str) -> Image.Image:
+    """Return the image of a file that a flag names.
+
+    Raises:
+        UserError: the file does not exist or is not an image.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: there is no such file. Expected a picture")
+    return decode_image(str(path), f"{flag} {path}")
+
+
+def check_same_size(mask: Image.Image, picture: Image.Image) -> None:
+    """Refuse a mask of another size than its picture."""
+    if mask.size != picture.size:
+        sizes = " and ".join("{} x {}".format(*image.size) for image in (mask, picture))
+        raise UserError(f"--mask: mask and picture have {sizes} pixels. Expected the same size")
+
+
+def read_picture(
+    path: str | Path, flag: str, mode: str, model: str, value_range: tuple[float, float] | None = None
+) -> Image.Image:  # fmt: skip
     """Return a picture in ``L`` or ``RGB``. One of high bit depth is scaled like the model's training images.
 
     Args:
@@ -122,15 +147,15 @@ def read_picture(path: str | Path, flag: str, mode: str, model: str) -> Image.Im
         mode: ``L`` or ``RGB``.
         model: folder or Hub id of the model. If the range of its training images is not known, the picture's own range
             is used.
+        value_range: values that become black and white, instead of the range of the training images.
 
     Raises:
         UserError: the file does not exist or is not an image.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{flag} {path}: there is no such file. Expected a picture")
-    image = decode_image(str(path), f"{flag} {path}")
+    image = open_picture(path, flag)
     known, image_range = scaled_from(model)
     image_range = image_range if known else choose_range("auto", high_bit_values([image]), say=False)
+    image_range = value_range or image_range
     return to_eight_bits(image, mode, str(path), image_range, logger.warning)
 
 

@@ -23,7 +23,7 @@ from ..sources.named_images import NamedImages
 from ..sources.sources import ImageSource
 from ..training.checkpoints import file_hash
 from ..training.output_dir import inspect_together, read_arguments
-from .given_images import read_picture
+from .given_images import check_same_size, open_picture, read_picture
 from .kept_samples import digest_of, settings_of
 from .metrics import check_count
 
@@ -174,6 +174,24 @@ def load_image(path: str, flag: str, shape: tuple[int, int, int], model: str) ->
     """
     image = read_picture(path, flag, "L" if shape[0] == 1 else "RGB", model)
     return from_uint8(prepare_image(image, shape[1:], True))[None]
+
+
+def load_hole(mask: str, picture: str, size: tuple[int, int], model: str) -> torch.Tensor:
+    """Return where a mask is white, as bool (1, 1, H, W), resized and cropped like its picture.
+
+    Args:
+        mask, picture: image files of the same size.
+        size: (H, W) of the model's images.
+        model: folder or Hub id of the model.
+
+    Raises:
+        UserError: a file is no image, the sizes differ, or nothing is white.
+    """
+    check_same_size(open_picture(mask, "--mask"), open_picture(picture, "--init_image"))
+    hole = load_image(mask, "--mask", (1, *size), model) > 0
+    if not hole.any():
+        raise UserError(f"--mask {mask}: no part of it is white. Expected white in the hole to fill")
+    return hole
 
 
 class SampleFolder:

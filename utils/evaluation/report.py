@@ -18,8 +18,8 @@ classifier, which can also be high for noise. copies is the share of images that
 99 % of the held-out images are. Errors are bootstrap estimates over the generated images. Pixels have no precision,
 recall, density or coverage, because noise would score best.
 For models of train_paired.py, psnr and ssim compare samples with the true images, and psnr_mean8 the mean of eight
-samples of an input. Higher is better. detail is the energy of fine structure as a share of that of the true images, so
-1 is as sharp. spread is the standard deviation between samples of one input.
+samples of an input. Higher is better. detail is the energy of fine structure as a share of that of the true images:
+1 means as sharp. spread is the standard deviation between samples of one input.
 """
 SHORT = """
 Lower is better, except for coverage, class_accuracy, psnr and ssim. The floor is the result of real images.

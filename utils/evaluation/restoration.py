@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class Restoration:
         digest: hash of images and inputs.
 
     Raises:
-        UserError: nothing is held out, or the pairs are missing.
+        UserError: nothing is held out, or the pairs are missing or have other channels.
     """
 
     def __init__(
@@ -49,15 +49,8 @@ class Restoration:
         columns: dict[str, Column],
     ):  # fmt: skip
         self.condition, self.count = condition, count
-        if condition.kind == PAIRED and not columns:
-            raise UserError(
-                "the model was trained on pairs. Give --condition_dir or --condition_column, the inputs of the "
-                "held-out images"
-            )
-        split = reference.held_out_split
-        if not split:
-            raise UserError("no images are held out to make inputs from. Name some with --held_out_split")
-        blocks, size = [], 0
+        self.check(reference, condition, columns)
+        split, blocks, size = reference.held_out_split, [], 0
         for stacked, indices in _blocks(reference, split, preparation, count, columns):
             blocks.append((stacked, indices))
             if (size := size + stacked.nbytes) > MAX_BYTES:
@@ -65,12 +58,28 @@ class Restoration:
                 break
         stacked, self.indices = (np.concatenate(part) for part in zip(*blocks, strict=True))
         self.true, self.paired = np.split(stacked, [preparation.shape[0]], axis=1)
+        if columns and self.paired.shape[1] != condition.picture_channels:
+            raise UserError(
+                f"the second pictures have {self.paired.shape[1]} channels, those of training had "
+                f"{condition.picture_channels}. Expected the same"
+            )
         self.mean_count = min(len(self.true), MEAN_INPUTS, count)
         self.total = count + (REPEATS - 1) * self.mean_count
         content = hashlib.sha256(condition.kind.encode())
         for array in (self.true, self.paired, self.indices):
             content.update(np.ascontiguousarray(array))
         self.digest = content.hexdigest()[:16]
+
+    @staticmethod
+    def check(reference: Reference, condition: Condition, columns: dict[str, Column]) -> None:
+        """Refuse a reference without the inputs that a model needs, before anything is drawn."""
+        if condition.kind == PAIRED and not columns:
+            raise UserError(
+                "the model was trained on pairs. Give --condition_dir or --condition_column, the inputs of the "
+                "held-out images"
+            )
+        if not reference.held_out_split:
+            raise UserError("no images are held out to make inputs from. Name some with --held_out_split")
 
     def numbers(self, sample_ids: np.ndarray) -> np.ndarray:
         """Return the number of each sample's input."""
@@ -90,7 +99,7 @@ class Restoration:
         for ids in np.array_split(np.arange(self.count), -(-self.count // 250)):
             yield to_uint8(self.model_inputs(ids)["condition"][:, : self.condition.image_channels])
 
-    def measured(self, blocks: Iterator[np.ndarray], scores: dict) -> Iterator[np.ndarray]:
+    def measured(self, blocks: Iterable[np.ndarray], scores: dict, means: bool = True) -> Iterator[np.ndarray]:
         """Yield the first N of these samples, and add the distance from the true images to ``scores`` at the end.
 
         Args:
@@ -99,9 +108,11 @@ class Restoration:
                 the energy of fine structure as a share of that of the true images. If there are further samples,
                 ``psnr_mean8`` and ``ssim_mean8`` are those of the mean of eight samples of an input, and ``spread`` is
                 the standard deviation of a pixel between them, in grey levels.
+            means: whether there are further samples.
         """
         single, position, energies = [], 0, np.zeros(2)
-        sums = np.zeros((2, self.mean_count, *self.true.shape[1:]))
+        shape = (2, self.mean_count * means, *self.true.shape[1:])
+        sums = np.zeros(shape, np.float32)  # it holds the sums of eight squares of 8 bits exactly
         for block in blocks:
             ids = position + np.arange(len(block))
             if self.condition.kind == "inpaint":
@@ -111,16 +122,18 @@ class Restoration:
             single += [_similarity(image, self.true[k]) for image, k in zip(head, self.numbers(ids), strict=False)]
             energies += [_fine_energy(head), _fine_energy(self.true[self.numbers(ids[: len(head)])])]
             for image, k, number in zip(block, self.numbers(ids), ids, strict=True):
-                if number >= self.count or number < self.mean_count:
-                    sums[:, k] += image, np.square(image, dtype=float)
+                if means and (number >= self.count or number < self.mean_count):
+                    sums[:, k] += image, np.square(image, dtype=np.float32)
             if len(head):
                 yield head
+        if not single:  # another process than the main one
+            return
         scores |= _mean(single) | {"detail": float(energies[0] / max(energies[1], 1e-9))}
-        if position == self.total:
-            means, squares = sums / REPEATS
-            scores["spread"] = float(np.sqrt(np.maximum(squares - means**2, 0).mean() * REPEATS / (REPEATS - 1)))
-            means = np.rint(means).astype(np.uint8)
-            found = _mean([_similarity(image, true) for image, true in zip(means, self.true, strict=False)])
+        if means:
+            average, squares = sums / REPEATS
+            scores["spread"] = float(np.sqrt(np.maximum(squares - average**2, 0).mean() * REPEATS / (REPEATS - 1)))
+            average = np.rint(average).astype(np.uint8)
+            found = _mean([_similarity(image, true) for image, true in zip(average, self.true, strict=False)])
             scores |= {f"{name}_mean{REPEATS}": value for name, value in found.items()}
 
 

@@ -25,10 +25,10 @@ from huggingface_hub.utils import disable_progress_bars
 
 from .. import UserError
 from ..exits import UPLOAD_THREAD
-from ..privacy import OWN_IMAGES
+from ..privacy import OWN_IMAGES, is_hub_id
 from ..signals import STOP_SIGNALS, progress
 from ..training.output_dir import ARGUMENTS, read_arguments
-from .model_card import write_card
+from .model_card import DATA_TITLES, write_card
 
 logger = logging.getLogger(__name__)
 
@@ -186,11 +186,12 @@ class Hub:
             raise ValueError(f"{self.folder}/unet has no weights (.safetensors)")
         pictures = {*PICTURES}
         record = read_arguments(self.folder)
-        if record.get("condition") and record.get("public_data", OWN_IMAGES) == OWN_IMAGES:
+        if record.get("condition") and not _is_public(record.get("public_data", OWN_IMAGES)):
             pictures -= SHOWN_IMAGES
             logger.warning(
-                "samples.png and condition.png show images of yours, so they are not pushed. If they may be published, "
-                f"upload them: hf upload {self.repo_id} {self.folder / 'samples.png'} samples.png"
+                "samples.png and condition.png show images that may not be public, so they are not pushed"
+                f"{', except in TensorBoard files' * self.logs}. If they may be published, upload them: "
+                f"hf upload {self.repo_id} {self.folder / 'samples.png'} samples.png"
             )
         elif record.get("condition"):
             pictures.add("condition.png")
@@ -215,6 +216,17 @@ class Hub:
         if "public_arguments" in record:
             record["arguments"] = record.pop("public_arguments")
             (folder / ARGUMENTS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_public(data: str) -> bool:
+    """Return whether anyone may see the images of a data set: one of these scripts, or a public one of the Hub."""
+    if data in DATA_TITLES:
+        return True
+    try:
+        found = HfApi().dataset_info(data) if is_hub_id(data) else None
+    except (HfHubHTTPError, OSError, ValueError):  # a private data set of others is not found
+        return False
+    return bool(found) and not (found.private or found.gated)
 
 
 def _with_timeout(seconds: float):

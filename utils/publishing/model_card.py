@@ -259,7 +259,7 @@ def _describe_samples(sampler: str, record: dict) -> str:
     if sampler == "LCMScheduler":
         return f"The picture shows unselected samples of the teacher and this model from the same noise ({caption}). "
     if record.get("condition"):
-        return f"The picture shows inputs, samples for each that were not selected ({caption}), and true images. "
+        return f"The picture shows inputs, unselected samples of each ({caption}), and true images. "
     return f"The picture shows {flags['num_samples']} samples, not selected: {caption}. "
 
 
@@ -339,16 +339,18 @@ def _snippet_with_condition(folder: Path, name: str, steps: int, final: bool, re
     source = place if is_hub_id(name) else local
     first = f"Image.open({source})  # or a picture of yours" if fetched else 'Image.open("your_picture.png")'
     grey, steps_text = channels == 1, f"num_inference_steps={steps}"
-    prepare = [f"picture = picture.resize(({width}, {height}), Image.Resampling.BICUBIC)"]
+    resize = f".resize(({width}, {height}), Image.Resampling.BICUBIC)"
     if kind == "inpaint":
-        prepare += [
-            f'pixels = np.asarray(picture.convert("{"LA" if grey else "RGBA"}")) / 255  # transparent where to draw',
+        prepare = [
+            f'picture = picture.convert("{"LA" if grey else "RGBA"}"){resize}  # transparent where to draw',
+            "pixels = np.asarray(picture) / 255",
             "hole = pixels[..., -1:] < 0.5",
             "pixels = np.concatenate([np.where(hole, 0, pixels[..., :-1] * 2 - 1), hole], axis=2)",
         ]
     else:
-        one = 'picture.convert("L")' if kind in ("gray", "outline") and not grey else "picture"
-        prepare += [f'pixels = np.asarray({one}.convert("{"L" if grey else "RGB"}")) / 127.5 - 1']
+        mode = "L" if kind in ("gray", "outline") or grey else "RGB"
+        back = '.convert("RGB")' if mode == "L" and not grey else ""
+        prepare = [f'picture = picture.convert("{mode}"){back}{resize}', "pixels = np.asarray(picture) / 127.5 - 1"]
     reshape = "[None, None]" if grey and kind != "inpaint" else ".permute(2, 0, 1)[None]"
     body = [
         f"pipeline = LDMSuperResolutionPipeline.from_pretrained({name!r})",

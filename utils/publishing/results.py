@@ -7,7 +7,19 @@ from huggingface_hub import EvalResult
 from ..privacy import OWN_IMAGES
 from ..training.checkpoints import file_hash
 
-MEASURED = ("fd_", "fid_", "kid_", "precision", "recall", "coverage", "class_accuracy")  # columns of evaluate.py
+MEASURED = (
+    "psnr",
+    "ssim",
+    "detail",
+    "spread",
+    "fd_",
+    "fid_",
+    "kid_",
+    "precision",
+    "recall",
+    "coverage",
+    "class_accuracy",
+)  # columns of evaluate.py
 
 
 def describe_results(folder: Path, results: dict) -> tuple[str, list[EvalResult]]:
@@ -35,7 +47,7 @@ def describe_results(folder: Path, results: dict) -> tuple[str, list[EvalResult]
     table = "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))
     entries = [
         EvalResult(
-            task_type="unconditional-image-generation",
+            task_type="image-to-image" if "psnr" in row else "unconditional-image-generation",
             dataset_type=reference,
             dataset_name=reference,
             dataset_split=results["reference_split"],

@@ -37,8 +37,8 @@ SAMPLING_FLAGS = {  # if they change, a finished run draws again and rewrites it
 # of a process's batches may change if the global batch stays the same. The place of the images may change because the
 # fingerprint of the images is compared.
 MAY_CHANGE_ON_RESUME = {
-    "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "config", "constants", "data",
-    "dataloader_num_workers", "dataset_name", "evaluate_steps", "features", "fingerprint",
+    "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "condition_dir", "config", "constants",
+    "data", "dataloader_num_workers", "dataset_name", "evaluate_steps", "features", "fingerprint",
     "gradient_accumulation_steps", "gradient_checkpointing", "hang_timeout", "hub_model_id", "hub_private_repo",
     "net_code", "image_range", "logging_steps", "max_bad_images", "max_rollbacks", "max_train_steps", "mixed_precision",
     "num_evaluation_samples", "num_train_epochs", "output_dir", "prior_dataset_name", "push_to_hub", "report_to",
