@@ -172,7 +172,7 @@ def test_rows_without_a_value_are_bad_rows(accelerator, caplog):
 
 
 def test_a_column_of_another_length_is_refused():
-    with pytest.raises(UserError, match="10 of mask for 24 images"):
+    with pytest.raises(UserError, match="10 values of mask for 24 images"):
         OwnImages(PICTURES, columns={"mask": Column(MASKS[:10], kind="mask")})
 
 

@@ -157,7 +157,7 @@ def test_a_missing_split_of_an_unnamed_source_is_reported(accelerator, caplog, m
         (["--train_data_dir={tmp}/notes.txt"], "is a file. Expected a folder"),
         (["--dataset_name={tmp}/notes.txt"], "expected .parquet, .arrow, .csv, .json, .jsonl, .tar files of one kind"),
         (["--image_column=picture"], r"--image_column picture: .*image \(Image\), label \(ClassLabel\)"),
-        (["--label_column=image"], r"--label_column image: it is also the column of images"),
+        (["--label_column=image"], r"--label_column image: this is the column of images"),
         (["--dataset_split=test"], "--dataset_split test: digits has the one split train"),
         (["--max_train_samples=5"], "digits has 5 images, fewer than one global batch of 8 .*Try --train_batch_size 5"),
     ],
@@ -252,7 +252,7 @@ def test_small_images_are_enlarged_and_counted(accelerator, tmp_path, caplog):
 
 
 def test_defaults_from_a_pretrained_model(accelerator):
-    data, _ = batches(accelerator, pretrained_config=SimpleNamespace(sample_size=12, in_channels=3))
+    data, _ = batches(accelerator, pretrained_config=SimpleNamespace(sample_size=12, out_channels=3))
     assert (data.sample_size, data.channels) == (12, 3)
 
 

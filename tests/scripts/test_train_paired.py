@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -438,7 +439,7 @@ def test_two_processes_evaluate_like_one(tmp_path, finished):
     flags += ["--num_samples=20", "--num_inference_steps=1", "--features=pixels"]
     rows = []
     for processes in (1, 2):
-        script, folder = evaluate.__file__, tmp_path / str(processes)
+        script, folder = Path(evaluate.__file__), tmp_path / str(processes)
         code, said = children.run(script, *flags, f"--output_dir={folder}", processes=processes, folder=tmp_path)
         assert code == 0, said
         rows.append(json.loads((folder / "results.json").read_text())["results"])

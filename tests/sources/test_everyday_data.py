@@ -209,7 +209,7 @@ def test_classes_without_an_image_are_left_out_of_filtered_data(accelerator, tmp
 
 def test_the_column_of_images_is_no_column_of_labels(accelerator, tmp_path):
     flags = table_of(tmp_path, ["a", "b"] * 4)[:-1]
-    with pytest.raises(UserError, match="--label_column image: it is also the column of images"):
+    with pytest.raises(UserError, match="--label_column image: this is the column of images"):
         load(accelerator, *flags, "--label_column=image")
 
 

@@ -590,5 +590,5 @@ def test_images_without_a_class_are_not_asked_for(accelerator, tmp_path):
 def test_a_started_picture_is_scaled_as_the_training_images_were(tmp_path):
     Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(tmp_path / "x.png")
     (tmp_path / "training_args.json").write_text(json.dumps({"scaled_from": [0, 4000]}))
-    image = load_image(str(tmp_path / "x.png"), (1, 8, 8), str(tmp_path))
+    image = load_image(str(tmp_path / "x.png"), "--init_image", (1, 8, 8), str(tmp_path))
     assert abs(float(image.mean()) + 0.5) < 0.01
