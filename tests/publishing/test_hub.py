@@ -312,7 +312,7 @@ FAULTS = [  # where, what, how often; whether the push succeeds
     slow("/commit/", 403, 10**6, False),
     slow("preupload", 403, 10**6, False),
     slow("PUT /lfs", 403, 10**6, False),
-    ("/commit/", "hang", 10**6, False),
+    slow("/commit/", "hang", 10**6, False),
     slow(".", 503, 10**6, False),
     slow(".", "drop", 10**6, False),
 ]

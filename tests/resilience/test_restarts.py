@@ -69,7 +69,7 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills, steps", [(3, 16), (20, 90)])
+@pytest.mark.parametrize("kills, steps", [(3, 16), (8, 40)])
 def test_kill_9_of_a_random_rank_and_the_run_resumes_by_itself(tmp_path, launch, straight, kills, steps):
     """Protection: ``process._rendezvous``, without which a restarted process would look for a rendezvous that no longer
     exists. Also the lock on the folder, which ends with its process, and ``resilience.EXIT_PEER_LOST`` of the other

@@ -106,6 +106,7 @@ def test_a_gradient_that_is_much_larger_than_those_before_is_left_out(tmp_path, 
     assert equal_weights(tmp_path / "run" / WEIGHTS, weights)
 
 
+@pytest.mark.slow
 def test_a_stream_reads_past_what_is_left_out(tmp_path, poisoned):
     pictures, run = tmp_path / "pictures", tmp_path / "run"
     pictures.mkdir()

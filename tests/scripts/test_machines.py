@@ -100,6 +100,7 @@ def own_folders(tmp_path, script_flags, name):
     return [children.finish(child) for child in started]
 
 
+@pytest.mark.slow
 def test_an_output_folder_of_each_machines_own_is_refused_everywhere(tmp_path):
     results = own_folders(tmp_path, tiny(f"--output_dir={tmp_path / 'run'}"), str(tmp_path / "run"))
     for code, said in results:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import children
 import pytest
-from conftest import TINY, equal_weights, interrupt, parse, reset_accelerate, train
+from conftest import TINY, equal_weights, interrupt, parse, reset_accelerate, slow, train
 from PIL import Image
 
 import train_ddpm
@@ -94,7 +94,7 @@ def whole(tmp_path_factory):
     return run_copy(folder, "train_ddpm.py", "--unet=tiny").split("RESUMED ")[1].split()[0]
 
 
-@pytest.mark.parametrize("without", [*((folder,) for folder in FOLDERS), FOLDERS], ids="+".join)
+@pytest.mark.parametrize("without", [("sources",), *(slow((folder,)) for folder in FOLDERS[1:]), FOLDERS], ids="+".join)
 def test_a_folder_is_deleted_and_nothing_else(tmp_path, whole, without):
     """The unchanged script trains, resumes and ends with the same bits. Only the folder's flags are gone."""
     copy(tmp_path / "copy", without=without)

@@ -114,7 +114,7 @@ def test_the_loss_is_that_of_the_velocity_with_a_condition(tmp_path, monkeypatch
         return mse_loss(output, target, **options)
 
     monkeypatch.setattr(F, "mse_loss", spy)
-    flags = ["--max_train_steps=60", "--mixed_precision=bf16", "--learning_rate=4e-3", "--train_batch_size=32"]
+    flags = ["--max_train_steps=40", "--mixed_precision=bf16", "--learning_rate=4e-3", "--train_batch_size=16"]
     run(tmp_path / "paired", "--condition=lowres:2", *flags)
     losses = [loss for *_, loss in seen]
     assert all(first == second == torch.float32 for first, second, _ in seen)
@@ -432,6 +432,7 @@ def test_evaluation_compares_with_the_true_images(tmp_path, finished):
     assert rows[2]["psnr"] < rows[2]["psnr_mean8"]  # the mean of samples has less error than one of them
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_like_one(tmp_path, finished):
     import children
 

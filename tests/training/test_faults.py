@@ -90,7 +90,7 @@ def flags_of(name, finished_run):
     [
         ("ddpm", 3, 12),
         slow("ddpm", 20, 40),
-        *(slow(name, 5, 40) for name in ("basic", "unet2d", "faces", "conditional", "flow", "few-steps", "paired")),
+        *(slow(name, 3, 30) for name in ("basic", "unet2d", "faces", "conditional", "flow", "few-steps", "paired")),
     ],
 )
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, kills, steps):
@@ -233,7 +233,7 @@ def at_moment(monkeypatch, moment, number):
     [
         ("step", signal.SIGUSR1),
         ("saving", signal.SIGTERM),
-        ("sampling", signal.SIGHUP),
+        slow("sampling", signal.SIGHUP),
         ("validation", signal.SIGINT),
         slow("evaluation", signal.SIGTERM),
         *(slow(moment, number) for moment in ("step", "saving", "evaluation") for number in (signal.SIGINT,)),
