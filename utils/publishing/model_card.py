@@ -366,12 +366,16 @@ def _snippet_with_condition(folder: Path, name: str, steps: int, final: bool, re
         here = str(folder.resolve())
         tried = code.replace(source, repr(str(folder / "condition.png"))).replace(repr(name), repr(here))
         tried = tried.replace(steps_text, "num_inference_steps=1").replace(".save('sample.png')", "")
+        verbosity = diffusers.utils.logging.get_verbosity()
+        diffusers.utils.logging.set_verbosity_error()  # it warns that the autoencoder is no VQModel
         try:
             with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # hide a progress bar
                 exec(tried, {})
         except Exception as error:  # the model is saved: a card without the snippet is better than none
             logger.warning(f"{folder}: the saved pipeline could not draw: {type(error).__name__}: {error}")
             return ""
+        finally:
+            diffusers.utils.logging.set_verbosity(verbosity)
     return f"```python\n{code}\n```\n\n"
 
 

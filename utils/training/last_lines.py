@@ -79,7 +79,8 @@ def last_lines(folder: Path, num_inference_steps: int, continued: str | None, gi
         lines["pipeline"] = f"{load.call}.unet also needs {beside}. No pipeline of diffusers passes it to the model"
     if load.takes_condition:
         script = os.path.join(os.path.dirname(os.path.relpath(sys.argv[0])), "sample.py")
-        lines["draw"] = f"python {script} {folder} --condition_image {folder / 'condition.png'}"
+        python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+        lines["draw"] = f"{python} {script} {folder} --condition_image {folder / 'condition.png'}"
     if any(folder.glob("logs/**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {folder}"
     lines["train longer"] = "the same command with a larger --max_train_steps"
