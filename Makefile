@@ -27,7 +27,7 @@ conditional: .venv/installed  ## train on the embedded digits with classes: pict
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_conditional.py \
 	  --dataset_name digits --resolution 16 --max_train_steps 2000 --output_dir outputs/conditional
 
-paired: .venv/installed  ## digits of 16 pixels from 4 x 4 pixels, several for each
+paired: .venv/installed  ## train on the embedded digits to enlarge 4 x 4 pixels to 16 x 16, with several samples of each
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_paired.py \
 	  --dataset_name digits --dataset_split "train[:1500]" --validation_split "train[1500:]" \
 	  --resolution 16 --max_train_steps 600 --output_dir outputs/paired

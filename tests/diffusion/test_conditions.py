@@ -76,7 +76,7 @@ def test_a_smaller_picture_is_that_of_pillow_and_comes_back_as_large_as_the_imag
         found = condition.input_of(condition.picture_from(expected))[0]
         assert np.abs((found.numpy().transpose(1, 2, 0) + 1) * 127.5 - np.asarray(larger)).max() < 1.6
     levels = (small + 1) * 127.5
-    assert torch.allclose(levels, levels.round(), atol=1e-4)  # what a file of 8 bits can hold
+    assert torch.allclose(levels, levels.round(), atol=1e-4)  # a file of 8 bits can hold these values
 
 
 def test_grey_is_that_of_pillow():
@@ -221,7 +221,7 @@ def test_a_hole_is_filled_by_what_the_model_draws_and_the_rest_stays(name):
 
 @pytest.mark.parametrize("name", ["v_prediction", slow("flow_prediction")])
 def test_the_noise_of_each_step_has_the_variance_of_its_timestep(name):
-    """For a model of white noise as images, a sample at every noise level is normal, with a known variance."""
+    """For a perfect model of images of white noise, samples at every noise level are normal, with a known variance."""
     scheduler, levels = schedulers()[name], []
 
     class White(Perfect):

@@ -27,7 +27,7 @@ from utils.diffusion.spaces import Pixels
 from utils.evaluation.given_images import GivenImages
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-# What a stranger does, in a process without this repository
+# A user without this repository runs this code, in a process of its own
 STRANGER = """
 import sys, numpy as np, torch
 from diffusers import LDMSuperResolutionPipeline
@@ -45,7 +45,7 @@ def run(folder, *flags):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Return the folder of a model that enlarges 4 x 4 digits to 8 x 8, with guidance."""
+    """Return the folder of a model that enlarges 4 x 4 digits to 8 x 8, and supports guidance."""
     folder = tmp_path_factory.mktemp("paired") / "run"
     flags = ["--condition=lowres:2", "--num_inference_steps=5", "--learning_rate=1e-2", "--num_samples=8"]
     flags += ["--dataset_split=train[:1500]", "--validation_split=train[1500:]", "--condition_dropout_prob=0.2"]
@@ -299,7 +299,7 @@ def draw(model, folder, *flags):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Return a folder with two digits of 8 x 8 pixels, and one with the same at half their size."""
+    """Return a folder with two digits of 8 x 8 pixels in ``true``, and the same at half their size in ``small``."""
     from sklearn.datasets import load_digits
 
     folder = tmp_path_factory.mktemp("pictures")
@@ -332,7 +332,7 @@ def test_samples_are_drawn_from_pictures_and_resume(tmp_path, finished, pictures
 def test_pictures_of_any_size_are_drawn(tmp_path, finished):
     Image.new("L", (9, 3), 90).save(tmp_path / "wide.png")
     (wide,) = draw(finished, tmp_path / "wide", f"--condition_image={tmp_path / 'wide.png'}", "--num_samples=1")
-    assert wide.shape == (6, 18)  # twice as large, lower than training images, and wider
+    assert wide.shape == (6, 18)  # twice as large: wider than the training images, but not as high
 
 
 def test_a_hole_is_filled_and_the_rest_stays(tmp_path, finished_run, pictures):
@@ -360,11 +360,11 @@ def test_a_hole_is_filled_and_the_rest_stays(tmp_path, finished_run, pictures):
     [
         ([], r"draws from a picture\. Give --condition_image FILE or a folder, or --true_image"),
         (["--condition_image=nowhere"], "--condition_image nowhere does not exist"),
-        (["--condition_image={small}", "--mask={small}/0.png"], "Expected a model of inpaint"),
+        (["--condition_image={small}", "--mask={small}/0.png"], "Expected a model trained with --condition inpaint"),
         (["--condition_image={small}", "--true_image={small}"], "have 4 x 4 and 8 x 8 pixels. Expected the same size"),
         (["--true_image={root}/tiny.png"], "fewer than 2 pixels on a side"),
-        (["--condition_image={root}/mixed"], "b.png has another size than a.png: 4 x 4 and 5 x 4"),
-        (["--condition_image={small}", "--true_image={root}/mixed"], "no file with the name of 2 inputs: 0.png, 1.png"),
+        (["--condition_image={root}/mixed"], "a.png and b.png differ in size: 4 x 4 and 5 x 4"),
+        (["--condition_image={small}", "--true_image={root}/mixed"], "no file for 2 of 2 inputs: 0.png, 1.png"),
     ],
 )
 def test_pictures_that_do_not_fit_are_refused(tmp_path, finished, pictures, flags, said):
@@ -489,7 +489,7 @@ def test_detail_is_1_for_the_true_images_and_less_for_a_blur():
     blurred = [np.asarray(Image.fromarray(x[0]).filter(ImageFilter.GaussianBlur(1)))[None] for x in sharp]
     assert _fine_energy(np.stack(blurred)) < 0.2 * _fine_energy(sharp)
     wave = np.broadcast_to(128 + 100 * np.cos(np.arange(32) * np.pi / 8), (1, 1, 32, 32)).astype(np.uint8)
-    assert _fine_energy(wave) < 1e-3 * _fine_energy(sharp)  # sixteen pixels a period are coarse
+    assert _fine_energy(wave) < 1e-3 * _fine_energy(sharp)  # a period of sixteen pixels is coarse
 
 
 def test_pairs_are_evaluated_with_their_folder(tmp_path):

@@ -39,7 +39,7 @@ class GivenImages:
         digest: hash of the files.
 
     Raises:
-        UserError: a file is missing or no picture, the files have several sizes, or the flags do not fit the condition.
+        UserError: a file is missing or not an image, the files differ in size, or the flags do not fit the condition.
     """
 
     def __init__(self, args, condition: Condition, window: tuple[int, int], scale: int = 1):
@@ -48,7 +48,10 @@ class GivenImages:
             also = "" if condition.kind == PAIRED else ", or --true_image with finished images to make inputs from"
             raise UserError(f"{args.model} draws from a picture. Give --condition_image FILE or a folder{also}")
         if args.mask and condition.kind != "inpaint":
-            raise UserError(f"--mask: the condition of {args.model} is {condition.kind}. Expected a model of inpaint")
+            raise UserError(
+                f"--mask: the condition of {args.model} is {condition.kind}. Expected a model trained "
+                "with --condition inpaint"
+            )
         if condition.kind == PAIRED and not args.condition_image:
             raise UserError(f"--true_image: {args.model} was trained on pairs. Also give --condition_image")
         self.names = _files("--condition_image" if args.condition_image else "--true_image", args)
@@ -90,7 +93,7 @@ class GivenImages:
             image = read_picture(path, flag, condition.mode, self.args.model, condition.value_range)
             return condition.picture_from(image)[0]
         image = open_picture(path, flag)
-        if image.mode not in ("LA", "La", "PA", "P", "RGBA"):  # they have no transparency, but perhaps more than 8 bits
+        if image.mode not in ("LA", "La", "PA", "P", "RGBA"):  # other modes are opaque, and may have more than 8 bits
             image = read_picture(path, flag, condition.mode, self.args.model)
         if self.args.mask:
             mask = open_picture(self.args.mask, "--mask").convert("L")
@@ -130,7 +133,7 @@ def open_picture(path: str | Path, flag: str) -> Image.Image:
 
 
 def check_same_size(mask: Image.Image, picture: Image.Image) -> None:
-    """Refuse a mask of another size than its picture."""
+    """Refuse a mask with a size that differs from that of its picture."""
     if mask.size != picture.size:
         sizes = " and ".join("{} x {}".format(*image.size) for image in (mask, picture))
         raise UserError(f"--mask: mask and picture have {sizes} pixels. Expected the same size")
@@ -139,7 +142,7 @@ def check_same_size(mask: Image.Image, picture: Image.Image) -> None:
 def read_picture(
     path: str | Path, flag: str, mode: str, model: str, value_range: tuple[float, float] | None = None
 ) -> Image.Image:  # fmt: skip
-    """Return a picture in ``L`` or ``RGB``. One of high bit depth is scaled like the model's training images.
+    """Return a picture in ``L`` or ``RGB``. A picture of high bit depth is scaled like the model's training images.
 
     Args:
         path: image file.
@@ -185,8 +188,8 @@ def _partners(files: list[Path], args) -> list[Path]:
     by_name = {other.stem: other for other in others}
     if missing := [file.name for file in files if file.stem not in by_name]:
         raise UserError(
-            f"--true_image {args.true_image} has no file with the name of {len(missing)} inputs: "
-            f"{', '.join(missing[:3])}. Expected the same names"
+            f"--true_image {args.true_image} has no file for {len(missing)} of {len(files)} inputs: "
+            f"{', '.join(missing[:3])}. Expected files with the names of the inputs"
         )
     return [by_name[file.stem] for file in files]
 
@@ -196,5 +199,5 @@ def _stack(images: list[torch.Tensor], files: list[Path]) -> torch.Tensor:
     for image, file in zip(images, files, strict=True):
         if image.shape != images[0].shape:
             sizes = " and ".join(f"{image.shape[2]} x {image.shape[1]}" for image in (images[0], image))
-            raise UserError(f"{file.name} has another size than {files[0].name}: {sizes}. Expected one size in a call")
+            raise UserError(f"{files[0].name} and {file.name} differ in size: {sizes}. Expected one size for all")
     return torch.stack(images)

@@ -185,7 +185,7 @@ def load_hole(mask: str, picture: str, size: tuple[int, int], model: str) -> tor
         model: folder or Hub id of the model.
 
     Raises:
-        UserError: a file is no image, the sizes differ, or nothing is white.
+        UserError: a file is not an image, the sizes differ, or nothing is white.
     """
     check_same_size(open_picture(mask, "--mask"), open_picture(picture, "--init_image"))
     hole = load_image(mask, "--mask", (1, *size), model) > 0

@@ -94,7 +94,7 @@ class Reference:
     def _hold_out(self, split: str) -> str | None:
         """Hold out half of a split, but no more images than samples.
 
-        Return the name of that part, or None if too few.
+        Return the name of that part, or None if the split has too few images.
         """
         length = len(self._sources[split])
         start = f"{self.args.reference} has no separate split named test"

@@ -22,7 +22,8 @@ samples of an input. Higher is better. detail is the energy of fine structure as
 1 means as sharp. spread is the standard deviation between samples of one input.
 """
 SHORT = """
-Lower is better, except for coverage, class_accuracy, psnr and ssim. The floor is the result of real images.
+Lower is better for fd, fid and kid. Higher is better for coverage, class_accuracy, psnr and ssim.
+detail is about 1 for images as sharp as the true ones. The floor is the result of real images.
 copies is the share of samples that are suspiciously near to a training image. It is about 0.01 for real images.
 """
 LOSS_NOTE = """

@@ -25,9 +25,10 @@ MIN_SIDE = 11  # pixels, the window of the structural similarity
 
 
 class Restoration:
-    """Held-out images, the inputs that belong to them, and the distance of samples from them.
+    """Held-out images, the inputs that belong to them, and the distance of samples from the images.
 
-    Sample k < N has input k modulo M. The samples from N on are further ones of the first inputs, for their mean.
+    Sample k < N has input k modulo M, the number of inputs. The samples from N on are further samples of the first
+    inputs, for the mean of several samples of each.
 
     Args:
         reference: real images.
@@ -41,7 +42,7 @@ class Restoration:
         digest: hash of images and inputs.
 
     Raises:
-        UserError: nothing is held out, or the pairs are missing or have other channels.
+        UserError: nothing is held out, or the pairs are missing or have another number of channels.
     """
 
     def __init__(
@@ -54,13 +55,14 @@ class Restoration:
         for stacked, indices in _blocks(reference, split, preparation, count, columns):
             blocks.append((stacked, indices))
             if (size := size + stacked.nbytes) > MAX_BYTES:
-                logger.warning(f"Inputs are made from the first {sum(len(block[1]) for block in blocks)} images only")
+                found = sum(len(block[1]) for block in blocks)
+                logger.warning(f"Only the first {found} held-out images are used, to limit their memory to about 2 GiB")
                 break
         stacked, self.indices = (np.concatenate(part) for part in zip(*blocks, strict=True))
         self.true, self.paired = np.split(stacked, [preparation.shape[0]], axis=1)
         if columns and self.paired.shape[1] != condition.picture_channels:
             raise UserError(
-                f"the second pictures have {self.paired.shape[1]} channels, those of training had "
+                f"the second pictures have {self.paired.shape[1]} channels, but those of training had "
                 f"{condition.picture_channels}. Expected the same"
             )
         self.mean_count = min(len(self.true), MEAN_INPUTS, count)
@@ -82,7 +84,7 @@ class Restoration:
             raise UserError("no images are held out to make inputs from. Name some with --held_out_split")
 
     def numbers(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Return the number of each sample's input."""
+        """Return the index of each sample's input."""
         further = np.maximum(sample_ids - self.count, 0) % self.mean_count
         return np.where(sample_ids < self.count, sample_ids % len(self.true), further)
 
@@ -112,7 +114,7 @@ class Restoration:
         """
         single, position, energies = [], 0, np.zeros(2)
         shape = (2, self.mean_count * means, *self.true.shape[1:])
-        sums = np.zeros(shape, np.float32)  # it holds the sums of eight squares of 8 bits exactly
+        sums = np.zeros(shape, np.float32)  # float32 holds the sums of eight squares of 8 bits exactly
         for block in blocks:
             ids = position + np.arange(len(block))
             if self.condition.kind == "inpaint":
@@ -126,7 +128,7 @@ class Restoration:
                     sums[:, k] += image, np.square(image, dtype=np.float32)
             if len(head):
                 yield head
-        if not single:  # another process than the main one
+        if not single:  # only the main process has samples
             return
         scores |= _mean(single) | {"detail": float(energies[0] / max(energies[1], 1e-9))}
         if means:
@@ -138,7 +140,7 @@ class Restoration:
 
 
 def _blocks(reference, split: str, preparation, count: int, columns: dict) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield held-out images and, behind their channels, those of their pictures: uint8 (B, C + K, H, W), indices."""
+    """Yield held-out images with the channels of their pictures appended, uint8 (B, C + K, H, W), and their indices."""
     if not columns:
         yield from (block[:2] for block in reference.blocks(preparation, count, split))
         return
@@ -154,12 +156,12 @@ def _fine_energy(images: np.ndarray) -> float:
     """Return the energy of images (B, C, H, W) at more than half of the highest frequency, summed over all."""
     spectrum = np.fft.fft2(images.astype(np.float32) / 255, norm="ortho")
     frequencies = [np.abs(np.fft.fftfreq(side)) for side in images.shape[2:]]
-    fine = np.maximum(frequencies[0][:, None], frequencies[1]) > 0.25  # of at most 0.5 periods per pixel
+    fine = np.maximum(frequencies[0][:, None], frequencies[1]) > 0.25  # the highest frequency is 0.5 periods per pixel
     return float((np.abs(spectrum) ** 2)[..., fine].sum())
 
 
 def _similarity(image: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Return PSNR, and SSIM as Wang et al. 2004, of two images, uint8 (C, H, W)."""
+    """Return PSNR, and SSIM as in Wang et al. 2004, of two images, uint8 (C, H, W)."""
     same = np.array_equal(image, true)  # the PSNR would be infinite, and with it every mean
     psnr = 100.0 if same else peak_signal_noise_ratio(true, image, data_range=255)
     if min(image.shape[1:]) < MIN_SIDE:

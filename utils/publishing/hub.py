@@ -41,7 +41,7 @@ ALLOWED = (  # code is allowed only if these scripts have written it
     "scheduler/linear_mix.py", "adapter/*.json", "adapter/*.safetensors",
 )  # fmt: skip
 PICTURES = ("samples.png", "curves.png", "walk.png", "before_after.png", "guided.png", "samples/*.png")
-# With these, a model that draws from pictures shows its inputs and true images
+# These files of a model that draws from pictures show its inputs and true images
 SHOWN_IMAGES = {"samples.png", "samples/*.png", "condition.png"}
 
 
@@ -219,7 +219,7 @@ class Hub:
 
 
 def _is_public(data: str) -> bool:
-    """Return whether anyone may see the images of a data set: one of these scripts, or a public one of the Hub."""
+    """Return whether a data set is public: one that these scripts know by name, or a public one of the Hub."""
     if data in DATA_TITLES:
         return True
     try:
