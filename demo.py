@@ -219,7 +219,7 @@ def main(args):
             example = Path(hf_hub_download(args.model, "condition.png"))
         except (OSError, ValueError) as error:  # a network error, or a repository without it
             print(f"There is no example of an input: {error}")
-    # It may be one of the user's own images, except on the Hub
+    # The example may be one of the user's own images, except on the Hub
     hidden = is_public and Path(args.model).exists()
     example = example if condition and example.is_file() and not hidden else None
 

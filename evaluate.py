@@ -137,7 +137,7 @@ def main(args):
             plan.classes, plan.condition = check_classes(unet.config, reference), Condition.of_model(unet.config)
             if plan.condition and space.fingerprint:
                 raise UserError(
-                    f"{model} draws latents from a condition. Expected a model in pixels. sample.py draws it"
+                    f"{model} draws latents from a condition. Expected a model in pixels. Draw from this one with sample.py"
                 )
             if plan.condition:
                 plan.columns = partner_columns(args, plan)
@@ -233,7 +233,7 @@ def main(args):
             say(f"{model} has no denoising loss, because it is a few-step model")
         elif args.validation_loss and plan.condition and plan.condition.kind == PAIRED:
             say(
-                f"{model} has no denoising loss here, because its inputs are pictures. See --validation_split in training"
+                f"{model} has no denoising loss here, because its inputs are second pictures. See --validation_split in training"
             )
         elif args.validation_loss:
             splits = {"--reference_split": args.reference_split, "--held_out_split": reference.held_out_split}
@@ -318,7 +318,7 @@ def main(args):
 
 
 def partner_columns(args, plan):
-    """Return the column of second pictures that the flags name, or else those of the model's run."""
+    """Return the column of second pictures that the flags name, or else that of the model's run."""
     from dataclasses import replace
     from types import SimpleNamespace
 

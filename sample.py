@@ -52,7 +52,7 @@ def parse_args(argv=None):
         parser.set_defaults(num_samples=8)  # with more images, neighbours look nearly equal
     args = parser.parse(argv)
     if given and args.init_image:
-        parser.error("--init_image and --condition_image are for different models. Leave one out")
+        parser.error("--init_image excludes --condition_image and --true_image, which are for other models. Leave one out")
     if args.mask and not (args.init_image or args.condition_image):
         parser.error("--mask needs --init_image or --condition_image. Give the picture with the hole")
     ignored = args.gif or args.interpolate or args.sampler or args.strength != parser.get_default("strength")
@@ -131,7 +131,8 @@ def main(args):
         if (number := windows.count(shape[1:])) > 1:
             accelerator.print(f"An image of {shape[2]} x {shape[1]} pixels is drawn in {number} windows at each step")
         if args.num_samples < len(given.names):
-            accelerator.print(f"--num_samples {args.num_samples}: only the first of {len(given.names)} inputs are used")
+            count, total = args.num_samples, len(given.names)
+            accelerator.print(f"--num_samples {count}: only the first {count} of {total} inputs are used")
     elif args.condition_image or args.true_image:
         raise UserError(
             f"--condition_image, --true_image: {args.model} takes no condition. Expected a model of train_paired.py. "
@@ -159,7 +160,10 @@ def main(args):
         options["init_images"] = space.encode(picture.to(accelerator.device))
     if args.init_image and args.mask:
         if isinstance(space, Latents) or guidance:
-            raise UserError("--mask: holes are filled in pixels, and without guidance by colours or prompts")
+            raise UserError(
+                "--mask with --init_image: expected a model in pixels, without --guidance_color and --guidance_prompt. "
+                "Leave one of these flags out"
+            )
         check_inpainting(own, args.model)
         hole = load_hole(args.mask, args.init_image, shape[1:], args.model)
         draw = partial(

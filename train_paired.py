@@ -2,8 +2,8 @@
 
     accelerate launch --quiet --config_file accelerate_config.yaml train_paired.py --dataset_name digits
 
-This command learns to enlarge digits four times, in a few minutes on 2 CPU cores. The output folder loads with diffusers
-alone:
+This command trains a model that enlarges digits by a factor of four, in a few minutes on 2 CPU cores. The output folder
+loads with diffusers alone:
 
     LDMSuperResolutionPipeline.from_pretrained("outputs/paired")(condition, num_inference_steps=25)
 
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     one.add_argument("--condition", metavar="KIND", type=condition_kind, help="condition made from each image: lowres:FACTOR (smaller), gray, inpaint (with a hole) or outline (default: lowres:4)")
     one.add_argument("--condition_dir", metavar="DIR", help="folder of second pictures with the names of the images of --train_data_dir")
     one.add_argument("--condition_column", metavar="NAME", help="column with second pictures")
-    group.add_argument("--condition_dropout_prob", type=real(0, 1), default=0.0, help="share of samples that are trained without their condition, for --guidance_scale")
+    group.add_argument("--condition_dropout_prob", type=real(0, 1), default=0.0, help="share of training samples that get the null condition, for --guidance_scale")
     group.add_argument("--guidance_scale", type=real(0), default=1.0, help="guidance strength when samples are drawn. 1: none. Other values need --condition_dropout_prob in training, and take twice as long")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/paired", num_inference_steps=25)

@@ -259,7 +259,9 @@ def test_training_starts_from_a_flow_or_a_model_of_the_same_condition(tmp_path, 
     start = f"--pretrained_model_name_or_path={finished}"
     assert train(tmp_path / "more", start, *flags, "--condition=lowres:2", script=train_paired) == 0
     assert equal_weights(finished / WEIGHTS, tmp_path / "more" / WEIGHTS)
-    with pytest.raises(UserError, match="takes 2 channels with its condition, these images and their condition have 3"):
+    with pytest.raises(
+        UserError, match="takes 2 channels with its condition, but these images and their condition have 3"
+    ):
         train(tmp_path / "other", start, *flags, "--condition=inpaint", script=train_paired)
     with pytest.raises(UserError, match=r"also has vqvae \(AutoencoderKL\)"):
         train(tmp_path / "flow2", start, *flags, script=train_flow)
@@ -280,7 +282,7 @@ def test_conditions_that_do_not_fit_are_refused(tmp_path, capsys):
     colour_folder(tmp_path / "images")
     colour_folder(tmp_path / "pairs")
     flags = [f"--train_data_dir={tmp_path / 'images'}", f"--condition_dir={tmp_path / 'pairs'}", "--image_mode=L"]
-    with pytest.raises(UserError, match="the condition has 3 channels, the images have 1"):
+    with pytest.raises(UserError, match="the condition has 3 channels, but the images have 1"):
         run(tmp_path / "mode", *flags)
     with pytest.raises(UserError, match="--condition_dir nowhere: there is no such folder"):
         run(tmp_path / "none", f"--train_data_dir={tmp_path / 'images'}", "--condition_dir=nowhere")

@@ -2,8 +2,8 @@
 
 A condition is made from each training image, or it is a second picture of each image (``paired``):
 
-    lowres:4   the image with a quarter of its sides     gray      its brightness
-    inpaint    the image without a box                   outline   its edges
+    lowres:4   the image at a quarter of its width and height     gray      its brightness
+    inpaint    the image without a box                            outline   its edges
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ class Condition:
         kind: ``lowres:FACTOR``, ``gray``, ``inpaint``, ``outline`` or ``paired``.
         image_channels: number of channels of the images, C.
         seed: seed of the boxes of ``inpaint``.
-        may_be_left_out: whether it is left out at random in training, so that guidance is possible.
+        may_be_left_out: whether the condition is left out at random in training, so that guidance is possible.
         picture_channels: number of channels of a second picture: C, or 1 for grey ones.
         value_range: values of second pictures that became -1 and 1, if they had more than 8 bits.
 
@@ -63,7 +63,7 @@ class Condition:
 
     @classmethod
     def from_args(cls, args, train_data) -> "Condition":
-        """Return the condition of a training: that of the flags, or the images' column ``condition``.
+        """Return the condition of a training run: that of the flags, or the images' column ``condition``.
 
         Raises:
             UserError: both are given, the sizes or channels do not fit, the column holds no images, or there is
@@ -84,7 +84,8 @@ class Condition:
             if found not in (1, channels):
                 advice = ". --image_mode RGB converts the images" * (found == 3)
                 raise UserError(
-                    f"the condition has {found} channels, the images have {channels}. Expected 1 or {channels}{advice}"
+                    f"the condition has {found} channels, but the images have {channels}. Expected the same "
+                    f"number, or 1{advice}"
                 )
             ranges = train_data.layout.ranges.get(COLUMN)
             return cls(PAIRED, channels, args.seed, args.condition_dropout_prob > 0, found, ranges)
@@ -116,7 +117,7 @@ class Condition:
                 on ``sample_ids``, or without them on the position in the batch.
 
         Returns:
-            float32 (B, K, h, w) in [-1, 1], with the values of 8 bits. K is 1 for ``gray`` and ``outline``. For
+            float32 (B, K, h, w) in [-1, 1], rounded to 8 bits. K is 1 for ``gray`` and ``outline``. For
             ``inpaint`` K is C + 1: in the box, colours are 0 and the last channel is 1.
         """
         images = batch["images"]
@@ -145,7 +146,7 @@ class Condition:
         return {"condition": self.input_of(self.pictures(batch))}
 
     def show(self, pictures: torch.Tensor) -> np.ndarray:
-        """Return pictures (B, K, h, w) as large as images, with visible pixels: uint8 (B, C, H, W)."""
+        """Return pictures (B, K, h, w) enlarged to the size of images without smoothing: uint8 (B, C, H, W)."""
         shown = to_uint8(pictures[:, : self.image_channels])
         shown = shown.repeat(self.factor, axis=2).repeat(self.factor, axis=3)
         return np.repeat(shown, self.image_channels // shown.shape[1], axis=1)
@@ -248,12 +249,12 @@ def arrange(inputs: np.ndarray, samples: np.ndarray, true: torch.Tensor | None) 
 
 
 def _eight_bits(images: torch.Tensor) -> torch.Tensor:
-    """Round to the values of 8 bits, because a user's picture comes from a file."""
+    """Round images in [-1, 1] to 8 bits, because a user's picture comes from a file."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 def _outline(grey: torch.Tensor) -> torch.Tensor:
-    """Return white lines, 1 on -1, where the Sobel filter finds more than the mean slope plus its deviation."""
+    """Return white lines, 1 on -1, where the Sobel gradient exceeds its mean by more than one standard deviation."""
     across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=grey.device)
     both = torch.stack([across, across.T])[:, None]
     slope = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), both).square().sum(dim=1, keepdim=True).sqrt()
@@ -262,7 +263,7 @@ def _outline(grey: torch.Tensor) -> torch.Tensor:
 
 
 def _boxes(seed: int, sample_ids: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """Return a box for each image, with a quarter to three quarters of its sides: float32 (B, 1, H, W), 1 inside."""
+    """Return a box for each image, each side 1/4 to 3/4 of the image's: float32 (B, 1, H, W), 1 inside."""
     inside = []
     for axis, side in zip(("vertical", "horizontal"), size, strict=True):
         length = np.rint(side * (0.25 + 0.5 * uniform(seed, f"{axis} length of the box", sample_ids)))

@@ -7,7 +7,8 @@ autoencoder the latents are the image.
 import torch
 from diffusers import AutoencoderKL
 
-# B below. The error of the variance falls with it, and that of rounding grows. Both stay below 2e-5, at every size
+# B below. A larger B reduces the error of the variance, but increases that of rounding. With this one, both stay below
+# 2e-5 at every size
 CONSTANT = 512.0
 
 

@@ -43,8 +43,8 @@ def inpaint_batch(
     """Draw images that are ``known`` outside of a hole.
 
     A step from timestep t to s is ancestral (Ho et al. 2020, Alg. 2) in the hole. Elsewhere, the known image gets the
-    noise of s (Eq. 8). Then noise leads from s back to t, and the step is repeated, ``RESAMPLINGS`` times in all
-    (Alg. 1). With x_t = signal_t x_0 + noise_t e, this holds for any schedule, also for straight paths:
+    noise of s (Eq. 8). Then noise is added to return from s to t, and the step is repeated, ``RESAMPLINGS`` times in
+    all (Alg. 1). For any schedule x_t = signal_t x_0 + noise_t e, including straight paths, the following holds:
 
         variance of the step  =  noise_s^2 (1 - (signal_t noise_s / (signal_s noise_t))^2)
 
@@ -53,7 +53,7 @@ def inpaint_batch(
         scheduler: scheduler of diffusers with the noise and the prediction type of the model.
         sample_ids: numbers of the images, (B,). They determine all noise.
         known: image (1, C, H, W) in [-1, 1].
-        hole: bool (1, 1, H, W), True where to draw.
+        hole: bool (1, 1, H, W), True inside.
         num_inference_steps, seed, device, stop, model_inputs: see ``sampling.sample_batch``.
 
     Returns:

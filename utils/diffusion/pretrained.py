@@ -79,15 +79,15 @@ def add_input_channels(unet: UNet2DModel, in_channels: int) -> UNet2DModel:
     """Return a trained UNet that takes further channels, for a condition. At first they do not change its output.
 
     Raises:
-        UserError: the UNet takes other further channels already.
+        UserError: the UNet already takes another number of further channels.
     """
     first, taken = unet.conv_in, unet.config.in_channels
     if taken == in_channels:
         return unet
     if taken != unet.config.out_channels:
         raise UserError(
-            f"the pretrained model takes {taken} channels with its condition, these images and their condition have "
-            f"{in_channels}. Expected the same kind of condition, or a model without one"
+            f"the pretrained model takes {taken} channels with its condition, but these images and their condition "
+            f"have {in_channels}. Expected the same kind of condition, or a model without one"
         )
     unet.conv_in = torch.nn.Conv2d(in_channels, first.out_channels, first.kernel_size, padding=first.padding)
     torch.nn.init.zeros_(unet.conv_in.weight)

@@ -5,9 +5,9 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 
 class Windows:
-    """A model with a condition that takes images of any size from that of training up, called like the model itself.
+    """A model with a condition, for images of the training size or larger, called like the model itself.
 
-    At every sampling step the model sees windows of the size that it was trained on. They overlap by at least a half,
+    At every sampling step the model sees windows of the size that it was trained on. They overlap by at least half,
     and their outputs are averaged with weights that fall towards the edges (MultiDiffusion, arXiv:2302.08113). All
     windows share one noisy image, so that their contents agree.
 
