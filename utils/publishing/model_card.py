@@ -285,7 +285,7 @@ def _describe_classes(classes) -> str:
 def _describe_condition(kind: str | None) -> str:
     """Return a sentence about the condition of a model of train_paired.py."""
     if str(kind).startswith("lowres:"):
-        return f" It enlarges images {kind.partition(':')[2]} times."
+        return f" It enlarges images by a factor of {kind.partition(':')[2]}."
     return f" {CONDITIONS[kind]}" if kind else ""
 
 
