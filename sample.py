@@ -36,7 +36,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("pictures")
     group.add_argument("--init_image", metavar="FILE", help="picture to start from, with noise added, or with a hole by --mask")
     group.add_argument("--strength", type=real(0.01, 1), default=0.5, help="amount of noise added to --init_image. 1: the noise replaces the picture")
-    group.add_argument("--mask", metavar="FILE", help="picture that is white in the hole to fill, for --init_image with any model, or for --condition_image with a model of --condition inpaint")
+    group.add_argument("--mask", metavar="FILE", help="picture that is white in the hole to fill, for --init_image with most models, or for --condition_image with a model trained with --condition inpaint")
     group.add_argument("--condition_image", metavar="FILE|DIR", help="inputs of a model of train_paired.py, of any size: small pictures, grey ones, outlines, or pictures with a transparent hole (default of --num_samples: 4 for each)")
     group.add_argument("--true_image", metavar="FILE|DIR", help="true images, to compare samples with. Without --condition_image, the inputs are made from them, as in training")
 
