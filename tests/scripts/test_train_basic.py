@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import equal_weights, events, scalars, train
+from conftest import equal_weights, events, scalars, slow, train
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -64,7 +64,7 @@ def test_the_card_says_how_to_load_it_and_that_code_runs(finished):
     assert str(finished) not in card
 
 
-@SCRIPTS
+@pytest.mark.parametrize("script", [train_basic, slow(train_unet2d)], ids=["basic", "unet2d"])
 def test_the_loss_falls_and_a_finished_run_is_left_alone(tmp_path, script, capsys):
     flags = ["--report_to=tensorboard", "--max_train_steps=60", "--logging_steps=10", "--checkpointing_steps=100"]
     train(tmp_path / "run", *flags, script=script)

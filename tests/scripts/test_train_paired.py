@@ -122,7 +122,8 @@ def test_the_loss_is_that_of_the_velocity_with_a_condition(tmp_path, monkeypatch
     seen.clear()
     train(tmp_path / "flow", "--unet=tiny", *flags, script=train_flow)
     without = [loss for *_, loss in seen]
-    assert np.mean(losses[-20:]) < 0.9 * np.mean(without[-20:]) < 0.6  # the condition helps
+    assert np.mean(losses[-20:]) < 0.75 * np.mean(without[-20:])  # the condition helps
+    assert np.mean(without[-20:]) < 0.6 * np.mean(without[:5])
 
 
 @pytest.mark.parametrize("kind", ["lowres:4", "gray", "inpaint", "outline"])

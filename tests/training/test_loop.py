@@ -133,8 +133,9 @@ setattr(owner, name, dies)
 """
 
 
-@pytest.mark.parametrize("number", ["SIGKILL", slow("SIGTERM")])
-@pytest.mark.parametrize("place, step", [("evaluation", 6), slow("validation", 2), slow("samples", 4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("place, step", [("evaluation", 6), ("validation", 2), ("samples", 4)])
 def test_a_real_kill_and_a_polite_one_lose_nothing_that_is_due(tmp_path, place, step, number):
     flags = tiny(*EVERYTHING, *VALIDATION, "--unet=tiny", "--train_batch_size=2")
     owner = {"validation": "while_training.Validation, 'measure'", "samples": "Run, '_save_samples'"}
