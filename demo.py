@@ -13,7 +13,7 @@ from utils.exits import run_script
 MAX_SIDE = 512  # pixels of an image that is drawn from a picture
 INPUTS = {
     "gray": "a grey picture", "outline": "white lines on black", "paired": "a picture",
-    "inpaint": "a picture, with the hole painted white",
+    "inpaint": "a picture, with a transparent hole or a hole painted white",
 }  # fmt: skip
 
 
@@ -134,10 +134,10 @@ def main(args):
             limit = MAX_SIDE // condition.factor
             raise UserError(f"{given.width} x {given.height} pixels are too many. Expected {limit} at most")
         if condition.kind == "inpaint":
-            known = Image.new("L", given.size, 255)
+            given = given.convert("RGBA")
+            known = given.getchannel("A")
             for layer in layers:
                 known.paste(0, mask=layer.getchannel("A").point(lambda value: 255 if value else 0))
-            given = given.convert("RGBA")
             given.putalpha(known)
         return condition.input_of(condition.picture_from(given))
 
@@ -230,11 +230,8 @@ def main(args):
         if condition.kind != "inpaint":
             return gr.Image(example_image, type="pil", label=label, elem_id="given", height=240)
         white = gr.Brush(colors=["#ffffff"], color_mode="fixed", default_size=max(2, shape[1] // 6))
-        value = None
-        if example:
-            hole = example_image.getchannel("A").point(lambda alpha: 0 if alpha else 255)
-            layer = Image.merge("RGBA", [*[hole] * 3, hole])
-            value = dict(background=example_image.convert("RGB"), layers=[layer], composite=None)
+        # Its hole is transparent. The editor would drop a first layer as soon as the user paints
+        value = example and dict(background=example_image.convert("RGBA"), layers=[], composite=None)
         return gr.ImageEditor(value, type="pil", label=label, brush=white, elem_id="given", height=320)
 
     # The page; on a phone the second column is below the first
