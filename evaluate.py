@@ -270,8 +270,11 @@ def main(args):
             guided = asked or (restoration and plan.condition.may_be_left_out)
             for scale in args.guidance_scale if guided else [1.0 if restoration else None]:
                 sampler = choose_sampler(own, name, steps)
-                drawn_by = unet if scale is None else GuidedModel(unet, scale) if asked else None
-                drawn_by = drawn_by or GuidedByCondition(unet, plan.condition, scale)
+                drawn_by = unet
+                if asked:
+                    drawn_by = GuidedModel(unet, scale)
+                elif restoration:
+                    drawn_by = GuidedByCondition(unet, plan.condition, scale)
                 title = [plan.name, *([name, str(steps)] if name else []), *([f"guidance {scale:g}"] if guided else [])]
                 facts = dict(sampler=type(sampler).__name__, steps=steps, ema=ema, weights=weights)
                 if guided:

@@ -42,6 +42,12 @@ def size_of(resolution) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
+def nearest_resolution(size: tuple[int, int], factor: int) -> str:
+    """Return the value of ``--resolution`` with multiples of ``factor`` that is nearest to (H, W)."""
+    height, width = (max(factor, round(side / factor) * factor) for side in size)
+    return str(height) if height == width else f"{height}x{width}"
+
+
 def resolution(text: str) -> int | str:
     """Parse a side in pixels, or HEIGHTxWIDTH."""
     sides = text.lower().split("x")

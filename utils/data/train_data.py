@@ -271,10 +271,11 @@ class TrainData:
 
     def examples_to_show(self, count: int) -> dict[str, torch.Tensor]:
         """Return held-out images if ``--validation_split`` names some, or else training images, see ``examples``."""
-        return self.examples(count, self._held_out)
+        return self.examples(count, self.held_out)
 
     @cached_property
-    def _held_out(self) -> Images | None:
+    def held_out(self) -> Images | None:
+        """Return the images that ``--validation_split`` names, or None without it."""
         split = vars(self.args).get("validation_split")
         return self.images.held_out(split, "--validation_split") if split else None
 

@@ -15,6 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from .. import UserError
+from ..args import nearest_resolution
 from ..pictures import from_uint8, to_uint8
 from ..randomness import uniform
 
@@ -94,10 +95,9 @@ class Condition:
             raise UserError("--condition gray: the images are grey already. Expected images with colour")
         factor = condition.factor
         if height % factor or width % factor:
-            near = [max(factor, round(side / factor) * factor) for side in (height, width)]
             raise UserError(
                 f"--condition {condition.kind}: {height} x {width} pixels are not multiples of {factor}. Try "
-                f"--resolution {near[0] if near[0] == near[1] else '{}x{}'.format(*near)}"
+                f"--resolution {nearest_resolution((height, width), factor)}"
             )
         return condition
 

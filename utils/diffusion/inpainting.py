@@ -9,6 +9,7 @@ from diffusers import SchedulerMixin
 from .. import UserError, randomness
 from ..signals import Interrupted, progress
 from .few_steps import is_few_step
+from .flow import shifted
 from .linear_mix import LinearMixScheduler
 from .pretrained import check_noise
 from .sampling import evaluating, starting_noise
@@ -98,10 +99,9 @@ def inpaint_batch(
 
 
 def _timesteps(scheduler: SchedulerMixin, count: int) -> torch.Tensor:
-    """Return timesteps from the noisiest on, evenly spaced, or shifted on straight paths as in ``flow.shifted``."""
+    """Return timesteps from the noisiest on, evenly spaced, or shifted on straight paths."""
     total = scheduler.config.num_train_timesteps
     fractions = torch.arange(count, 0, -1) / count
     if scheduler.config.get("use_flow_sigmas"):
-        shift = scheduler.config.flow_shift
-        return shift * fractions / (1 + (shift - 1) * fractions) * total
+        return shifted(fractions, scheduler.config.flow_shift) * total
     return (fractions * total).round().long() - 1

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMPipeline, LCMScheduler, SchedulerMixin, UNet2DModel
 
 from .. import UserError, counted
-from ..args import size_of
+from ..args import nearest_resolution, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -307,10 +307,9 @@ def check_fit(
             halvings = len(config["block_out_channels"]) - 1
             factor, does = 2**halvings, f"halves them {halvings} times"
     if height % factor or width % factor:
-        near = [max(factor, round(side / factor) * factor) for side in (height, width)]
         raise UserError(
             f"images of {height} x {width} pixels: this model {does}, so it needs multiples of {factor}. "
-            f"Try --resolution {near[0] if near[0] == near[1] else '{}x{}'.format(*near)}"
+            f"Try --resolution {nearest_resolution((height, width), factor)}"
         )
 
 

@@ -134,29 +134,33 @@ class Reference:
         """Return the images of a split."""
         return self._sources[split]
 
-    def prepared(self, split: str, preparation: Preparation, mirrored: bool = False) -> PreparedImages:
+    def prepared(
+        self, split: str, preparation: Preparation, mirrored: bool = False, columns: dict[str, Column] | None = None
+    ) -> PreparedImages:  # fmt: skip
         """Return a split's images, prepared.
 
         Args:
             split: name of the split.
             preparation: preparation of the images.
             mirrored: True to mirror images even if it is unknown whether training mirrored them.
+            columns: further columns of the split. Their channels follow those of the images.
         """
         flip = bool(preparation.random_flip) or (mirrored and preparation.random_flip is None)
+        images, layout = self._sources[split], None
+        if columns:
+            flag = "--held_out_split" if split == self.held_out_split else "--reference_split"
+            images = self._open(split, flag, columns=columns)
+            layout = Layout(columns, [*images.iter_probe_rows()])
         return PreparedImages(
-            self._sources[split], MODES[preparation.shape[0]], preparation.shape[1:], preparation.center_crop, flip,
-            self.args.seed, image_range=preparation.image_range,
+            images, MODES[preparation.shape[0]], preparation.shape[1:], preparation.center_crop, flip,
+            self.args.seed, image_range=preparation.image_range, layout=layout,
         )  # fmt: skip
 
-    def blocks(self, preparation: Preparation, count: int, split: str | None = None) -> Iterator[tuple]:
+    def blocks(
+        self, preparation: Preparation, count: int, split: str | None = None, columns: dict[str, Column] | None = None
+    ) -> Iterator[tuple]:  # fmt: skip
         """Yield images of a split (default: the reference split), shuffled and prepared as in training."""
-        return self.prepared(split or self.args.reference_split, preparation).shown(count)
-
-    def with_columns(self, split: str, columns: dict[str, Column]) -> tuple[NamedImages, Layout]:
-        """Return the images of a split with further columns, and the layout of these."""
-        flag = "--held_out_split" if split == self.held_out_split else "--reference_split"
-        images = self._open(split, flag, columns=columns)
-        return images, Layout(columns, [*images.iter_probe_rows()])
+        return self.prepared(split or self.args.reference_split, preparation, columns=columns).shown(count)
 
     def features(self, extract, preparation: Preparation, count: int) -> np.ndarray:
         """Return features of ``count`` images of the reference, or of all if there are fewer: float32 (N, D)."""

@@ -10,8 +10,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from .. import UserError
 from ..data.columns import Column
-from ..data.images import PreparedImages
-from ..data.pixels import MODES
 from ..diffusion.conditions import COLUMN, PAIRED, Condition
 from ..pictures import from_uint8, to_uint8
 from .reference import Preparation, Reference
@@ -52,11 +50,14 @@ class Restoration:
         self.condition, self.count = condition, count
         self.check(reference, condition, columns)
         split, blocks, size = reference.held_out_split, [], 0
-        for stacked, indices in _blocks(reference, split, preparation, count, columns):
+        found = reference.blocks(preparation, count, split, columns)
+        for stacked, indices, _ in found:
             blocks.append((stacked, indices))
             if (size := size + stacked.nbytes) > MAX_BYTES:
-                found = sum(len(block[1]) for block in blocks)
-                logger.warning(f"Only the first {found} held-out images are used, to limit their memory to about 2 GiB")
+                number = sum(len(block[1]) for block in blocks)
+                logger.warning(
+                    f"Only the first {number} held-out images are used, to limit their memory to about 2 GiB"
+                )
                 break
         stacked, self.indices = (np.concatenate(part) for part in zip(*blocks, strict=True))
         self.true, self.paired = np.split(stacked, [preparation.shape[0]], axis=1)
@@ -120,10 +121,11 @@ class Restoration:
             if self.condition.kind == "inpaint":
                 block = self.condition.keep_known(block, self.model_inputs(ids)["condition"])
             position += len(block)
-            head = block[ids < self.count]
-            single += [_similarity(image, self.true[k]) for image, k in zip(head, self.numbers(ids), strict=False)]
-            energies += [_fine_energy(head), _fine_energy(self.true[self.numbers(ids[: len(head)])])]
-            for image, k, number in zip(block, self.numbers(ids), ids, strict=True):
+            numbers, head = self.numbers(ids), block[ids < self.count]
+            true = self.true[numbers[: len(head)]]
+            single += list(map(_similarity, head, true))
+            energies += [_fine_energy(head), _fine_energy(true)]
+            for image, k, number in zip(block, numbers, ids, strict=True):
                 if means and (number >= self.count or number < self.mean_count):
                     sums[:, k] += image, np.square(image, dtype=np.float32)
             if len(head):
@@ -137,19 +139,6 @@ class Restoration:
             average = np.rint(average).astype(np.uint8)
             found = _mean([_similarity(image, true) for image, true in zip(average, self.true, strict=False)])
             scores |= {f"{name}_mean{REPEATS}": value for name, value in found.items()}
-
-
-def _blocks(reference, split: str, preparation, count: int, columns: dict) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield held-out images with the channels of their pictures appended, uint8 (B, C + K, H, W), and their indices."""
-    if not columns:
-        yield from (block[:2] for block in reference.blocks(preparation, count, split))
-        return
-    images, layout = reference.with_columns(split, columns)
-    prepared = PreparedImages(
-        images, MODES[preparation.shape[0]], preparation.shape[1:], preparation.center_crop,
-        bool(preparation.random_flip), reference.args.seed, image_range=preparation.image_range, layout=layout,
-    )  # fmt: skip
-    yield from (block[:2] for block in prepared.shown(count))
 
 
 def _fine_energy(images: np.ndarray) -> float:

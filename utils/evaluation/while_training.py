@@ -52,8 +52,7 @@ class Validation:
         self.run, data = run, run.train_data
         batches, self.losses = {"train": data.examples(NUM_VALIDATION_IMAGES)}, {}
         if split:
-            held_out = data.images.held_out(split, "--validation_split")
-            batches["held_out"] = data.examples(NUM_VALIDATION_IMAGES, held_out)
+            batches["held_out"] = data.examples(NUM_VALIDATION_IMAGES, data.held_out)
         if prior:
             others = data.images.another(prior, "--prior_dataset_name")
             batches["prior"] = data.examples(NUM_VALIDATION_IMAGES, others)

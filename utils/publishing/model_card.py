@@ -335,8 +335,7 @@ def _snippet_with_condition(folder: Path, name: str, steps: int, final: bool, re
     """Return code that draws from a picture; nothing if the code of a finished model fails."""
     (channels, height, width), kind = record["image_shape"], record["condition"]
     fetched = (folder / "condition.png").is_file()
-    local, place = f'"{name}/condition.png"', f'hf_hub_download({name!r}, "condition.png")'
-    source = place if is_hub_id(name) else local
+    source = f'hf_hub_download({name!r}, "condition.png")' if is_hub_id(name) else repr(f"{name}/condition.png")
     first = f"Image.open({source})  # or a picture of yours" if fetched else 'Image.open("your_picture.png")'
     grey, steps_text = channels == 1, f"num_inference_steps={steps}"
     resize = f".resize(({width}, {height}), Image.Resampling.BICUBIC)"
