@@ -77,8 +77,8 @@ def last_lines(folder: Path, num_inference_steps: int, continued: str | None, gi
     lines["pipeline"] = f"{load.call}({labels}num_inference_steps={num_inference_steps})"
     if beside := inputs_beside(folder, given):
         lines["pipeline"] = f"{load.call}.unet also needs {beside}. No pipeline of diffusers passes it to the model"
-    if load.takes_condition:
-        script = os.path.join(os.path.dirname(os.path.relpath(sys.argv[0])), "sample.py")
+    script = os.path.join(os.path.dirname(os.path.relpath(sys.argv[0])), "sample.py")
+    if load.takes_condition and os.path.isfile(script):  # a copied script may be alone
         python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
         lines["draw"] = f"{python} {script} {folder} --condition_image {folder / 'condition.png'}"
     if any(folder.glob("logs/**/events.out.*")):
