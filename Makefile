@@ -32,6 +32,14 @@ paired: .venv/installed  ## train on the embedded digits to enlarge 4 x 4 pixels
 	  --dataset_name digits --dataset_split "train[:1500]" --validation_split "train[1500:]" \
 	  --resolution 16 --max_train_steps 600 --output_dir outputs/paired
 
+latent: .venv/installed  ## train an autoencoder of the embedded digits, and a model with classes in its latents
+	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_autoencoder.py \
+	  --dataset_name digits --dataset_split "train[:1500]" --validation_split "train[1500:]" \
+	  --resolution 32 --max_train_steps 600 --output_dir outputs/autoencoder
+	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_latent.py \
+	  --dataset_name digits --dataset_split "train[:1500]" --validation_split "train[1500:]" \
+	  --resolution 32 --class_conditional --num_samples 80 --max_train_steps 1500 --output_dir outputs/latent
+
 few-steps: .venv/installed outputs/digits/model_index.json  ## distil the model of `make train` to two sampling steps instead of 25
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml distill_few_steps.py \
 	  --pretrained_model_name_or_path outputs/digits --dataset_name digits --resolution 16 \

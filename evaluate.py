@@ -106,6 +106,7 @@ def main(args):
     from utils.hardware import peak_memory
     from utils.pictures import from_uint8
     from utils.privacy import public_data
+    from utils.saved import net_folder
     from utils.training.checkpoints import file_hash
     from utils.training.output_dir import read_arguments
     from utils.training.process import start_process
@@ -224,7 +225,7 @@ def main(args):
             continue
         unet, own, space = load_pipeline(model, args.trust_remote_code)
         ema = plan.record.get("arguments", {}).get("use_ema")
-        files = sorted(Path(model).glob("unet/*.safetensors"))
+        files = sorted(net_folder(Path(model)).glob("*.safetensors"))
         weights, kind = file_hash(*files)[:12] if files else None, settings_of(unet)
         digest = weights or weights_digest(unet)
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
@@ -244,7 +245,8 @@ def main(args):
                 if plan.classes:  # matched by name, because string labels are numbered separately in each split
                     labels, names = reference.labels(split, flag)
                     labels = torch.from_numpy(translate_labels(labels[numbers], names, plan.classes))
-                    inputs["class_labels"] = labels.where(labels >= 0, len(plan.classes))
+                    null_class = accelerator.unwrap_model(unet).config.num_class_embeds - 1
+                    inputs["class_labels"] = labels.where(labels >= 0, null_class)
                 if plan.condition:
                     batch = {"images": images, "sample_ids": numbers[: len(images)]}
                     inputs |= plan.condition.model_inputs(batch)
@@ -388,8 +390,10 @@ def drawing(args, accelerator, model, sampler, space, steps, count, title, depen
 
 def is_folder_of_images(name):
     """Return whether the name is that of a folder without a model."""
+    from utils.saved import is_saved
+
     folder = Path(name)
-    return folder.is_dir() and not any((folder / file).is_file() for file in ("model_index.json", "config.json"))
+    return folder.is_dir() and not is_saved(folder)
 
 
 def settings(args, model, own, say):

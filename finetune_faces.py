@@ -3,8 +3,8 @@
     accelerate launch --quiet --config_file accelerate_config.yaml finetune_faces.py --train_data_dir DIR
 
 This command starts from google/ddpm-celebahq-256. --pretrained_model_name_or_path takes the Hub id or folder of another
-DDPMPipeline, such as the output of train_ddpm.py. `make faces` is an example that needs no network connection. The
-output folder is again a DDPMPipeline:
+DDPMPipeline, or of an LDMPipeline: the output of train_ddpm.py, train_flow.py or train_latent.py. `make faces` is an
+example that needs no network connection. The output folder is a pipeline of the same kind:
 
     DDPMPipeline.from_pretrained("outputs/faces")
 
@@ -12,7 +12,7 @@ Differences from train_ddpm.py: --method selects the weights to train, the model
 --guidance_color and --guidance_prompt steer samples towards a colour or a sentence.
 """
 
-from utils.args import SAMPLERS, Parser, add_common_arguments, integer
+from utils.args import SAMPLERS, SOLVERS, Parser, add_common_arguments, integer
 from utils.diffusion.guidance_args import add_guidance_arguments
 from utils.diffusion.unets import add_speed_arguments
 from utils.exits import run_script, training_script
@@ -24,12 +24,12 @@ LORA_TARGETS = "to_q,to_k,to_v,to_out.0,conv1,conv2"  # layers that get adapters
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     group = parser.group("model")
-    group.add_argument("--pretrained_model_name_or_path", default="google/ddpm-celebahq-256", help="DDPMPipeline to adapt: a Hub id or a folder")
+    group.add_argument("--pretrained_model_name_or_path", default="google/ddpm-celebahq-256", help="DDPMPipeline or LDMPipeline to adapt: a Hub id or a folder")
     group.add_argument("--method", choices=("full", "attention", "norm", "lora"), default="full", help="weights to train: all, attention layers, norms and biases, or low-rank adapters (arXiv:2106.09685), which are merged at the end")
     group.add_argument("--lora_rank", type=integer(1), default=8, help="rank of the adapters' matrices")
     add_speed_arguments(parser)
     group = parser.group("diffusion (noise schedule and target are the pretrained pipeline's)")
-    group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="scheduler that draws samples")
+    group.add_argument("--sampler", choices=sorted({*SAMPLERS, *SOLVERS}), help="scheduler that draws samples (default: ddim, or dpmsolver++ for a model of straight paths)")
     add_guidance_arguments(parser, group)
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/faces", num_inference_steps=40, lr_warmup_steps=100, train_batch_size=8, sample_steps=250, num_samples=16, sample_batch_size=8)
@@ -46,16 +46,17 @@ def main(args):
     import numpy as np
     import torch
     import torch.nn.functional as F
-    from diffusers import DDPMPipeline
+    from diffusers import DDPMPipeline, LDMPipeline
     from diffusers.optimization import get_scheduler
 
     from utils.data.nearest import show_nearest
     from utils.data.train_data import load_train_data
     from utils.diffusion import adapters
     from utils.diffusion.guidance import make_guidance
+    from utils.diffusion.pipelines import choose_sampler, is_flow, saved_scheduler, training_scheduler
     from utils.diffusion.pretrained import check_fit, load_pretrained
     from utils.diffusion.sampling import sample_images
-    from utils.diffusion.schedulers import make_noise_scheduler, make_sampler, pipeline_scheduler
+    from utils.diffusion.spaces import Latents, Pixels
     from utils.diffusion.unets import prepare_unet
     from utils.pictures import make_grid
     from utils.randomness import discretize, sample_noise, uniform
@@ -67,15 +68,19 @@ def main(args):
     accelerator = run.accelerator
 
     # Data
-    pretrained = load_pretrained(args.pretrained_model_name_or_path)
+    pretrained = load_pretrained(args.pretrained_model_name_or_path, flow=None, latent=True)
     # For images in memory, pass own_images=OwnImages(...)
-    train_data = load_train_data(args, accelerator, pretrained.unet.config)
+    train_data = load_train_data(args, accelerator, pretrained.image_config)
     if run.already_finished(train_data):
         return
+    space = Pixels(train_data.image_shape)
+    if pretrained.autoencoder:
+        space = Latents(pretrained.autoencoder.to(accelerator.device), train_data.image_shape)
+        train_data.encode_with(space)
 
     # Model
     unet = pretrained.unet
-    unet.register_to_config(sample_size=train_data.sample_size)
+    unet.register_to_config(sample_size=space.model_shape["sample_size"])
     lora = args.lora_rank, LORA_TARGETS.split(",")
     adapters.log_trainable_counts(unet, args.method, *lora, args.optimizer)
     parameters, base = unet.num_parameters(), adapters.base_weights(unet)
@@ -84,13 +89,16 @@ def main(args):
     ema_model = EMA(unet, args.ema_max_decay, inv_gamma=1.0, power=0.75, enabled=args.use_ema)
 
     # Noise scheduler
-    noise_scheduler = make_noise_scheduler(pretrained, {})
+    noise_scheduler = training_scheduler(pretrained.scheduler, space)
+    flow = is_flow(noise_scheduler)
     num_train_timesteps, prediction_type = (
         noise_scheduler.config[k] for k in ("num_train_timesteps", "prediction_type")
     )
-    check_fit(unet, noise_scheduler, train_data.image_shape, args.num_inference_steps)
-    sampler = make_sampler(args.sampler, noise_scheduler)
-    guidance = make_guidance(args, accelerator.device)
+    check_fit(unet, noise_scheduler, space.shape, args.num_inference_steps, downsampling=space.downsampling)
+    sampler_name = args.sampler or ("dpmsolver++" if flow else "ddim")
+    sampler = choose_sampler(noise_scheduler, sampler_name, args.num_inference_steps)
+    saved = saved_scheduler(sampler_name, noise_scheduler, latent=pretrained.autoencoder is not None)
+    guidance = make_guidance(args, accelerator.device, space=space)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
     learning_rate = choose_learning_rate(args.learning_rate, unet, args.method)
@@ -105,8 +113,8 @@ def main(args):
     # Samples
     def draw(count, num_inference_steps=args.num_inference_steps, guidance=None):
         return sample_images(
-            unet, sampler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
-            args.seed, run.stop_requested, guidance=guidance,
+            unet, sampler, accelerator, count, space.shape, num_inference_steps, args.sample_batch_size, args.seed,
+            run.stop_requested, guidance=guidance, decode=space.decode,
         )  # fmt: skip
 
     base_samples = draw(min(8, args.num_samples))  # samples of the pretrained model, for comparison
@@ -126,25 +134,29 @@ def main(args):
 
     def save_pipeline(folder):
         adapters.save_adapter(unet, folder / "adapter")
-        plain = adapters.merged(unet)
-        DDPMPipeline(plain, pipeline_scheduler(args.sampler, noise_scheduler)).save_pretrained(folder)
+        parts = adapters.merged(unet), saved
+        pipeline = LDMPipeline(pretrained.autoencoder, *parts) if pretrained.autoencoder else DDPMPipeline(*parts)
+        pipeline.save_pretrained(folder)
 
     # Train
     for batch in run.steps(
         model, ema_model, noise_scheduler, draw, sample, save_pipeline,
-        caption=f"{args.sampler}, {args.num_inference_steps} steps, seed {args.seed}",
+        caption=f"{sampler_name}, {args.num_inference_steps} steps, seed {args.seed}",
         method=args.method, base=args.pretrained_model_name_or_path, parameters=parameters,
+        space=space if pretrained.autoencoder else None,
     ):  # fmt: skip
-        clean_images = batch["images"]  # (B, C, H, W) in [-1, 1], float32
+        clean_images = batch["latents" if pretrained.autoencoder else "images"]  # (B, C, H, W), float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
 
         # Noise and timesteps are float32, whatever the precision of the UNet
-        noise = sample_noise(args.seed, "noise", sample_ids, train_data.image_shape, accelerator.device)
+        noise = sample_noise(args.seed, "noise", sample_ids, space.shape, accelerator.device)
         fractions = uniform(args.seed, "timesteps", sample_ids)  # fractions of T, in [0, 1)
         positions = sample_ids % train_data.global_batch_size
         fractions = (positions + fractions) / train_data.global_batch_size  # one from each equal part of [0, 1)
-        timesteps = torch.from_numpy(discretize(fractions, num_train_timesteps))
-        timesteps = timesteps.to(accelerator.device, non_blocking=True)
+        timesteps = fractions * num_train_timesteps if flow else discretize(fractions, num_train_timesteps)
+        timesteps = torch.from_numpy(timesteps).to(
+            accelerator.device, torch.float32 if flow else None, non_blocking=True
+        )
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
         with accelerator.accumulate(model):
@@ -153,6 +165,8 @@ def main(args):
                 target = noise
             elif prediction_type == "sample":
                 target = clean_images
+            elif flow:
+                target = noise - clean_images
             else:
                 target = noise_scheduler.get_velocity(clean_images, noise, timesteps)
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)

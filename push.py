@@ -13,7 +13,7 @@ from utils.publishing import add_hub_arguments
 # fmt: off
 def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("output_dir", metavar="folder", help="output folder of a run, with model_index.json")
+    parser.add_argument("output_dir", metavar="folder", help="output folder of a run")
     parser.add_argument("--evaluation", metavar="FILE", help="results.json of evaluate.py, for the numbers on the card")
     parser.add_argument("--space", metavar="ID", nargs="?", const="", help="push of a Space that runs demo.py, too, by its id (without ID: the model's id)")
     group = parser.add_argument_group("Hub (defaults of --hub_model_id and --hub_private_repo: those of the run)")
@@ -36,12 +36,13 @@ def main(args):
     from utils.publishing.hub import Hub
     from utils.publishing.model_card import write_card
     from utils.publishing.space import Space
+    from utils.saved import INDEX, is_saved
     from utils.training.output_dir import read_arguments
     from utils.training.process import start_process
 
     folder = Path(args.output_dir)
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a folder with a pipeline. Expected the output of a training script")
+    if not is_saved(folder):
+        raise UserError(f"{folder} is not a folder with a model. Expected the output of a training script")
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint. Give the run's folder, {folder.parent}")
     recorded = read_arguments(folder).get("arguments", {})
@@ -61,6 +62,8 @@ def main(args):
     hub.check()
     hub.push()
     if args.space is not None:
+        if not (folder / INDEX).is_file():
+            raise UserError(f"--space: {folder} is an autoencoder, which draws nothing. Leave the flag out")
         space = Space(hub, args.space)
         space.check()
         space.push()

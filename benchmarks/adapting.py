@@ -2,10 +2,12 @@
 
     python benchmarks/adapting.py faces --keep outputs/adapting
     python benchmarks/adapting.py PORTRAITS --resolution 64 --base_steps 4000 --keep outputs/adapting-portraits
+    python benchmarks/adapting.py PORTRAITS --resolution 128 --vae AUTOENCODER --keep outputs/adapting-latents
 
-train_ddpm.py trains a base model on the faces. finetune_faces.py adapts it to pencil drawings of 30 faces. The
-held-out images are drawings of other faces. The prior images are the training images of the base. Training from
-scratch starts from random weights of the same net, with the optimizer and the learning rate of train_ddpm.py.
+train_ddpm.py trains a base model on the faces, or train_latent.py with --vae. finetune_faces.py adapts it to pencil
+drawings of 30 faces. The held-out images are drawings of other faces. The prior images are the training images of the
+base. Training from scratch starts from random weights of the same net, with the optimizer and the learning rate of
+train_ddpm.py.
 --compare rates and --compare pictures make the tables by learning rate and by number of pictures.
 """
 
@@ -39,6 +41,7 @@ def main():
         help="number of images for the base model: the first ones of the data set",
     )
     parser.add_argument("--base_steps", type=int, default=800)
+    parser.add_argument("--vae", help="autoencoder, for a base model of its latents")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
@@ -100,21 +103,24 @@ def write_drawings(options):
 
 def train_base(options):
     """Train the base, and write a copy with random weights. Its net has attention, so that each method has weights."""
-    from diffusers import DDPMPipeline, UNet2DModel
+    from diffusers import DiffusionPipeline, UNet2DModel
 
     import train_ddpm
+    import train_latent
     from utils.diffusion.unets import UNETS
 
     blocks = dict(down_block_types=["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"], attention_head_dim=32)
     config = {**UNETS["small"], **blocks, "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}
     (options.keep / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config}), encoding="utf-8")
+    small, vae = options.resolution <= 32 or options.vae, [f"--vae={options.vae}"] if options.vae else []
     run(
-        train_ddpm, options.keep / "base", f"--model_config_name_or_path={options.keep / 'config.json'}",
+        train_latent if vae else train_ddpm, options.keep / "base", *vae,
+        f"--model_config_name_or_path={options.keep / 'config.json'}",
         f"--dataset_split=train[:{options.base_images}]", f"--max_train_steps={options.base_steps}",
         f"--dataset_name={options.data}", f"--resolution={options.resolution}", "--random_flip",
-        f"--train_batch_size={16 if options.resolution > 32 else 64}",
+        f"--train_batch_size={64 if small else 16}",
     )  # fmt: skip
-    pipeline = DDPMPipeline.from_pretrained(options.keep / "base")
+    pipeline = DiffusionPipeline.from_pretrained(options.keep / "base")
     pipeline.unet = UNet2DModel.from_config(pipeline.unet.config)
     pipeline.save_pretrained(options.keep / "random")
 
@@ -170,12 +176,12 @@ def nearest(options, folder, pictures, seed):
     accelerator, extract = start_process("bf16"), load_extractor("pixels")
     unet, sampler, space = load_pipeline(str(folder))
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
-    samples = sample_images(unet, sampler, accelerator, 32, space.shape, 20, 32, seed)
+    samples = sample_images(unet, sampler, accelerator, 32, space.shape, 20, 32, seed, decode=space.decode)
 
     def vectors(part):
-        mode = "L" if space.shape[0] == 1 else "RGB"
+        mode = "L" if space.image_shape[0] == 1 else "RGB"
         images = [
-            Image.open(file).convert(mode).resize(space.shape[:0:-1])
+            Image.open(file).convert(mode).resize(space.image_shape[:0:-1])
             for file in sorted((options.keep / part).iterdir())
         ]
         both = [np.array(image)[:, step] for image in images for step in (slice(None), slice(None, None, -1))]

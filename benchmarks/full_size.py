@@ -1,10 +1,12 @@
-"""Measure the time and peak memory of finetune_faces.py at full size, in two optimizer steps with each method.
+"""Measure the time and peak memory of finetune_faces.py and train_latent.py at full size, in two optimizer steps.
 
     python benchmarks/full_size.py
+    python benchmarks/full_size.py --latents
 
 The model has the config of google/ddpm-celebahq-256 (113.7 M weights, 256x256) and random weights, so that nothing is
-downloaded. The runs use batch 1, bf16 and gradient checkpointing. Peak memory is that of the GPU if there is one,
-otherwise that of the process.
+downloaded. The runs use batch 1, bf16 and gradient checkpointing. With --latents, train_latent.py trains --unet base on
+the latents (4 x 32 x 32) of an autoencoder with the config of Stable Diffusion 1 (83.7 M weights), with and without a
+cache. Peak memory is that of the GPU if there is one, otherwise that of the process.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
@@ -32,11 +34,21 @@ FLAGS = [
 ]  # fmt: skip
 
 
+AUTOENCODER = dict(
+    in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, scaling_factor=0.18215,
+)  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_batch_size", type=int, default=1, help="images per step")
     parser.add_argument("--methods", nargs="+", default=["full", "attention", "norm", "lora"])
+    parser.add_argument("--latents", action="store_true", help="measurement of train_latent.py instead")
     options = parser.parse_args()
+    if options.latents:
+        measure_latents(options)
+        return
     print(
         "| Method | Trainable weights | Optimizer, MiB | Peak memory, GiB | Seconds per step |\n|---|---|---|---|---|"
     )
@@ -46,14 +58,33 @@ def main():
             command = [sys.executable, ROOT / "finetune_faces.py", *FLAGS, f"--method={method}"]
             command += [f"--train_batch_size={options.train_batch_size}", f"--output_dir={folder}/{method}"]
             command += [f"--pretrained_model_name_or_path={folder}/base"]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                sys.exit(result.stdout + result.stderr)
-            found = re.search(r"-> .*: ([\d,]+) trainable weights.* keeps ([\d.]+) MiB", result.stderr)
-            events = EventAccumulator(str(Path(folder, method, "logs", method))).Reload()
-            peak = events.Scalars("system/peak_memory_gib")[-1].value
-            seconds = options.train_batch_size / events.Scalars("system/images_per_second")[-1].value
+            said, peak, seconds = run(command, Path(folder, method), options.train_batch_size)
+            found = re.search(r"-> .*: ([\d,]+) trainable weights.* keeps ([\d.]+) MiB", said)
             print(f"| {method} | {found[1]} | {found[2]} | {peak:.1f} | {seconds:.1f} |", flush=True)
+
+
+def measure_latents(options):
+    print("| Latents | Peak memory, GiB | Seconds per step |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        AutoencoderKL(**AUTOENCODER).save_pretrained(f"{folder}/vae")
+        for name, cache in (("cached", folder), ("encoded at each step", "never")):
+            place = Path(folder, name.split()[0])
+            command = [sys.executable, ROOT / "train_latent.py", *FLAGS, "--dataset_split=train[:8]", "--unet=base"]
+            command += [f"--cache_images={cache}", f"--train_batch_size={options.train_batch_size}"]
+            _, peak, seconds = run(
+                [*command, f"--vae={folder}/vae", f"--output_dir={place}"], place, options.train_batch_size
+            )
+            print(f"| {name} | {peak:.1f} | {seconds:.1f} |", flush=True)
+
+
+def run(command: list, folder: Path, batch_size: int) -> tuple[str, float, float]:
+    """Run a script, and return its log, its peak memory in GiB and the seconds of its last step."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(result.stdout + result.stderr)
+    events = EventAccumulator(str(folder / "logs" / folder.name)).Reload()
+    peak = events.Scalars("system/peak_memory_gib")[-1].value
+    return result.stderr, peak, batch_size / events.Scalars("system/images_per_second")[-1].value
 
 
 if __name__ == "__main__":

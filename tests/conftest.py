@@ -21,7 +21,11 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from tensorboard.summary.writer import event_file_writer
 
+import distill_few_steps
+import finetune_faces
+import train_autoencoder
 import train_ddpm
+import train_latent
 from utils.data.cache import Cache
 from utils.signals import STOP_SIGNALS
 from utils.sources import named_images, sources
@@ -42,7 +46,7 @@ _decode, _decoded = Cache._decode, {}
 
 def _decode_once(self, images, show, write):
     """Decode like ``Cache._decode``, but decode the embedded digits of most tests only once for each preparation."""
-    if images.images.name != "digits" or images.images.columns:
+    if images.images.name != "digits" or images.images.columns or type(self) is not Cache:
         return _decode(self, images, show, write)
     how = (images.images.dataset._fingerprint, images.mode, images.size, images.center_crop)
     if how not in _decoded:
@@ -88,6 +92,8 @@ def tiny(*flags, script=train_ddpm):
     flags = [str(flag) for flag in flags]
     other_data = any(flag.startswith("--train_data_dir") for flag in flags)
     base = [flag for flag in TINY if not (other_data and "dataset_name" in flag)]
+    if script is train_autoencoder:  # it has no sampling steps
+        base = [flag for flag in base if "num_inference_steps" not in flag]
     if script is train_ddpm and not any("name_or_path" in flag for flag in flags):
         base.append("--unet=tiny")
     return [*base, *flags]
@@ -150,6 +156,24 @@ def finished_run(tmp_path_factory):
     code = train(folder, "--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2")
     assert code == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_autoencoder(tmp_path_factory):
+    """Return the folder of an autoencoder of digits: 8 x 8 pixels, 4 x 4 x 4 latents. Do not change it."""
+    folder = tmp_path_factory.mktemp("autoencoder") / "run"
+    assert train(folder, "--downsampling=2", "--max_train_steps=30", script=train_autoencoder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def needs(finished_run, finished_autoencoder):
+    """Return a function from a script to the flags that it needs for a tiny run on digits."""
+    flags = {
+        script: [f"--pretrained_model_name_or_path={finished_run}"] for script in (finetune_faces, distill_few_steps)
+    }
+    flags |= {train_autoencoder: ["--downsampling=2"], train_latent: [f"--vae={finished_autoencoder}", "--unet=tiny"]}
+    return lambda script: flags.get(script, [])
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,12 @@ import evaluate
 import finetune_faces
 import push
 import sample
+import train_autoencoder
 import train_basic
 import train_conditional
 import train_ddpm
 import train_flow
+import train_latent
 import train_paired
 import train_unet2d
 from utils.args import Parser
@@ -71,6 +73,8 @@ SCRIPTS = {  # with their required arguments
     train_conditional: [],
     train_flow: [],
     train_paired: [],
+    train_autoencoder: [],
+    train_latent: [],
     finetune_faces: ["--dataset_name=digits"],
     distill_few_steps: ["--pretrained_model_name_or_path=outputs/digits"],
     sample: ["outputs/digits"],
@@ -87,7 +91,9 @@ def test_every_flag_refuses_what_it_cannot_be(capsys, script, monkeypatch):
     """
     actions = []
     original = Parser.parse
-    monkeypatch.setattr(Parser, "parse", lambda self, argv=None: actions.extend(self._actions) or original(self, argv))
+    monkeypatch.setattr(
+        Parser, "parse", lambda self, *rest, **more: actions.extend(self._actions) or original(self, *rest, **more)
+    )
     script.parse_args(SCRIPTS[script])
     flags = {action.option_strings[0]: action for action in actions if action.option_strings}
     del flags["-h"], flags["--config"]
@@ -118,7 +124,7 @@ def flags_of(script):
     class Listed(Exception):
         pass
 
-    def parse(parser, argv=None):
+    def parse(parser, argv=None, **options):
         found.extend(option for action in parser._actions for option in action.option_strings)
         raise Listed
 

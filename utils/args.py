@@ -170,8 +170,12 @@ class Parser(argparse.ArgumentParser):
         """Add the flag ``--name``, optionally followed by true or false, and its opposite ``--no-name``."""
         group.add_argument(name, action=_Switch, default=default, help=help)
 
-    def parse(self, argv: list[str] | None = None):
-        """Parse ``argv`` into read-only arguments. Mistakes exit with code 2."""
+    def parse(self, argv: list[str] | None = None, learning_rate: float = 1e-3):
+        """Parse ``argv`` into read-only arguments. Mistakes exit with code 2.
+
+        Args:
+            learning_rate: default of ``--learning_rate`` from random weights.
+        """
         known, rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False), None
         known.add_argument("--config")
         config, rest = known.parse_known_args(argv)
@@ -180,7 +184,7 @@ class Parser(argparse.ArgumentParser):
         if vars(values).get("optimizer", "") is None:  # resolved, so that the run's record holds a value
             values.optimizer = "adamw" if vars(values).get("pretrained_model_name_or_path") else "muon"
         if vars(values).get("learning_rate", "") is None and not vars(values).get("pretrained_model_name_or_path"):
-            values.learning_rate = 1e-3
+            values.learning_rate = learning_rate
         for name, value in vars(values).items():  # shells do not expand ~ after an = or in a file
             given = value if isinstance(value, list) else [value]
             given = [os.path.expanduser(part) if isinstance(part, str) else part for part in given]
@@ -264,8 +268,12 @@ class Parser(argparse.ArgumentParser):
 
 
 # fmt: off
-def add_common_arguments(parser: Parser) -> None:
-    """Add the flags of data, training, run and samples, and those of the optional folders, with their checks."""
+def add_common_arguments(parser: Parser, draws: bool = True) -> None:
+    """Add the flags of data, training, run and samples, and those of the optional folders, with their checks.
+
+    Args:
+        draws: whether the model draws images in sampling steps. An autoencoder does not.
+    """
     group = parser.group("data")
     group.add_argument("--resolution", metavar="SIDE|HxW", type=resolution, help="side of the training images, or height x width, in pixels (default: the size of the pretrained model, or the images' own size with a shorter side of at most 64)")
     group.add_argument("--image_mode", choices=("auto", "L", "RGB"), default="auto", help="grey (L) or colour (RGB). auto: as the pretrained model expects, or as the images are")
@@ -281,7 +289,7 @@ def add_common_arguments(parser: Parser) -> None:
     group.add_argument("--gradient_accumulation_steps", type=integer(1), default=1, help="micro-steps per optimizer step")
     group.add_argument("--num_train_epochs", type=integer(1), default=40, help="passes over the data")
     group.add_argument("--max_train_steps", type=integer(1), help="number of optimizer steps, which overrides --num_train_epochs")
-    group.add_argument("--learning_rate", type=real(0), help="peak learning rate (default: 1e-3 from random weights, 5e-4 in distill_few_steps.py. With other pretrained weights, it decreases with their number, see utils/training/optimizer.py)")
+    group.add_argument("--learning_rate", type=real(0), help="peak learning rate (default: 1e-3 from random weights, 3e-3 in train_autoencoder.py, 5e-4 in distill_few_steps.py. With other pretrained weights, it decreases with their number, see utils/training/optimizer.py)")
     group.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"), help="optimizer. muon learns faster from random weights. adamw8bit keeps a quarter of adamw's state, and requires bitsandbytes (on a GPU) or torchao (default: muon, or adamw for pretrained weights that are not distilled)")
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="schedule of the learning rate. constant ignores --lr_warmup_steps")
     group.add_argument("--lr_warmup_steps", type=integer(0), default=50, help="optimizer steps from 0 to the peak learning rate")
@@ -302,7 +310,8 @@ def add_common_arguments(parser: Parser) -> None:
     group.add_argument("--sample_steps", type=integer(1), default=500, help="optimizer steps between sample grids")
     group.add_argument("--num_samples", type=integer(1), default=64, help="images in a grid")
     group.add_argument("--sample_batch_size", type=integer(1), default=64, help="images sampled at once, per process")
-    group.add_argument("--num_inference_steps", type=integer(1, 1000), help="sampling steps of each image")
+    if draws:
+        group.add_argument("--num_inference_steps", type=integer(1, 1000), help="sampling steps of each image")
     for add_arguments in optional.collect("add_arguments"):
         add_arguments(parser)
 # fmt: on

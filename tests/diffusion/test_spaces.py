@@ -1,6 +1,7 @@
 """Latents: models that denoise latents instead of pixels, and pipelines with an autoencoder."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -85,6 +86,23 @@ def test_samples_are_those_of_the_pipeline(pipeline_folder):
     assert np.allclose(drawn.permute(0, 2, 3, 1), images, atol=1e-5)
 
 
+def test_a_public_kind_of_latent_pipeline_is_adapted(tmp_path, pipeline_folder):
+    """google/ddpm-celebahq-256 draws pixels, CompVis/ldm-celebahq-256 the latents of a VQModel. Both are adapted."""
+    base = tmp_path / "base"
+    shutil.copytree(pipeline_folder, base)
+    config = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
+    config |= dict(prediction_type="epsilon", clip_sample=True)  # the default of a scheduler, which would cut latents
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    flags = [f"--pretrained_model_name_or_path={base}", "--learning_rate=1e-2", "--method=lora", "--lora_rank=2"]
+    assert train(tmp_path / "run", *flags, script=finetune_faces) == 0
+    pipeline = LDMPipeline.from_pretrained(tmp_path / "run")
+    assert not pipeline.scheduler.config.thresholding and pipeline.scheduler.config.prediction_type == "epsilon"
+    assert pipeline(num_inference_steps=2).images[0].size == (16, 16)
+    for sampler in ("ddpm", "sde-dpmsolver++"):
+        with pytest.raises(UserError, match=f"--sampler {re.escape(sampler)} adds noise at each step"):
+            train(tmp_path / sampler, *flags, f"--sampler={sampler}", script=finetune_faces)
+
+
 def test_samplers_clip_pixels_and_no_latents():
     """The model predicts noise. Clean images far outside of [-1, 1] are clipped if the scheduler is set to do so."""
     for clips in (True, False):
@@ -159,7 +177,7 @@ def test_a_pipeline_with_further_parts_is_refused_by_name(tmp_path, pipeline_fol
         load_pretrained(str(pipeline_folder))
     start = f"--pretrained_model_name_or_path={pipeline_folder}"
     with pytest.raises(UserError, match=r"vqvae"):
-        train(tmp_path / "run", start, script=finetune_faces)
+        train(tmp_path / "run", start)
     folder = shutil.copytree(pipeline_folder, tmp_path / "other")
     index = json.loads((folder / "model_index.json").read_text())
     index["text_encoder"] = ["transformers", "CLIPTextModel"]

@@ -411,7 +411,7 @@ def test_paths_are_cut_down_to_their_names(tmp_path):
 def test_push_refuses_what_it_cannot_push(hub, finished, tmp_path, kind):
     flags, folder = [], finished
     if kind == "nowhere":
-        folder, expected = tmp_path / "nowhere", "is not a folder with a pipeline"
+        folder, expected = tmp_path / "nowhere", "is not a folder with a model"
     elif kind == "a checkpoint":
         folder, expected = finished / "checkpoint-6", "is a checkpoint. Give the run's folder"
     else:

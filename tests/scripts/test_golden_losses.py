@@ -15,10 +15,12 @@ from conftest import scalars, train
 
 import distill_few_steps
 import finetune_faces
+import train_autoencoder
 import train_basic
 import train_conditional
 import train_ddpm
 import train_flow
+import train_latent
 import train_paired
 import train_unet2d
 
@@ -26,7 +28,7 @@ FILE = Path(__file__).with_name("golden_losses.json")
 SCRIPTS = {
     "train_basic": train_basic, "train_unet2d": train_unet2d, "train_ddpm": train_ddpm, "train_flow": train_flow,
     "train_conditional": train_conditional, "train_paired": train_paired, "finetune_faces": finetune_faces,
-    "distill_few_steps": distill_few_steps,
+    "distill_few_steps": distill_few_steps, "train_autoencoder": train_autoencoder, "train_latent": train_latent,
 }  # fmt: skip
 TOLERANCE = 1e-4  # relative; AVX-512 and the plainest instructions differ by 1e-5, a beta1 of 0.91 by 5e-4
 FLAGS = ["--report_to=tensorboard", "--max_train_steps=20", "--checkpointing_steps=99", "--mixed_precision=no"]
@@ -41,6 +43,12 @@ def first_losses(name, folder, *flags):
         start = [f"--pretrained_model_name_or_path={folder / 'base'}"]
     elif name in ("train_conditional", "train_flow", "train_paired"):
         start = ["--unet=tiny"]
+    elif name == "train_autoencoder":
+        start = ["--downsampling=2"]
+    elif name == "train_latent":
+        if not (folder / "train_autoencoder").exists():
+            first_losses("train_autoencoder", folder)
+        start = ["--unet=tiny", f"--vae={folder / 'train_autoencoder'}"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

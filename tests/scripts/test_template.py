@@ -26,6 +26,8 @@ SCRIPTS = (
     "train_flow.py",
     "train_paired.py",
     "distill_few_steps.py",
+    "train_autoencoder.py",
+    "train_latent.py",
 )
 FOLDERS = ("sources", "monitoring", "resilience", "evaluation", "publishing")  # each of them may be deleted
 FLAGS_OF = {  # a flag that goes with each
@@ -125,7 +127,10 @@ for name in {scripts}:
     GradientState._reset_state()
     script = importlib.import_module(name.removesuffix(".py"))
     start = [f"--pretrained_model_name_or_path={{base}}"] if name.startswith(("fine", "distill")) else []
-    script.main(script.parse_args([*flags, *start, f"--output_dir=run-{{name}}", "--max_train_steps=2"]))
+    start += ["--downsampling=2"] if "autoencoder" in name else []
+    start += ["--vae=run-train_autoencoder.py", "--unet=tiny"] if "latent" in name else []
+    steps = [flag for flag in flags if "inference" not in flag] if "autoencoder" in name else flags
+    script.main(script.parse_args([*steps, *start, f"--output_dir=run-{{name}}", "--max_train_steps=2"]))
     print("TRAINED", name)
 """
 

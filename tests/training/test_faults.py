@@ -25,15 +25,18 @@ from safetensors.torch import load_file, save_file
 
 import distill_few_steps
 import finetune_faces
+import train_autoencoder
 import train_basic
 import train_conditional
 import train_ddpm
 import train_flow
+import train_latent
 import train_paired
 import train_unet2d
 from utils import UserError, printable
 from utils.exits import run_script
 from utils.monitoring.curves import MetricLogger
+from utils.saved import net_folder
 from utils.signals import StopSignal
 from utils.training.checkpoints import MANIFEST, CheckpointError, verify_checkpoint
 from utils.training.loop import Run
@@ -47,6 +50,8 @@ SCRIPTS |= {
     "flow": train_flow,
     "few-steps": distill_few_steps,
     "paired": train_paired,
+    "autoencoder": train_autoencoder,
+    "latent": train_latent,
 }
 FLAGS = ["--report_to=tensorboard", "--random_flip", "--train_batch_size=4", "--lr_scheduler=constant"]
 MOUNT = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/tmp"]
@@ -77,9 +82,8 @@ def wait_until(folder, pattern, child, before, seconds=60):
         time.sleep(0.001)
 
 
-def flags_of(name, finished_run):
-    starts = name in ("faces", "few-steps")
-    return [f"--pretrained_model_name_or_path={finished_run}", "--learning_rate=1e-3"] if starts else []
+def flags_of(name, needs):
+    return [*needs(SCRIPTS[name]), *(["--learning_rate=1e-3"] if name in ("faces", "few-steps") else [])]
 
 
 # ----------------------------------------------------------------------------------------------------- killed and full
@@ -87,16 +91,12 @@ def flags_of(name, finished_run):
 
 @pytest.mark.parametrize(
     "name, kills, steps",
-    [
-        ("ddpm", 3, 12),
-        slow("ddpm", 20, 40),
-        *(slow(name, 3, 30) for name in ("basic", "unet2d", "faces", "conditional", "flow", "few-steps", "paired")),
-    ],
+    [("ddpm", 3, 12), slow("ddpm", 20, 40), *(slow(name, 3, 30) for name in SCRIPTS if name != "ddpm")],
 )
-def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, kills, steps):
+def test_kill_9_at_random_moments_loses_nothing(tmp_path, needs, name, kills, steps):
     """Protection: ``os.rename(staging, final)`` after the manifest in ``checkpoints.save_checkpoint``, randomness by
     sample number, ``purge_step`` in ``trackers``."""
-    flags = ["--checkpointing_steps=1", f"--max_train_steps={steps}", "--sample_steps=7", *flags_of(name, finished_run)]
+    flags = ["--checkpointing_steps=1", f"--max_train_steps={steps}", "--sample_steps=7", *flags_of(name, needs)]
     code, said = finish(start(name, tmp_path / "straight", *flags))
     assert code == 0, said
     rng, saving, folder = random.Random(0), 0, tmp_path / "run"
@@ -117,7 +117,8 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, finished_run, name, ki
     code, said = finish(start(name, folder, *flags))
     assert code == 0 and said.count("Resuming from") >= kills // 2, said
     assert not list(folder.glob(".tmp*"))
-    for path in (WEIGHTS, f"checkpoint-{steps}/training_state/model.safetensors"):
+    weights = (net_folder(folder) / Path(WEIGHTS).name).relative_to(folder)
+    for path in (weights, f"checkpoint-{steps}/training_state/model.safetensors"):
         assert equal_weights(folder / path, tmp_path / "straight" / path)
     optimizers = [
         torch.load(path / f"checkpoint-{steps}/training_state/optimizer.bin", weights_only=True)["state"]

@@ -20,25 +20,29 @@ from safetensors.torch import load_file
 
 import distill_few_steps
 import finetune_faces
+import train_autoencoder
 import train_basic
 import train_conditional
 import train_ddpm
 import train_flow
+import train_latent
 import train_paired
 import train_unet2d
 from utils import UserError, signals
 from utils.evaluation import while_training
 from utils.resilience.watchdog import Watchdog
+from utils.saved import net_folder
 from utils.signals import STOP_SIGNALS, StopSignal
 from utils.training.loop import Run
 from utils.training.losses import RecentLosses
 from utils.training.output_dir import check_settings
 
 ROOT = Path(train_ddpm.__file__).parent
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+FILE = "diffusion_pytorch_model.safetensors"
+WEIGHTS = f"unet/{FILE}"
 SCRIPTS = [
     train_basic, train_unet2d, train_ddpm, train_flow, train_paired, train_conditional, finetune_faces,
-    distill_few_steps,
+    distill_few_steps, train_autoencoder, train_latent,
 ]  # fmt: skip
 EVERYTHING = [  # all repeated actions coincide with the checkpoints, as by default
     "--report_to=tensorboard", "--checkpointing_steps=2", "--sample_steps=2", "--evaluate_steps=2",
@@ -57,15 +61,20 @@ class Killed(BaseException):
     """Exception that is not caught, like a kill."""
 
 
-def flags_of(script, finished_run):
-    start = [f"--pretrained_model_name_or_path={finished_run}"] * (script in (finetune_faces, distill_few_steps))
+def flags_of(script, needs):
     size = 4 if script is distill_few_steps else 2  # whole trajectories
-    return [*EVERYTHING, f"--train_batch_size={size}", *start, *(VALIDATION if script is not distill_few_steps else [])]
+    return [
+        *EVERYTHING,
+        f"--train_batch_size={size}",
+        *needs(script),
+        *(VALIDATION if script is not distill_few_steps else []),
+    ]
 
 
 def curves(folder):
     """Return all curves except those of the machine."""
     names = ("loss/train", "loss/validation_held_out", "metrics/fd_pixels_N10", "loss_by_timestep/0-249")
+    names += ("metrics/psnr_held_out",)
     found = {}
     for name in names:
         try:
@@ -80,13 +89,13 @@ def curves(folder):
     [train_ddpm, distill_few_steps, *(slow(s) for s in SCRIPTS if s not in (train_ddpm, distill_few_steps))],
     ids=lambda script: script.__name__,
 )
-def test_what_is_due_at_a_step_is_done_although_the_run_is_killed_before(tmp_path, monkeypatch, finished_run, script):
+def test_what_is_due_at_a_step_is_done_although_the_run_is_killed_before(tmp_path, monkeypatch, needs, script):
     """Kill the run in validation at step 2, in sampling at step 4 and in the evaluation of step 6, the last one."""
     monkeypatch.setattr(while_training, "NUM_VALIDATION_IMAGES", 4)
     if hasattr(script, "DROPOUT"):
         monkeypatch.setattr(script, "DROPOUT", 0.3)
     monkeypatch.setitem(train_unet2d.UNET, "dropout", 0.3)
-    flags = flags_of(script, finished_run)
+    flags = flags_of(script, needs)
     assert train(tmp_path / "straight", *flags, script=script) == 0
     kills = [("validation", 2), ("samples", 4), ("evaluation", 6)]
     for place, step in kills if script is not distill_few_steps else kills[1:]:
@@ -107,8 +116,8 @@ def test_what_is_due_at_a_step_is_done_although_the_run_is_killed_before(tmp_pat
     assert curves(tmp_path / "run") == curves(tmp_path / "straight")
     for path in ("samples/step-000002.png", "samples/step-000004.png", "samples.png", "evaluation.json"):
         assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "straight" / path).read_bytes(), path
-    for path in (WEIGHTS, f"best/{WEIGHTS}"):
-        assert equal_weights(tmp_path / "run" / path, tmp_path / "straight" / path)
+    for path in (".", "best"):
+        assert equal_weights(*(net_folder(tmp_path / name / path) / FILE for name in ("run", "straight")))
     state = "checkpoint-6/training_state"
     assert equal_weights(*(tmp_path / name / state / "model.safetensors" for name in ("run", "straight")))
     first, second = (

@@ -37,6 +37,8 @@ class Cache:
         OSError: the file cannot be written or read, or its file system has no locks.
     """
 
+    content = "decoded images"
+
     def __init__(self, images: PreparedImages, accelerator, folder: Path | None = None):
         self.seed, self.random_flip, self.size = images.seed, images.random_flip, images.size
         self.channels = images.channels
@@ -53,25 +55,37 @@ class Cache:
         self.values, self.stacked = {name: torch.from_numpy(array) for name, array in values.items()}, None
         if (self.shapes == self.size).all():
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # the tensor is never written to
-                self.stacked = torch.from_numpy(self.pixels).view(-1, self.channels, *self.size)
+                flat = torch.from_numpy(self.pixels)
+            self.stacked = self._as_rows(flat.view(len(np.unique(self.starts)), -1))
+            row_size = flat.numel() // len(self.stacked)
             on_gpu = accelerator.device.type == "cuda"
             if on_gpu and self.stacked.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
                 self.stacked = self.stacked.to(accelerator.device)
-            self.places = torch.from_numpy(self.starts // self.stacked[0].numel()).to(self.stacked.device)
+            self.places = torch.from_numpy(self.starts // row_size).to(self.stacked.device)
+
+    def _as_rows(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return what ``gather`` selects from, one row for each image, given the stored bytes (N, bytes)."""
+        return stored.view(-1, self.channels, *self.size)
+
+    def _stored(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        """Return the bytes to keep of each image uint8 (C, H, W): uint8, 1-d."""
+        return [image.ravel() for image in images]
 
     def _decode(self, images: PreparedImages, show: bool, write) -> dict[str, np.ndarray]:
-        """Pass the pixels of each image to ``write``, and return the table of images.
+        """Pass the bytes of each image to ``write``, and return the table of images.
 
         The next good image replaces a bad one.
         """
         starts, shapes, values, bad, position, total = [], [], [], [], 0, images.images.length
         blank_values = images.blank([])["values"]
-        progress = tqdm(total=total, desc="Decoding images", unit="image", delay=2, disable=not show)
+        progress = tqdm(total=total, desc=f"Preparing {self.content}", unit="image", delay=2, disable=not show)
         with ThreadPoolExecutor() as pool, progress:
             for first in range(0, total, ROWS):
                 rows = images.images[first : first + ROWS]
                 jobs = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
-                for k, found in enumerate(pool.map(images.attempt, jobs)):
+                results = list(pool.map(images.attempt, jobs))
+                stored = iter(self._stored([found[0] for found in results if not isinstance(found, BadImage)]))
+                for k, found in enumerate(results):
                     starts.append(position)
                     if isinstance(found, BadImage):
                         bad.append(first + k)
@@ -79,11 +93,11 @@ class Cache:
                         shapes.append((0, 0))
                         values.append(blank_values)
                     else:
-                        image, entry = found
+                        (image, entry), data = found, next(stored)
                         values.append(entry)
-                        write(image.ravel())
+                        write(data)
                         shapes.append(image.shape[1:])
-                        position += image.size
+                        position += data.size
                 progress.update(len(jobs))
         table = dict(starts=np.array(starts), shapes=np.array(shapes), labels=np.array([v["label"] for v in values]))
         table |= {f"vector {name}": np.array([entry[name] for entry in values]) for name in images.layout.shapes}
@@ -101,7 +115,7 @@ class Cache:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            logger.info(f"Another process is decoding the images into {folder}. Waiting for it.")
+            logger.info(f"Another process is writing the {self.content} to {folder}. Waiting for it.")
             lock.acquire()
         try:
             if table := self._read_table(images, folder):  # another process has written the file meanwhile
@@ -122,7 +136,7 @@ class Cache:
                 raise
         finally:
             lock.release()
-        logger.info(f"The decoded images are kept in {folder}, {table['size'] / 2**20:.0f} MiB, for the next run.")
+        logger.info(f"The {self.content} are kept in {folder}, {table['size'] / 2**20:.0f} MiB, for the next run.")
         return table
 
     def _read_table(self, images: PreparedImages, folder: Path) -> dict[str, np.ndarray] | None:
@@ -137,7 +151,7 @@ class Cache:
         bad = [images.attempt(images.images[int(index)]) for index in table["bad"]]
         if not all(isinstance(image, BadImage) for image in bad):
             return None  # some images have been repaired
-        logger.info(f"Using the decoded images in {folder}, {table['size'] / 2**20:.0f} MiB.")
+        logger.info(f"Using the {self.content} in {folder}, {table['size'] / 2**20:.0f} MiB.")
         for count, image in enumerate(bad, 1):
             images.check(count, image)
         if table["clipped"]:

@@ -11,8 +11,8 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, partial
 
 import numpy as np
 import PIL
@@ -26,6 +26,7 @@ from ..signals import STOP_SIGNALS
 from .cache import Cache
 from .columns import Column, Layout
 from .images import PreparedImages, choose_range
+from .latents import Encoder, LatentCache, RandomCropsError
 from .own_images import INSPECTED, MAX_CLASSES, Images, embedded_digits, translate_labels
 from .pixels import GREY_MODES, MODES, BadImage, cover_size, float_range, high_bit_values
 
@@ -132,6 +133,7 @@ class TrainData:
             self.image_range, self.layout,
         )  # fmt: skip
         self.bytes_per_image *= self._prepared.channels / self.channels
+        self._encoder = None  # see ``encode_with``
 
     def _inspect(self, size: tuple[int, int] | None, image_mode: str | None) -> None:
         """Find mode, size and range from some of the images, which are the same on every process."""
@@ -199,53 +201,112 @@ class TrainData:
         """Decode the images for the cache now, instead of in ``batches``. A finished run does not call this method."""
         return self._cache
 
+    def encode_with(self, encoder: Encoder) -> None:
+        """Add ``latents`` to batches, float32 (B, *encoder.shape), drawn from the encoder's distribution by sample id.
+
+        Means and deviations of all images are cached in the place of images, see ``--cache_images``. Without a cache,
+        and for images that are cropped at random or have partners, images are encoded as they come.
+
+        Args:
+            encoder: encoder, on its device.
+        """
+        self._encoder = encoder
+
     @cached_property
     def _cache(self) -> Cache | None:
-        """Cache of decoded images: a file if decoding takes seconds, otherwise memory, or None for no cache."""
+        """Cache of latents or decoded images: a file if they take seconds, otherwise memory, or None for no cache."""
+        if self._encoder and not self.layout.channels:
+            variants = 1 + self.args.random_flip
+            start = time.perf_counter()
+            mean, deviation = self._encoder.distribution(self._normalized(np.zeros((1, *self.image_shape), np.uint8)))
+            seconds = self._decoding_seconds + variants * (time.perf_counter() - start) * (self.length or 0)
+            size = 4 * mean[0].numel() * (1 if deviation is None else 2) * variants
+            make = partial(LatentCache, encoder=self._encoder, normalize=self._normalized)
+            facts = (self._encoder.fingerprint, self._encoder.shape, self.args.random_flip)
+            try:
+                return self._make_cache(make, size, seconds, facts)
+            except RandomCropsError:
+                logger.info(
+                    "The images are cropped at random, so their latents are not cached, and each step encodes images. "
+                    "--center_crop allows the cache"
+                )
+        return self._make_cache(Cache, self.bytes_per_image, self._decoding_seconds)
+
+    def _normalized(self, images: np.ndarray) -> torch.Tensor:
+        """Return images uint8 (B, C, H, W) as in a batch, on the device."""
+        return self.layout.split(torch.from_numpy(images).to(self.accelerator.device))["images"]
+
+    def _make_cache(self, make, bytes_per_image: float, seconds: float, facts: tuple = ()) -> Cache | None:
+        """Make a cache, or return None for no cache.
+
+        Args:
+            make: class of the cache.
+            bytes_per_image: its size.
+            seconds: time that its content takes.
+            facts: values that its content depends on, besides the prepared images.
+        """
         wish = self.args.cache_images
         if self.length is None or wish == "never":
             return None
-        needed, always = self.length * self.bytes_per_image, wish == "always"
-        how = (self.mode, self._refuse_colour, self.size, self.args.center_crop, self.image_range)
+        needed, always = self.length * bytes_per_image, wish == "always"
+        how = (self.mode, self._refuse_colour, self.size, self.args.center_crop, self.image_range, *facts)
         if self.images.columns:
             how = (*how, self.layout.settings, self.layout.ranges, self.images.columns)
-        folder = None if wish in ("auto", "always") else wish
-        file = self.images.cache_file((how, PIL.__version__, DECODING), folder, self._decoding_seconds)
+        folder, content = None if wish in ("auto", "always") else wish, (LatentCache if facts else Cache).content
+        file = self.images.cache_file((how, PIL.__version__, DECODING), folder, seconds)
         if file:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(file.parent).free
                 if always or folder or file.is_dir() or needed < min(FILE_LIMIT, free / 2):
-                    return Cache(self._prepared, self.accelerator, file)
-                logger.info(
-                    f"{needed / 2**30:.1f} GiB of decoded images are too much for {file.parent}. See --cache_images"
-                )
+                    return make(self._prepared, self.accelerator, file)
+                logger.info(f"{needed / 2**30:.1f} GiB of {content} are too much for {file.parent}. See --cache_images")
             except OSError as error:
                 logger.warning(
-                    f"{file.parent} cannot keep the decoded images ({error}), so they are decoded in each run and process. "
+                    f"{file.parent} cannot keep the {content} ({error}), so they are computed in each run and process. "
                     "--cache_images DIR names another folder"
                 )
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps its own copy
         if not always and needed > min(CACHE_LIMIT, psutil.virtual_memory().available / 2):
             logger.info(
-                f"{needed / 2**30:.1f} GiB of images are too much to keep in memory, so they are decoded when used."
+                f"{needed / 2**30:.1f} GiB of {content} are too much to keep in memory, so they are computed when used."
             )
             return None
-        return Cache(self._prepared, self.accelerator)
+        return make(self._prepared, self.accelerator)
 
     def batches(self, numbers: Iterable[int]) -> Iterator[dict]:
         """Yield this process's micro-batches of global batches, given their ascending numbers from 0.
 
         Yields:
             ``images`` float32 (B, C, H, W) in [-1, 1] on the device; ``sample_ids`` int64 (B,) NumPy array; if the
-            images have labels, ``labels`` int64 (B,) on the device, -1 for none; and ``columns``.
+            images have labels, ``labels`` int64 (B,) on the device, -1 for none; and ``columns``. With an encoder also
+            ``latents``, see ``encode_with``. If they come from a cache, there are no ``images``.
         """
         source = self._stream if self.length is None else self._from_cache if self._cache else self._from_loader
-        for sample_ids, images, values in source(self._sample_ids(numbers)):
-            yield {"sample_ids": sample_ids, **self._batch(images, values, self.accelerator.device)}
+        cached = isinstance(self._cache, LatentCache)
+        for sample_ids, stored, values in source(self._sample_ids(numbers)):
+            batch = {
+                "sample_ids": sample_ids,
+                **self._batch(None if cached else stored, values, self.accelerator.device),
+            }
+            if self._encoder:
+                if cached:
+                    moments = stored.to(self.accelerator.device, non_blocking=True).unbind(dim=1)
+                else:
+                    moments = [part for part in self._encoder.distribution(batch["images"]) if part is not None]
+                batch["latents"] = self._draw(moments, sample_ids)
+            yield batch
 
-    def _batch(self, images: torch.Tensor, values: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]:
-        batch = self.layout.split(images.to(device, non_blocking=True))
+    def _draw(self, moments: Sequence[torch.Tensor], sample_ids: np.ndarray) -> torch.Tensor:
+        """Draw latents, given their mean and perhaps their standard deviation, (B, *shape) each."""
+        mean, *deviation = moments
+        if not deviation:
+            return mean
+        noise = randomness.sample_noise(self.args.seed, "latents", sample_ids, mean.shape[1:], mean.device)
+        return mean + deviation[0] * noise
+
+    def _batch(self, images: torch.Tensor | None, values: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]:
+        batch = {} if images is None else self.layout.split(images.to(device, non_blocking=True))
         for name, value in values.items():
             if name != "label" or self.label_names:
                 batch["labels" if name == "label" else name] = value.to(device, non_blocking=True)

@@ -16,29 +16,34 @@ from .sampling import cycle_rows
 logger = logging.getLogger(__name__)
 
 
-def add_class_embedding(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
+def add_class_embedding(unet: UNet2DModel, names: Sequence[str], null_class: int | None = None) -> UNet2DModel:
     """Return a trained UNet with embeddings of these classes and of the null class.
 
     An unconditional UNet gets an embedding of zeros, so that its output stays the same until training changes it.
     A conditional UNet keeps the rows of classes with the same name. Rows of new classes start as copies of the null
     class's row.
 
+    Args:
+        names: names of the classes.
+        null_class: number of the null class, the last one. The default is the number of classes.
+
     Raises:
         UserError: the UNet has no null class, or was trained on none of these classes.
     """
+    null_class = len(names) if null_class is None else null_class
     if unet.class_embedding is None:
         width = unet.time_embedding.linear_2.out_features
-        unet.class_embedding = torch.nn.Embedding(len(names) + 1, width)
+        unet.class_embedding = torch.nn.Embedding(null_class + 1, width)
         torch.nn.init.zeros_(unet.class_embedding.weight)
-        unet.register_to_config(num_class_embeds=len(names) + 1)
+        unet.register_to_config(num_class_embeds=null_class + 1)
         unet.register_to_config(_class_names=list(names))
     known = class_names(unet.config)
-    if unet.config.num_class_embeds != len(known) + 1:
+    if unet.config.num_class_embeds <= len(known):
         raise UserError(
             f"the pretrained model has {unet.config.num_class_embeds} classes and no null class. Expected a model "
             "that was trained with a null class"
         )
-    if known == list(names):
+    if known == list(names) and unet.config.num_class_embeds == null_class + 1:
         return unet
     if not {*known} & {*names}:
         raise UserError(
@@ -50,10 +55,11 @@ def add_class_embedding(unet: UNet2DModel, names: Sequence[str]) -> UNet2DModel:
         f"Classes are matched by name. Started as the null class: {counted(len(new), 'new class')} "
         f"({', '.join(new[:5])}). Left out: {counted(len(dropped), 'class')} ({', '.join(dropped[:5])})."
     )
-    rows = [known.index(name) if name in known else len(known) for name in names]
-    table = unet.class_embedding.weight.detach()[[*rows, len(known)]]
+    null_row = unet.config.num_class_embeds - 1
+    rows = [known.index(name) if name in known else null_row for name in names]
+    table = unet.class_embedding.weight.detach()[rows + [null_row] * (null_class + 1 - len(rows))]
     unet.class_embedding = torch.nn.Embedding.from_pretrained(table.clone(), freeze=False)
-    unet.register_to_config(num_class_embeds=len(names) + 1)
+    unet.register_to_config(num_class_embeds=null_class + 1)
     unet.register_to_config(_class_names=list(names))
     return unet
 
@@ -70,10 +76,11 @@ class GuidedModel:
     """
 
     def __init__(self, model: torch.nn.Module, scale: float):
-        self.model, self.scale, self.null_class = model, scale, len(class_names(model.config))
-        if scale != 1 and self.null_class >= model.config.num_class_embeds:
+        count, self.null_class = len(class_names(model.config)), model.config.num_class_embeds - 1
+        self.model, self.scale = model, scale
+        if scale != 1 and self.null_class < count:
             raise UserError(
-                f"--guidance_scale {scale:g}: the model has {self.null_class} classes but no null class. Expected "
+                f"--guidance_scale {scale:g}: the model has {count} classes but no null class. Expected "
                 "a scale of 1, which needs none"
             )
         self.eval, self.train = model.eval, model.train

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 
 from .. import UserError, read_record
 from ..args import SAMPLERS
+from ..saved import AUTOENCODERS, NETS, refuse_missing, shorten
 from . import flow, schedulers
 from .basic_unet import BasicUNet
 from .few_steps import is_compatible, is_few_step
@@ -24,15 +25,11 @@ from .pretrained import (
     image_shape,
     leave_out_variance,
     other_parts,
-    refuse_missing,
-    shorten,
     variant_of,
 )
 from .sampling import sample_images
 from .spaces import Latents, Pixels
 from .unets import concatenate_condition
-
-AUTOENCODERS = ("vqvae", "vae")  # names of the autoencoder in a pipeline
 
 
 def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[ModelMixin, SchedulerMixin, Pixels]:
@@ -41,8 +38,9 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
     The UNet of an ``LDMSuperResolutionPipeline`` takes ``condition=``, see ``conditions.Condition.of_model``.
 
     Args:
-        name_or_path: folder or Hub id of the output of these scripts, a ``DDPMPipeline``, an ``LDMPipeline``, or a
-            ``UNet2DModel`` alone, to which a ``DDPMScheduler`` is added. A learned variance is left out.
+        name_or_path: folder or Hub id of the output of these scripts, a ``DDPMPipeline``, an ``LDMPipeline``, a
+            ``DiTPipeline`` with a ``UNet2DModel``, or a ``UNet2DModel`` alone, to which a ``DDPMScheduler`` is added. A
+            learned variance is left out.
         trust_remote_code: whether code that is saved with the model may run. Only nets of ``own_nets`` need it.
 
     Raises:
@@ -59,11 +57,13 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
             folder = Path(snapshot_download(name_or_path, **patterns))
         if (folder / "model_index.json").is_file():
             index = read_record(folder / "model_index.json")
-            if others := other_parts(index, ("unet", "scheduler", *AUTOENCODERS)):
+            if others := other_parts(index, (*NETS, "scheduler", *AUTOENCODERS)):
                 raise UserError(f"{name_or_path}: this pipeline also has {others}. {expected}")
-            classes = [index.get(part, [None, None])[1] for part in ("unet", "scheduler")]
+            parts = ("transformer" if "transformer" in index else "unet", "scheduler")
+            classes = [index.get(part, [None, None])[1] for part in parts]
         else:  # Not a pipeline, but perhaps a model
-            index, classes = {}, [UNet2DModel.load_config(folder).get("_class_name"), None]
+            index, parts = {}, ("unet", "scheduler")
+            classes = [UNet2DModel.load_config(folder).get("_class_name"), None]
         unet_class, scheduler_class = (ours.get(str(name), getattr(diffusers, str(name), None)) for name in classes)
         code = f"{index.get('unet', [''])[0]}.py"
         if code.startswith("own_net_"):  # A net of ``own_nets``
@@ -80,7 +80,7 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
         if unet_class is None or (classes[1] and scheduler_class is None):
             raise UserError(f"{name_or_path}: its parts are {' and '.join(map(str, classes))}. {expected}")
         # As in DiffusionPipeline, a part without a folder is beside model_index.json
-        places = [folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")]
+        places = [folder / part if (folder / part).is_dir() else folder for part in parts]
         unet = unet_class.from_pretrained(places[0], variant=variant_of(places[0]))
         check_embeddings(unet.config, name_or_path)
         scheduler = scheduler_class.from_pretrained(places[1]) if scheduler_class else DDPMScheduler()
@@ -117,7 +117,8 @@ def choose_sampler(
         UserError: the model was not trained for this sampler, or ``own`` does not have the interface of diffusers'
             samplers. See also ``check_noise_scheduler``.
     """
-    if isinstance(own, LinearMixScheduler):
+    path = is_flow(own)
+    if isinstance(own, LinearMixScheduler) and not path:
         if name:
             raise UserError(
                 f"--sampler {name}: the model was trained on linear mixing, which has its own sampler. Leave the flag "
@@ -125,7 +126,6 @@ def choose_sampler(
             )
         return own
     kind = type(own).__name__
-    path = is_flow(own)
     if name and not is_compatible(name, own):
         trained = "for many small steps. lcm is for models of distill_few_steps.py"
         if is_few_step(own):
@@ -164,7 +164,7 @@ def choose_sampler(
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
     """Return whether a model with this scheduler was trained on straight paths to normal noise."""
-    return bool(scheduler.config.get("use_flow_sigmas"))
+    return isinstance(scheduler, flow.FlowScheduler) or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def default_steps(scheduler: SchedulerMixin) -> int:
@@ -172,26 +172,44 @@ def default_steps(scheduler: SchedulerMixin) -> int:
     return 2 if is_few_step(scheduler) else 40
 
 
-def saved_scheduler(name: str, own: SchedulerMixin) -> SchedulerMixin:
+def saved_scheduler(name: str, own: SchedulerMixin, latent: bool = False) -> SchedulerMixin:
     """Return the scheduler to save in a pipeline that draws with this sampler.
 
     Args:
         name: name of the sampler.
         own: scheduler of the model.
+        latent: whether the pipeline draws latents.
+
+    Raises:
+        UserError: a pipeline of latents cannot use the sampler.
     """
     if is_few_step(own):
         return own
-    return flow.make_sampler(name, own) if is_flow(own) else schedulers.pipeline_scheduler(name, own)
+    scheduler = flow.make_sampler(name, own) if is_flow(own) else schedulers.pipeline_scheduler(name, own)
+    if latent and adds_noise(scheduler):
+        raise UserError(
+            f"--sampler {name} adds noise at each step. LDMPipeline passes no generator to it, so a seed would not "
+            "repeat its images. Expected ddim or dpmsolver++"
+        )
+    return scheduler
 
 
-def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Return the scheduler that added noise in training, for a model with this scheduler."""
-    if isinstance(scheduler, LinearMixScheduler):
+def training_scheduler(scheduler: SchedulerMixin, space: Pixels | None = None) -> SchedulerMixin:
+    """Return the scheduler that added noise in training, for a model with this scheduler.
+
+    Args:
+        scheduler: scheduler of the model.
+        space: space that the model denoises in. In latents, samplers do not clip. The default is pixels.
+    """
+    if isinstance(scheduler, LinearMixScheduler) and not is_flow(scheduler):
         return scheduler
     if is_flow(scheduler):
-        return flow.FlowScheduler(scheduler.config.num_train_timesteps, scheduler.config.prediction_type)
+        return flow.FlowScheduler(
+            *(scheduler.config[k] for k in ("num_train_timesteps", "prediction_type", "flow_shift"))
+        )
     check_noise(scheduler, "the denoising loss")
-    return DDPMScheduler.from_config(scheduler.config)
+    clips = {} if space is None or space.in_unit_range else {"clip_sample": False}
+    return DDPMScheduler.from_config(scheduler.config, **clips)
 
 
 def estimate_seconds(model, sampler, accelerator, count, shape, num_inference_steps, batch_size, *rest, **options):

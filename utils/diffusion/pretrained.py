@@ -1,28 +1,51 @@
 """Loading of pretrained weights and configs, and checks that model, images and noise schedule fit each other."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DDPMPipeline, LCMScheduler, SchedulerMixin, UNet2DModel
 
 from .. import UserError, counted
 from ..args import nearest_resolution, size_of
+from ..saved import AUTOENCODERS, refuse_missing, shorten
+from .autoencoders import image_config, load_autoencoder
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class Pretrained:
+    """A pretrained pipeline: its UNet, scheduler and, if it draws latents, autoencoder."""
+
+    unet: UNet2DModel
+    scheduler: SchedulerMixin
+    autoencoder: torch.nn.Module | None = None
+
+    @property
+    def image_config(self):
+        """Return size and channels of its images, for ``load_train_data``."""
+        if not self.autoencoder:
+            return self.unet.config
+        return image_config(self.autoencoder, self.unet.config)
+
+
 def load_pretrained(
-    name_or_path: str, conditional: bool = False, flow: bool = False, condition: bool = False
-) -> DDPMPipeline:  # fmt: skip
+    name_or_path: str, conditional: bool = False, flow: bool | None = False, condition: bool = False,
+    latent: bool = False,
+) -> Pretrained:  # fmt: skip
     """Load a pipeline to start training from. A learned variance is left out.
 
     Args:
         name_or_path: folder or Hub id.
         conditional: whether its UNet may take class labels.
         flow: whether a model of train_flow.py is expected, trained on straight paths instead of with a
-            ``DDPMScheduler``.
+            ``DDPMScheduler``. None allows both.
         condition: whether its UNet may take a condition as further channels, as models of train_paired.py do.
+        latent: whether it may be a pipeline with an autoencoder, as those of train_latent.py.
 
     Raises:
         UserError: the pipeline cannot be loaded, or its model is not a UNet2DModel that predicts one or two values
@@ -37,11 +60,21 @@ def load_pretrained(
                 f"{flag}: its net is code that is saved with the model. In a script that has the class, start from its "
                 "weights with as_diffusers_model(Net).from_pretrained(FOLDER/unet), see docs/extending.md"
             )
-        known = ("unet", "scheduler", *(["vqvae"] if condition else []))
+        known = ["unet", "scheduler", *(["vqvae"] if condition else [])]
+        if latent:
+            known += ["transformer", *AUTOENCODERS]
         others = other_parts(index, known)
         if others:
-            raise UserError(f"{flag}: this pipeline also has {others}. Expected only unet and scheduler")
-        pipeline = DDPMPipeline.from_pretrained(name_or_path, variant=variant_of(Path(name_or_path) / "unet"))
+            raise UserError(f"{flag}: this pipeline also has {others}. Expected only {' and '.join(known[:2])}")
+        if "transformer" in index:  # a DiTPipeline
+            unet = UNet2DModel.from_pretrained(name_or_path, subfolder="transformer")
+            kind = getattr(diffusers, index["scheduler"][1])
+            pipeline = Pretrained(unet, kind.from_pretrained(name_or_path, subfolder="scheduler"))
+        else:
+            found = DDPMPipeline.from_pretrained(name_or_path, variant=variant_of(Path(name_or_path) / "unet"))
+            pipeline = Pretrained(found.unet, found.scheduler)
+        if latent and any(index.get(part) for part in AUTOENCODERS):
+            pipeline.autoencoder = load_autoencoder(name_or_path, "--pretrained_model_name_or_path")
     except UserError:
         raise
     except Exception as error:  # The Hub client, diffusers and safetensors share no base class of errors
@@ -51,7 +84,7 @@ def load_pretrained(
             "or the folder DIR of `hf download ID --local-dir DIR`"
         ) from error
     unet = pipeline.unet
-    check_noise(pipeline.scheduler, flag, flow)
+    check_noise(pipeline.scheduler, flag, pipeline.scheduler.config.get("use_flow_sigmas") if flow is None else flow)
     if isinstance(pipeline.scheduler, LCMScheduler):
         raise UserError(f"{flag}: this is already a few-step model. Adapt its teacher, and distil the adapted teacher")
     check_embeddings(unet.config, flag)
@@ -67,7 +100,7 @@ def load_pretrained(
         )
     has_condition = condition and unet.config.out_channels < unet.config.in_channels
     channels = unet.config.out_channels if has_condition else unet.config.in_channels
-    if channels not in (1, 3):
+    if channels not in (1, 3) and not pipeline.autoencoder:
         more = " For a model with a condition use the script that trained it." * (channels == 2)
         raise UserError(f"{flag}: its unet takes {channels} channels. Expected 1 or 3.{more}")
     if not has_condition:
@@ -102,7 +135,7 @@ def variant_of(folder: Path) -> str | None:
     return "fp16" if files and all(".fp16." in name for name in files) else None
 
 
-def other_parts(index: dict, known: tuple[str, ...] = ("unet", "scheduler")) -> str:
+def other_parts(index: dict, known: Sequence[str] = ("unet", "scheduler")) -> str:
     """Return the other parts of a pipeline with their classes, or "" if there are none.
 
     Args:
@@ -203,26 +236,6 @@ def image_shape(config) -> tuple[int, int, int]:
     return config.out_channels, *size
 
 
-def refuse_missing(flag: str, name_or_path: str) -> None:
-    """Refuse a local path that does not exist, because otherwise the Hub client would look for it for a minute.
-
-    Raises:
-        UserError: the name is empty, or looks like a path and does not exist.
-    """
-    if not name_or_path:
-        raise UserError(f"{flag or 'the model'}: the name is empty. Expected a saved pipeline, or a Hub id")
-    path = Path(name_or_path).expanduser()
-    looks_local = name_or_path[0] in "./~" or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
-    if looks_local and not path.exists():
-        raise UserError(f"{flag or name_or_path}: there is no such folder. Expected a saved pipeline, or a Hub id")
-
-
-def shorten(error: Exception) -> str:
-    """Return the first 160 characters of a message, because libraries append advice about their own functions."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
-
-
 def unet_from_config(name_or_path: str, **overrides) -> UNet2DModel:
     """Make a UNet2DModel with random weights.
 
@@ -270,7 +283,7 @@ def zero_init(unet: UNet2DModel) -> UNet2DModel:
 
 def check_fit(
     unet: torch.nn.Module, noise_scheduler: SchedulerMixin, shape: tuple[int, int, int], num_inference_steps: int,
-    in_channels: int | None = None,
+    in_channels: int | None = None, downsampling: int = 1,
 ) -> None:  # fmt: skip
     """Refuse a model, images, a noise schedule and a number of sampling steps that do not fit each other.
 
@@ -279,6 +292,7 @@ def check_fit(
     Args:
         shape: (C, H, W) in the space that the model denoises in.
         in_channels: number of input channels of a model with a condition. The default is C.
+        downsampling: image pixels per latent in each direction, for models of latents.
 
     Raises:
         UserError: the number of channels is wrong, or the resolution is not divisible by the model's
@@ -307,6 +321,8 @@ def check_fit(
             halvings = len(config["block_out_channels"]) - 1
             factor, does = 2**halvings, f"halves them {halvings} times"
     if height % factor or width % factor:
+        factor, height, width = (number * downsampling for number in (factor, height, width))
+        does = does.replace("them", "their latents" if downsampling > 1 else "them")
         raise UserError(
             f"images of {height} x {width} pixels: this model {does}, so it needs multiples of {factor}. "
             f"Try --resolution {nearest_resolution((height, width), factor)}"

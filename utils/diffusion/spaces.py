@@ -19,9 +19,10 @@ class Pixels:
         model_shape: ``shape`` as arguments of a UNet's config.
         fingerprint: digest of the encoder, compared when a run resumes, or None without an encoder.
         in_unit_range: whether values are in [-1, 1], so that samplers may clip them.
+        downsampling: image pixels per value in each direction.
     """
 
-    fingerprint, in_unit_range = None, True
+    fingerprint, in_unit_range, downsampling = None, True, 1
 
     def __init__(self, image_shape: tuple[int, int, int]):
         self.shape = self.image_shape = tuple(image_shape)
@@ -40,6 +41,10 @@ class Pixels:
         """Convert images (B, C, H, W) in [-1, 1] to the model's space, (B, *shape), float32."""
         return images
 
+    def distribution(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return mean and standard deviation of the encoded images, (B, *shape), or None if they are not random."""
+        return self.encode(images), None
+
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
         """Convert samples in the model's space, (B, *shape), to images in about [-1, 1]."""
         return samples
@@ -49,11 +54,11 @@ class Latents(Pixels):
     """Latents of an autoencoder, multiplied by the ``scaling_factor`` of its config as in diffusers' pipelines.
 
     ``LDMPipeline(autoencoder, unet, scheduler)`` draws from models trained in this space. A ``shift_factor`` is not
-    used, because that pipeline ignores it.
+    used, because that pipeline ignores it, see ``autoencoders.fold_normalization``.
 
     Args:
-        autoencoder: ``AutoencoderKL``, ``AutoencoderTiny``, ``VQModel`` or another with their interface. This class
-            freezes its weights.
+        autoencoder: ``AutoencoderKL``, ``AutoencoderTiny``, ``AutoencoderDC``, ``VQModel`` or another with their
+            interface. This class freezes its weights.
         image_shape: (C, H, W) of images.
 
     Raises:
@@ -78,6 +83,7 @@ class Latents(Pixels):
         images = torch.zeros(1, *self.image_shape, device=autoencoder.device)
         latents = self.encode(images)
         self.shape = tuple(latents.shape[1:])
+        self.downsampling = self.image_shape[1] // self.shape[1]
         decoded = tuple(self.decode(latents).shape[1:])
         if decoded != self.image_shape:
             raise UserError(
@@ -96,12 +102,17 @@ class Latents(Pixels):
             decoded = autoencoder.eval().decode(torch.zeros(1, *shape, device=autoencoder.device)).sample
         return cls(autoencoder, tuple(decoded.shape[1:]))
 
-    @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the scaled latents of images. If the encoder returns a distribution, they are its mode."""
+        """Return the scaled latents of images. If the encoder returns a distribution, they are its mean."""
+        return self.distribution(images)[0]
+
+    @torch.no_grad()
+    def distribution(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         encoded = self.autoencoder.encode(images)
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return latents.float() * self.scale
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mean.float() * self.scale, encoded.latent_dist.std.float() * self.scale
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        return latents.float() * self.scale, None
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
         """Return the images of scaled latents. The result is differentiable, because guidance needs gradients."""

@@ -13,6 +13,10 @@ UNETS = {  # keyword arguments of UNet2DModel
         block_out_channels=(16, 32, 96), layers_per_block=1, add_attention=False, norm_num_groups=8,
         down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
     ),
+    "wide": dict(  # 1.7 M, for latents of 4 to 32 a side on a CPU, which have more content per value than pixels
+        block_out_channels=(32, 64, 96), layers_per_block=1, add_attention=False, norm_num_groups=8,
+        down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
+    ),
     "base": dict(  # 25.8 M, for 32 to 64 pixels on a GPU, with attention at a quarter of the resolution
         block_out_channels=(128, 256, 256), layers_per_block=2, attention_head_dim=64,  # diffusers' 8 is slow
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
@@ -30,7 +34,7 @@ def add_unet_arguments(parser: Parser) -> None:
     """Add the flags that choose a UNet by size, by config, or with pretrained weights."""
     group = parser.group("model")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--unet", choices=UNETS, help="architecture, see utils/diffusion/unets.py: tiny (for tests), small (8 to 32 pixels, the default), base (32 to 64), large (128 to 256)")
+    one.add_argument("--unet", choices=UNETS, help="architecture, see utils/diffusion/unets.py: tiny (for tests), small (8 to 32 pixels, the default), wide (latents, the default of train_latent.py), base (32 to 64), large (128 to 256)")
     one.add_argument("--model_config_name_or_path", help="UNet2DModel config instead of --unet, with random weights")
     one.add_argument("--pretrained_model_name_or_path", help="pipeline with the initial weights and the noise schedule")
     add_speed_arguments(parser)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from .. import UserError
 from ..data.columns import Column
 from ..diffusion.conditions import COLUMN, PAIRED, Condition
 from ..pictures import from_uint8, to_uint8
+from .reconstruction import similarity
 from .reference import Preparation, Reference
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 REPEATS = 8  # samples of an input, for the mean of samples
 MEAN_INPUTS = 256  # inputs with that many samples
 MAX_BYTES = 2**31  # of true images and pictures in memory
-MIN_SIDE = 11  # pixels, the window of the structural similarity
 
 
 class Restoration:
@@ -123,7 +122,7 @@ class Restoration:
             position += len(block)
             numbers, head = self.numbers(ids), block[ids < self.count]
             true = self.true[numbers[: len(head)]]
-            single += list(map(_similarity, head, true))
+            single += list(map(similarity, head, true))
             energies += [_fine_energy(head), _fine_energy(true)]
             for image, k, number in zip(block, numbers, ids, strict=True):
                 if means and (number >= self.count or number < self.mean_count):
@@ -137,7 +136,7 @@ class Restoration:
             average, squares = sums / REPEATS
             scores["spread"] = float(np.sqrt(np.maximum(squares - average**2, 0).mean() * REPEATS / (REPEATS - 1)))
             average = np.rint(average).astype(np.uint8)
-            found = _mean([_similarity(image, true) for image, true in zip(average, self.true, strict=False)])
+            found = _mean([similarity(image, true) for image, true in zip(average, self.true, strict=False)])
             scores |= {f"{name}_mean{REPEATS}": value for name, value in found.items()}
 
 
@@ -147,18 +146,6 @@ def _fine_energy(images: np.ndarray) -> float:
     frequencies = [np.abs(np.fft.fftfreq(side)) for side in images.shape[2:]]
     fine = np.maximum(frequencies[0][:, None], frequencies[1]) > 0.25  # the highest frequency is 0.5 periods per pixel
     return float((np.abs(spectrum) ** 2)[..., fine].sum())
-
-
-def _similarity(image: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Return PSNR, and SSIM as in Wang et al. 2004, of two images, uint8 (C, H, W)."""
-    same = np.array_equal(image, true)  # the PSNR would be infinite, and with it every mean
-    psnr = 100.0 if same else peak_signal_noise_ratio(true, image, data_range=255)
-    if min(image.shape[1:]) < MIN_SIDE:
-        return {"psnr": psnr}
-    ssim = structural_similarity(
-        true, image, channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
-    return {"psnr": psnr, "ssim": ssim}
 
 
 def _mean(found: list[dict[str, float]]) -> dict[str, float]:

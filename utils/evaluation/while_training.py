@@ -39,6 +39,8 @@ class Evaluation:
 class Validation:
     """Curves of the denoising loss: on training images, held-out images, and data like that of a pretrained model.
 
+    For an autoencoder, they show PSNR and SSIM of its reconstructions.
+
     Args:
         run: training run.
         split: held-out split, or None.
@@ -58,19 +60,27 @@ class Validation:
             batches["prior"] = data.examples(NUM_VALIDATION_IMAGES, others)
         space = run.space or Pixels(data.image_shape)
         for name, batch in batches.items():
+            if not run.noise_scheduler:
+                from .reconstruction import Reconstruction  # its import of scikit-image takes time
+
+                self.losses[name] = Reconstruction(batch["images"])
+                continue
             images = encode_in_batches(space, batch["images"], run.accelerator.device)
             inputs = run.model_inputs(batch)
             self.losses[name] = DenoisingLoss(images, run.noise_scheduler, run.args.seed, inputs)
 
     def measure(self) -> None:
-        """Measure the losses, and send them to the trackers. Call it on all processes."""
+        """Measure, and send the results to the trackers. Call it on all processes."""
         curves = {}
-        for name, denoising_loss in self.losses.items():
-            for part, value in denoising_loss.measure(
-                self.run.unet, self.run.accelerator, self.run.stop_requested
-            ).items():
+        for name, measured in self.losses.items():
+            for part, value in measured.measure(self.run.unet, self.run.accelerator, self.run.stop_requested).items():
                 level = f"loss_by_timestep_validation/{name}_{part}"
-                curves[f"loss/validation_{name}" if part == "loss" else level] = value
+                curve = {
+                    "loss": f"loss/validation_{name}",
+                    "psnr": f"metrics/psnr_{name}",
+                    "ssim": f"metrics/ssim_{name}",
+                }
+                curves[curve.get(part, level)] = value
         self.run.log(curves)
 
 

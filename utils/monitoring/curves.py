@@ -43,8 +43,9 @@ class MetricLogger:
     def started(self, run) -> None:
         start_trackers(run, self.trackers, run.output_dir / LOGS)
         self.num_train_timesteps = run.num_train_timesteps
+        self.levels = NOISE_LEVELS if self.num_train_timesteps else 0
         self.label_names = run.train_data.label_names
-        bins = NOISE_LEVELS + len(self.label_names) + 1  # the last bin is for samples without a label
+        bins = self.levels + len(self.label_names) + 1  # the last bin is for samples without a label
         self.sums = torch.zeros(2, bins, device=run.accelerator.device)  # sums of losses, and numbers of losses
         restored = self.restored if run.accelerator.is_main_process else None  # the others start at zero
         if restored and len(restored[0]) == bins:
@@ -53,21 +54,22 @@ class MetricLogger:
             run.model.register_forward_hook(self._forward_ended)
         self.began = time.perf_counter()
 
-    def measured(self, run, losses: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> None:
+    def measured(self, run, losses: torch.Tensor, timesteps: torch.Tensor | None, labels: torch.Tensor | None) -> None:
         """Collect the losses of one micro-step.
 
         Args:
             losses: unweighted loss of each sample, (B,).
-            timesteps: timestep of each sample, (B,).
+            timesteps: timestep of each sample, (B,); None without noise levels.
             labels: class of each sample, (B,), -1 for none; None if there are no classes.
         """
         self.alone += max(0.0, self.forward_ended - self.began)
         self.began = time.perf_counter()
-        bins = (timesteps * NOISE_LEVELS // self.num_train_timesteps).long()
-        bins = bins.clamp(max=NOISE_LEVELS - 1)  # rounding may turn a real timestep just below T into T
-        indices = [bins]
+        indices = []
+        if timesteps is not None:
+            bins = (timesteps * NOISE_LEVELS // self.num_train_timesteps).long()
+            indices.append(bins.clamp(max=NOISE_LEVELS - 1))  # rounding may turn a real timestep just below T into T
         if labels is not None and self.label_names:
-            indices.append(labels.where(labels >= 0, len(self.label_names)) + NOISE_LEVELS)
+            indices.append(labels.where(labels >= 0, len(self.label_names)) + self.levels)
         finite = losses.isfinite()  # fp16 may overflow
         losses = losses.where(finite, 0)
         for index in indices:
@@ -108,7 +110,7 @@ class MetricLogger:
             alone = accelerator.gather(alone)
             curves |= {"system/slowest_seconds": alone.max().item(), "system/fastest_seconds": alone.min().item()}
             self.alone = 0.0
-        names = [f"loss_by_timestep/{level}" for level in noise_levels(self.num_train_timesteps)]
+        names = [f"loss_by_timestep/{k}" for k in (noise_levels(self.num_train_timesteps) if self.levels else ())]
         names += [f"loss_per_label/{name}" for name in self.label_names]
         sums, counts = accelerator.reduce(self.sums, "sum").tolist()
         means = [total / count if count else None for total, count in zip(sums, counts, strict=True)]

@@ -26,7 +26,9 @@ from huggingface_hub.utils import disable_progress_bars
 from .. import UserError
 from ..exits import UPLOAD_THREAD
 from ..privacy import OWN_IMAGES, is_hub_id
+from ..saved import AUTOENCODERS, NETS, net_folder
 from ..signals import STOP_SIGNALS, progress
+from ..training.last_lines import how_to_load
 from ..training.output_dir import ARGUMENTS, read_arguments
 from .model_card import DATA_TITLES, write_card
 
@@ -35,13 +37,13 @@ logger = logging.getLogger(__name__)
 PUSH_FAILED = 75  # exit code, EX_TEMPFAIL of sysexits.h: try again
 REQUEST_TIMEOUT = 60.0  # seconds without an answer; the client has no limit by default
 ALLOWED = (  # code is allowed only if these scripts have written it
-    "model_index.json", "README.md", "pipeline.py", "linear_mix.py", "unet/config.json", "unet/*.safetensors",
-    "unet/*.safetensors.index.json", "unet/basic_unet.py", "unet/own_net_*.py", "vqvae/config.json",
-    "vqvae/*.safetensors", "vae/config.json", "vae/*.safetensors", "scheduler/scheduler_config.json",
-    "scheduler/linear_mix.py", "adapter/*.json", "adapter/*.safetensors",
+    "model_index.json", "config.json", "*.safetensors", "README.md", "pipeline.py", "linear_mix.py",
+    *(f"{part}/{file}" for part in (*NETS, *AUTOENCODERS) for file in ("config.json", "*.safetensors")),
+    *(f"{part}/*.safetensors.index.json" for part in NETS), "unet/basic_unet.py", "unet/own_net_*.py",
+    "scheduler/scheduler_config.json", "scheduler/linear_mix.py", "adapter/*.json", "adapter/*.safetensors",
 )  # fmt: skip
 PICTURES = ("samples.png", "curves.png", "walk.png", "before_after.png", "guided.png", "samples/*.png")
-# These files of a model that draws from pictures show its inputs and true images
+# These files of an autoencoder, or of a model that draws from pictures, show its inputs and true images
 SHOWN_IMAGES = {"samples.png", "samples/*.png", "condition.png"}
 
 
@@ -183,13 +185,15 @@ class Hub:
                     f"{path} is a link, or in a linked folder. Only files are pushed: put a copy in its place"
                 )
         if not any(path.suffix == ".safetensors" for path in files):
-            raise ValueError(f"{self.folder}/unet has no weights (.safetensors)")
+            raise ValueError(f"{net_folder(self.folder)} has no weights (.safetensors)")
         pictures = {*PICTURES}
         record = read_arguments(self.folder)
-        if record.get("condition") and not _is_public(record.get("public_data", OWN_IMAGES)):
+        shows_images = record.get("condition") or how_to_load(self.folder, self.folder).is_autoencoder
+        if shows_images and not _is_public(record.get("public_data", OWN_IMAGES)):
             pictures -= SHOWN_IMAGES
+            shown = ["samples.png", *(["condition.png"] if record.get("condition") else ["the other pictures"])]
             logger.warning(
-                "samples.png and condition.png show images that may not be public, so they are not pushed"
+                f"{' and '.join(shown)} show images that may not be public, so they are not pushed"
                 f"{', except in TensorBoard files' * self.logs}. If they may be published, upload them: "
                 f"hf upload {self.repo_id} {self.folder / 'samples.png'} samples.png"
             )

@@ -10,18 +10,20 @@ import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from .. import write_record
+from .. import read_record, write_record
 from ..args import Parser, add_common_arguments, defaults_of
 from ..diffusion.class_conditional import class_names
 from ..diffusion.unets import add_unet_arguments
 from ..hardware import device_name
 from ..privacy import OWN_IMAGES, is_hub_id, redact
+from ..saved import AUTOENCODERS, NETS, index_file, net_config
 from ..training.last_lines import Loading, how_to_load, inputs_beside
 from ..training.output_dir import ARGUMENTS, read_arguments
 from .results import describe_results
@@ -67,6 +69,7 @@ PAPERS = {  # papers by (setting, value); Ellipsis stands for any value
     ("snr_gamma", ...): ("Efficient diffusion training via min-SNR weighting", "2303.09556"),
     ("condition", ...): ("Image super-resolution via iterative refinement: a condition as channels", "2104.07636"),
     ("classes", True): ("Classifier-free diffusion guidance", "2207.12598"),
+    ("latent", True): ("High-resolution image synthesis with latent diffusion models", "2112.10752"),
     ("model_guidance", ...): ("Diffusion models without classifier-free guidance", "2502.12154"),
     ("method", "lora"): ("LoRA", "2106.09685"),
     ("sampler", "LCMScheduler"): ("Latent consistency models", "2310.04378"),
@@ -122,9 +125,11 @@ def write_card(
     if "card" not in record:
         return
     final = folder.resolve() == run_folder.resolve() if final is None else final
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    classes = class_names(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
+    index, autoencoder = read_record(index_file(folder)), how_to_load(folder, folder).is_autoencoder
+    scheduler = {} if autoencoder else read_record(folder / "scheduler" / "scheduler_config.json")
+    kind_of_scheduler = index.get("scheduler", [None, None])[1]
+    net = next((index[part][1] for part in NETS if part in index), index["_class_name"])
+    classes = class_names(net_config(folder))
     flags, base, kind = record["public_arguments"], record.get("base"), record.get("condition")
     data = record.get("public_data", OWN_IMAGES)
     people = data not in DATA_WITHOUT_PEOPLE or _shows_people(base)
@@ -136,7 +141,7 @@ def write_card(
     metadata = ModelCardData(
         license=license or "unknown",
         library_name="diffusers",
-        pipeline_tag="image-to-image" if kind else "unconditional-image-generation",
+        pipeline_tag="image-to-image" if kind or autoencoder else "unconditional-image-generation",
         tags=_tags(index, scheduler, classes, kind),
         datasets=[data] if is_hub_id(data) else None,
         base_model=base if is_hub_id(base) else None,
@@ -159,16 +164,22 @@ def write_card(
     trust = f"`trust_remote_code=True` runs the code that comes with the model: {', '.join(code)}. Read it first.\n\n"
     ours = index["_class_name"] in ("DDPMPipeline", "ConsistencyModelPipeline")  # linear mixing has its own class
     used = flags | found | {"ddpm": ours and not scheduler.get("use_flow_sigmas"), "classes": bool(classes)}
-    used["sampler"] = index["scheduler"][1]
+    used |= {
+        "sampler": kind_of_scheduler,
+        "latent": autoencoder or (not kind and not {*AUTOENCODERS}.isdisjoint(index)),
+    }
     papers = {
         paper for (key, value), paper in PAPERS.items() if (used.get(key) if value is ... else used.get(key) == value)
     }
     links = "\n".join(f"* [{name}](https://arxiv.org/abs/{number})" for name, number in sorted(papers))
-    steps = record.get("num_inference_steps", flags["num_inference_steps"])
+    steps = record.get("num_inference_steps", flags.get("num_inference_steps"))
     named, given = name or _loading_name(run_folder), record.get("model_inputs")
     snippet = _snippet(folder, named, steps, classes, flags.get("guidance_scale"), final, given, record)
     pictured = "![samples](samples.png)" if (folder / "samples.png").is_file() else ""
-    described = _describe_samples(index["scheduler"][1], record) if final and pictured else ""
+    described = _describe_samples(kind_of_scheduler, record) if final and pictured else ""
+    does = f"draws {_shape(record)}images like those of {_escape(subject)} with a {net}"
+    if autoencoder:
+        does = f"encodes {_shape(record)}images like those of {_escape(subject)} as latents, and decodes latents"
     text = f"""---
 {metadata.to_yaml()}
 ---
@@ -177,12 +188,11 @@ def write_card(
 
 {pictured if final else "This is a checkpoint from before the end of training."}
 
-{described}This model draws {_shape(record)}images \
-like those of {_escape(subject)} with a {index["unet"][1]}.{_describe_classes(classes)}{_describe_condition(kind)}
+{described}This model {does}.{_describe_classes(classes)}{_describe_condition(kind)}
 
 ## Use
 
-{snippet}{trust if code else ""}The saved scheduler is `{index["scheduler"][1]}`.
+{snippet}{trust if code else ""}{f"The saved scheduler is `{kind_of_scheduler}`." if scheduler else ""}
 {_section("Metrics", _metrics(run_folder) if final else "")}{_section("Evaluation", section)}
 ## Training
 
@@ -207,12 +217,12 @@ def _common_flags() -> set[str]:
 def _tags(index: dict, scheduler: dict, classes, kind: str | None) -> list[str]:
     tags = [
         "diffusers",
-        "image-to-image" if kind else "unconditional-image-generation",
+        *(["autoencoder"] if not scheduler else ["image-to-image" if kind else "unconditional-image-generation"]),
         *(["class-conditional"] if classes else []),
     ]
     if scheduler.get("use_flow_sigmas"):
         tags.append("flow-matching")
-    elif index["scheduler"][1] == "LCMScheduler":
+    elif index.get("scheduler", [None, None])[1] == "LCMScheduler":
         tags.append("consistency-distillation")
     elif index["_class_name"] == "DDPMPipeline":
         tags.append("ddpm")
@@ -253,11 +263,13 @@ def _shape(record: dict) -> str:
     return f"{height} x {width} {'grey ' if channels == 1 else ''}"
 
 
-def _describe_samples(sampler: str, record: dict) -> str:
+def _describe_samples(sampler: str | None, record: dict) -> str:
     """Return a sentence about the picture of samples."""
     flags, caption = record["public_arguments"], record["card"]["caption"]
     if sampler == "LCMScheduler":
         return f"The picture shows unselected samples of the teacher and this model from the same noise ({caption}). "
+    if sampler is None:
+        return f"The picture shows images, their reconstructions, and the differences ({caption}). "
     if record.get("condition"):
         return f"The picture shows inputs, unselected samples of each ({caption}), and true images. "
     return f"The picture shows {flags['num_samples']} samples, not selected: {caption}. "
@@ -295,6 +307,8 @@ def _snippet(
 ) -> str:  # fmt: skip
     """Return code that loads the model and draws, as Markdown; nothing if the code of a finished model fails."""
     load = how_to_load(folder, name)
+    if load.is_autoencoder:
+        return _snippet_of_autoencoder(load, record)
     if beside := inputs_beside(folder, given):
         code = f"from diffusers import {load.pipeline}\n\nunet = {load.call}.unet"
         note = f"Besides the noisy images, the net takes {beside} as input. No pipeline of diffusers can pass that. "
@@ -304,11 +318,15 @@ def _snippet(
         return _snippet_with_condition(folder, name, steps, final, record)
     asked = f", class_labels={[k % len(classes) for k in range(4)]}" if classes else ""
     how = repr(list(classes[:4])) if load.own_pipeline else f"batch_size=4{asked}"
+    if load.guides_classes:
+        plain = not any("," in label for label in classes)  # the pipeline splits names at commas
+        how = f"pipeline.get_label_ids({list(classes[:4])})" if plain else repr([*range(min(4, len(classes)))])
+        how += f", guidance_scale={guidance_scale:g}"
     code = f"from diffusers import {load.pipeline}\n\npipeline = {load.call}\n"
     code += f"images = pipeline({how}, num_inference_steps={steps}).images\n"
     code += 'images[0].save("sample.png")'
     # A distilled model takes no scale, because it has learnt its teacher's guidance
-    guided = bool(classes) and guidance_scale is not None
+    guided = bool(classes) and guidance_scale is not None and not load.guides_classes
     if guided:
         scale = 1.5 if guidance_scale == 1 else guidance_scale
         more = "from diffusers import DiffusionPipeline\n\n"
@@ -328,6 +346,19 @@ def _snippet(
                 f"{folder}: the saved pipeline could not be loaded and called: {type(error).__name__}: {error}"
             )
             return ""
+    return f"```python\n{code}\n```\n\n"
+
+
+def _snippet_of_autoencoder(load: Loading, record: dict) -> str:
+    """Return code that encodes and decodes images."""
+    code = f"""import torch
+from diffusers import {load.pipeline}
+
+autoencoder = {load.call}
+shift, scale = autoencoder.config.shift_factor, autoencoder.config.scaling_factor
+images = torch.zeros(1, {", ".join(map(str, record["image_shape"]))})  # yours, in [-1, 1]
+latents = (autoencoder.encode(images).latent_dist.sample() - shift) * scale  # with mean 0 and deviation 1
+images = autoencoder.decode(latents / scale + shift).sample"""
     return f"```python\n{code}\n```\n\n"
 
 
@@ -365,27 +396,36 @@ def _snippet_with_condition(folder: Path, name: str, steps: int, final: bool, re
         here = str(folder.resolve())
         tried = code.replace(source, repr(str(folder / "condition.png"))).replace(repr(name), repr(here))
         tried = tried.replace(steps_text, "num_inference_steps=1").replace(".save('sample.png')", "")
-        verbosity = diffusers.utils.logging.get_verbosity()
-        diffusers.utils.logging.set_verbosity_error()  # it warns that the autoencoder is no VQModel
         try:
-            with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # hide a progress bar
+            with _quiet():
                 exec(tried, {})
         except Exception as error:  # the model is saved: a card without the snippet is better than none
             logger.warning(f"{folder}: the saved pipeline could not draw: {type(error).__name__}: {error}")
             return ""
-        finally:
-            diffusers.utils.logging.set_verbosity(verbosity)
     return f"```python\n{code}\n```\n\n"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide progress bars, and warnings about the classes of a pipeline's parts. Leave the random state as it is."""
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        diffusers.utils.logging.set_verbosity(verbosity)
 
 
 def _try(folder: Path, load: Loading, guided: bool, classes: list[str]) -> None:
     """Load the pipeline as the snippet does, and draw with one step. Errors of the libraries are passed on."""
     place, options = str(folder.resolve()), {"num_inference_steps": 1}
     trusted = {"trust_remote_code": True} if load.runs_code else {}
-    with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # hide a progress bar
+    with _quiet():
         if not load.own_pipeline:
             pipeline = getattr(diffusers, load.pipeline).from_pretrained(place, **trusted)
-            pipeline(batch_size=1, **({"class_labels": [0]} if classes else {}), **options)
+            first = {"batch_size": 1, **({"class_labels": [0]} if classes else {})}
+            pipeline(**({"class_labels": [0], "guidance_scale": 1.5} if load.guides_classes else first), **options)
         if load.own_pipeline or guided:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(place, custom_pipeline=place, trust_remote_code=True)
             pipeline([classes[0]], **({"guidance_scale": 1.5} if guided else {}), **options)

@@ -5,6 +5,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from ..privacy import OWN_IMAGES
+from ..saved import net_folder
 from ..training.checkpoints import file_hash
 
 MEASURED = (
@@ -32,7 +33,7 @@ def describe_results(folder: Path, results: dict) -> tuple[str, list[EvalResult]
     Raises:
         ValueError: there are no such rows.
     """
-    weights = file_hash(*(folder / "unet").glob("*.safetensors"))[:12]
+    weights = file_hash(*net_folder(folder).glob("*.safetensors"))[:12]
     rows = [row for row in results["results"] if row.get("weights") == weights]
     if not rows:
         names = ", ".join(f"{row['model']} ({row.get('weights', 'no weights')})" for row in results["results"])

@@ -6,6 +6,7 @@ rename publishes the checkpoint, and older ones are removed. Loading a checkpoin
 safetensors, the optimizer and the random state are read with ``weights_only=True``, and the rest is JSON.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from .. import UserError, counted, randomness, sync
 from ..hardware import device_name
+from ..saved import AUTOENCODERS, net_folder
 from ..signals import progress
 from .process import on_main_process
 
@@ -69,6 +71,7 @@ def save_checkpoint(
             facts |= {"randomness": randomness.VERSION, "device": device_name(accelerator.device)}
             _write_json(staging / STATE, {**state, **facts, "global_step": step})
             _write_manifest(staging)
+            _link_autoencoder(staging, output_dir)
             if final.exists():  # The existing checkpoint is damaged
                 os.rename(final, final.with_name(f".tmp-removed-{final.name}"))
             os.rename(staging, final)
@@ -264,9 +267,9 @@ def prepare_to_resume(accelerator, output_dir: Path, request: str | None, prefer
 
 
 def averaged_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the averaged weights of a checkpoint, from its pipeline and, if there is one, its low-rank adapter."""
+    """Read the averaged weights of a checkpoint, from its model and, if there is one, its low-rank adapter."""
     averaged = {}
-    for file in [*path.glob("unet/*.safetensors"), *path.glob("adapter/*.safetensors")]:
+    for file in [*net_folder(path).glob("*.safetensors"), *path.glob("adapter/*.safetensors")]:
         averaged |= {name.removeprefix("base_model.model."): value for name, value in load_file(file).items()}
     return averaged
 
@@ -335,6 +338,21 @@ def _write_manifest(folder: Path) -> None:
     _write_json(folder / MANIFEST, {"files": {name: entry for name, entry in entries.items() if entry}})
     sync(folder / MANIFEST)
     sync(folder)
+
+
+def _link_autoencoder(folder: Path, output_dir: Path) -> None:
+    """Replace the autoencoder by hard links to that of the newest checkpoint, because it is frozen and may be large."""
+    earlier = next((path for path in reversed(list_checkpoints(output_dir)) if (path / MANIFEST).is_file()), None)
+    if earlier is None:
+        return
+    known, new = (json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"] for path in (earlier, folder))
+    for name, entry in new.items():
+        if name.startswith(tuple(f"{part}/" for part in AUTOENCODERS)) and known.get(name) == entry:
+            link = folder / f".tmp-{Path(name).name}"
+            with contextlib.suppress(OSError):  # the file system has no hard links, or the earlier file is missing
+                if file_hash(earlier / name) == entry[1]:
+                    os.link(earlier / name, link)
+                    os.replace(link, folder / name)
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -1,18 +1,18 @@
 """The last lines of a run: its files, and commands to continue with."""
 
-import json
 import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import counted
+from .. import counted, read_record
+from ..saved import index_file, net_config, net_folder
 
 
 @dataclass(frozen=True)
 class Loading:
-    """Code that loads a saved pipeline.
+    """Code that loads a saved pipeline or model.
 
     Attributes:
         pipeline: class of diffusers.
@@ -31,15 +31,36 @@ class Loading:
         """Return whether the pipeline draws from a picture, as those of train_paired.py do."""
         return self.pipeline == "LDMSuperResolutionPipeline"
 
+    @property
+    def guides_classes(self) -> bool:
+        """Return whether the pipeline draws classes with guidance, as those of train_latent.py do."""
+        return self.pipeline == "DiTPipeline"
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Return whether it is an autoencoder, which draws nothing."""
+        return self.pipeline.startswith(("Autoencoder", "VQModel"))
+
+    def first_arguments(self, given: str | None) -> str:
+        """Return the arguments that the pipeline needs to draw an image.
+
+        Args:
+            given: recorded names of the inputs that the script passes to the model.
+        """
+        if self.takes_condition:
+            return "condition, "
+        if self.own_pipeline or self.guides_classes:
+            return "[0], " + "guidance_scale=1, " * self.guides_classes  # the default scale is 4
+        return "class_labels=[0], " * (given == "class_labels")
+
 
 def how_to_load(folder: Path, name: str | Path) -> Loading:
     """Return the code that loads the pipeline of ``folder`` by ``name``, a path or a Hub id."""
-    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    kind, unet = read_record(index_file(folder))["_class_name"], net_config(folder)
     # ConsistencyModelPipeline draws squares only
     own_pipeline = (folder / "pipeline.py").is_file() and not isinstance(unet.get("sample_size"), int)
     kind = "DiffusionPipeline" if own_pipeline or isinstance(kind, list) else kind  # a list names a file of the folder
-    runs_code = kind == "DiffusionPipeline" or any((folder / "unet").glob("*.py"))
+    runs_code = kind == "DiffusionPipeline" or any(net_folder(folder).glob("own_net_*.py"))
     options = f", custom_pipeline={str(name)!r}" * own_pipeline + ", trust_remote_code=True" * runs_code
     return Loading(kind, f"{kind}.from_pretrained({str(name)!r}{options})", own_pipeline, runs_code)
 
@@ -51,9 +72,9 @@ def inputs_beside(folder: Path, given: str | None) -> str:
         folder: folder of the pipeline.
         given: recorded names of the inputs that the script passes to the model.
     """
-    if how_to_load(folder, folder).takes_condition:
+    load, unet = how_to_load(folder, folder), net_config(folder)
+    if load.takes_condition or load.guides_classes or load.is_autoencoder:
         return ""
-    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     taken = unet.get("in_channels") or 0
     channels = taken - (unet.get("out_channels") or taken)
     if channels > 0:
@@ -61,20 +82,24 @@ def inputs_beside(folder: Path, given: str | None) -> str:
     return "" if given == "class_labels" and (folder / "pipeline.py").is_file() else given or ""
 
 
-def last_lines(folder: Path, num_inference_steps: int, continued: str | None, given: str | None) -> list[str]:
+def last_lines(
+    folder: Path, num_inference_steps: int | None, continued: str | None, given: str | None
+) -> list[str]:  # fmt: skip
     """Return lines that describe the folder of a finished run.
 
     Args:
-        num_inference_steps: sampling steps of its samples.
+        num_inference_steps: sampling steps of its samples, None for an autoencoder.
         continued: flags with which the same script trains on the user's own images, or None to leave the line out.
         given: see ``inputs_beside``.
     """
     pictures = sorted(path.name for path in folder.glob("*.png") if path.name != "samples.png")
     lines = {"samples": ", ".join([str(folder / "samples.png"), *pictures])}
     load = how_to_load(folder, folder)
-    labels = "[0], " * load.own_pipeline or "class_labels=[0], " * (given == "class_labels")
-    labels = labels or "condition, " * load.takes_condition
-    lines["pipeline"] = f"{load.call}({labels}num_inference_steps={num_inference_steps})"
+    if load.is_autoencoder:
+        lines["autoencoder"] = load.call
+    else:
+        arguments = f"{load.first_arguments(given)}num_inference_steps={num_inference_steps}"
+        lines["pipeline"] = f"{load.call}({arguments})"
     if beside := inputs_beside(folder, given):
         lines["pipeline"] = f"{load.call}.unet also needs {beside}. No pipeline of diffusers passes it to the model"
     script = os.path.join(os.path.dirname(os.path.relpath(sys.argv[0])), "sample.py")
@@ -84,11 +109,16 @@ def last_lines(folder: Path, num_inference_steps: int, continued: str | None, gi
     if any(folder.glob("logs/**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {folder}"
     lines["train longer"] = "the same command with a larger --max_train_steps"
-    if continued and "ipykernel" not in sys.modules:
+    if "ipykernel" not in sys.modules:
         script = os.path.relpath(sys.argv[0])
         config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
         options = f" --quiet --config_file {config}" if os.path.isfile(config) else ""
-        lines["your images"] = f"{_command('accelerate')} launch{options} {script} {continued}"
+        launch = f"{_command('accelerate')} launch{options}"
+        latent = os.path.join(os.path.dirname(script), "train_latent.py")
+        if load.is_autoencoder and os.path.isfile(latent):
+            lines["next"] = f"{launch} {latent} --vae {folder}, with the same images"
+        if continued:
+            lines["your images"] = f"{launch} {script} {continued}"
     return [f"  {name:12} {text}" for name, text in lines.items()]
 
 

@@ -31,6 +31,7 @@ from .. import UserError, counted, exits, optional, randomness
 from ..args import defaults_of
 from ..hardware import device_name
 from ..pictures import with_caption
+from ..saved import AUTOENCODERS, index_file
 from ..signals import Interrupted, StopSignal, progress
 from . import checkpoints, output_dir
 from .ema import EMA
@@ -117,8 +118,10 @@ class Run:
         Args:
             model: model that ``accelerator.prepare`` returned.
             ema_model: average of its weights, used for samples and saved pipelines.
-            noise_scheduler: scheduler of training. Its config is compared when a run resumes.
-            draw: function of a number of images and perhaps ``num_inference_steps`` that returns uint8 (N, C, H, W).
+            noise_scheduler: scheduler of training, or None for a model without noise levels. Its config is compared
+                when a run resumes.
+            draw: function of a number of images and, with a noise scheduler, perhaps ``num_inference_steps`` that
+                returns uint8 (N, C, H, W).
             sample: function without arguments that returns pictures by name, among them ``samples``.
             save_pipeline: function that saves the pipeline in the given folder.
             caption: line below the samples, such as the sampler and its steps.
@@ -136,10 +139,16 @@ class Run:
         self.model, self.unet, self.ema_model = model, self.accelerator.unwrap_model(model), ema_model
         self.draw, self._sample, self._save_pipeline, self.caption = draw, sample, save_pipeline, caption
         self.model_inputs, self.space = model_inputs or (lambda batch: {}), space
-        if space and noise_scheduler.config.get("clip_sample") and not space.in_unit_range:
+        if space and noise_scheduler and noise_scheduler.config.get("clip_sample") and not space.in_unit_range:
             raise UserError(
                 "the noise scheduler has clip_sample=True, so samplers would clip latents to [-1, 1]. Set "
                 "clip_sample=False, for example in NOISE"
+            )
+        if hasattr(space, "autoencoder") and space.shape[1] != space.shape[2]:
+            _, height, width = space.image_shape
+            raise UserError(
+                f"images of {height} x {width} pixels: pipelines of latent diffusion draw squares only. "
+                f"Give --resolution {min(height, width)}"
             )
         channels = getattr(getattr(self.unet, "config", None), "out_channels", None)
         if not space and channels not in (None, self.train_data.channels):
@@ -147,12 +156,14 @@ class Run:
                 f"the model returns {counted(channels, 'channel')}, but the images have {self.train_data.channels}. "
                 "For a model of another space give run.steps(..., space=...), see utils/diffusion/spaces.py"
             )
-        self.noise_scheduler, self.num_train_timesteps = noise_scheduler, noise_scheduler.config.num_train_timesteps
+        self.noise_scheduler = noise_scheduler
+        self.num_train_timesteps = noise_scheduler.config.num_train_timesteps if noise_scheduler else None
         data = self.train_data
         group = self.accelerator._optimizers[0].param_groups[0]
         learning_rate = group.get("initial_lr", group["lr"])  # The value of the flag, or the default for the model
+        noise = output_dir.describe_noise(noise_scheduler) if noise_scheduler else {}
         self.facts = {
-            **output_dir.describe_noise(noise_scheduler), "learning_rate": learning_rate, **facts, **data.settings,
+            **noise, "learning_rate": learning_rate, **facts, **data.settings,
             "data_license": data.license, "max_train_steps": self.max_train_steps,
             "parameters": facts.get("parameters", sum(weight.numel() for weight in self.unet.parameters())),
         }  # fmt: skip
@@ -182,13 +193,13 @@ class Run:
             progress("data")
 
     def end_of_step(
-        self, losses: torch.Tensor, timesteps: torch.Tensor, grad_norm: torch.Tensor | None, labels=None
+        self, losses: torch.Tensor, timesteps: torch.Tensor | None, grad_norm: torch.Tensor | None, labels=None
     ) -> bool:
         """Record the losses of a micro-step. Call it after ``optimizer.step()``.
 
         Args:
             losses: unweighted loss of each sample, (B,).
-            timesteps: timestep of each sample, (B,).
+            timesteps: timestep of each sample, (B,), or None without noise levels.
             grad_norm: gradient norm before clipping, 0-d, needed in the last micro-step of an optimizer step.
             labels: class of each sample (B,), with -1 for none, or None without classes.
 
@@ -198,8 +209,9 @@ class Run:
         Raises:
             ValueError: there is not one loss for each sample, or the norm of an optimizer step is missing.
         """
-        if losses.shape != timesteps.shape or losses.ndim != 1:
-            shapes = f"{tuple(losses.shape)} for timesteps of shape {tuple(timesteps.shape)}"
+        if losses.ndim != 1 or (timesteps is not None and losses.shape != timesteps.shape):
+            shapes = str(tuple(losses.shape))
+            shapes += "" if timesteps is None else f" for timesteps of shape {tuple(timesteps.shape)}"
             raise ValueError(f"losses of shape {shapes}. Expected the loss of each sample, (B,), before the mean")
         if grad_norm is None and self.accelerator.sync_gradients:
             raise ValueError(
@@ -324,7 +336,7 @@ class Run:
             on_main_process(accelerator, self._try_to_save)
         try:
             with self.untimed(), contextlib.suppress(Interrupted):
-                self.draw(1, num_inference_steps=1)
+                self.draw(1, **({"num_inference_steps": 1} if self.noise_scheduler else {}))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             error.add_note("This was a test of draw() and the model with one image, before the first step.")
             raise
@@ -336,9 +348,7 @@ class Run:
             with tempfile.TemporaryDirectory(prefix=".tmp-", dir=self.output_dir) as folder:
                 self._save_pipeline(Path(folder))
                 how_to_load(Path(folder), folder)  # This raises an error if a file of the pipeline is missing
-                if hasattr(self.space, "autoencoder") and not any(
-                    Path(folder, name).is_dir() for name in ("vqvae", "vae")
-                ):
+                if hasattr(self.space, "autoencoder") and not any(Path(folder, name).is_dir() for name in AUTOENCODERS):
                     raise UserError(
                         "the script denoises latents, but saves a pipeline without their autoencoder. Expected "
                         "LDMPipeline(autoencoder, unet, scheduler)"
@@ -432,8 +442,9 @@ class Run:
         """Write the pipeline with the averaged weights into a folder."""
         with self.ema_model.averaged_weights(self.unet):
             self._save_pipeline(folder)
-        for file in folder.glob("*/*.safetensors"):  # safetensors makes them unreadable for other users
-            shutil.copymode(folder / "model_index.json", file)
+        files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+        for file in files:  # safetensors makes them unreadable for other users
+            shutil.copymode(index_file(folder), file)
         self.tell("saved", folder)
 
     def _do_what_is_due(self, is_last: bool) -> None:
@@ -506,7 +517,8 @@ class Run:
                     continued += f" --pretrained_model_name_or_path {base}"
                     if args.learning_rate is not None:
                         continued += f" --learning_rate {args.learning_rate:g}"
-            lines = last_lines(self.output_dir, args.num_inference_steps, continued, record.get("model_inputs"))
+            steps = vars(args).get("num_inference_steps")
+            lines = last_lines(self.output_dir, steps, continued, record.get("model_inputs"))
             print(f"\n{title}, after {counted(self.global_step, 'optimizer step')}.", *lines, sep="\n", flush=True)
         self.tell("released")
 

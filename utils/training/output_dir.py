@@ -19,6 +19,7 @@ import torch
 from .. import UserError, args, counted, read_record, write_record
 from ..hardware import device_name
 from ..privacy import OWN_IMAGES, public_data, redact
+from ..saved import index_file, is_saved
 from .process import on_main_process
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,14 @@ SAMPLING_FLAGS = {  # if they change, a finished run draws again and rewrites it
 }  # fmt: skip
 # These flags may change when a run resumes, because they set places, speed and intervals, but not the results. The size
 # of a process's batches may change if the global batch stays the same. The place of the images may change because the
-# fingerprint of the images is compared.
+# fingerprint of the images is compared. So is the digest of the autoencoder.
 MAY_CHANGE_ON_RESUME = {
     "cache_images", "checkpointing_steps", "checkpoints_total_limit", "compile", "condition_dir", "config", "constants",
     "data", "dataloader_num_workers", "dataset_name", "evaluate_steps", "features", "fingerprint",
     "gradient_accumulation_steps", "gradient_checkpointing", "hang_timeout", "hub_model_id", "hub_private_repo",
     "net_code", "image_range", "logging_steps", "max_bad_images", "max_rollbacks", "max_train_steps", "mixed_precision",
     "num_evaluation_samples", "num_train_epochs", "output_dir", "prior_dataset_name", "push_to_hub", "report_to",
-    "resume_from_checkpoint", "sample_batch_size", "sample_steps", "train_batch_size", "train_data_dir",
+    "resume_from_checkpoint", "sample_batch_size", "sample_steps", "train_batch_size", "train_data_dir", "vae",
     "validation_split", "validation_steps", *SAMPLING_FLAGS,
 }  # fmt: skip
 # Values of runs that are older than the flag, if they differ from its default
@@ -134,7 +135,7 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
     if settings.get("learning_rate", "") is None:  # The model's default, which is compared with the checkpoint's later
         old, settings = ({key: values[key] for key in values if key != "learning_rate"} for values in (old, settings))
     where = f"--output_dir {folder}"
-    models = [folder / "model_index.json", folder / "best", *folder.glob("checkpoint-*"), *folder.glob("abandoned-*")]
+    models = [index_file(folder), folder / "best", *folder.glob("checkpoint-*"), *folder.glob("abandoned-*")]
     changed = setting_changes(where, old, settings, defaults)
     if changed and not any(path.exists() for path in models):
         logger.warning(
@@ -145,7 +146,7 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
         return None
     _refuse(where, changed)
     redraw = any(old.get(flag) != settings.get(flag) for flag in SAMPLING_FLAGS)
-    complete = (folder / "model_index.json").is_file() and (folder / "samples.png").is_file()
+    complete = is_saved(folder) and (folder / "samples.png").is_file()
     if not complete or redraw or "finished_at_step" not in found:
         return None
     return max(found["finished_at_step"], found.get("max_train_steps", 0))
