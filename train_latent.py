@@ -40,7 +40,11 @@ def parse_args(argv=None):
     group.add_argument("--guidance_scale", type=real(0), default=1.0, help="guidance scale of sampling. 1: no guidance. Larger scales make samples more typical and less varied. Each sampling step then takes twice as long")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/latent", num_inference_steps=25)
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    changed = [name for name in ("class_dropout_prob", "guidance_scale") if vars(args)[name] != parser.get_default(name)]
+    if changed and not args.class_conditional:
+        parser.error(f"--{changed[0]} needs --class_conditional. Without classes, leave it out")
+    return args
 # fmt: on
 
 
@@ -120,14 +124,13 @@ def main(args):
         labels = batch["labels"]  # (B,), -1: unknown
         return {"class_labels": labels.where(labels >= 0, NULL_CLASS)}
 
-    options = {}
-    if conditional:
-        options["model_inputs"] = cycle_labels(range(len(class_names)), accelerator.device)
+    drawn_by = GuidedModel(unet, args.guidance_scale) if conditional else unet
+    classes = cycle_labels(range(len(class_names)), accelerator.device) if conditional else None
 
     def draw(count, num_inference_steps=args.num_inference_steps):
         return sample_images(
-            GuidedModel(unet, args.guidance_scale) if conditional else unet, sampler, accelerator, count, latents.shape,
-            num_inference_steps, args.sample_batch_size, args.seed, run.stop_requested, decode=latents.decode, **options,
+            drawn_by, sampler, accelerator, count, latents.shape, num_inference_steps, args.sample_batch_size, args.seed,
+            run.stop_requested, decode=latents.decode, model_inputs=classes,
         )  # fmt: skip
 
     def sample():
@@ -149,7 +152,9 @@ def main(args):
         caption=f"{args.sampler}, {args.num_inference_steps} steps, seed {args.seed}",
         model_inputs=model_inputs, space=latents,
     ):  # fmt: skip
-        clean_latents = batch["latents"]  # (B, C, H, W) with mean 0 and deviation 1, float32
+        clean_latents = batch[
+            "latents"
+        ]  # (B, C, H, W), with mean 0 and deviation 1 if the autoencoder is ours, float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
 
         # Noise and timesteps are float32, whatever the precision of the UNet

@@ -11,6 +11,7 @@ interruption the same command resumes.
 import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from diffusers import AutoencoderKL
 from speedrun import accelerate, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 PACE = 40  # steps that measure the speed
 BATCHES = {"train_autoencoder.py": 8, "train_latent.py": 64, "train_flow.py": 64}
 
@@ -37,6 +40,7 @@ def main():
     parser.add_argument("--num_samples", type=int, default=200, help="number of samples of each model")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/latents"))
+    parser.add_argument("--picture", type=Path, help="picture of held-out images, reconstructions and samples")
     options = parser.parse_args()
     paces, models, records = {}, {}, {}
     both = options.autoencoder_seconds + options.seconds
@@ -61,6 +65,8 @@ def main():
         "--mixed_precision=bf16", f"--output_dir={options.output_dir / 'evaluation'}",
     )  # fmt: skip
     report(options, models, records)
+    if options.picture:
+        draw(options, models)
 
 
 def train(options, script: str, folder: Path, seconds: float, seed: int, flags: list[str], paces: dict) -> dict:
@@ -126,6 +132,34 @@ def report(options, models: dict, records: dict) -> None:
         f"autoencoder: {size / 1e6:.2f} M weights, {np.mean([record['steps'] for record in runs]):.0f} steps, "
         f"{speed:.0f} images/s, held-out PSNR {spread(quality['psnr'])} dB, SSIM {spread(quality['ssim'])}"
     )
+
+
+def draw(options, models: dict) -> None:
+    """Draw the first held-out images, their reconstructions, and samples of the models of the first seed."""
+    import torch
+
+    import train_flow
+    from utils.data.train_data import load_train_data
+    from utils.diffusion.pipelines import load_pipeline
+    from utils.diffusion.sampling import sample_images
+    from utils.pictures import make_grid, to_uint8
+    from utils.training.process import start_process
+
+    accelerator, seed = start_process("bf16"), options.seeds[0]
+    flags = [f"--dataset_name={options.dataset_name}", f"--dataset_split={options.held_out_split}"]
+    args = train_flow.parse_args([*flags, f"--resolution={options.resolution}"])
+    images = load_train_data(args, accelerator).examples(8)["images"]
+    model = AutoencoderKL.from_pretrained(options.output_dir / f"autoencoder-{seed}")
+    with torch.no_grad():
+        reconstructions = model(images).sample
+    rows = {"held-out images": to_uint8(images), "reconstructions": to_uint8(reconstructions)}
+    for name in ("latents", "pixels, time of both"):
+        unet, sampler, space = load_pipeline(str(models[name, seed]))
+        unet = accelerator.prepare_model(unet, evaluation_mode=True)
+        rows[name] = sample_images(
+            unet, sampler, accelerator, 8, space.shape, options.num_inference_steps, 8, 0, decode=space.decode
+        )
+    make_grid(np.concatenate(list(rows.values())), captions=list(rows)).save(options.picture)
 
 
 def spread(values: list[float]) -> str:

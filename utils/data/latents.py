@@ -20,10 +20,12 @@ class Encoder(Protocol):
     Attributes:
         shape: shape of the latents of an image.
         fingerprint: digest of its weights.
+        scale: factor of the latents.
     """
 
     shape: tuple[int, ...]
     fingerprint: str
+    scale: float
 
     def distribution(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return mean and standard deviation of the latents of images, or None if they are not random."""

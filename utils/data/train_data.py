@@ -222,7 +222,8 @@ class TrainData:
             seconds = self._decoding_seconds + variants * (time.perf_counter() - start) * (self.length or 0)
             size = 4 * mean[0].numel() * (1 if deviation is None else 2) * variants
             make = partial(LatentCache, encoder=self._encoder, normalize=self._normalized)
-            facts = (self._encoder.fingerprint, self._encoder.shape, self.args.random_flip)
+            encoder = self._encoder
+            facts = (encoder.fingerprint, encoder.scale, encoder.shape, self.args.random_flip)
             try:
                 return self._make_cache(make, size, seconds, facts)
             except RandomCropsError:

@@ -96,7 +96,7 @@ def load_pretrained(
     if unet.class_embedding is not None and not conditional:
         raise UserError(
             f"{flag}: its unet takes class labels. Expected an unconditional one. For this model use "
-            "train_conditional.py"
+            f"{'train_latent.py --class_conditional' if pipeline.autoencoder else 'train_conditional.py'}"
         )
     has_condition = condition and unet.config.out_channels < unet.config.in_channels
     channels = unet.config.out_channels if has_condition else unet.config.in_channels

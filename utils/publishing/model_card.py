@@ -308,7 +308,7 @@ def _snippet(
     """Return code that loads the model and draws, as Markdown; nothing if the code of a finished model fails."""
     load = how_to_load(folder, name)
     if load.is_autoencoder:
-        return _snippet_of_autoencoder(load, record)
+        return _snippet_of_autoencoder(folder, load, name, final, record)
     if beside := inputs_beside(folder, given):
         code = f"from diffusers import {load.pipeline}\n\nunet = {load.call}.unet"
         note = f"Besides the noisy images, the net takes {beside} as input. No pipeline of diffusers can pass that. "
@@ -349,8 +349,8 @@ def _snippet(
     return f"```python\n{code}\n```\n\n"
 
 
-def _snippet_of_autoencoder(load: Loading, record: dict) -> str:
-    """Return code that encodes and decodes images."""
+def _snippet_of_autoencoder(folder: Path, load: Loading, name: str, final: bool, record: dict) -> str:
+    """Return code that encodes and decodes images; nothing if the code of a finished model fails."""
     code = f"""import torch
 from diffusers import {load.pipeline}
 
@@ -359,7 +359,8 @@ shift, scale = autoencoder.config.shift_factor, autoencoder.config.scaling_facto
 images = torch.zeros(1, {", ".join(map(str, record["image_shape"]))})  # yours, in [-1, 1]
 latents = (autoencoder.encode(images).latent_dist.sample() - shift) * scale  # with mean 0 and deviation 1
 images = autoencoder.decode(latents / scale + shift).sample"""
-    return f"```python\n{code}\n```\n\n"
+    works = not final or _works(folder, code.replace(repr(name), repr(str(folder.resolve()))))
+    return f"```python\n{code}\n```\n\n" if works else ""
 
 
 def _snippet_with_condition(folder: Path, name: str, steps: int, final: bool, record: dict) -> str:
@@ -396,11 +397,7 @@ def _snippet_with_condition(folder: Path, name: str, steps: int, final: bool, re
         here = str(folder.resolve())
         tried = code.replace(source, repr(str(folder / "condition.png"))).replace(repr(name), repr(here))
         tried = tried.replace(steps_text, "num_inference_steps=1").replace(".save('sample.png')", "")
-        try:
-            with _quiet():
-                exec(tried, {})
-        except Exception as error:  # the model is saved: a card without the snippet is better than none
-            logger.warning(f"{folder}: the saved pipeline could not draw: {type(error).__name__}: {error}")
+        if not _works(folder, tried):
             return ""
     return f"```python\n{code}\n```\n\n"
 
@@ -415,6 +412,17 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         diffusers.utils.logging.set_verbosity(verbosity)
+
+
+def _works(folder: Path, code: str) -> bool:
+    """Run code of a card, and return whether it works. If it fails, log a warning."""
+    try:
+        with _quiet():
+            exec(code, {})
+    except Exception as error:  # the model is saved: a card without the snippet is better than none
+        logger.warning(f"{folder}: the code of its card fails: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def _try(folder: Path, load: Loading, guided: bool, classes: list[str]) -> None:

@@ -174,6 +174,7 @@ class Run:
         self.settings = {
             **self.flags, "learning_rate": learning_rate, **data.settings, **(compare or {}),
             "constants": self.constants, "autoencoder": space and space.fingerprint,
+            **({"latent_scale": space.scale} if hasattr(space, "scale") else {}),
             "net_code": type(self.unet).__module__,
             "noise_scheduler": output_dir.config_of(noise_scheduler), "model_config": output_dir.config_of(self.unet),
             "optimizer_settings": output_dir.describe_optimizers(self.accelerator),
