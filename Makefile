@@ -32,7 +32,7 @@ paired: .venv/installed  ## train on the embedded digits to enlarge 4 x 4 pixels
 	  --dataset_name digits --dataset_split "train[:1500]" --validation_split "train[1500:]" \
 	  --resolution 16 --max_train_steps 600 --output_dir outputs/paired
 
-latent: .venv/installed  ## train an autoencoder of the embedded digits, and a model with classes in its latents
+latent: .venv/installed  ## train an autoencoder of the embedded digits, and a model of its latents, with classes
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_autoencoder.py \
 	  --dataset_name digits --dataset_split "train[:1500]" --validation_split "train[1500:]" \
 	  --resolution 32 --max_train_steps 600 --output_dir outputs/autoencoder

@@ -3,8 +3,8 @@
     accelerate launch --quiet --config_file accelerate_config.yaml finetune_faces.py --train_data_dir DIR
 
 This command starts from google/ddpm-celebahq-256. --pretrained_model_name_or_path takes the Hub id or folder of another
-DDPMPipeline, or of an LDMPipeline: the output of train_ddpm.py, train_flow.py or train_latent.py. `make faces` is an
-example that needs no network connection. The output folder is a pipeline of the same kind:
+DDPMPipeline, or of an LDMPipeline: the output of train_ddpm.py, train_flow.py or, without classes, train_latent.py.
+`make faces` is an example that needs no network connection. The output folder is a pipeline of the same kind:
 
     DDPMPipeline.from_pretrained("outputs/faces")
 

@@ -1,12 +1,12 @@
 """Train an autoencoder, which turns images into latents for train_latent.py and latents into images.
 
-    accelerate launch --quiet --config_file accelerate_config.yaml train_autoencoder.py --dataset_name digits --resolution 32
+    accelerate launch --quiet --config_file accelerate_config.yaml train_autoencoder.py --dataset_name digits --resolution 32 --max_train_steps 600
 
-This command trains an autoencoder of digits in a few minutes on 2 CPU cores. The output folder is an AutoencoderKL:
+This command trains an autoencoder of digits in a minute on 2 CPU cores. The output folder is an AutoencoderKL:
 
     AutoencoderKL.from_pretrained("outputs/autoencoder")
 
-The encoder reduces an image 4 or 8 times in each direction, and returns the mean and the variance of normal latents
+The encoder reduces an image 2, 4 or 8 times in each direction, and returns the mean and the variance of normal latents
 (arXiv:1312.6114, arXiv:2112.10752). The decoder reconstructs the image from latents that are drawn from them. The loss
 is the mean absolute error, a structural term, and a small Kullback-Leibler divergence from standard normal latents.
 """
@@ -15,7 +15,9 @@ from utils.args import Parser, add_common_arguments, integer
 from utils.exits import run_script, training_script
 
 STRUCTURE_WEIGHT = 0.2  # weight of 1 - SSIM beside the mean absolute error
-KL_WEIGHT = 1e-2  # weight of the divergence per latent. Larger ones give smoother latents and blurred images
+KL_WEIGHT = (
+    1e-2  # weight of the divergence per value of the latents. Larger weights give smoother latents and blurred images
+)
 MEASURED_IMAGES = 256  # number of training images by which the scale of the latents is measured
 
 
@@ -24,7 +26,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     group = parser.group("model")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--autoencoder", choices=("small", "base"), help="architecture, see utils/diffusion/autoencoders.py: small (for a CPU, the default), or base (that of Stable Diffusion)")
+    one.add_argument("--autoencoder", choices=("small", "base"), help="architecture, see utils/diffusion/autoencoders.py: small (for a CPU, the default), or base (with --downsampling 8, that of Stable Diffusion)")
     one.add_argument("--pretrained_model_name_or_path", help="AutoencoderKL with the initial weights")
     group.add_argument("--downsampling", type=int, choices=(2, 4, 8), help="image pixels per latent in each direction (default: 4, or that of the pretrained autoencoder)")
     group.add_argument("--latent_channels", type=integer(1), help="channels of the latents (default: 4, or those of the pretrained autoencoder)")

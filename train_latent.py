@@ -30,7 +30,7 @@ def parse_args(argv=None):
     group = parser.group("latents")
     group.add_argument("--vae", metavar="FOLDER|ID", help="autoencoder: the output of train_autoencoder.py, or a folder or Hub id of an autoencoder or of a pipeline with one (default: outputs/autoencoder, or that of the pretrained pipeline)")
     group = parser.group("flow (defaults: those shown, or the pretrained pipeline's)")
-    group.add_argument("--prediction_type", choices=("velocity", "sample"), help="target: the velocity (noise - latents), or the clean latents with a loss on the velocity that it implies (arXiv:2511.13720, default: velocity)")
+    group.add_argument("--prediction_type", choices=("velocity", "sample"), help="target: the velocity (noise - latents), or the clean latents with a loss on the velocity that they imply (arXiv:2511.13720, default: velocity)")
     group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
     group.add_argument("--flow_shift", type=real(0.01, 100), help="shift of the timesteps towards noise, for larger images, in training and sampling (arXiv:2403.03206, default: 1 up to 64 latents a side, then proportional to the side)")
     group.add_argument("--sampler", choices=SOLVERS, default="dpmsolver++", help="scheduler that draws samples")
@@ -152,9 +152,7 @@ def main(args):
         caption=f"{args.sampler}, {args.num_inference_steps} steps, seed {args.seed}",
         model_inputs=model_inputs, space=latents,
     ):  # fmt: skip
-        clean_latents = batch[
-            "latents"
-        ]  # (B, C, H, W), with mean 0 and deviation 1 if the autoencoder is ours, float32
+        clean_latents = batch["latents"]  # (B, C, H, W), float32, normalised by the autoencoder's config
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
 
         # Noise and timesteps are float32, whatever the precision of the UNet

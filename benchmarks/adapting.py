@@ -4,7 +4,7 @@
     python benchmarks/adapting.py PORTRAITS --resolution 64 --base_steps 4000 --keep outputs/adapting-portraits
     python benchmarks/adapting.py PORTRAITS --resolution 128 --vae AUTOENCODER --keep outputs/adapting-latents
 
-train_ddpm.py trains a base model on the faces, or train_latent.py with --vae. finetune_faces.py adapts it to pencil
+train_ddpm.py trains a base model on the faces. With --vae, train_latent.py does. finetune_faces.py adapts it to pencil
 drawings of 30 faces. The held-out images are drawings of other faces. The prior images are the training images of the
 base. Training from scratch starts from random weights of the same net, with the optimizer and the learning rate of
 train_ddpm.py.

@@ -1,4 +1,4 @@
-"""Measure the time and peak memory of finetune_faces.py and train_latent.py at full size, in two optimizer steps.
+"""Measure time and peak memory of two optimizer steps at full size, of finetune_faces.py or train_latent.py.
 
     python benchmarks/full_size.py
     python benchmarks/full_size.py --latents
@@ -58,8 +58,8 @@ def main():
             command = [sys.executable, ROOT / "finetune_faces.py", *FLAGS, f"--method={method}"]
             command += [f"--train_batch_size={options.train_batch_size}", f"--output_dir={folder}/{method}"]
             command += [f"--pretrained_model_name_or_path={folder}/base"]
-            said, peak, seconds = run(command, Path(folder, method), options.train_batch_size)
-            found = re.search(r"-> .*: ([\d,]+) trainable weights.* keeps ([\d.]+) MiB", said)
+            log, peak, seconds = run(command, Path(folder, method), options.train_batch_size)
+            found = re.search(r"-> .*: ([\d,]+) trainable weights.* keeps ([\d.]+) MiB", log)
             print(f"| {method} | {found[1]} | {found[2]} | {peak:.1f} | {seconds:.1f} |", flush=True)
 
 

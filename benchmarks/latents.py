@@ -4,8 +4,8 @@
 
 For each seed it trains an autoencoder (train_autoencoder.py), a model of its latents (train_latent.py), and two models
 of pixels (train_flow.py): one for the time of the latent model, and one for the time of both. All samples are compared
-with images that no model was trained on. As in speedrun.py, a few steps measure the speed of the machine, and after an
-interruption the same command resumes.
+with images that no model was trained on. As in speedrun.py, a few steps measure the speed of the machine. After an
+interruption, the same command keeps the finished runs, and repeats the interrupted one.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def train(options, script: str, folder: Path, seconds: float, seed: int, flags: 
 
 
 def timed(script: str, folder: Path, flags: list[str], steps: int) -> float:
-    """Train, and return the seconds until the last step."""
+    """Train, and return the seconds until the last checkpoint."""
     shutil.rmtree(folder, ignore_errors=True)  # it may hold an interrupted run
     start = time.time()
     accelerate(script, f"--output_dir={folder}", f"--max_train_steps={steps}", *flags)
@@ -135,7 +135,7 @@ def report(options, models: dict, records: dict) -> None:
 
 
 def draw(options, models: dict) -> None:
-    """Draw the first held-out images, their reconstructions, and samples of the models of the first seed."""
+    """Draw some held-out images, their reconstructions, and samples of two models of the first seed."""
     import torch
 
     import train_flow

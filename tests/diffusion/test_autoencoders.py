@@ -39,7 +39,7 @@ def test_the_structural_similarity_is_that_of_skimage():
         expected = reference_similarity(
             first, second, channel_axis=0, data_range=2, win_size=7, use_sample_covariance=False
         )
-        # skimage leaves out a border of half a window, as windows that fit do
+        # skimage leaves out a border of half a window, so both average only windows that fit
         assert value == pytest.approx(expected, abs=1e-5)
     assert structural_similarity(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)).item() == 1  # smaller than a window
 
@@ -103,7 +103,7 @@ def test_an_autoencoder_without_a_shift_stays_as_it_is(tmp_path):
     assert model.config.scaling_factor == 0.18215
     other = VQModel(in_channels=1, out_channels=1, num_vq_embeddings=8, **SMALL)
     other.register_to_config(shift_factor=0.1)
-    with pytest.raises(UserError, match=r"only an AutoencoderKL can absorb\. This is a VQModel"):
+    with pytest.raises(UserError, match=r"this VQModel have a shift.* Expected an AutoencoderKL"):
         fold_normalization(other, "--vae")
 
 
@@ -174,7 +174,12 @@ def test_autoencoders_of_others_are_loaded_and_draw(tmp_path, name):
     assert type(load_autoencoder(str(tmp_path / "pipeline"), "--vae")) is type(model)  # that of a pipeline
 
 
-def test_what_is_no_autoencoder_is_refused(tmp_path, finished_run):
+def test_what_is_no_autoencoder_is_refused(tmp_path, finished_run, monkeypatch):
+    monkeypatch.setattr(autoencoders, "DEFAULT", str(tmp_path / "nothing"))
+    with pytest.raises(
+        UserError, match=r"there is no autoencoder in .*\. Train one with train_autoencoder.py, or name"
+    ):
+        choose_autoencoder(None)
     with pytest.raises(UserError, match="this DDPMPipeline has no autoencoder"):
         load_autoencoder(str(finished_run), "--vae")
     with pytest.raises(UserError, match=r"is a UNet2DModel\. Expected an AutoencoderKL or AutoencoderTiny"):
@@ -184,7 +189,6 @@ def test_what_is_no_autoencoder_is_refused(tmp_path, finished_run):
     VQModel(in_channels=1, out_channels=1, num_vq_embeddings=8, **SMALL).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"is a VQModel\. Expected an AutoencoderKL, or a pipeline"):
         load_autoencoder(str(tmp_path), "--pretrained_model_name_or_path", trainable=True)
-    assert autoencoders.DEFAULT == "outputs/autoencoder"
 
 
 def test_a_pretrained_autoencoder_has_its_own_shape():

@@ -87,7 +87,7 @@ def test_samples_are_those_of_the_pipeline(pipeline_folder):
 
 
 def test_a_public_kind_of_latent_pipeline_is_adapted(tmp_path, pipeline_folder):
-    """google/ddpm-celebahq-256 draws pixels, CompVis/ldm-celebahq-256 the latents of a VQModel. Both are adapted."""
+    """Adapt a pipeline like CompVis/ldm-celebahq-256, which draws the latents of a VQModel."""
     base = tmp_path / "base"
     shutil.copytree(pipeline_folder, base)
     config = json.loads((base / "scheduler" / "scheduler_config.json").read_text())

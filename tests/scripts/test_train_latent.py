@@ -153,10 +153,10 @@ def test_cached_latents_are_those_of_the_images(accelerator, finished_autoencode
         assert 0.8 < drawn.std() < 1.2  # noise of deviation 1 around the mean
         unflipped = space.distribution(other["images"].flip(-1))[0].flip(-1)
         mirrored += (unflipped - mean).abs().max().item() > 1e-3
-    assert mirrored == 3  # mirrored latents are other latents, so this test would notice them
+    assert mirrored == 3  # the latents of mirrored images differ from mirrored latents, which would fail above
 
 
-def test_latents_are_drawn_anew_for_each_sample_and_the_same_after_a_resume(accelerator, finished_autoencoder):
+def test_each_sample_draws_other_latents_and_a_resume_the_same(accelerator, finished_autoencoder):
     images = OwnImages(np.random.default_rng(0).integers(0, 255, (8, 8, 8), dtype=np.uint8))
     train_data, _ = data(accelerator, finished_autoencoder, own_images=images)
     first, second = (batch["latents"] for batch in train_data.batches([0, 1]))  # two epochs of the same eight images
@@ -191,14 +191,19 @@ def test_the_file_of_latents_is_found_again_and_belongs_to_its_autoencoder(
     (again,) = second.batches([0])
     assert torch.equal(batch["latents"], again["latents"]) and "Using the latents in" in caplog.text
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    space.scale = 2.0
+    scaled, _ = data(accelerator, finished_autoencoder, *flags)
+    scaled.encode_with(space)
+    (twice,) = scaled.batches([0])
+    assert torch.allclose(twice["latents"], 2 * batch["latents"], atol=1e-5)
     space.autoencoder.quant_conv.bias.data += 1
     third, _ = data(accelerator, finished_autoencoder, *flags)
     third.encode_with(Latents(space.autoencoder, (1, 8, 8)))
     (other,) = third.batches([0])
     assert not torch.allclose(batch["latents"], other["latents"], atol=0.1)
-    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
-    (largest,) = sorted(tmp_path.glob("*/pixels"))[:1]
-    assert largest.stat().st_size == 40 * 2 * 2 * 4 * 4 * 4 * 4  # images, variants, mean and deviation, latents, bytes
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 3
+    for file in tmp_path.glob("*/pixels"):
+        assert file.stat().st_size == 40 * 2 * 2 * 4 * 4 * 4 * 4  # images, variants, mean and deviation, latents, bytes
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -253,7 +258,7 @@ def test_latents_have_deviation_one_in_training(latent_run, accelerator, finishe
     latents = torch.cat([batch["latents"] for batch in train_data.batches(range(40))])
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.2
     assert torch.allclose(latents.std(dim=(0, 2, 3)), torch.ones(4), atol=0.2)
-    # The decoded latents are the images, so the normalisation was undone
+    # The saved config has no normalisation, because it is part of the weights
     assert LDMPipeline.from_pretrained(latent_run()).vqvae.config.latents_mean is None
 
 
@@ -297,6 +302,33 @@ def test_impossible_images_and_flags_are_refused(tmp_path, finished_autoencoder,
     assert train(tmp_path / "flow", "--unet=tiny", "--max_train_steps=1", script=train_flow) == 0
     with pytest.raises(UserError, match="this pipeline draws pixels"):
         train(tmp_path / "run", f"--pretrained_model_name_or_path={tmp_path / 'flow'}", script=train_latent)
+
+
+@pytest.mark.parametrize("flag", ["--guidance_scale=2", "--class_dropout_prob=0.2"])
+def test_flags_of_classes_need_classes(capsys, flag):
+    with pytest.raises(SystemExit):
+        parse(flag, script=train_latent)
+    assert f"{flag.partition('=')[0]} needs --class_conditional" in capsys.readouterr().err
+    parse(flag, "--class_conditional", script=train_latent)
+
+
+def test_all_parts_of_a_model_of_latents_are_pushed(tmp_path, latent_run):
+    for name, flags, parts in (("a", (), ("unet", "vqvae")), ("b", ("--class_conditional",), ("transformer", "vae"))):
+        (tmp_path / name).mkdir()
+        Hub(latent_run(*flags), "me/latent")._fill(tmp_path / name)
+        sent = {path.relative_to(tmp_path / name).as_posix() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        expected = {f"{part}/{file}" for part in parts for file in ("config.json", FILE)}
+        expected |= {"README.md", "model_index.json", "scheduler/scheduler_config.json", "training_args.json"}
+        assert sent == expected | {"samples.png"}
+        assert "outputs" not in json.loads((tmp_path / name / "training_args.json").read_text())["arguments"].get(
+            "vae", ""
+        )
+
+
+def test_the_message_about_classes_names_the_flag(tmp_path, latent_run):
+    start = f"--pretrained_model_name_or_path={latent_run('--class_conditional')}"
+    with pytest.raises(UserError, match=r"takes class labels.*For this model use train_latent\.py --class_conditional"):
+        train(tmp_path / "run", start, script=train_latent)
 
 
 def test_training_continues_from_a_pipeline_of_latents(tmp_path, latent_run):

@@ -37,7 +37,7 @@ class Cache:
         OSError: the file cannot be written or read, or its file system has no locks.
     """
 
-    content = "decoded images"
+    content, doing = "decoded images", "Decoding images"
 
     def __init__(self, images: PreparedImages, accelerator, folder: Path | None = None):
         self.seed, self.random_flip, self.size = images.seed, images.random_flip, images.size
@@ -64,7 +64,7 @@ class Cache:
             self.places = torch.from_numpy(self.starts // row_size).to(self.stacked.device)
 
     def _as_rows(self, stored: torch.Tensor) -> torch.Tensor:
-        """Return what ``gather`` selects from, one row for each image, given the stored bytes (N, bytes)."""
+        """Return the rows from which ``gather`` selects, one for each image, given the stored bytes (N, bytes)."""
         return stored.view(-1, self.channels, *self.size)
 
     def _stored(self, images: list[np.ndarray]) -> list[np.ndarray]:
@@ -78,7 +78,7 @@ class Cache:
         """
         starts, shapes, values, bad, position, total = [], [], [], [], 0, images.images.length
         blank_values = images.blank([])["values"]
-        progress = tqdm(total=total, desc=f"Preparing {self.content}", unit="image", delay=2, disable=not show)
+        progress = tqdm(total=total, desc=self.doing, unit="image", delay=2, disable=not show)
         with ThreadPoolExecutor() as pool, progress:
             for first in range(0, total, ROWS):
                 rows = images.images[first : first + ROWS]

@@ -28,7 +28,7 @@ class Encoder(Protocol):
     scale: float
 
     def distribution(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return mean and standard deviation of the latents of images, or None if they are not random."""
+        """Return mean and standard deviation of the latents of images. The deviation is None if they are not random."""
 
 
 class RandomCropsError(Exception):
@@ -38,7 +38,7 @@ class RandomCropsError(Exception):
 class LatentCache(Cache):
     """Mean and standard deviation of the latents of all images, float32, in memory or in a file.
 
-    Mirrored images are encoded, too, because mirrored latents are not the latents of the mirrored image.
+    With ``--random_flip``, mirrored images are encoded, too, because their latents are not the mirrored latents.
 
     Args:
         images, accelerator, folder: see ``Cache``.
@@ -50,7 +50,7 @@ class LatentCache(Cache):
         OSError: see ``Cache``.
     """
 
-    content = "latents"
+    content, doing = "latents", "Encoding images"
 
     def __init__(
         self, images: PreparedImages, accelerator, folder: Path | None = None, *, encoder: Encoder,
@@ -77,7 +77,7 @@ class LatentCache(Cache):
         return found
 
     def gather(self, indices: np.ndarray, sample_ids: np.ndarray) -> torch.Tensor:
-        """Return the latents of the images at ``indices``, flipped for their sample ids: (B, 1 or 2, *shape)."""
+        """Return mean and perhaps deviation of latents, of mirrored images for some sample ids: (B, 1 or 2, *shape)."""
         places = self.places[torch.from_numpy(indices).to(self.stacked.device, non_blocking=True)]
         mirrored = flips(self.seed, sample_ids) if self.random_flip else np.zeros(len(sample_ids), bool)
         variants = torch.from_numpy(mirrored.astype(np.int64)).to(self.stacked.device, non_blocking=True)

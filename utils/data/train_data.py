@@ -198,7 +198,7 @@ class TrainData:
         self.bytes_per_image = self.channels * float(np.mean([width * height for width, height in kept]))
 
     def prepare(self) -> Cache | None:
-        """Decode the images for the cache now, instead of in ``batches``. A finished run does not call this method."""
+        """Fill the cache now, instead of in ``batches``. A finished run does not call this method."""
         return self._cache
 
     def encode_with(self, encoder: Encoder) -> None:
@@ -241,8 +241,8 @@ class TrainData:
         """Make a cache, or return None for no cache.
 
         Args:
-            make: class of the cache.
-            bytes_per_image: its size.
+            make: function that makes the cache.
+            bytes_per_image: bytes that it keeps of an image.
             seconds: time that its content takes.
             facts: values that its content depends on, besides the prepared images.
         """

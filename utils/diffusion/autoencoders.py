@@ -19,11 +19,11 @@ SIZES = {  # keyword arguments of AutoencoderKL; each halving of the images uses
     "small": dict(  # 0.6 M parameters with --downsampling 4, for up to 128 pixels on a CPU
         block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False
     ),
-    "base": dict(  # 55 M with --downsampling 4, for GPUs, the architecture of Stable Diffusion's autoencoder
+    "base": dict(  # 55 M with --downsampling 4, for GPUs. With 8, it is the architecture of Stable Diffusion's
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32
     ),
 }
-KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")  # classes of diffusers that can encode images
+KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")  # classes of diffusers that --vae accepts
 DEFAULT = "outputs/autoencoder"  # default of --vae
 WINDOW = 7  # pixels, side of the window of the structural similarity
 
@@ -70,7 +70,12 @@ def make_autoencoder(
         names = "--downsampling", "--latent_channels", "channels of images"
         for flag, given, expected in zip(names, asked, has, strict=True):
             if given != expected:
-                raise UserError(f"{flag} {given}: the pretrained autoencoder has {expected}. Expected the same")
+                advice = (
+                    "--image_mode converts the images"
+                    if flag == names[2]
+                    else f"Leave the flag out, or give {expected}"
+                )
+                raise UserError(f"{flag} {given}: the pretrained autoencoder has {expected}. {advice}")
         return pretrained
     size = dict(SIZES[name or "small"])
     count = (downsampling or 4).bit_length()  # of resolutions
@@ -90,7 +95,7 @@ def load_autoencoder(name_or_path: str, flag: str, trainable: bool = False) -> t
         trainable: whether to return an ``AutoencoderKL`` with the forward pass for training, and refuse other classes.
 
     Raises:
-        UserError: it cannot be loaded, or is of another class.
+        UserError: it cannot be loaded, or has another class.
     """
     label, kinds = f"{flag} {name_or_path}", ["AutoencoderKL"] if trainable else KINDS
     refuse_missing(label, name_or_path)
@@ -152,7 +157,7 @@ def check_size(autoencoder, size: tuple[int, int]) -> tuple[int, int, int]:
 def structural_similarity(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Return the structural similarity (SSIM, Wang et al. 2004, Eq. 13) of pairs of images in [-1, 1].
 
-    Means and variances are those of square windows of 7 pixels, or of whole images if these are smaller.
+    Means and variances are those of windows of 7 x 7 pixels. A shorter side of the image limits the window.
 
     Args:
         images, others: (B, C, H, W).
@@ -201,11 +206,12 @@ def latent_statistics(autoencoder, images: torch.Tensor, batch_size: int = 16) -
 
 @torch.no_grad()
 def fold_normalization(autoencoder, flag: str):
-    """Return an autoencoder with latents that need no shift, because pipelines of latent diffusion apply none.
+    """Return an autoencoder with latents that need no shift, because LDMPipeline and DiTPipeline apply none.
 
     The normalisation in the config of an ``AutoencoderKL`` moves into its 1 x 1 convolutions between the network and
-    the latents, which changes no image. Its latents then have mean 0 and standard deviation 1, and ``scaling_factor``
-    is 1. An autoencoder without a shift stays unchanged.
+    the latents, which changes no image, and ``scaling_factor`` becomes 1. The latents then have mean 0 and standard
+    deviation 1, by channel or, if the config has scalars only, over all channels. An autoencoder without a shift stays
+    unchanged.
 
     Args:
         autoencoder: autoencoder, changed in place.
@@ -223,8 +229,8 @@ def fold_normalization(autoencoder, flag: str):
         means, deviations = [config["shift_factor"]] * channels, [1 / config["scaling_factor"]] * channels
     if not isinstance(autoencoder, diffusers.AutoencoderKL):
         raise UserError(
-            f"{flag}: its latents have a shift, which only an AutoencoderKL can absorb. This is a "
-            f"{type(autoencoder).__name__}"
+            f"{flag}: the latents of this {type(autoencoder).__name__} have a shift, which LDMPipeline ignores. "
+            "Expected an AutoencoderKL, or no shift. Choose another autoencoder"
         )
     mean, deviation = (torch.tensor(values, device=autoencoder.device).double() for values in (means, deviations))
     count = len(mean)
@@ -235,7 +241,7 @@ def fold_normalization(autoencoder, flag: str):
             layer.bias.zero_()
             setattr(autoencoder, name, layer.requires_grad_(False))
             autoencoder.register_to_config(**{f"use_{name}": True})
-    # The encoder returns means, which are shifted and scaled, and logarithms of variances, to which scaling adds
+    # The encoder returns means, and logarithms of variances, for which a scale is an addition
     encoder, decoder = autoencoder.quant_conv, autoencoder.post_quant_conv
     scale = torch.cat([1 / deviation, torch.ones_like(deviation)])
     added = torch.cat([-mean / deviation, -2 * deviation.log()])
@@ -266,14 +272,14 @@ def image_config(autoencoder, unet_config=None) -> SimpleNamespace:
 
 
 def choose_autoencoder(name_or_path: str | None, pretrained=None) -> torch.nn.Module:
-    """Return the autoencoder that ``--vae`` names, or that of a pretrained pipeline, with latents that need no shift.
+    """Return the autoencoder that ``--vae`` names, with latents that need no shift, or that of a pretrained pipeline.
 
     Args:
         name_or_path: value of ``--vae``, or None for that of ``pretrained``, or else ``outputs/autoencoder``.
         pretrained: pretrained pipeline, or None.
 
     Raises:
-        UserError: the pretrained pipeline has no autoencoder, or a second one is named. See also ``load_autoencoder``.
+        UserError: there is no autoencoder, or a second one is named. See also ``load_autoencoder``.
     """
     if pretrained and name_or_path:
         raise UserError(f"--vae {name_or_path}: the pretrained pipeline has its own autoencoder. Leave the flag out")
@@ -284,4 +290,8 @@ def choose_autoencoder(name_or_path: str | None, pretrained=None) -> torch.nn.Mo
         )
     if pretrained:
         return pretrained.autoencoder
+    if not name_or_path and not Path(DEFAULT).exists():
+        raise UserError(
+            f"there is no autoencoder in {DEFAULT}. Train one with train_autoencoder.py, or name one with --vae"
+        )
     return fold_normalization(load_autoencoder(name_or_path or DEFAULT, "--vae"), "--vae")

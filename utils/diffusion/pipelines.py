@@ -48,7 +48,7 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
     """
     ours = {"BasicUNet": BasicUNet, "LinearMixScheduler": LinearMixScheduler}
     refuse_missing("", name_or_path)
-    expected = "Expected the output of these scripts, a DDPMPipeline, an LDMPipeline or a UNet2DModel"
+    expected = "Expected a model of these scripts that draws, a DDPMPipeline, an LDMPipeline or a UNet2DModel"
     try:
         folder = Path(name_or_path).expanduser()
         if not folder.exists():
@@ -189,7 +189,7 @@ def saved_scheduler(name: str, own: SchedulerMixin, latent: bool = False) -> Sch
     if latent and adds_noise(scheduler):
         raise UserError(
             f"--sampler {name} adds noise at each step. LDMPipeline passes no generator to it, so a seed would not "
-            "repeat its images. Expected ddim or dpmsolver++"
+            "repeat its images. Expected ddim, dpmsolver++ or unipc"
         )
     return scheduler
 

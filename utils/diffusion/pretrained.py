@@ -65,7 +65,8 @@ def load_pretrained(
             known += ["transformer", *AUTOENCODERS]
         others = other_parts(index, known)
         if others:
-            raise UserError(f"{flag}: this pipeline also has {others}. Expected only {' and '.join(known[:2])}")
+            expected = "unet, scheduler and an autoencoder" if latent else "unet and scheduler"
+            raise UserError(f"{flag}: this pipeline also has {others}. Expected only {expected}")
         if "transformer" in index:  # a DiTPipeline
             unet = UNet2DModel.from_pretrained(name_or_path, subfolder="transformer")
             kind = getattr(diffusers, index["scheduler"][1])
@@ -78,8 +79,9 @@ def load_pretrained(
     except UserError:
         raise
     except Exception as error:  # The Hub client, diffusers and safetensors share no base class of errors
+        kind = "pipeline" if latent else "DDPMPipeline"
         raise UserError(
-            f"{flag}: cannot be loaded as a DDPMPipeline: {type(error).__name__}: {shorten(error)}. "
+            f"{flag}: cannot be loaded as a {kind}: {type(error).__name__}: {shorten(error)}. "
             "Expected a Hub id, or a folder with model_index.json. Without a network, give the output of train_ddpm.py "
             "or the folder DIR of `hf download ID --local-dir DIR`"
         ) from error

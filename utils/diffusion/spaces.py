@@ -42,7 +42,7 @@ class Pixels:
         return images
 
     def distribution(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return mean and standard deviation of the encoded images, (B, *shape), or None if they are not random."""
+        """Return mean and standard deviation of the encoded images, (B, *shape). None is no deviation."""
         return self.encode(images), None
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ UNETS = {  # keyword arguments of UNet2DModel
         block_out_channels=(16, 32, 96), layers_per_block=1, add_attention=False, norm_num_groups=8,
         down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
     ),
-    "wide": dict(  # 1.7 M, for latents of 4 to 32 a side on a CPU, which have more content per value than pixels
+    "wide": dict(  # 1.7 M, for latents of 4 to 32 a side on a CPU. Latents have more content than pixels
         block_out_channels=(32, 64, 96), layers_per_block=1, add_attention=False, norm_num_groups=8,
         down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3,
     ),

@@ -191,7 +191,7 @@ class Hub:
         shows_images = record.get("condition") or how_to_load(self.folder, self.folder).is_autoencoder
         if shows_images and not _is_public(record.get("public_data", OWN_IMAGES)):
             pictures -= SHOWN_IMAGES
-            shown = ["samples.png", *(["condition.png"] if record.get("condition") else ["the other pictures"])]
+            shown = ["samples.png", *(["condition.png"] if record.get("condition") else ["the pictures in samples/"])]
             logger.warning(
                 f"{' and '.join(shown)} show images that may not be public, so they are not pushed"
                 f"{', except in TensorBoard files' * self.logs}. If they may be published, upload them: "

@@ -116,7 +116,7 @@ def last_lines(
         launch = f"{_command('accelerate')} launch{options}"
         latent = os.path.join(os.path.dirname(script), "train_latent.py")
         if load.is_autoencoder and os.path.isfile(latent):
-            lines["next"] = f"{launch} {latent} --vae {folder}, with the same images"
+            lines["next"] = f"{launch} {latent} --vae {folder}  # with the flags of your images"
         if continued:
             lines["your images"] = f"{launch} {script} {continued}"
     return [f"  {name:12} {text}" for name, text in lines.items()]
