@@ -52,6 +52,7 @@ def main(args):
     from utils.data.nearest import show_nearest
     from utils.data.train_data import load_train_data
     from utils.diffusion import adapters
+    from utils.diffusion.flow import shifted
     from utils.diffusion.guidance import make_guidance
     from utils.diffusion.pipelines import choose_sampler, is_flow, saved_scheduler, training_scheduler
     from utils.diffusion.pretrained import check_fit, load_pretrained
@@ -71,12 +72,12 @@ def main(args):
     pretrained = load_pretrained(args.pretrained_model_name_or_path, flow=None, latent=True)
     # For images in memory, pass own_images=OwnImages(...)
     train_data = load_train_data(args, accelerator, pretrained.image_config)
-    if run.already_finished(train_data):
-        return
-    space = Pixels(train_data.image_shape)
-    if pretrained.autoencoder:
+    space, latent = Pixels(train_data.image_shape), pretrained.autoencoder is not None
+    if latent:
         space = Latents(pretrained.autoencoder.to(accelerator.device), train_data.image_shape)
         train_data.encode_with(space)
+    if run.already_finished(train_data):
+        return
 
     # Model
     unet = pretrained.unet
@@ -97,7 +98,7 @@ def main(args):
     check_fit(unet, noise_scheduler, space.shape, args.num_inference_steps, downsampling=space.downsampling)
     sampler_name = args.sampler or ("dpmsolver++" if flow else "ddim")
     sampler = choose_sampler(noise_scheduler, sampler_name, args.num_inference_steps)
-    saved = saved_scheduler(sampler_name, noise_scheduler, latent=pretrained.autoencoder is not None)
+    saved = saved_scheduler(sampler_name, noise_scheduler, latent)
     guidance = make_guidance(args, accelerator.device, space=space)
 
     # Optimizer and learning rate; the schedule counts optimizer steps
@@ -135,7 +136,7 @@ def main(args):
     def save_pipeline(folder):
         adapters.save_adapter(unet, folder / "adapter")
         parts = adapters.merged(unet), saved
-        pipeline = LDMPipeline(pretrained.autoencoder, *parts) if pretrained.autoencoder else DDPMPipeline(*parts)
+        pipeline = LDMPipeline(pretrained.autoencoder, *parts) if latent else DDPMPipeline(*parts)
         pipeline.save_pretrained(folder)
 
     # Train
@@ -143,9 +144,9 @@ def main(args):
         model, ema_model, noise_scheduler, draw, sample, save_pipeline,
         caption=f"{sampler_name}, {args.num_inference_steps} steps, seed {args.seed}",
         method=args.method, base=args.pretrained_model_name_or_path, parameters=parameters,
-        space=space if pretrained.autoencoder else None,
+        space=space if latent else None,
     ):  # fmt: skip
-        clean_images = batch["latents" if pretrained.autoencoder else "images"]  # (B, C, H, W), float32
+        clean_images = batch["latents" if latent else "images"]  # (B, C, H, W), float32
         sample_ids = batch["sample_ids"]  # (B,) optimizer step x global batch + position in it; seeds all randomness
 
         # Noise and timesteps are float32, whatever the precision of the UNet
@@ -153,10 +154,12 @@ def main(args):
         fractions = uniform(args.seed, "timesteps", sample_ids)  # fractions of T, in [0, 1)
         positions = sample_ids % train_data.global_batch_size
         fractions = (positions + fractions) / train_data.global_batch_size  # one from each equal part of [0, 1)
-        timesteps = fractions * num_train_timesteps if flow else discretize(fractions, num_train_timesteps)
-        timesteps = torch.from_numpy(timesteps).to(
-            accelerator.device, torch.float32 if flow else None, non_blocking=True
-        )
+        if flow:
+            fractions = shifted(fractions, noise_scheduler.config.flow_shift)
+            timesteps = torch.from_numpy(fractions * num_train_timesteps).float()
+        else:
+            timesteps = torch.from_numpy(discretize(fractions, num_train_timesteps))
+        timesteps = timesteps.to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
         with accelerator.accumulate(model):

@@ -45,6 +45,8 @@ def main(args):
         raise UserError(f"{folder} is not a folder with a model. Expected the output of a training script")
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint. Give the run's folder, {folder.parent}")
+    if args.space is not None and not (folder / INDEX).is_file():
+        raise UserError(f"--space: {folder} is an autoencoder, which draws nothing. Leave the flag out")
     recorded = read_arguments(folder).get("arguments", {})
     private = args.hub_private_repo if args.hub_private_repo is not None else recorded.get("hub_private_repo", False)
     card = dict(license=args.hub_license, dataset_name=args.hub_dataset_name)
@@ -62,8 +64,6 @@ def main(args):
     hub.check()
     hub.push()
     if args.space is not None:
-        if not (folder / INDEX).is_file():
-            raise UserError(f"--space: {folder} is an autoencoder, which draws nothing. Leave the flag out")
         space = Space(hub, args.space)
         space.check()
         space.push()

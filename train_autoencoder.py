@@ -33,7 +33,7 @@ def parse_args(argv=None):
     parser.switch(group, "--gradient_checkpointing", False, "recomputation of activations, which saves memory and makes steps slower")
     parser.switch(group, "--compile", False, "compilation with torch.compile, for GPUs. It takes minutes at first")
     add_common_arguments(parser, draws=False)
-    parser.set_defaults(output_dir="outputs/autoencoder", train_batch_size=8, num_samples=12)
+    parser.set_defaults(output_dir="outputs/autoencoder", train_batch_size=8, num_samples=12, sample_batch_size=8)
     return parser.parse(argv, learning_rate=3e-3)
 # fmt: on
 
@@ -52,9 +52,9 @@ def main(args):
         latent_statistics,
         load_autoencoder,
         make_autoencoder,
+        reconstruct,
         structural_similarity,
     )
-    from utils.diffusion.sampling import evaluating
     from utils.diffusion.unets import prepare_unet
     from utils.pictures import make_grid, to_uint8
     from utils.randomness import sample_noise
@@ -95,18 +95,13 @@ def main(args):
     # Samples
     shown = train_data.examples_to_show(args.num_samples)["images"]
     measured = train_data.examples(MEASURED_IMAGES)["images"]
-
-    @torch.no_grad()
-    def reconstruct(images):
-        with evaluating(autoencoder):
-            parts = [autoencoder(part.to(accelerator.device))[0] for part in images.split(args.sample_batch_size)]
-        return torch.cat(parts).float().cpu().clamp(-1, 1)
+    how = accelerator.device, args.sample_batch_size, run.stop_requested
 
     def draw(count):
-        return to_uint8(reconstruct(train_data.examples(count)["images"]))
+        return to_uint8(reconstruct(autoencoder, train_data.examples(count)["images"], *how))
 
     def sample():
-        reconstructions = reconstruct(shown)
+        reconstructions = reconstruct(autoencoder, shown, *how)
         differences = (reconstructions - shown) / 2
         psnr = -10 * differences.square().mean(dim=(1, 2, 3)).log10().mean()
         rows = {"images": shown, f"reconstructions, {psnr:.1f} dB": reconstructions, "differences": differences}

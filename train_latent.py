@@ -81,11 +81,11 @@ def main(args):
     # For images in memory, pass own_images=OwnImages(...)
     config = image_config(autoencoder, pretrained and pretrained.unet.config)
     train_data = load_train_data(args, accelerator, config, conditional=conditional)
+    latents = Latents(autoencoder.to(accelerator.device), train_data.image_shape)
+    train_data.encode_with(latents)
     if run.already_finished(train_data):
         return
     class_names = train_data.label_names if conditional else []
-    latents = Latents(autoencoder.to(accelerator.device), train_data.image_shape)
-    train_data.encode_with(latents)
 
     # Model
     if pretrained:

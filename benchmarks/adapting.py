@@ -175,7 +175,7 @@ def nearest(options, folder, pictures, seed):
 
     accelerator, extract = start_process("bf16"), load_extractor("pixels")
     unet, sampler, space = load_pipeline(str(folder))
-    unet = accelerator.prepare_model(unet, evaluation_mode=True)
+    unet, space = accelerator.prepare_model(unet, evaluation_mode=True), space.to(accelerator.device)
     samples = sample_images(unet, sampler, accelerator, 32, space.shape, 20, 32, seed, decode=space.decode)
 
     def vectors(part):

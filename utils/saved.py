@@ -52,3 +52,9 @@ def shorten(error: Exception) -> str:
     """Return the first 160 characters of a message, because libraries append advice about their own functions."""
     text = " ".join(str(error).split())
     return text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
+
+
+def variant_of(folder: Path) -> str | None:
+    """Return ``fp16`` if a folder has weights of that variant only, or else None."""
+    files = [path.name for path in folder.glob("*.safetensors")]
+    return "fp16" if files and all(".fp16." in name for name in files) else None

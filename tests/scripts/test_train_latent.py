@@ -120,10 +120,10 @@ def test_training_starts_from_a_pretrained_autoencoder(tmp_path, finished_autoen
 
 
 def test_it_is_not_drawn_from_and_not_measured_like_a_model(tmp_path, finished_autoencoder):
-    with pytest.raises(UserError, match="Expected the output of these scripts"):
+    with pytest.raises(UserError, match="Expected a model of these scripts that draws"):
         exit_code(sample.main, sample.parse_args([str(finished_autoencoder), f"--output_dir={tmp_path}"]))
     flags = [str(finished_autoencoder), "--reference=digits", f"--output_dir={tmp_path}"]
-    with pytest.raises(UserError, match="Expected the output of these scripts"):
+    with pytest.raises(UserError, match="Expected a model of these scripts that draws"):
         exit_code(evaluate.main, evaluate.parse_args(flags))
 
 
@@ -278,9 +278,10 @@ def test_a_run_does_not_resume_with_another_autoencoder(tmp_path, latent_run, fi
     model = AutoencoderKL.from_pretrained(other)
     model.quant_conv.bias.data += 0.1
     model.save_pretrained(other)
-    flags[2] = "--max_train_steps=24"
-    with pytest.raises(UserError, match=r"autoencoder was '.*', is '"):
-        train(tmp_path / "run", f"--vae={other}", *flags, script=train_latent)
+    for steps in (22, 24):  # a finished run, and one to resume
+        flags[2] = f"--max_train_steps={steps}"
+        with pytest.raises(UserError, match=r"vae_digest was '.*', is '"):
+            train(tmp_path / "run", f"--vae={other}", *flags, script=train_latent)
 
 
 def test_impossible_images_and_flags_are_refused(tmp_path, finished_autoencoder, latent_run):

@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_RESOLUTION = 64  # pixels
 CACHE_LIMIT, FILE_LIMIT = 4 * 2**30, 32 * 2**30  # bytes of decoded images in memory and in a file, per machine
+NOT_CACHED = (
+    "The images are cropped at random, so their latents are not cached, and each step encodes images. --center_crop "
+    "allows the cache"
+)
 DECODING = 2  # version of the conversion from a file to training pixels, so that older caches are not used
 
 
@@ -195,6 +199,7 @@ class TrainData:
                 f"(smallest side {shorter}) and will be enlarged. --resolution sets the size"
             )
         kept = [self.size if self.args.center_crop else cover_size(width_height, self.size) for width_height in sizes]
+        self._crops_at_random = any(tuple(part) != tuple(self.size) for part in kept)
         self.bytes_per_image = self.channels * float(np.mean([width * height for width, height in kept]))
 
     def prepare(self) -> Cache | None:
@@ -207,30 +212,34 @@ class TrainData:
         Means and deviations of all images are cached in the place of images, see ``--cache_images``. Without a cache,
         and for images that are cropped at random or have partners, images are encoded as they come.
 
+        Up to rounding, the latents are the same with and without a cache. The digest of the encoder becomes one of the
+        ``settings``.
+
         Args:
             encoder: encoder, on its device.
         """
         self._encoder = encoder
+        self.settings["vae_digest"] = f"{encoder.fingerprint} x {encoder.scale:g}"
 
     @cached_property
     def _cache(self) -> Cache | None:
         """Cache of latents or decoded images: a file if they take seconds, otherwise memory, or None for no cache."""
-        if self._encoder and not self.layout.channels:
+        encoder = self._encoder
+        if encoder and not self.layout.channels and self._crops_at_random:
+            logger.info(NOT_CACHED)
+        elif encoder and not self.layout.channels:
             variants = 1 + self.args.random_flip
             start = time.perf_counter()
-            mean, deviation = self._encoder.distribution(self._normalized(np.zeros((1, *self.image_shape), np.uint8)))
+            mean, deviation = encoder.distribution(self._normalized(np.zeros((1, *self.image_shape), np.uint8)))
             seconds = self._decoding_seconds + variants * (time.perf_counter() - start) * (self.length or 0)
             size = 4 * mean[0].numel() * (1 if deviation is None else 2) * variants
-            make = partial(LatentCache, encoder=self._encoder, normalize=self._normalized)
-            encoder = self._encoder
+            make = partial(LatentCache, encoder=encoder, normalize=self._normalized)
             facts = (encoder.fingerprint, encoder.scale, encoder.shape, self.args.random_flip)
             try:
-                return self._make_cache(make, size, seconds, facts)
-            except RandomCropsError:
-                logger.info(
-                    "The images are cropped at random, so their latents are not cached, and each step encodes images. "
-                    "--center_crop allows the cache"
-                )
+                if cache := self._make_cache(make, size, seconds, facts):
+                    return cache
+            except RandomCropsError:  # the images that were inspected needed no crop
+                logger.info(NOT_CACHED)
         return self._make_cache(Cache, self.bytes_per_image, self._decoding_seconds)
 
     def _normalized(self, images: np.ndarray) -> torch.Tensor:

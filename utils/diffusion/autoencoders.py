@@ -1,6 +1,7 @@
 """Autoencoders: the sizes of ``--autoencoder``, loading, the loss's structural term, and the scale of latents."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .. import UserError, counted, read_record
 from ..args import nearest_resolution, size_of
-from ..saved import AUTOENCODERS, CONFIG, INDEX, refuse_missing, shorten
+from ..saved import AUTOENCODERS, CONFIG, INDEX, refuse_missing, shorten, variant_of
+from ..signals import Interrupted, progress
+from .sampling import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +108,11 @@ def load_autoencoder(name_or_path: str, flag: str, trainable: bool = False) -> t
         kind = config.get("_class_name")
         if kind not in kinds:
             raise UserError(f"{label} is a {kind}. {expected}")
-        return (AutoencoderKL if trainable else getattr(diffusers, kind)).from_pretrained(name_or_path, **options)
+        options["variant"] = variant_of(Path(name_or_path, options.get("subfolder", "")))
+        model = (AutoencoderKL if trainable else getattr(diffusers, kind)).from_pretrained(name_or_path, **options)
+        # Otherwise a local path would be saved, and published, with the model
+        model.register_to_config(_name_or_path=None if Path(name_or_path).exists() else name_or_path)
+        return model
     except UserError:
         raise
     except Exception as error:  # The Hub client, diffusers and safetensors share no base class of errors
@@ -135,7 +142,8 @@ def _autoencoder_config(name_or_path: str) -> tuple[dict, dict]:
 def downsampling_of(autoencoder: torch.nn.Module) -> int:
     """Return the number of image pixels per latent in each direction."""
     config = autoencoder.config
-    return 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)
+    widths = config.get("encoder_block_out_channels") or config.get("block_out_channels") or [1]
+    return 2 ** (len(widths) - 1)
 
 
 def check_size(autoencoder, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -188,6 +196,7 @@ def latent_statistics(autoencoder, images: torch.Tensor, batch_size: int = 16) -
     """
     means, variances, number = 0.0, 0.0, 0
     for batch in images.split(batch_size):
+        progress("statistics")
         distribution = autoencoder.encode(batch.to(autoencoder.device)).latent_dist
         values = distribution.mean.double()
         count = values[:, 0].numel()
@@ -202,6 +211,30 @@ def latent_statistics(autoencoder, images: torch.Tensor, batch_size: int = 16) -
         "scaling_factor": scale.item(), "shift_factor": shift.item(),
         "latents_mean": means.tolist(), "latents_std": deviations.tolist(),
     }  # fmt: skip
+
+
+@torch.no_grad()
+def reconstruct(
+    autoencoder, images: torch.Tensor, device: torch.device, batch_size: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> torch.Tensor:  # fmt: skip
+    """Encode and decode images (N, C, H, W) in [-1, 1], and return the result on the CPU, float32 in [-1, 1].
+
+    Args:
+        autoencoder: autoencoder of this module. It is prepared, so that it autocasts.
+        stop: function that is called before every batch; True interrupts.
+
+    Raises:
+        Interrupted: ``stop`` returned True.
+    """
+    parts = []
+    with evaluating(autoencoder):
+        for part in images.split(batch_size):
+            progress("reconstruction")
+            if stop():
+                raise Interrupted
+            parts.append(autoencoder(part.to(device))[0].float().cpu().clamp(-1, 1))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -265,7 +298,12 @@ def image_config(autoencoder, unet_config=None) -> SimpleNamespace:
 
     Args:
         unet_config: config of a pretrained UNet that draws latents, or None if images of every size are suitable.
+
+    Raises:
+        UserError: the autoencoder has other channels than images.
     """
+    if autoencoder.config.out_channels not in (1, 3):
+        raise UserError(f"the autoencoder returns {autoencoder.config.out_channels} channels. Expected 1 or 3")
     size = size_of(unet_config.sample_size) if unet_config else None
     size = size and [side * downsampling_of(autoencoder) for side in size]
     return SimpleNamespace(sample_size=size, out_channels=autoencoder.config.out_channels)
@@ -292,6 +330,7 @@ def choose_autoencoder(name_or_path: str | None, pretrained=None) -> torch.nn.Mo
         return pretrained.autoencoder
     if not name_or_path and not Path(DEFAULT).exists():
         raise UserError(
-            f"there is no autoencoder in {DEFAULT}. Train one with train_autoencoder.py, or name one with --vae"
+            f"there is no autoencoder in {DEFAULT}. Train one with train_autoencoder.py, or name one with --vae. The "
+            "pipelines and checkpoints of train_latent.py have one, too"
         )
     return fold_normalization(load_autoencoder(name_or_path or DEFAULT, "--vae"), "--vae")

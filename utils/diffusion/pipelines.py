@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 
 from .. import UserError, read_record
 from ..args import SAMPLERS
-from ..saved import AUTOENCODERS, NETS, refuse_missing, shorten
+from ..saved import AUTOENCODERS, NETS, refuse_missing, shorten, variant_of
 from . import flow, schedulers
 from .basic_unet import BasicUNet
 from .few_steps import is_compatible, is_few_step
@@ -25,7 +25,6 @@ from .pretrained import (
     image_shape,
     leave_out_variance,
     other_parts,
-    variant_of,
 )
 from .sampling import sample_images
 from .spaces import Latents, Pixels
@@ -185,7 +184,8 @@ def saved_scheduler(name: str, own: SchedulerMixin, latent: bool = False) -> Sch
     """
     if is_few_step(own):
         return own
-    scheduler = flow.make_sampler(name, own) if is_flow(own) else schedulers.pipeline_scheduler(name, own)
+    kept = schedulers.make_sampler if latent else schedulers.pipeline_scheduler
+    scheduler = (flow.make_sampler if is_flow(own) else kept)(name, own)
     if latent and adds_noise(scheduler):
         raise UserError(
             f"--sampler {name} adds noise at each step. LDMPipeline passes no generator to it, so a seed would not "

@@ -11,7 +11,7 @@ from diffusers import DDPMPipeline, LCMScheduler, SchedulerMixin, UNet2DModel
 
 from .. import UserError, counted
 from ..args import nearest_resolution, size_of
-from ..saved import AUTOENCODERS, refuse_missing, shorten
+from ..saved import AUTOENCODERS, refuse_missing, shorten, variant_of
 from .autoencoders import image_config, load_autoencoder
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ def load_pretrained(
             expected = "unet, scheduler and an autoencoder" if latent else "unet and scheduler"
             raise UserError(f"{flag}: this pipeline also has {others}. Expected only {expected}")
         if "transformer" in index:  # a DiTPipeline
+            if index["transformer"][1] != "UNet2DModel":
+                raise UserError(f"{flag}: its transformer is a {index['transformer'][1]}. Expected a UNet2DModel")
             unet = UNet2DModel.from_pretrained(name_or_path, subfolder="transformer")
             kind = getattr(diffusers, index["scheduler"][1])
             pipeline = Pretrained(unet, kind.from_pretrained(name_or_path, subfolder="scheduler"))
@@ -129,12 +131,6 @@ def add_input_channels(unet: UNet2DModel, in_channels: int) -> UNet2DModel:
     unet.conv_in.weight.data[:, :taken], unet.conv_in.bias.data = first.weight.data, first.bias.data
     unet.register_to_config(in_channels=in_channels)
     return unet
-
-
-def variant_of(folder: Path) -> str | None:
-    """Return ``fp16`` if a folder has weights of that variant only, or else None."""
-    files = [path.name for path in folder.glob("*.safetensors")]
-    return "fp16" if files and all(".fp16." in name for name in files) else None
 
 
 def other_parts(index: dict, known: Sequence[str] = ("unet", "scheduler")) -> str:

@@ -7,7 +7,10 @@ import torch
 from diffusers import ModelMixin
 
 from .. import UserError, counted
+from .autoencoders import check_size
 from .unets import weights_digest
+
+PIXELS_AT_ONCE = 2**19  # pixels of images that an autoencoder encodes or decodes at once, to limit its memory
 
 
 class Pixels:
@@ -80,6 +83,8 @@ class Latents(Pixels):
             raise UserError(
                 f"the autoencoder takes {counted(taken, 'channel')}, but the images have {channels}. {advice}"
             )
+        check_size(autoencoder, self.image_shape[1:])
+        self.at_once = max(1, PIXELS_AT_ONCE // (self.image_shape[1] * self.image_shape[2]))
         images = torch.zeros(1, *self.image_shape, device=autoencoder.device)
         latents = self.encode(images)
         self.shape = tuple(latents.shape[1:])
@@ -88,7 +93,7 @@ class Latents(Pixels):
         if decoded != self.image_shape:
             raise UserError(
                 f"the autoencoder returns images of shape {decoded} for images of shape {self.image_shape}. "
-                "Expected the same shape. Try a --resolution that is a multiple of 8"
+                "Expected the same shape. Try another --resolution"
             )
 
     def to(self, device: torch.device) -> "Latents":
@@ -108,15 +113,21 @@ class Latents(Pixels):
 
     @torch.no_grad()
     def distribution(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        encoded = self.autoencoder.encode(images)
-        if hasattr(encoded, "latent_dist"):
-            return encoded.latent_dist.mean.float() * self.scale, encoded.latent_dist.std.float() * self.scale
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-        return latents.float() * self.scale, None
+        means, deviations = [], []
+        for part in images.split(self.at_once):
+            encoded = self.autoencoder.encode(part)
+            if hasattr(encoded, "latent_dist"):
+                means.append(encoded.latent_dist.mean.float() * self.scale)
+                deviations.append(encoded.latent_dist.std.float() * self.scale)
+            else:
+                latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+                means.append(latents.float() * self.scale)
+        return torch.cat(means), torch.cat(deviations) if deviations else None
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
         """Return the images of scaled latents. The result is differentiable, because guidance needs gradients."""
-        return self.autoencoder.decode(samples / self.scale).sample.float()
+        parts = [samples] if torch.is_grad_enabled() else samples.split(self.at_once)
+        return torch.cat([self.autoencoder.decode(part / self.scale).sample.float() for part in parts])
 
 
 def encode_in_batches(space: Pixels, images: torch.Tensor, device: torch.device, batch_size: int = 8) -> torch.Tensor:

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from ..diffusion.sampling import evaluating
+from ..diffusion.autoencoders import reconstruct
 from ..pictures import to_uint8
-from ..signals import Interrupted, progress
 
 MIN_SIDE = 11  # pixels, the window of the structural similarity
 
@@ -24,7 +23,6 @@ class Reconstruction:
     def __init__(self, images: torch.Tensor, batch_size: int = 8):
         self.images, self.batch_size = images, batch_size
 
-    @torch.no_grad()
     def measure(
         self, model: torch.nn.Module, accelerator, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float]:
@@ -40,15 +38,8 @@ class Reconstruction:
         sums = torch.zeros(3, device=accelerator.device, dtype=torch.float32)
         names = ("psnr", "ssim")
         mine = self.images[accelerator.process_index :: accelerator.num_processes]
-        found = []
-        with evaluating(model):
-            for batch in mine.split(self.batch_size):
-                progress("evaluation")
-                if stop():
-                    raise Interrupted
-                reconstructions = to_uint8(model(batch.to(accelerator.device))[0].float())
-                found += map(similarity, reconstructions, to_uint8(batch))
-        for values in found:
+        reconstructions = reconstruct(model, mine, accelerator.device, self.batch_size, stop) if len(mine) else mine
+        for values in map(similarity, to_uint8(reconstructions), to_uint8(mine)):
             sums += torch.tensor([*(values.get(name, 0.0) for name in names), 1.0], device=sums.device)
         *totals, count = accelerator.reduce(sums, "sum").tolist()
         measured = names if np.min(self.images.shape[2:]) >= MIN_SIDE else names[:1]

@@ -71,9 +71,9 @@ class Validation:
 
     def measure(self) -> None:
         """Measure, and send the results to the trackers. Call it on all processes."""
-        curves = {}
+        curves, run = {}, self.run
         for name, measured in self.losses.items():
-            for part, value in measured.measure(self.run.unet, self.run.accelerator, self.run.stop_requested).items():
+            for part, value in measured.measure(run.unet, run.accelerator, run.stop_requested).items():
                 level = f"loss_by_timestep_validation/{name}_{part}"
                 curve = {
                     "loss": f"loss/validation_{name}",
@@ -81,7 +81,7 @@ class Validation:
                     "ssim": f"metrics/ssim_{name}",
                 }
                 curves[curve.get(part, level)] = value
-        self.run.log(curves)
+        run.log(curves)
 
 
 class SampleQuality:

@@ -188,20 +188,22 @@ class Hub:
             raise ValueError(f"{net_folder(self.folder)} has no weights (.safetensors)")
         pictures = {*PICTURES}
         record = read_arguments(self.folder)
+        push_logs = self.logs
         shows_images = record.get("condition") or how_to_load(self.folder, self.folder).is_autoencoder
         if shows_images and not _is_public(record.get("public_data", OWN_IMAGES)):
             pictures -= SHOWN_IMAGES
+            push_logs = False
             shown = ["samples.png", *(["condition.png"] if record.get("condition") else ["the pictures in samples/"])]
             logger.warning(
-                f"{' and '.join(shown)} show images that may not be public, so they are not pushed"
-                f"{', except in TensorBoard files' * self.logs}. If they may be published, upload them: "
+                f"{' and '.join(shown)} show images that may not be public, so they are not pushed, and neither are "
+                f"TensorBoard's files. If they may be published, upload them: "
                 f"hf upload {self.repo_id} {self.folder / 'samples.png'} samples.png"
             )
         elif record.get("condition"):
             pictures.add("condition.png")
         files += [path for pattern in sorted(pictures) for path in self.folder.glob(pattern)]
         files = [(path, path.relative_to(self.folder)) for path in files]
-        for path in logs.glob("**/events.out.*") if self.logs and not logs.is_symlink() else ():
+        for path in logs.glob("**/events.out.*") if push_logs and not logs.is_symlink() else ():
             # In events.out.tfevents.TIME.HOST.PID.NUMBER, HOST is private, so it is left out
             parts = path.name.split(".")
             files.append((path, Path("logs", ".".join(parts[:4] + parts[-2:]))))

@@ -417,7 +417,7 @@ def _quiet() -> Iterator[None]:
 def _works(folder: Path, code: str) -> bool:
     """Run code of a card, and return whether it works. If it fails, log a warning."""
     try:
-        with _quiet():
+        with _quiet(), torch.no_grad():  # gradients of an autoencoder could fill the memory
             exec(code, {})
     except Exception as error:  # the model is saved: a card without the snippet is better than none
         logger.warning(f"{folder}: the code of its card fails: {type(error).__name__}: {error}")

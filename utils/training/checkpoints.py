@@ -345,14 +345,15 @@ def _link_autoencoder(folder: Path, output_dir: Path) -> None:
     earlier = next((path for path in reversed(list_checkpoints(output_dir)) if (path / MANIFEST).is_file()), None)
     if earlier is None:
         return
-    known, new = (json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"] for path in (earlier, folder))
-    for name, entry in new.items():
-        if name.startswith(tuple(f"{part}/" for part in AUTOENCODERS)) and known.get(name) == entry:
-            link = folder / f".tmp-{Path(name).name}"
-            with contextlib.suppress(OSError):  # the file system has no hard links, or the earlier file is missing
-                if file_hash(earlier / name) == entry[1]:
-                    os.link(earlier / name, link)
-                    os.replace(link, folder / name)
+    # The earlier checkpoint may be damaged, and the file system may have no hard links
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known, new = (json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"] for path in (earlier, folder))
+        for name, entry in new.items():
+            shared = name.startswith(tuple(f"{part}/" for part in AUTOENCODERS)) and known.get(name) == entry
+            if shared and file_hash(earlier / name) == entry[1]:
+                link = folder / f".tmp-{Path(name).name}"
+                os.link(earlier / name, link)
+                os.replace(link, folder / name)
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -144,7 +144,8 @@ class Run:
                 "the noise scheduler has clip_sample=True, so samplers would clip latents to [-1, 1]. Set "
                 "clip_sample=False, for example in NOISE"
             )
-        if hasattr(space, "autoencoder") and space.shape[1] != space.shape[2]:
+        old = checkpoints.list_checkpoints(self.output_dir)  # of a run that was not refused
+        if hasattr(space, "autoencoder") and space.shape[1] != space.shape[2] and not old:
             _, height, width = space.image_shape
             raise UserError(
                 f"images of {height} x {width} pixels: pipelines of latent diffusion draw squares only. "
@@ -174,7 +175,6 @@ class Run:
         self.settings = {
             **self.flags, "learning_rate": learning_rate, **data.settings, **(compare or {}),
             "constants": self.constants, "autoencoder": space and space.fingerprint,
-            **({"latent_scale": space.scale} if hasattr(space, "scale") else {}),
             "net_code": type(self.unet).__module__,
             "noise_scheduler": output_dir.config_of(noise_scheduler), "model_config": output_dir.config_of(self.unet),
             "optimizer_settings": output_dir.describe_optimizers(self.accelerator),
@@ -512,7 +512,8 @@ class Run:
         self.close()
         if self.accelerator.is_main_process:
             args, continued, record = self.args, None, output_dir.read_arguments(self.output_dir)
-            if record.get("public_data") in ("mnist", "ylecun/mnist", "digits", "faces"):
+            # Other images need another autoencoder first
+            if record.get("public_data") in ("mnist", "ylecun/mnist", "digits", "faces") and "vae" not in vars(args):
                 continued = "--train_data_dir DIR --output_dir outputs/mine"
                 if base := vars(args).get("pretrained_model_name_or_path"):
                     continued += f" --pretrained_model_name_or_path {base}"

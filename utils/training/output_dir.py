@@ -145,7 +145,9 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
             (folder / name).unlink(missing_ok=True)
         return None
     _refuse(where, changed)
-    redraw = any(old.get(flag) != settings.get(flag) for flag in SAMPLING_FLAGS)
+    # Without a --sampler, a script chooses one
+    drawn_by = {flag for flag in SAMPLING_FLAGS if flag != "sampler" or settings.get(flag)}
+    redraw = any(old.get(flag) != settings.get(flag) for flag in drawn_by)
     complete = is_saved(folder) and (folder / "samples.png").is_file()
     if not complete or redraw or "finished_at_step" not in found:
         return None
@@ -343,7 +345,7 @@ def check_finished(folder: Path, data_settings: dict) -> None:
         UserError: the images differ, see ``check_settings``.
     """
     found = read_arguments(folder)
-    names = [name for name in ("data", "images", "fingerprint", "scaled_from") if name in found]
+    names = [name for name in ("data", "images", "fingerprint", "scaled_from", "vae_digest") if name in found]
     old, new = ({name: values[name] for name in names} for values in (found, data_settings))
     given = found.get("arguments", {})
     old["data"] = given.get("train_data_dir") or given.get("dataset_name") or found.get("data")
