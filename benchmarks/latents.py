@@ -126,8 +126,8 @@ def report(options, models: dict, records: dict) -> None:
     speed = np.median([record["images_per_second"] for record in runs])
     seconds, steps = (np.mean([record[key] for record in runs]) for key in ("seconds", "steps"))
     print(
-        f"autoencoder: {size / 1e6:.2f} M weights, {steps:.0f} steps in {seconds:.0f} s, {speed:.0f} images/s, held-out "
-        f"PSNR {spread(quality['psnr'])} dB, SSIM {spread(quality['ssim'])}"
+        f"autoencoder: {size / 1e6:.2f} M weights, {steps:.0f} steps in {seconds:.0f} s, {speed:.0f} images/s, "
+        f"held-out PSNR {spread(quality['psnr'])} dB, SSIM {spread(quality['ssim'])}"
     )
 
 

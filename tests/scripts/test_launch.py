@@ -34,7 +34,7 @@ pipeline(batch_size=2, num_inference_steps=2).images[1].save("sample.png")
 
 def tiny(script, folder):
     """Return flags of a tiny run of the script into the folder."""
-    flags = [flag for flag in TINY if "inference" not in flag or "autoencoder" not in script]
+    flags = [flag for flag in TINY if "inference" not in flag or "autoencoder" not in str(script)]
     return [*flags, *(["--unet=tiny"] if script == SCRIPT else []), f"--output_dir={folder}"]
 
 

@@ -176,7 +176,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, basic):
     assert draw(tmp_path / "evil", tmp_path / "drawn") == 0
     index = json.loads((tmp_path / "evil" / "model_index.json").read_text())
     (tmp_path / "evil" / "model_index.json").write_text(json.dumps({**index, "unet": ["basic_unet", "EvilUNet"]}))
-    with pytest.raises(UserError, match=r"its parts are EvilUNet and LinearMixScheduler\. Expected the output"):
+    with pytest.raises(UserError, match=r"its parts are EvilUNet and LinearMixScheduler\. Expected a model"):
         draw(tmp_path / "evil", tmp_path / "again")
     assert not (tmp_path / "ran").exists()
 

@@ -13,9 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
-import finetune_faces
 import sample
-import train_ddpm
 import train_flow
 from utils import UserError
 from utils.args import SOLVERS
@@ -217,11 +215,8 @@ def test_training_continues_from_a_flow_and_from_nothing_else(tmp_path, finished
     with pytest.raises(UserError, match="was not trained on straight paths"):
         other = f"--pretrained_model_name_or_path={finished_run}"
         train(tmp_path / "other", other, script=train_flow)
-    for script in (train_ddpm, finetune_faces):
-        with pytest.raises(
-            UserError, match=r"Expected the noise of a DDPMScheduler\. For this model use train_flow\.py"
-        ):
-            train(tmp_path / "adapted", start, script=script)
+    with pytest.raises(UserError, match=r"Expected the noise of a DDPMScheduler\. For this model use train_flow\.py"):
+        train(tmp_path / "adapted", start)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tools
