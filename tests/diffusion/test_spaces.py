@@ -43,7 +43,7 @@ def unet(shape):
     return UNet2DModel(sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], **UNETS["tiny"])
 
 
-@pytest.fixture(scope="module", params=[AutoencoderKL, VQModel], ids=["kl", "vq"])
+@pytest.fixture(scope="module", params=[pytest.param(AutoencoderKL, marks=pytest.mark.slow), VQModel], ids=["kl", "vq"])
 def pipeline_folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents") / request.param.__name__
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False)

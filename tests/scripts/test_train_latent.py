@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import equal_weights, exit_code, parse, scalars, train
+from conftest import equal_weights, exit_code, parse, scalars, slow, train
 from diffusers import AutoencoderKL, DiTPipeline, LDMPipeline
 from PIL import Image
 
@@ -344,7 +344,7 @@ def test_training_continues_from_a_pipeline_of_latents(tmp_path, latent_run):
 # --------------------------------------------------------------------------------------------------- the other scripts
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [slow("full"), "lora"])
 def test_a_model_of_latents_is_adapted(tmp_path, latent_run, method):
     base = latent_run()
     flags = [f"--pretrained_model_name_or_path={base}", f"--method={method}", "--learning_rate=1e-2", "--random_flip"]
