@@ -12,12 +12,11 @@ is the mean absolute error, a structural term, and a small Kullback-Leibler dive
 """
 
 from utils.args import Parser, add_common_arguments, integer
+from utils.diffusion.unets import add_speed_arguments
 from utils.exits import run_script, training_script
 
 STRUCTURE_WEIGHT = 0.2  # weight of 1 - SSIM beside the mean absolute error
-KL_WEIGHT = (
-    1e-2  # weight of the divergence per value of the latents. Larger weights give smoother latents and blurred images
-)
+KL_WEIGHT = 1e-2  # weight of the divergence per value of the latents. Larger weights give smoother latents and blur
 MEASURED_IMAGES = 256  # number of training images by which the scale of the latents is measured
 
 
@@ -30,8 +29,7 @@ def parse_args(argv=None):
     one.add_argument("--pretrained_model_name_or_path", help="AutoencoderKL with the initial weights")
     group.add_argument("--downsampling", type=int, choices=(2, 4, 8), help="image pixels per latent in each direction (default: 4, or that of the pretrained autoencoder)")
     group.add_argument("--latent_channels", type=integer(1), help="channels of the latents (default: 4, or those of the pretrained autoencoder)")
-    parser.switch(group, "--gradient_checkpointing", False, "recomputation of activations, which saves memory and makes steps slower")
-    parser.switch(group, "--compile", False, "compilation with torch.compile, for GPUs. It takes minutes at first")
+    add_speed_arguments(parser)
     add_common_arguments(parser, draws=False)
     parser.set_defaults(output_dir="outputs/autoencoder", train_batch_size=8, num_samples=12, sample_batch_size=8)
     return parser.parse(argv, learning_rate=3e-3)

@@ -165,11 +165,15 @@ class Cache:
             return torch.from_numpy(
                 np.stack([augment(image, k, self.size, self.seed, self.random_flip) for image, k in pairs])
             )
-        images = self.stacked[self.places[torch.from_numpy(indices).to(self.stacked.device, non_blocking=True)]]
+        images = self.stacked[self._rows(indices)]
         if self.random_flip:
             mirrored = torch.from_numpy(flips(self.seed, sample_ids)).to(images.device, non_blocking=True)
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return images
+
+    def _rows(self, indices: np.ndarray) -> torch.Tensor:
+        """Return the rows of ``stacked`` that hold the images at ``indices``. A bad image has the row of another."""
+        return self.places[torch.from_numpy(indices).to(self.stacked.device, non_blocking=True)]
 
     def _image(self, index: int) -> np.ndarray:
         shape = (self.channels, *self.shapes[index])

@@ -78,7 +78,6 @@ class LatentCache(Cache):
 
     def gather(self, indices: np.ndarray, sample_ids: np.ndarray) -> torch.Tensor:
         """Return mean and perhaps deviation of latents, of mirrored images for some sample ids: (B, 1 or 2, *shape)."""
-        places = self.places[torch.from_numpy(indices).to(self.stacked.device, non_blocking=True)]
         mirrored = flips(self.seed, sample_ids) if self.random_flip else np.zeros(len(sample_ids), bool)
         variants = torch.from_numpy(mirrored.astype(np.int64)).to(self.stacked.device, non_blocking=True)
-        return self.stacked[places, variants]
+        return self.stacked[self._rows(indices), variants]

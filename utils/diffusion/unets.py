@@ -41,10 +41,10 @@ def add_unet_arguments(parser: Parser) -> None:
 
 
 def add_speed_arguments(parser: Parser) -> None:
-    """Add the flags for the memory and speed of a UNet."""
+    """Add the flags for the memory and speed of a UNet or an autoencoder."""
     group = parser.group("model")
     parser.switch(group, "--gradient_checkpointing", False, "recomputation of activations, which saves memory and makes steps slower")
-    parser.switch(group, "--compile", False, "compilation of the UNet with torch.compile, for GPUs. It takes minutes at first, and again for each other batch size of samples")
+    parser.switch(group, "--compile", False, "compilation of the model with torch.compile, for GPUs. It takes minutes at first, and again for each other batch size of samples")
 # fmt: on
 
 

@@ -60,7 +60,7 @@ def how_to_load(folder: Path, name: str | Path) -> Loading:
     # ConsistencyModelPipeline draws squares only
     own_pipeline = (folder / "pipeline.py").is_file() and not isinstance(unet.get("sample_size"), int)
     kind = "DiffusionPipeline" if own_pipeline or isinstance(kind, list) else kind  # a list names a file of the folder
-    runs_code = kind == "DiffusionPipeline" or any(net_folder(folder).glob("own_net_*.py"))
+    runs_code = kind == "DiffusionPipeline" or any(net_folder(folder).glob("*.py"))
     options = f", custom_pipeline={str(name)!r}" * own_pipeline + ", trust_remote_code=True" * runs_code
     return Loading(kind, f"{kind}.from_pretrained({str(name)!r}{options})", own_pipeline, runs_code)
 
