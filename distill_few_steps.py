@@ -66,8 +66,9 @@ def main(args):
     from diffusers.optimization import get_scheduler
 
     from utils import UserError
+    from utils.data.clusters import is_cluster
     from utils.data.train_data import load_train_data
-    from utils.diffusion.class_conditional import ClassConditionalPipeline
+    from utils.diffusion.class_conditional import ClassConditionalPipeline, class_names
     from utils.diffusion.classes import GuidedModel, add_class_embedding, cycle_labels
     from utils.diffusion.few_steps import make_few_step_sampler
     from utils.diffusion.pretrained import check_fit, load_pretrained
@@ -88,7 +89,11 @@ def main(args):
     conditional = pretrained.unet.class_embedding is not None
     if args.teacher_guidance_scale != 1 and not conditional:
         raise UserError("--teacher_guidance_scale: the teacher has no classes. Leave the flag out")
-    train_data = load_train_data(args, accelerator, pretrained.unet.config, conditional=conditional)
+    names = class_names(pretrained.unet.config)
+    clusters = len(names) if conditional and is_cluster(names[0]) else None
+    train_data = load_train_data(args, accelerator, pretrained.unet.config, conditional=conditional and not clusters)
+    if clusters:
+        train_data.cluster(clusters, run.output_dir, args.pretrained_model_name_or_path)
     if run.already_finished(train_data):
         return
 

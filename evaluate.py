@@ -85,6 +85,8 @@ def main(args):
 
     from utils import UserError, optional, randomness
     from utils.args import size_of
+    from utils.data.clusters import FILE as CLUSTERS
+    from utils.data.clusters import is_cluster, load_clusters
     from utils.data.own_images import translate_labels
     from utils.data.pixels import MODES
     from utils.diffusion.classes import GuidedModel, cycle_labels
@@ -230,19 +232,24 @@ def main(args):
         digest = weights or weights_digest(unet)
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         space.to(accelerator.device)
+        clusters = Path(model, CLUSTERS) if plan.classes and is_cluster(plan.classes[0]) else None
         if args.validation_loss and is_few_step(own):
             say(f"{model} has no denoising loss, because it is a few-step model")
         elif args.validation_loss and plan.condition and plan.condition.kind == PAIRED:
             say(
                 f"{model} has no denoising loss here, because its inputs are second pictures. See --validation_split in training"
             )
+        elif args.validation_loss and clusters and not clusters.is_file():
+            say(f"{model} has no denoising loss here. Its training keeps the clusters in {clusters}, which is missing")
         elif args.validation_loss:
             splits = {"--reference_split": args.reference_split, "--held_out_split": reference.held_out_split}
             for flag, split in ((flag, split) for flag, split in splits.items() if split):
                 found = [*reference.blocks(plan.how, args.num_validation_images, split)]
                 images, numbers = (np.concatenate([block[k] for block in found]) for k in (0, 1))
                 images, inputs = encode_in_batches(space, from_uint8(images), accelerator.device), {}
-                if plan.classes:  # matched by name, because string labels are numbered separately in each split
+                if clusters:
+                    inputs["class_labels"] = load_clusters(clusters).assign(images)
+                elif plan.classes:  # matched by name, because string labels are numbered separately in each split
                     labels, names = reference.labels(split, flag)
                     labels = torch.from_numpy(translate_labels(labels[numbers], names, plan.classes))
                     null_class = accelerator.unwrap_model(unet).config.num_class_embeds - 1

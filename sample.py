@@ -220,7 +220,7 @@ def main(args):
             images, captions = images_folder.load(range(64)), ()
         if args.interpolate and len(images) <= 16:
             captions = [""]  # one row
-        elif classes and len(classes) <= len(images):
+        elif classes and 2 * len(classes) <= len(images):
             images, captions = group_by_class(images, [names[k] for k in classes])
         make_grid(images, captions=captions).save(images_folder.folder / "grid.png")
         if args.format != "png":

@@ -15,7 +15,7 @@ from the unconditional one, which makes samples more recognisable. --model_guida
 outputs in one function evaluation.
 """
 
-from utils.args import SAMPLERS, Parser, add_common_arguments, real
+from utils.args import SAMPLERS, Parser, add_common_arguments, integer, real
 from utils.diffusion.unets import add_unet_arguments
 from utils.exits import run_script, training_script
 
@@ -38,13 +38,19 @@ def parse_args(argv=None):
     group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="increase of the noise with t")
     group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="target: the noise, the clean image, or v (arXiv:2202.00512)")
     group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
-    group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="scheduler that draws samples")
-    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="share of training samples that get the null class")
-    group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), similar to a guidance scale of 1 / (1 - W). 0: none. Training is then a third faster")
+    group.add_argument("--sampler", choices=SAMPLERS, help="scheduler that draws samples (default: dpmsolver++; with --clusters sde-dpmsolver++)")
+    group.add_argument("--clusters", metavar="K", type=integer(2, 1000), help="number of clusters of similar images, used as classes in place of labels")
+    group.add_argument("--class_dropout_prob", type=real(0, 1), help="share of training samples that get the null class (default: 0.1; with --clusters 0.02)")
+    group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), help="guidance learnt by the weights (arXiv:2502.12154), similar to a guidance scale of 1 / (1 - W). 0: none. Training is then a third faster (default: 0.35; with --clusters 0)")
     group.add_argument("--guidance_scale", type=real(0), default=1.0, help="guidance scale of sampling, in addition to --model_guidance. 1: no further guidance. Larger scales make samples more typical and less varied. Each sampling step then takes twice as long")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/conditional", num_inference_steps=25, num_samples=80)
-    return parser.parse(argv)
+    with_labels = dict(sampler="dpmsolver++", class_dropout_prob=0.1, model_guidance=0.35)
+    with_clusters = dict(sampler="sde-dpmsolver++", class_dropout_prob=0.02, model_guidance=0.0)  # see docs/classes.md
+    args = parser.parse(argv, defaults=lambda given: with_clusters if given.clusters else with_labels)
+    if args.clusters and vars(args).get("label_column"):
+        parser.error(f"--clusters {args.clusters} takes the place of labels. Leave --label_column out, or --clusters")
+    return args
 # fmt: on
 
 
@@ -57,7 +63,7 @@ def main(args):
 
     from utils.data.train_data import load_train_data
     from utils.diffusion.class_conditional import ClassConditionalPipeline
-    from utils.diffusion.classes import GuidedModel, add_class_embedding, cycle_labels, group_by_class
+    from utils.diffusion.classes import GuidedModel, add_class_embedding, classes_to_show, cycle_labels, group_by_class
     from utils.diffusion.pretrained import check_fit, load_pretrained
     from utils.diffusion.sampling import sample_images
     from utils.diffusion.schedulers import make_noise_scheduler, make_sampler, min_snr_weights, pipeline_scheduler
@@ -74,7 +80,10 @@ def main(args):
     # Data
     start = args.pretrained_model_name_or_path
     pretrained = load_pretrained(start, conditional=True) if start else None
-    train_data = load_train_data(args, accelerator, pretrained and pretrained.unet.config, conditional=True)
+    config = pretrained and pretrained.unet.config
+    train_data = load_train_data(args, accelerator, config, conditional=not args.clusters)
+    if args.clusters:
+        train_data.cluster(args.clusters, run.output_dir, start)
     if run.already_finished(train_data):
         return
     class_names = train_data.label_names
@@ -117,16 +126,16 @@ def main(args):
         return {"class_labels": labels.where(labels >= 0, null_class)}
 
     guided = GuidedModel(unet, args.guidance_scale)
-    all_classes = cycle_labels(range(len(class_names)), accelerator.device)
 
-    def draw(count, num_inference_steps=args.num_inference_steps):
+    def draw(count, num_inference_steps=args.num_inference_steps, labels=range(len(class_names))):
         return sample_images(
             guided, sampler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
-            args.seed, run.stop_requested, model_inputs=all_classes,
+            args.seed, run.stop_requested, model_inputs=cycle_labels(labels, accelerator.device),
         )  # fmt: skip
 
     def sample():
-        images, captions = group_by_class(draw(args.num_samples), class_names)
+        shown = classes_to_show(len(class_names), args.num_samples)
+        images, captions = group_by_class(draw(args.num_samples, labels=shown), [class_names[k] for k in shown])
         return {"samples": make_grid(images, captions=captions)}
 
     def save_pipeline(folder):

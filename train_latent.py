@@ -58,7 +58,7 @@ def main(args):
 
     from utils.data.train_data import load_train_data
     from utils.diffusion.autoencoders import choose_autoencoder, image_config
-    from utils.diffusion.classes import GuidedModel, add_class_embedding, cycle_labels, group_by_class
+    from utils.diffusion.classes import GuidedModel, add_class_embedding, classes_to_show, cycle_labels, group_by_class
     from utils.diffusion.flow import make_flow, make_sampler, shifted
     from utils.diffusion.pretrained import check_fit, load_pretrained
     from utils.diffusion.sampling import sample_images
@@ -125,18 +125,19 @@ def main(args):
         return {"class_labels": labels.where(labels >= 0, NULL_CLASS)}
 
     drawn_by = GuidedModel(unet, args.guidance_scale) if conditional else unet
-    classes = cycle_labels(range(len(class_names)), accelerator.device) if conditional else None
 
-    def draw(count, num_inference_steps=args.num_inference_steps):
+    def draw(count, num_inference_steps=args.num_inference_steps, labels=range(len(class_names))):
         return sample_images(
             drawn_by, sampler, accelerator, count, latents.shape, num_inference_steps, args.sample_batch_size, args.seed,
-            run.stop_requested, decode=latents.decode, model_inputs=classes,
+            run.stop_requested, decode=latents.decode,
+            model_inputs=cycle_labels(labels, accelerator.device) if conditional else None,
         )  # fmt: skip
 
     def sample():
-        images, captions = draw(args.num_samples), ()
-        if conditional:
-            images, captions = group_by_class(images, class_names)
+        if not conditional:
+            return {"samples": make_grid(draw(args.num_samples))}
+        shown = classes_to_show(len(class_names), args.num_samples)
+        images, captions = group_by_class(draw(args.num_samples, labels=shown), [class_names[k] for k in shown])
         return {"samples": make_grid(images, captions=captions)}
 
     def save_pipeline(folder):

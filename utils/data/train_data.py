@@ -13,17 +13,19 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 import PIL
 import psutil
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from .. import UserError, optional, randomness
 from ..args import size_of
 from ..signals import STOP_SIGNALS
 from .cache import Cache
+from .clusters import FILE, FITTED, Clusters, load_clusters, make_clusters
 from .columns import Column, Layout
 from .images import PreparedImages, choose_range
 from .latents import Encoder, LatentCache, RandomCropsError
@@ -137,7 +139,7 @@ class TrainData:
             self.image_range, self.layout,
         )  # fmt: skip
         self.bytes_per_image *= self._prepared.channels / self.channels
-        self._encoder = None  # see ``encode_with``
+        self._encoder = self._clusters = None  # see ``encode_with`` and ``cluster``
 
     def _inspect(self, size: tuple[int, int] | None, image_mode: str | None) -> None:
         """Find mode, size and range from some of the images, which are the same on every process."""
@@ -220,6 +222,32 @@ class TrainData:
         """
         self._encoder = encoder
         self.settings["vae_digest"] = f"{encoder.fingerprint} x {encoder.scale:g}"
+
+    def cluster(self, count: int, folder: Path, pretrained: str | None = None) -> None:
+        """Make clusters of the images, and give each image its cluster as its class, see ``clusters``.
+
+        The cluster depends on the image as it is trained, cropped and mirrored. The clusters are kept in a file, and
+        their digest becomes one of the ``settings``. Call it on all processes.
+
+        Args:
+            count: number of clusters.
+            folder: folder of the run. Its file is used if there is one, so that a resumed run has the same clusters.
+            pretrained: folder of a pretrained model, for the clusters that it was trained with, if any.
+
+        Raises:
+            UserError: see ``clusters.make_clusters``. Also, the pretrained model has another number of clusters.
+        """
+        found = [Path(place, FILE) for place in (folder, pretrained) if place and Path(place, FILE).is_file()]
+        clusters = load_clusters(found[0]) if found else make_clusters(self.shown(FITTED), count)
+        if len(clusters.names) != count:
+            raise UserError(
+                f"--clusters {count}: {found[0]} has {len(clusters.names)} clusters. Give that number, or another "
+                "folder"
+            )
+        self._clusters = Clusters(broadcast_object_list([clusters.tensors])[0])
+        if self.accelerator.is_main_process and not Path(folder, FILE).is_file():
+            self._clusters.save(Path(folder, FILE))
+        self.label_names, self.settings["clusters"] = self._clusters.names, self._clusters.digest
 
     @cached_property
     def _cache(self) -> Cache | None:
@@ -320,6 +348,8 @@ class TrainData:
         for name, value in values.items():
             if name != "label" or self.label_names:
                 batch["labels" if name == "label" else name] = value.to(device, non_blocking=True)
+        if self._clusters and "images" in batch:
+            batch["labels"] = self._clusters.assign(batch["images"])
         return batch
 
     def examples(self, count: int, images: Images | None = None) -> dict[str, torch.Tensor]:
@@ -335,7 +365,9 @@ class TrainData:
                 images, self.mode, self.size, seed=self.args.seed, image_range=self.image_range, layout=self.layout
             )
         found, values = prepared.examples(count)
-        if images and images.label_names:  # by name, because string labels are numbered separately in each split
+        if (
+            images and images.label_names and not self._clusters
+        ):  # by name, because string labels are numbered separately in each split
             values["label"] = translate_labels(values["label"], images.label_names, self.label_names)
         values = {name: torch.from_numpy(value) for name, value in values.items()}
         return self._batch(torch.from_numpy(found), values, torch.device("cpu"))

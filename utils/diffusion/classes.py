@@ -141,6 +141,17 @@ def between_classes(unet: UNet2DModel, labels: Sequence[int], count: int) -> Cal
     return lambda sample_ids: {"class_labels": torch.from_numpy(sample_ids + len(table)).to(table.device)}
 
 
+def classes_to_show(classes: int, images: int) -> list[int]:
+    """Return the classes of a grid of images: all of them if there are two images of each, or else some, evenly spaced.
+
+    Args:
+        classes: number of classes.
+        images: number of images in the grid.
+    """
+    shown = classes if 2 * classes <= images else min(classes, -(-images // 8))  # rows of 8 images
+    return [row * classes // shown for row in range(shown)]
+
+
 def group_by_class(images: np.ndarray, class_names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Reorder images of cycled classes so that ``make_grid`` shows one row for each class.
 

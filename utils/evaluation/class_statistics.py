@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .. import UserError
+from ..data.clusters import is_cluster
 from ..data.own_images import translate_labels
 from ..diffusion.class_conditional import class_names
 from .features import Extractor, as_digits, digits_net
@@ -59,11 +60,13 @@ def check_classes(config, real: Reference) -> list[str]:
     """Return the classes of a conditional model, or an empty list for an unconditional one.
 
     Raises:
-        UserError: the reference has classes that the model does not have.
+        UserError: the reference has classes that the model does not have, and the model's classes are not clusters.
     """
     if not config.get("num_class_embeds"):
         return []
     names, real_names = class_names(config), real.labels()[1]
+    if is_cluster(names[0]):
+        return names
     if not {*real_names} <= {*names}:
         raise UserError(
             f"the model has the classes {', '.join(names)[:200]}, but --reference has {', '.join(real_names)[:200]}. "
@@ -77,11 +80,11 @@ def asked_classes(
 ) -> AskedClasses | None:
     """Return the requested class of each sample, with the frequencies of the reference; None if unconditional.
 
-    If the reference has no labels, all classes are requested equally often.
+    If the reference has no labels, or the classes are clusters, all are requested equally often.
     """
     if not names:
         return None
-    if not real.labels()[1]:
+    if is_cluster(names[0]) or not real.labels()[1]:
         return AskedClasses(np.arange(count) % len(names), names, np.zeros((0, 1)), np.zeros(0, int))
     features, labels, real_names = real.labelled(extract, preparation, len(real.images(real.args.reference_split)))
     labels = translate_labels(labels, real_names, names)

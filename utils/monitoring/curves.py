@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 LOAD_SECONDS = 20  # shortest time over which the load of the cores is measured
 LOAD_SHARE = 0.25  # share of the time in which threads wait for a core, above which a warning is logged
+MAX_LABEL_CURVES = 50  # with more classes, there is no loss by class
 LOGS = "logs"  # folder of TensorBoard's files, in the output folder
 
 
@@ -44,7 +45,8 @@ class MetricLogger:
         start_trackers(run, self.trackers, run.output_dir / LOGS)
         self.num_train_timesteps = run.num_train_timesteps
         self.levels = NOISE_LEVELS if self.num_train_timesteps else 0
-        self.label_names = run.train_data.label_names
+        names = run.train_data.label_names
+        self.label_names = names if len(names) <= MAX_LABEL_CURVES else []
         bins = self.levels + len(self.label_names) + 1  # the last bin is for samples without a label
         self.sums = torch.zeros(2, bins, device=run.accelerator.device)  # sums of losses, and numbers of losses
         restored = self.restored if run.accelerator.is_main_process else None  # the others start at zero

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .. import read_record, write_record
 from ..args import Parser, add_common_arguments, defaults_of
+from ..data.clusters import is_cluster
 from ..diffusion.class_conditional import class_names
 from ..diffusion.unets import add_unet_arguments
 from ..hardware import device_name
@@ -290,6 +291,11 @@ def _describe_classes(classes) -> str:
     """Return a sentence about the classes of a conditional model."""
     if not classes:
         return ""
+    if is_cluster(classes[0]):
+        return (
+            f" Its {len(classes)} classes are clusters of similar training images, chosen by number (from 0). Without "
+            "`class_labels`, the pipeline draws all clusters equally often."
+        )
     shown = ", ".join(_escape(name) for name in classes[:50]) + (" ..." if len(classes) > 50 else "")
     return f" It has {len(classes)} classes, which are chosen by number (from 0) or by name: {shown}."
 

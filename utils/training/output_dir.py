@@ -28,7 +28,7 @@ ARGUMENTS = "training_args.json"
 # An output folder may hold these before its first run: a lock, and the log of the command (`... | tee DIR/log`)
 ALLOWED_FILES = re.compile(r"\.lock|\.tmp-.*|log|nohup\.out|.*\.(log|out|err)")
 # Records of a run, removed before another run starts in its folder
-RUN_RECORDS = (ARGUMENTS, "done.json", "rollbacks.json", "evaluation.json")
+RUN_RECORDS = (ARGUMENTS, "done.json", "rollbacks.json", "evaluation.json", "clusters.npz")
 LOCK_SECONDS = 120  # NFSv4 releases the locks of a lost machine after 90 s
 SAMPLING_FLAGS = {  # if they change, a finished run draws again and rewrites its page
     "num_samples", "sampler", "num_inference_steps", "guidance_color", "guidance_prompt", "guidance_scale",
