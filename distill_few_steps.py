@@ -66,7 +66,7 @@ def main(args):
     from diffusers.optimization import get_scheduler
 
     from utils import UserError
-    from utils.data.clusters import is_cluster
+    from utils.data.clusters import has_clusters
     from utils.data.train_data import load_train_data
     from utils.diffusion.class_conditional import ClassConditionalPipeline, class_names
     from utils.diffusion.classes import GuidedModel, add_class_embedding, cycle_labels
@@ -90,12 +90,12 @@ def main(args):
     if args.teacher_guidance_scale != 1 and not conditional:
         raise UserError("--teacher_guidance_scale: the teacher has no classes. Leave the flag out")
     names = class_names(pretrained.unet.config)
-    clusters = len(names) if conditional and is_cluster(names[0]) else None
+    clusters = len(names) if has_clusters(names) else None
     train_data = load_train_data(args, accelerator, pretrained.unet.config, conditional=conditional and not clusters)
-    if clusters:
-        train_data.cluster(clusters, run.output_dir, args.pretrained_model_name_or_path)
     if run.already_finished(train_data):
         return
+    if clusters:
+        train_data.cluster(clusters, run.output_dir, args.pretrained_model_name_or_path)
 
     # Model
     unet = pretrained.unet

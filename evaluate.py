@@ -85,8 +85,7 @@ def main(args):
 
     from utils import UserError, optional, randomness
     from utils.args import size_of
-    from utils.data.clusters import FILE as CLUSTERS
-    from utils.data.clusters import is_cluster, load_clusters
+    from utils.data.clusters import find_clusters, has_clusters, load_clusters
     from utils.data.own_images import translate_labels
     from utils.data.pixels import MODES
     from utils.diffusion.classes import GuidedModel, cycle_labels
@@ -232,15 +231,15 @@ def main(args):
         digest = weights or weights_digest(unet)
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         space.to(accelerator.device)
-        clusters = Path(model, CLUSTERS) if plan.classes and is_cluster(plan.classes[0]) else None
+        clusters = find_clusters(model) if has_clusters(plan.classes) else None
         if args.validation_loss and is_few_step(own):
             say(f"{model} has no denoising loss, because it is a few-step model")
         elif args.validation_loss and plan.condition and plan.condition.kind == PAIRED:
             say(
                 f"{model} has no denoising loss here, because its inputs are second pictures. See --validation_split in training"
             )
-        elif args.validation_loss and clusters and not clusters.is_file():
-            say(f"{model} has no denoising loss here. Its training keeps the clusters in {clusters}, which is missing")
+        elif args.validation_loss and has_clusters(plan.classes) and not clusters:
+            say(f"{model} has no denoising loss here, because clusters.npz is missing. Give the folder of its training")
         elif args.validation_loss:
             splits = {"--reference_split": args.reference_split, "--held_out_split": reference.held_out_split}
             for flag, split in ((flag, split) for flag, split in splits.items() if split):

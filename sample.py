@@ -75,7 +75,14 @@ def main(args):
 
     from utils import UserError
     from utils.diffusion.class_conditional import class_names
-    from utils.diffusion.classes import GuidedModel, between_classes, choose_classes, cycle_labels, group_by_class
+    from utils.diffusion.classes import (
+        MOST_ROWS,
+        GuidedModel,
+        between_classes,
+        choose_classes,
+        cycle_labels,
+        group_by_class,
+    )
     from utils.diffusion.conditions import Condition, GuidedByCondition, arrange
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import make_guidance
@@ -220,7 +227,7 @@ def main(args):
             images, captions = images_folder.load(range(64)), ()
         if args.interpolate and len(images) <= 16:
             captions = [""]  # one row
-        elif classes and 2 * len(classes) <= len(images):
+        elif classes and len(classes) <= min(len(images), MOST_ROWS):
             images, captions = group_by_class(images, [names[k] for k in classes])
         make_grid(images, captions=captions).save(images_folder.folder / "grid.png")
         if args.format != "png":

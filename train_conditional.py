@@ -13,6 +13,9 @@ This is train_ddpm.py with classes. The UNet is given each image's class or, wit
 null class. It therefore learns a prediction for each class and an unconditional one. Guidance moves predictions away
 from the unconditional one, which makes samples more recognisable. --model_guidance trains the model to predict guided
 outputs in one function evaluation.
+
+--clusters K makes classes for images without labels, see utils/data/clusters.py. With such classes, a model learns
+faster than without classes.
 """
 
 from utils.args import SAMPLERS, Parser, add_common_arguments, integer, real
@@ -38,16 +41,17 @@ def parse_args(argv=None):
     group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="increase of the noise with t")
     group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="target: the noise, the clean image, or v (arXiv:2202.00512)")
     group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
-    group.add_argument("--sampler", choices=SAMPLERS, help="scheduler that draws samples (default: dpmsolver++; with --clusters sde-dpmsolver++)")
-    group.add_argument("--clusters", metavar="K", type=integer(2, 1000), help="number of clusters of similar images, used as classes in place of labels")
-    group.add_argument("--class_dropout_prob", type=real(0, 1), help="share of training samples that get the null class (default: 0.1; with --clusters 0.02)")
-    group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), help="guidance learnt by the weights (arXiv:2502.12154), similar to a guidance scale of 1 / (1 - W). 0: none. Training is then a third faster (default: 0.35; with --clusters 0)")
+    group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="scheduler that draws samples")
+    group.add_argument("--clusters", metavar="K", type=integer(2, 1000), help="number of clusters of similar images, used as classes in place of labels. The defaults are then --sampler sde-dpmsolver++, --model_guidance 0 and --class_dropout_prob 1 / (K + 1)")
+    group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="share of training samples that get the null class")
+    group.add_argument("--model_guidance", metavar="W", type=real(0, 0.9), default=0.35, help="guidance learnt by the weights (arXiv:2502.12154), similar to a guidance scale of 1 / (1 - W). 0: none. Training is then a third faster")
     group.add_argument("--guidance_scale", type=real(0), default=1.0, help="guidance scale of sampling, in addition to --model_guidance. 1: no further guidance. Larger scales make samples more typical and less varied. Each sampling step then takes twice as long")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/conditional", num_inference_steps=25, num_samples=80)
-    with_labels = dict(sampler="dpmsolver++", class_dropout_prob=0.1, model_guidance=0.35)
-    with_clusters = dict(sampler="sde-dpmsolver++", class_dropout_prob=0.02, model_guidance=0.0)  # see docs/classes.md
-    args = parser.parse(argv, defaults=lambda given: with_clusters if given.clusters else with_labels)
+    args = parser.parse(argv)
+    if args.clusters:  # see docs/classes.md. diffusers' pipeline draws each class, and the null class, equally often
+        parser.set_defaults(sampler="sde-dpmsolver++", class_dropout_prob=1 / (args.clusters + 1), model_guidance=0.0)
+        args = parser.parse(argv)
     if args.clusters and vars(args).get("label_column"):
         parser.error(f"--clusters {args.clusters} takes the place of labels. Leave --label_column out, or --clusters")
     return args
@@ -82,10 +86,10 @@ def main(args):
     pretrained = load_pretrained(start, conditional=True) if start else None
     config = pretrained and pretrained.unet.config
     train_data = load_train_data(args, accelerator, config, conditional=not args.clusters)
-    if args.clusters:
-        train_data.cluster(args.clusters, run.output_dir, start)
     if run.already_finished(train_data):
         return
+    if args.clusters:
+        train_data.cluster(args.clusters, run.output_dir, start)
     class_names = train_data.label_names
     null_class = len(class_names)  # the model's last class stands for no particular class
 
@@ -126,8 +130,9 @@ def main(args):
         return {"class_labels": labels.where(labels >= 0, null_class)}
 
     guided = GuidedModel(unet, args.guidance_scale)
+    all_classes = range(len(class_names))
 
-    def draw(count, num_inference_steps=args.num_inference_steps, labels=range(len(class_names))):
+    def draw(count, num_inference_steps=args.num_inference_steps, labels=all_classes):
         return sample_images(
             guided, sampler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
             args.seed, run.stop_requested, model_inputs=cycle_labels(labels, accelerator.device),

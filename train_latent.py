@@ -125,8 +125,9 @@ def main(args):
         return {"class_labels": labels.where(labels >= 0, NULL_CLASS)}
 
     drawn_by = GuidedModel(unet, args.guidance_scale) if conditional else unet
+    all_classes = range(len(class_names))
 
-    def draw(count, num_inference_steps=args.num_inference_steps, labels=range(len(class_names))):
+    def draw(count, num_inference_steps=args.num_inference_steps, labels=all_classes):
         return sample_images(
             drawn_by, sampler, accelerator, count, latents.shape, num_inference_steps, args.sample_batch_size, args.seed,
             run.stop_requested, decode=latents.decode,

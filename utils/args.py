@@ -170,12 +170,11 @@ class Parser(argparse.ArgumentParser):
         """Add the flag ``--name``, optionally followed by true or false, and its opposite ``--no-name``."""
         group.add_argument(name, action=_Switch, default=default, help=help)
 
-    def parse(self, argv: list[str] | None = None, learning_rate: float = 1e-3, defaults=lambda given: {}):
+    def parse(self, argv: list[str] | None = None, learning_rate: float = 1e-3):
         """Parse ``argv`` into read-only arguments. Mistakes exit with code 2.
 
         Args:
             learning_rate: default of ``--learning_rate`` from random weights.
-            defaults: function from the flags to defaults by name that depend on other flags. They replace None.
         """
         known, rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False), None
         known.add_argument("--config")
@@ -186,9 +185,6 @@ class Parser(argparse.ArgumentParser):
             values.optimizer = "adamw" if vars(values).get("pretrained_model_name_or_path") else "muon"
         if vars(values).get("learning_rate", "") is None and not vars(values).get("pretrained_model_name_or_path"):
             values.learning_rate = learning_rate
-        for name, value in defaults(values).items():
-            if getattr(values, name) is None:
-                setattr(values, name, value)
         for name, value in vars(values).items():  # shells do not expand ~ after an = or in a file
             given = value if isinstance(value, list) else [value]
             given = [os.path.expanduser(part) if isinstance(part, str) else part for part in given]

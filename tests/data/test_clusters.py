@@ -16,7 +16,7 @@ import distill_few_steps
 import evaluate
 import train_conditional
 from utils import UserError
-from utils.data.clusters import load_clusters, make_clusters
+from utils.data.clusters import features_of, has_clusters, load_clusters, make_clusters
 from utils.data.train_data import load_train_data
 from utils.diffusion.classes import classes_to_show
 
@@ -38,14 +38,16 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits():
-    return (load_digits().images[:, None] * 15.9).astype(np.uint8)
+    """Return images of 8 x 8 pixels in [-1, 1], float32."""
+    return torch.from_numpy(load_digits().images[:, None]).float() / 8 - 1
 
 
 def test_clusters_have_similar_images_and_about_equal_sizes(digits):
-    clusters = make_clusters(digits, 20)
-    assert make_clusters(digits, 20).digest == clusters.digest
-    assert len({*clusters.names}) == 20
-    labels = clusters.assign(torch.from_numpy(digits) / 127.5 - 1).numpy()
+    clusters = make_clusters(features_of(digits).numpy(), 20, "")
+    assert make_clusters(features_of(digits).numpy(), 20, "").digest == clusters.digest
+    assert has_clusters(clusters.names) and len({*clusters.names}) == 20
+    assert not has_clusters([]) and not has_clusters(["cluster bean", "dog"])
+    labels = clusters.assign(digits).numpy()
     sizes = np.bincount(labels, minlength=20)
     assert sizes.min() > 0.7 * sizes.mean() and sizes.max() < 1.3 * sizes.mean(), sizes
     target = load_digits().target
@@ -54,30 +56,44 @@ def test_clusters_have_similar_images_and_about_equal_sizes(digits):
 
 
 @pytest.mark.parametrize(
-    "images, count, message",
+    "choose, count, message",
     [
-        (60, 12, "--clusters 12: 60 images are too few. Expected 10 for each cluster, so give at most --clusters 6"),
-        (12, 12, "--clusters 12: 12 images are too few. .* so leave --clusters out"),
-        (0, 12, "--clusters 12: only 1 of the 300 images are different"),
+        (lambda found: found[:60], 12, "12: 60 images were found, 60 of them different .* at most --clusters 6"),
+        (lambda found: found[:12], 12, "12: 12 images were found, .* Leave --clusters out"),
+        (lambda found: found[:1].repeat(300, 0), 12, "300 images were found, 1 of them different at 16 x 16 pixels"),
+        (lambda found: np.concatenate([found[:200], found[:1].repeat(5000, 0)]), 20, "because many images are equal"),
     ],
 )
-def test_too_few_images_are_refused(digits, images, count, message):
+def test_images_that_do_not_suffice_are_refused(digits, choose, count, message):
     with pytest.raises(UserError, match=message):
-        make_clusters(digits[:images] if images else digits[:1].repeat(300, 0), count)
+        make_clusters(choose(features_of(digits).numpy()), count, "")
 
 
 def test_a_label_depends_on_the_image_alone(accelerator, tmp_path):
-    def batches(data):
+    def batches(*flags):
+        flags = ["--random_flip", "--dataloader_num_workers=0", *flags]
+        data = load_train_data(parse(*flags), accelerator)
         data.cluster(12, tmp_path)
-        return list(data.batches(range(3)))
+        data.prepare()
+        found = list(data.batches(range(48 // data.global_batch_size)))
+        return [torch.cat([batch[name] for batch in found]) for name in ("images", "labels")]
 
-    flags = ["--train_batch_size=16", "--random_flip", "--dataloader_num_workers=0"]
-    kept = batches(load_train_data(parse(*flags), accelerator))
-    read = batches(load_train_data(parse(*flags, "--cache_images=never"), accelerator))
-    clusters = load_clusters(tmp_path / "clusters.npz")
-    for one, other in zip(kept, read, strict=True):
-        assert torch.equal(one["labels"], other["labels"])
-        assert torch.equal(one["labels"], clusters.assign(one["images"]))
+    kept, read = batches("--train_batch_size=16"), batches("--train_batch_size=48", "--cache_images=never")
+    assert torch.equal(kept[0], read[0]) and torch.equal(kept[1], read[1]) and len(kept[1].unique()) > 6
+
+
+def test_clusters_of_other_images_are_not_used(accelerator, tmp_path):
+    digests = []
+    for flags in ([], ["--dataset_split=train[:900]"]):
+        data = load_train_data(parse(*flags), accelerator)
+        data.cluster(12, tmp_path)
+        data.prepare()
+        digests.append(data.settings["clusters_digest"])
+        assert digests[-1] == load_clusters(tmp_path / "clusters.npz").digest
+    assert len({*digests}) == 2
+    smaller = load_train_data(parse("--dataset_split=train[:900]", "--resolution=4"), accelerator)
+    with pytest.raises(UserError, match=r"of 64 values each\. These images have 16 values\. Give the --clusters"):
+        smaller.cluster(12, tmp_path)
 
 
 def test_the_centres_stay_in_the_folder_of_the_run(finished):
@@ -126,10 +142,14 @@ def test_training_continues_with_the_clusters_of_the_pretrained_model(finished, 
     flags = ["--max_train_steps=2", f"--pretrained_model_name_or_path={finished}"]
     assert train(tmp_path / "more", *flags, "--clusters=12", script=train_conditional) == 0
     assert load_clusters(tmp_path / "more" / "clusters.npz").digest == load_clusters(finished / "clusters.npz").digest
-    with pytest.raises(UserError, match=r"--clusters 11: .*clusters.npz has 12 clusters\. Give that number"):
+    with pytest.raises(
+        UserError, match=r"--clusters 11: the clusters in .*clusters.npz are 12, .* another --pretrained"
+    ):
         train(tmp_path / "fewer", *flags, "--clusters=11", script=train_conditional)
     shutil.copytree(finished, tmp_path / "without")
     (tmp_path / "without" / "clusters.npz").unlink()
+    best = f"--pretrained_model_name_or_path={finished}/checkpoint-6"
+    assert train(tmp_path / "best", flags[0], best, "--clusters=12", script=train_conditional) == 0
     other = [flags[0], f"--pretrained_model_name_or_path={tmp_path}/without", "--dataset_split=train[:900]"]
     with pytest.raises(UserError, match=r"has 12 classes \(cluster .*, but none of the classes of the images"):
         train(tmp_path / "other", *other, "--clusters=12", script=train_conditional)
@@ -153,5 +173,5 @@ def test_evaluate_draws_clusters_evenly_though_the_reference_has_classes(finishe
 
 def test_grids_show_all_classes_or_rows_of_eight():
     assert classes_to_show(10, 80) == list(range(10)) and classes_to_show(3, 6) == [0, 1, 2]
+    assert classes_to_show(10, 4) == [0, 1, 2, 3] and classes_to_show(2, 1) == [0]
     assert classes_to_show(64, 80) == [0, 6, 12, 19, 25, 32, 38, 44, 51, 57]
-    assert classes_to_show(10, 4) == [0] and classes_to_show(2, 1) == [0]

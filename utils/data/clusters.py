@@ -6,66 +6,85 @@ cluster equally often draws the distribution of the images.
 """
 
 import hashlib
+import logging
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .. import UserError, counted
+from .. import UserError
 from .nearest import shrink
 
+logger = logging.getLogger(__name__)
+
 FILE = "clusters.npz"  # not pushed to the Hub, because centres are averages of images
-PREFIX = "cluster "  # of the names of clusters
 SIDE = 16  # images are averaged down to at most this height and width, pixels
 FITTED = 20_000  # maximum number of images that determine the clusters
-FEWEST = 10  # images in each cluster: fewer would invite copying
+FEWEST = 10  # images in each cluster, because a model repeats the images of small clusters
 ROUNDS, BALANCING = 30, 20  # updates of the centres, and updates of the offsets after each of them
 
 
 class Clusters:
-    """Clusters of images: an image belongs to the one with the highest score, ``weight @ image + offset``.
+    """Clusters of images: an image belongs to the one with the highest score, ``weight @ features + offset``.
 
-    This is the cell of a power diagram. Its score is -|image - centre|^2 without the common term |image|^2, plus an
-    offset that makes the sizes equal.
+    Clusters are the cells of a power diagram. A score is -|features - centre|^2 without the common term |features|^2,
+    plus a term that makes the sizes equal.
 
     Args:
-        tensors: ``weight`` float32 (K, features) and ``offset`` float32 (K,).
+        weight, offset: float32 (K, features) and (K,).
+        fingerprint: fingerprint of the images, see ``own_images.Images``.
 
     Attributes:
-        names: names of the clusters.
-        digest: hash of the tensors.
+        digest: hash of weight and offset.
+        names: names of the clusters. Classes are matched by name, so those of other clusters have other names.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self.tensors = tensors
-        digest = hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in ("weight", "offset")))
-        self.digest = digest.hexdigest()[:16]
-        # Classes are matched by name, so those of other clusters have other names
-        self.names = [f"{PREFIX}{self.digest[:4]}-{number}" for number in range(len(tensors["offset"]))]
+    def __init__(self, weight: np.ndarray, offset: np.ndarray, fingerprint: str = ""):
+        self.arrays = dict(weight=weight, offset=offset, fingerprint=fingerprint)
+        self.fingerprint = str(fingerprint)
+        self.digest = hashlib.sha256(weight.tobytes() + offset.tobytes()).hexdigest()[:16]
+        self.names = [f"cluster {self.digest[:4]}-{number}" for number in range(len(offset))]
+        self._on_device = {}
 
     def assign(self, images: torch.Tensor) -> torch.Tensor:
         """Return the cluster of each image, int64 (B,), for images (B, C, H, W) in [-1, 1]."""
-        weight, offset = (self.tensors[name].to(images.device) for name in ("weight", "offset"))
-        return (features_of(images) @ weight.T + offset).argmax(1)
+        device = images.device
+        precise = torch.float32 if device.type == "mps" else torch.float64  # TF32 would move images near a border
+        if device not in self._on_device:
+            tables = (torch.from_numpy(self.arrays[name]) for name in ("weight", "offset"))
+            self._on_device[device] = [table.to(device, precise) for table in tables]
+        weight, offset = self._on_device[device]
+        return (features_of(images).to(precise) @ weight.T + offset).argmax(1)
 
     def save(self, file: Path) -> None:
         """Write the clusters to a file that other users cannot read, because centres are averages of images."""
         staging = file.with_name(f".tmp-{file.name}")
-        np.savez(staging, **self.tensors)
-        staging.chmod(0o600)
+        staging.touch(mode=0o600)
+        with open(staging, "wb") as opened:
+            np.savez(opened, **self.arrays)
+            opened.flush()
+            os.fsync(opened.fileno())
         os.replace(staging, file)
 
 
-def is_cluster(name: str) -> bool:
-    """Return whether a class with this name is a cluster."""
-    return name.startswith(PREFIX)
+def has_clusters(names: Sequence[str]) -> bool:
+    """Return whether classes with these names are clusters."""
+    return bool(names) and bool(re.fullmatch(r"cluster [0-9a-f]{4}-0", names[0]))
 
 
 def load_clusters(file: Path) -> Clusters:
     """Return the clusters that ``Clusters.save`` wrote."""
     with np.load(file) as arrays:
-        return Clusters({name: torch.from_numpy(arrays[name]) for name in arrays})
+        return Clusters(**arrays)
+
+
+def find_clusters(*folders: str | Path | None) -> Path | None:
+    """Return the first file of clusters in these folders, which may be a run or a model in its folder."""
+    places = [place for folder in folders if folder for place in (Path(folder), Path(folder).parent)]
+    return next((place / FILE for place in places if (place / FILE).is_file()), None)
 
 
 def features_of(images: torch.Tensor) -> torch.Tensor:
@@ -73,44 +92,50 @@ def features_of(images: torch.Tensor) -> torch.Tensor:
     return shrink(images.float(), SIDE).flatten(1)
 
 
-def make_clusters(images: np.ndarray, count: int) -> Clusters:
+def make_clusters(features: np.ndarray, count: int, fingerprint: str) -> Clusters:
     """Find clusters with about equal numbers of images: k-means, with an offset for each centre.
 
     The offset of a cluster falls while it has more images than the others, and rises while it has fewer.
 
     Args:
-        images: uint8 (N, C, H, W).
+        features: features of the images, float (N, D), see ``features_of``.
         count: number of clusters.
+        fingerprint: see ``Clusters``.
 
     Raises:
-        UserError: there are too few images, or too few different ones.
+        UserError: there are too few images for so many clusters, or too many equal ones.
     """
-    if len(images) < count * FEWEST:
-        most = len(images) // FEWEST
-        raise UserError(
-            f"--clusters {count}: {counted(len(images), 'image')} are too few. Expected {FEWEST} for each cluster, so "
-            + (f"give at most --clusters {most}" if most > 1 else "leave --clusters out")
-        )
     from sklearn.cluster import KMeans
 
-    blocks = np.array_split(images, -(-len(images) // 250))
-    points = np.concatenate([features_of(torch.from_numpy(block) / 127.5 - 1).numpy() for block in blocks])
-    points = points.astype(np.float64)
+    points = features.astype(np.float64)
     different = len(np.unique(points, axis=0))
     if different < count * FEWEST:
         raise UserError(
-            f"--clusters {count}: only {different} of the {len(images)} images are different. Expected {FEWEST} for "
-            "each cluster. Give fewer, or leave --clusters out"
+            f"--clusters {count}: {len(points)} images were found, {different} of them different at {SIDE} x {SIDE} "
+            f"pixels. Expected at least {FEWEST} for each cluster. {advice(different // FEWEST)}"
         )
+    logger.info(f"Finding {count} clusters of {len(points)} images ...")
     centres = KMeans(count, n_init=1, random_state=0).fit(points).cluster_centers_
     offset, spread = np.zeros(count), points.var(0).sum()
     for number in range(ROUNDS):
-        distances = 2 * points @ centres.T - (centres**2).sum(1)
-        for _ in range(BALANCING):
-            labels = (distances + offset).argmax(1)
-            excess = np.bincount(labels, minlength=count) * count / len(points) - 1
-            offset -= 0.1 * spread / (1 + number) * excess.clip(max=2)
-        if number < ROUNDS - 1 and (excess > -1).all():
-            centres = np.stack([points[labels == cluster].mean(0) for cluster in range(count)])
-    tensors = {"weight": 2 * centres, "offset": offset - (centres**2).sum(1)}
-    return Clusters({name: torch.from_numpy(values).float().contiguous() for name, values in tensors.items()})
+        scores = 2 * points @ centres.T - (centres**2).sum(1)
+        for step in range(BALANCING + 1):
+            labels = (scores + offset).argmax(1)
+            sizes = np.bincount(labels, minlength=count)
+            if step < BALANCING:
+                offset -= 0.1 * spread / (1 + number) * (sizes * count / len(points) - 1).clip(max=2)
+        if number < ROUNDS - 1:
+            means = [points[labels == k].mean(0) if sizes[k] else centres[k] for k in range(count)]
+            centres = np.stack(means)
+    if sizes.min() < FEWEST:
+        raise UserError(
+            f"--clusters {count}: the smallest cluster has {sizes.min()} of {len(points)} images, because many images "
+            f"are equal. Expected at least {FEWEST}. {advice(count // 2)}"
+        )
+    logger.info(f"Each cluster has {sizes.min()} to {sizes.max()} images.")
+    weight, offset = 2 * centres, offset - (centres**2).sum(1)
+    return Clusters(weight.astype(np.float32), offset.astype(np.float32), fingerprint)
+
+
+def advice(most: int) -> str:
+    return f"Give at most --clusters {most}" if most > 1 else "Leave --clusters out"

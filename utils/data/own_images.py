@@ -117,7 +117,7 @@ class OwnImages(Images):
             An image is a Pillow image, or an array or tensor (C, H, W), (H, W, C) or (H, W) with C of 1 or 3. Several
             threads or processes may read images at once.
         length: number of images, which a function needs.
-        labels: class of each image, from 0 up. Each class gets a loss curve.
+        labels: class of each image, from 0 up. Each of up to 50 classes gets a loss curve.
         label_names: names of the classes; by default their numbers.
         value_range: values of black and white in images of floats, which are converted to uint8. By default, 0 and 1.
         name: name for messages and the model's page.

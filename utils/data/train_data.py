@@ -25,7 +25,7 @@ from .. import UserError, optional, randomness
 from ..args import size_of
 from ..signals import STOP_SIGNALS
 from .cache import Cache
-from .clusters import FILE, FITTED, Clusters, load_clusters, make_clusters
+from .clusters import FILE, FITTED, Clusters, features_of, find_clusters, load_clusters, make_clusters
 from .columns import Column, Layout
 from .images import PreparedImages, choose_range
 from .latents import Encoder, LatentCache, RandomCropsError
@@ -205,8 +205,11 @@ class TrainData:
         self.bytes_per_image = self.channels * float(np.mean([width * height for width, height in kept]))
 
     def prepare(self) -> Cache | None:
-        """Fill the cache now, instead of in ``batches``. A finished run does not call this method."""
-        return self._cache
+        """Fill the cache now, instead of in ``batches``, and keep the clusters. A finished run does not call this."""
+        cache = self._cache
+        if self._clusters and self.accelerator.is_main_process:
+            self._clusters.save(self._clusters_file)
+        return cache
 
     def encode_with(self, encoder: Encoder) -> None:
         """Add ``latents`` to batches, float32 (B, *encoder.shape), drawn from the encoder's distribution by sample id.
@@ -226,28 +229,40 @@ class TrainData:
     def cluster(self, count: int, folder: Path, pretrained: str | None = None) -> None:
         """Make clusters of the images, and give each image its cluster as its class, see ``clusters``.
 
-        The cluster depends on the image as it is trained, cropped and mirrored. The clusters are kept in a file, and
-        their digest becomes one of the ``settings``. Call it on all processes.
+        The cluster depends on the image as it is trained, cropped and mirrored. ``prepare`` writes the clusters to a
+        file, and their digest becomes one of the ``settings``. Call it on all processes.
 
         Args:
             count: number of clusters.
-            folder: folder of the run. Its file is used if there is one, so that a resumed run has the same clusters.
-            pretrained: folder of a pretrained model, for the clusters that it was trained with, if any.
+            folder: folder of the run. If it has clusters of these images, they are used, as when a run resumes.
+            pretrained: pretrained model. If its folder has clusters, they are used.
 
         Raises:
-            UserError: see ``clusters.make_clusters``. Also, the pretrained model has another number of clusters.
+            UserError: see ``clusters.make_clusters``. Another reason is that the clusters of a file do not fit.
         """
-        found = [Path(place, FILE) for place in (folder, pretrained) if place and Path(place, FILE).is_file()]
-        clusters = load_clusters(found[0]) if found else make_clusters(self.shown(FITTED), count)
-        if len(clusters.names) != count:
+        if self._encoder:
+            raise ValueError("cluster() after encode_with(). Batches from a cache of latents have no images to cluster")
+        self._clusters_file = file = Path(folder, FILE)
+        fingerprint = self.settings["fingerprint"] or ""
+        clusters = load_clusters(file) if file.is_file() else None
+        if clusters and clusters.fingerprint != fingerprint:  # the folder had other images before
+            clusters = None
+        if not clusters and (file := find_clusters(self.args.resume_from_checkpoint, pretrained)):
+            clusters = load_clusters(file)
+        if not clusters:
+            size = FITTED if self.length else min(FITTED, self.images.buffer_size)
+            blocks = (images[:, : self.channels] for images, _, _ in self._prepared.shown(size))
+            points = [features_of(torch.from_numpy(images) / 127.5 - 1).numpy() for images in blocks]
+            clusters = make_clusters(np.concatenate(points), count, fingerprint)
+        shape = (count, features_of(torch.zeros(1, *self.image_shape)).shape[1])
+        if clusters.arrays["weight"].shape != shape:
             raise UserError(
-                f"--clusters {count}: {found[0]} has {len(clusters.names)} clusters. Give that number, or another "
-                "folder"
+                f"--clusters {count}: the clusters in {file} are {len(clusters.names)}, of "
+                f"{clusters.arrays['weight'].shape[1]} values each. These images have {shape[1]} values. Give the "
+                "--clusters, --resolution and --image_mode of that run, or another --pretrained_model_name_or_path"
             )
-        self._clusters = Clusters(broadcast_object_list([clusters.tensors])[0])
-        if self.accelerator.is_main_process and not Path(folder, FILE).is_file():
-            self._clusters.save(Path(folder, FILE))
-        self.label_names, self.settings["clusters"] = self._clusters.names, self._clusters.digest
+        self._clusters = Clusters(**broadcast_object_list([clusters.arrays])[0])
+        self.label_names, self.settings["clusters_digest"] = self._clusters.names, self._clusters.digest
 
     @cached_property
     def _cache(self) -> Cache | None:

@@ -15,6 +15,8 @@ from .sampling import cycle_rows
 
 logger = logging.getLogger(__name__)
 
+MOST_ROWS = 40  # of a grid with a row for each class; with more classes, some of them have rows of 8 images
+
 
 def add_class_embedding(unet: UNet2DModel, names: Sequence[str], null_class: int | None = None) -> UNet2DModel:
     """Return a trained UNet with embeddings of these classes and of the null class.
@@ -49,6 +51,8 @@ def add_class_embedding(unet: UNet2DModel, names: Sequence[str], null_class: int
         raise UserError(
             f"the pretrained model has {counted(len(known), 'class')} ({', '.join(known)[:200]}), but none of the "
             f"classes of the images ({', '.join(names)[:200]}). Expected classes in common"
+            + ". Clusters are kept in the folder of their run: give that folder, with --clusters"
+            * ("cluster " in known[0])
         )
     new, dropped = [[name for name in a if name not in b] for a, b in ((names, known), (known, names))]
     logger.warning(
@@ -142,13 +146,15 @@ def between_classes(unet: UNet2DModel, labels: Sequence[int], count: int) -> Cal
 
 
 def classes_to_show(classes: int, images: int) -> list[int]:
-    """Return the classes of a grid of images: all of them if there are two images of each, or else some, evenly spaced.
+    """Return the classes of the rows of a grid: the first ones or, of more than ``MOST_ROWS``, evenly spaced ones.
 
     Args:
         classes: number of classes.
         images: number of images in the grid.
     """
-    shown = classes if 2 * classes <= images else min(classes, -(-images // 8))  # rows of 8 images
+    shown = min(classes, images if classes <= MOST_ROWS else -(-images // 8))
+    if classes <= MOST_ROWS:
+        return list(range(shown))
     return [row * classes // shown for row in range(shown)]
 
 

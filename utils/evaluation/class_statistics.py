@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .. import UserError
-from ..data.clusters import is_cluster
+from ..data.clusters import has_clusters
 from ..data.own_images import translate_labels
 from ..diffusion.class_conditional import class_names
 from .features import Extractor, as_digits, digits_net
@@ -64,9 +64,10 @@ def check_classes(config, real: Reference) -> list[str]:
     """
     if not config.get("num_class_embeds"):
         return []
-    names, real_names = class_names(config), real.labels()[1]
-    if is_cluster(names[0]):
+    names = class_names(config)
+    if has_clusters(names):
         return names
+    real_names = real.labels()[1]
     if not {*real_names} <= {*names}:
         raise UserError(
             f"the model has the classes {', '.join(names)[:200]}, but --reference has {', '.join(real_names)[:200]}. "
@@ -84,7 +85,7 @@ def asked_classes(
     """
     if not names:
         return None
-    if is_cluster(names[0]) or not real.labels()[1]:
+    if has_clusters(names) or not real.labels()[1]:
         return AskedClasses(np.arange(count) % len(names), names, np.zeros((0, 1)), np.zeros(0, int))
     features, labels, real_names = real.labelled(extract, preparation, len(real.images(real.args.reference_split)))
     labels = translate_labels(labels, real_names, names)

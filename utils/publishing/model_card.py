@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .. import read_record, write_record
 from ..args import Parser, add_common_arguments, defaults_of
-from ..data.clusters import is_cluster
+from ..data.clusters import has_clusters
 from ..diffusion.class_conditional import class_names
 from ..diffusion.unets import add_unet_arguments
 from ..hardware import device_name
@@ -71,6 +71,7 @@ PAPERS = {  # papers by (setting, value); Ellipsis stands for any value
     ("condition", ...): ("Image super-resolution via iterative refinement: a condition as channels", "2104.07636"),
     ("classes", True): ("Classifier-free diffusion guidance", "2207.12598"),
     ("latent", True): ("High-resolution image synthesis with latent diffusion models", "2112.10752"),
+    ("clusters", ...): ("Rethinking cluster-conditioned diffusion models", "2403.00570"),
     ("model_guidance", ...): ("Diffusion models without classifier-free guidance", "2502.12154"),
     ("method", "lora"): ("LoRA", "2106.09685"),
     ("sampler", "LCMScheduler"): ("Latent consistency models", "2310.04378"),
@@ -291,11 +292,8 @@ def _describe_classes(classes) -> str:
     """Return a sentence about the classes of a conditional model."""
     if not classes:
         return ""
-    if is_cluster(classes[0]):
-        return (
-            f" Its {len(classes)} classes are clusters of similar training images, chosen by number (from 0). Without "
-            "`class_labels`, the pipeline draws all clusters equally often."
-        )
+    if has_clusters(classes):
+        return f" Its {len(classes)} classes are clusters of similar training images. Choose them by number (from 0)."
     shown = ", ".join(_escape(name) for name in classes[:50]) + (" ..." if len(classes) > 50 else "")
     return f" It has {len(classes)} classes, which are chosen by number (from 0) or by name: {shown}."
 
@@ -322,7 +320,7 @@ def _snippet(
         return f"```python\n{code}\n```\n\n{note}\n\n"
     if load.takes_condition:
         return _snippet_with_condition(folder, name, steps, final, record)
-    asked = f", class_labels={[k % len(classes) for k in range(4)]}" if classes else ""
+    asked = f", class_labels={[k % len(classes) for k in range(4)]}" if classes and not load.clusters else ""
     how = repr(list(classes[:4])) if load.own_pipeline else f"batch_size=4{asked}"
     if load.guides_classes:
         plain = not any("," in label for label in classes)  # the pipeline splits names at commas
@@ -438,7 +436,7 @@ def _try(folder: Path, load: Loading, guided: bool, classes: list[str]) -> None:
     with _quiet():
         if not load.own_pipeline:
             pipeline = getattr(diffusers, load.pipeline).from_pretrained(place, **trusted)
-            first = {"batch_size": 1, **({"class_labels": [0]} if classes else {})}
+            first = {"batch_size": 1, **({"class_labels": [0]} if classes and not load.clusters else {})}
             pipeline(**({"class_labels": [0], "guidance_scale": 1.5} if load.guides_classes else first), **options)
         if load.own_pipeline or guided:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(place, custom_pipeline=place, trust_remote_code=True)

@@ -17,7 +17,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--dataset_split", default="train", help="split to train on, or a slice such as train[:1%%]")
     group.add_argument("--train_data_dir", metavar="DIR", help="folder of image files, instead of --dataset_name")
     group.add_argument("--image_column", help="column with the images (default: the only one of type Image)")
-    group.add_argument("--label_column", help="column with class labels. Each class has a loss curve")
+    group.add_argument("--label_column", help="column with class labels. Each of up to 50 classes has a loss curve")
     group.add_argument("--max_train_samples", metavar="N", type=integer(1), help="number of images to use: a random sample by --seed, or the first images of a stream")
     parser.switch(group, "--streaming", False, "reading of the data set during training, for sets that do not fit on the disk")
     parser.checks.append(_check)

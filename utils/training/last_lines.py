@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import counted, read_record
+from ..data.clusters import has_clusters
 from ..saved import index_file, net_config, net_folder
 
 
@@ -19,12 +20,14 @@ class Loading:
         call: expression that returns the pipeline.
         own_pipeline: whether it uses the folder's ``pipeline.py``.
         runs_code: whether it runs code of the folder.
+        clusters: whether its classes are clusters, which need not be chosen.
     """
 
     pipeline: str
     call: str
     own_pipeline: bool
     runs_code: bool
+    clusters: bool = False
 
     @property
     def takes_condition(self) -> bool:
@@ -51,7 +54,7 @@ class Loading:
             return "condition, "
         if self.own_pipeline or self.guides_classes:
             return "[0], " + "guidance_scale=1, " * self.guides_classes  # the default scale is 4
-        return "class_labels=[0], " * (given == "class_labels")
+        return "class_labels=[0], " * (given == "class_labels" and not self.clusters)
 
 
 def how_to_load(folder: Path, name: str | Path) -> Loading:
@@ -62,7 +65,8 @@ def how_to_load(folder: Path, name: str | Path) -> Loading:
     kind = "DiffusionPipeline" if own_pipeline or isinstance(kind, list) else kind  # a list names a file of the folder
     runs_code = kind == "DiffusionPipeline" or any(net_folder(folder).glob("*.py"))
     options = f", custom_pipeline={str(name)!r}" * own_pipeline + ", trust_remote_code=True" * runs_code
-    return Loading(kind, f"{kind}.from_pretrained({str(name)!r}{options})", own_pipeline, runs_code)
+    clusters = has_clusters(unet.get("_class_names") or [])
+    return Loading(kind, f"{kind}.from_pretrained({str(name)!r}{options})", own_pipeline, runs_code, clusters)
 
 
 def inputs_beside(folder: Path, given: str | None) -> str:

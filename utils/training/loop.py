@@ -515,6 +515,7 @@ class Run:
             # Other images need another autoencoder first
             if record.get("public_data") in ("mnist", "ylecun/mnist", "digits", "faces") and "vae" not in vars(args):
                 continued = "--train_data_dir DIR --output_dir outputs/mine"
+                continued += f" --clusters {args.clusters}" if vars(args).get("clusters") else ""
                 if base := vars(args).get("pretrained_model_name_or_path"):
                     continued += f" --pretrained_model_name_or_path {base}"
                     if args.learning_rate is not None:
