@@ -55,6 +55,7 @@ def select_columns(dataset, source):
             raise (UserError if found else NoLabels)(
                 f"{source.name} has {len(found) or 'no'} columns of class labels. Name one with --label_column. It "
                 f"must be of type ClassLabel, integers or strings. The columns are {listing}"
+                + ("" if found else ". train_conditional.py --clusters needs no labels")
             )
         label_column = found[0]
     if label_column is not None:
