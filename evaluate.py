@@ -231,23 +231,25 @@ def main(args):
         digest = weights or weights_digest(unet)
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         space.to(accelerator.device)
-        clusters = find_clusters(model) if has_clusters(plan.classes) else None
+        clustered = has_clusters(plan.classes)
+        clusters_file = find_clusters(model) if clustered else None
         if args.validation_loss and is_few_step(own):
             say(f"{model} has no denoising loss, because it is a few-step model")
         elif args.validation_loss and plan.condition and plan.condition.kind == PAIRED:
             say(
                 f"{model} has no denoising loss here, because its inputs are second pictures. See --validation_split in training"
             )
-        elif args.validation_loss and has_clusters(plan.classes) and not clusters:
+        elif args.validation_loss and clustered and not clusters_file:
             say(f"{model} has no denoising loss here, because clusters.npz is missing. Give the folder of its training")
         elif args.validation_loss:
+            clusters = load_clusters(clusters_file) if clustered else None
             splits = {"--reference_split": args.reference_split, "--held_out_split": reference.held_out_split}
             for flag, split in ((flag, split) for flag, split in splits.items() if split):
                 found = [*reference.blocks(plan.how, args.num_validation_images, split)]
                 images, numbers = (np.concatenate([block[k] for block in found]) for k in (0, 1))
                 images, inputs = encode_in_batches(space, from_uint8(images), accelerator.device), {}
                 if clusters:
-                    inputs["class_labels"] = load_clusters(clusters).assign(images)
+                    inputs["class_labels"] = clusters.assign(images)
                 elif plan.classes:  # matched by name, because string labels are numbered separately in each split
                     labels, names = reference.labels(split, flag)
                     labels = torch.from_numpy(translate_labels(labels[numbers], names, plan.classes))

@@ -128,9 +128,10 @@ def make_clusters(features: np.ndarray, count: int, fingerprint: str) -> Cluster
             means = [points[labels == k].mean(0) if sizes[k] else centres[k] for k in range(count)]
             centres = np.stack(means)
     if sizes.min() < FEWEST:
+        reason = ", because many images are equal" if different < len(points) / 2 else ""
         raise UserError(
-            f"--clusters {count}: the smallest cluster has {sizes.min()} of {len(points)} images, because many images "
-            f"are equal. Expected at least {FEWEST}. {advice(count // 2)}"
+            f"--clusters {count}: the smallest cluster has {sizes.min()} of {len(points)} images{reason}. Expected at "
+            f"least {FEWEST}. {advice(count // 2)}"
         )
     logger.info(f"Each cluster has {sizes.min()} to {sizes.max()} images.")
     weight, offset = 2 * centres, offset - (centres**2).sum(1)

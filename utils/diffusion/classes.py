@@ -152,9 +152,9 @@ def classes_to_show(classes: int, images: int) -> list[int]:
         classes: number of classes.
         images: number of images in the grid.
     """
-    shown = min(classes, images if classes <= MOST_ROWS else -(-images // 8))
     if classes <= MOST_ROWS:
-        return list(range(shown))
+        return list(range(min(classes, images)))
+    shown = min(classes, -(-images // 8))
     return [row * classes // shown for row in range(shown)]
 
 
