@@ -11,12 +11,18 @@ A diffusion model moves from noise to an image in small steps. If no noise is ad
 noise determines the image at the end. Here the teacher computes trajectories, and the student learns to predict their
 ends from any point. Song et al. 2023, arXiv:2303.01469, call this a consistency model. Here the target is the end that
 the teacher reaches, whereas the paper uses the student's own prediction at the next point.
+
+Such predictions are blurred where the student cannot know the end. Therefore a second loss compares the distributions of
+the student's images and of real images (DMD, Yin et al. 2023, arXiv:2311.18828). For this, a copy of the teacher, the fake
+model, is trained on the student's images. Where it differs from the teacher, the distributions differ.
 """
 
 from utils.args import Parser, add_common_arguments, integer, real
 from utils.diffusion.unets import add_speed_arguments
 from utils.exits import run_script, training_script
 
+MATCHING_WEIGHT = 5.0  # weight of the second loss, relative to that of the trajectories; 0: trajectories only
+FAKE_LEARNING_RATE = 1e-3  # of the fake model, higher than the student's, because it must keep up with the student
 POINTS_PER_TRAJECTORY = 4  # images per trajectory in a batch; fewer: more varied batches, but more teacher steps
 # Exponent of a uniform position on the trajectory, from noise to image; larger: more points near noise
 NOISY_POINTS = 2.0
@@ -62,6 +68,7 @@ def main(args):
 
     import numpy as np
     import torch
+    import torch.nn.functional as F
     from diffusers import DDPMPipeline
     from diffusers.optimization import get_scheduler
 
@@ -73,10 +80,10 @@ def main(args):
     from utils.diffusion.few_steps import make_few_step_sampler
     from utils.diffusion.pretrained import check_fit, load_pretrained
     from utils.diffusion.sampling import sample_images
-    from utils.diffusion.schedulers import make_noise_scheduler, make_sampler
+    from utils.diffusion.schedulers import make_noise_scheduler, make_sampler, output_for, predicted_images
     from utils.diffusion.unets import prepare_unet, weights_digest
     from utils.pictures import make_grid
-    from utils.randomness import discretize, sample_noise, uniform
+    from utils.randomness import discretize, logit_normal, sample_noise, uniform
     from utils.training.ema import EMA
     from utils.training.loop import Run
     from utils.training.optimizer import make_optimizer
@@ -105,6 +112,8 @@ def main(args):
         add_class_embedding(unet, classes)
     teacher = copy.deepcopy(unet).requires_grad_(False).eval().to(accelerator.device)  # not saved in checkpoints
     prepare_unet(teacher, accelerator.device, False, args.compile)
+    fake_unet = copy.deepcopy(unet)  # a diffusion model of the student's images; only checkpoints hold it
+    prepare_unet(fake_unet, accelerator.device, args.gradient_checkpointing, args.compile)
     prepare_unet(unet, accelerator.device, args.gradient_checkpointing, args.compile)
     ema_model = EMA(unet, args.ema_max_decay, inv_gamma=1.0, power=0.75, enabled=args.use_ema)
 
@@ -118,12 +127,16 @@ def main(args):
 
     # Optimizer and learning rate; the schedule counts optimizer steps
     optimizer = make_optimizer(  # or any of torch.optim
-        args.optimizer, unet, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8
+        args.optimizer, unet, lr=args.learning_rate, betas=(0.5, 0.99), weight_decay=0.01, eps=1e-8
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=run.max_train_steps
     )
+    fake_optimizer = make_optimizer(
+        args.optimizer, fake_unet, lr=FAKE_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8
+    )
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    fake_model, fake_optimizer = accelerator.prepare(fake_unet, fake_optimizer)
 
     # Samples
     options = dict(model_inputs=cycle_labels(range(len(classes)), accelerator.device)) if conditional else {}
@@ -133,6 +146,16 @@ def main(args):
             return {}
         labels = batch["labels"]  # (B,), -1: unknown
         return {"class_labels": labels.where(labels >= 0, len(classes))}
+
+    def add_noise(images, sample_ids, purpose, fractions):
+        noise = sample_noise(args.seed, purpose, sample_ids, train_data.image_shape, accelerator.device)
+        timesteps = torch.from_numpy(discretize(fractions, num_train_timesteps)).to(accelerator.device)
+        return noise_scheduler.add_noise(images, noise, timesteps), timesteps
+
+    def denoise(net, noisy_images, timesteps, inputs):
+        with torch.no_grad(), accelerator.autocast():
+            output = net(noisy_images, timesteps, **inputs).sample.float()
+        return predicted_images(noise_scheduler, output, noisy_images, timesteps.view(-1, 1, 1, 1)).clamp(-1, 1)
 
     def draw(count, num_inference_steps=args.num_inference_steps, drawn_by=unet, sampler=sampler):
         return sample_images(
@@ -196,12 +219,35 @@ def main(args):
         if conditional:
             batch["labels"] = labels[first][trajectories]
 
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(model, fake_model):
             model_output = model(noisy_images, timesteps, **inputs).sample.float()
             predicted = trajectory_end(sampler, model_output, noisy_images, timesteps)
             squares = (predicted - target).square().mean(dim=(1, 2, 3))  # (B,)
             losses = (squares + HUBER_C**2).sqrt() - HUBER_C  # pseudo-Huber, arXiv:2310.14189
-            loss = losses.mean()
+
+            # The fake model learns to remove noise from the student's images, as the teacher does from real images
+            samples = predicted.detach()
+            clipped = samples.clamp(-1, 1)
+            fractions = logit_normal(uniform(args.seed, "fake timesteps", sample_ids), 0.4, 1.0)  # as in train_ddpm.py
+            noisy_samples, sample_timesteps = add_noise(clipped, sample_ids, "fake noise", fractions)
+            fake_output = fake_model(noisy_samples, sample_timesteps, **inputs).sample.float()
+            fake_target = output_for(noise_scheduler, clipped, noisy_samples, sample_timesteps.view(-1, 1, 1, 1))
+            accelerator.backward(F.mse_loss(fake_output, fake_target))
+            if accelerator.sync_gradients:  # clip_grad_norm_ of accelerate would unscale the student's gradients, too
+                accelerator.unscale_gradients(fake_optimizer)
+                torch.nn.utils.clip_grad_norm_(fake_model.parameters(), args.max_grad_norm or float("inf"))
+            fake_optimizer.step()
+            fake_optimizer.zero_grad()
+
+            # Where both models disagree, the distributions differ. The loss moves samples by the difference
+            fractions = 0.02 + 0.96 * uniform(args.seed, "matching timesteps", sample_ids)
+            noisy_samples, sample_timesteps = add_noise(samples, sample_ids, "matching noise", fractions)
+            by_teacher = denoise(guided_teacher, noisy_samples, sample_timesteps, inputs)
+            by_fake = denoise(fake_unet, noisy_samples, sample_timesteps, inputs)
+            scale = (samples - by_teacher).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=0.02)
+            matching_loss = F.mse_loss(predicted, samples + (by_teacher - by_fake) / scale)
+
+            loss = losses.mean() + MATCHING_WEIGHT * matching_loss
             accelerator.backward(loss)
             grad_norm = None
             if accelerator.sync_gradients:

@@ -77,20 +77,27 @@ def test_training_and_the_sampler_mean_the_same_image(prediction_type):
 
 
 def calls_of(monkeypatch, folder, teacher, *flags):
-    """Return the inputs of teacher and student in one training step: (images, timesteps, classes)."""
-    seen, forward = {"teacher": [], "student": []}, UNet2DModel.forward
+    """Return the inputs of the nets in one training step: (images, timesteps, classes).
+
+    Returns:
+        Calls of the teacher up to the ends of its trajectories, the call of the student, that of the fake model as it
+        learns, and the calls of teacher and fake model that compare the distributions.
+    """
+    seen, forward = [], UNet2DModel.forward
 
     def spy(self, images, timesteps, class_labels=None, **options):
         learns = next(self.parameters()).requires_grad
-        if self.training or not learns:
-            seen["student" if learns else "teacher"].append((images.detach().clone(), timesteps.clone(), class_labels))
+        seen.append((self, learns, self.training, (images.detach().clone(), timesteps.clone(), class_labels)))
         return forward(self, images, timesteps, class_labels, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(UNet2DModel, "forward", spy)
         run(folder, teacher, "--train_batch_size=40", "--max_train_steps=1", "--num_samples=1", *flags)
-    (student,) = seen["student"]
-    return seen["teacher"], student
+    ((student, call),) = [(net, call) for net, _, training, call in seen if training]
+    start = next(place for place, (_, _, training, _) in enumerate(seen) if training)
+    learning, fake = [call for net, learns, _, call in seen[start:] if learns and net is not student][:2]
+    *asked, teacher = [call for _, learns, _, call in seen if not learns]
+    return asked, call, learning, (teacher, fake)
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
@@ -101,24 +108,32 @@ def test_the_student_learns_from_points_of_the_trajectories_of_the_teacher(
     monkeypatch.setattr(distill_few_steps, "POINTS_PER_TRAJECTORY", 5)
     monkeypatch.setattr(distill_few_steps, "TEACHER_STEPS", 2)
     flags = ["--solver_steps=8"]
-    asked, (points, timesteps, _) = calls_of(monkeypatch, tmp_path / "run", teacher, *flags)
-    walked = asked[-8:]  # the first two calls drew the teacher's row
-    assert [call[1][0].item() for call in walked] == [999, 874, 749, 624, 499, 374, 249, 124]
+    asked, (points, timesteps, _), learning, (by_teacher, by_fake) = calls_of(
+        monkeypatch, tmp_path / "run", teacher, *flags
+    )
+    trajectory = asked[-8:]  # the first two calls drew the teacher's row
+    assert [call[1][0].item() for call in trajectory] == [999, 874, 749, 624, 499, 374, 249, 124]
     ids = np.arange(0, 40, 5)
-    assert torch.allclose(walked[0][0], sample_noise(0, "noise", ids, (1, 8, 8)), atol=1e-3)  # noise, and nothing else
+    # Nothing but noise
+    assert torch.allclose(trajectory[0][0], sample_noise(0, "noise", ids, (1, 8, 8)), atol=1e-3)
     pipeline = DDPMPipeline.from_pretrained(teacher)
     solver = make_sampler("dpmsolver++", DDPMScheduler.from_config(pipeline.scheduler.config))
     solver.set_timesteps(8)
-    way = walked[0][0]
-    for call, timestep in zip(walked, solver.timesteps, strict=True):
-        assert torch.allclose(call[0], way, atol=1e-4)
+    images = trajectory[0][0]
+    for call, timestep in zip(trajectory, solver.timesteps, strict=True):
+        assert torch.allclose(call[0], images, atol=1e-4)
         with torch.no_grad():
-            output = pipeline.unet(way, timestep).sample
-        way = solver.step(output, timestep, way).prev_sample
+            output = pipeline.unet(images, timestep).sample
+        images = solver.step(output, timestep, images).prev_sample
     places = [int((999 - t + 60) // 125) for t in timesteps.tolist()]
     for k, place in enumerate(places):
-        assert timesteps[k] == walked[place][1][0] and torch.equal(points[k], walked[place][0][k // 5])
+        assert timesteps[k] == trajectory[place][1][0] and torch.equal(points[k], trajectory[place][0][k // 5])
     assert 0 in places and np.mean(places) < 3  # nearer to noise
+    # Both models get the same noisy images of the student
+    assert torch.equal(by_teacher[0], by_fake[0]) and torch.equal(by_teacher[1], by_fake[1])
+    for images, timesteps, _ in (learning, by_fake):
+        assert images.shape == points.shape and len(set(timesteps.tolist())) > 20
+    assert not torch.equal(learning[1], by_fake[1])
 
 
 def test_a_student_that_is_consistent_has_nothing_to_learn(tmp_path, monkeypatch, teachers):
@@ -142,6 +157,20 @@ def test_a_student_that_is_consistent_has_nothing_to_learn(tmp_path, monkeypatch
     assert max(losses[0]) < 1e-3 < 0.02 < min(losses[1]), losses
 
 
+def test_samples_move_only_where_the_distributions_differ(tmp_path, monkeypatch, teachers):
+    """At first the fake model is the teacher. With a learning rate of 0 it stays so, and matching changes nothing."""
+    results = {}
+    for rate in (0.0, 1e-3):
+        monkeypatch.setattr(distill_few_steps, "FAKE_LEARNING_RATE", rate)
+        for weight in (0.0, 50.0):
+            monkeypatch.setattr(distill_few_steps, "MATCHING_WEIGHT", weight)
+            folder = tmp_path / f"{rate} {weight}"
+            assert run(folder, teachers["v_prediction"], "--max_train_steps=2", "--lr_warmup_steps=0") == 0
+            results[rate, weight] = folder / WEIGHTS
+    assert equal_weights(results[0.0, 0.0], results[0.0, 50.0])
+    assert not equal_weights(results[1e-3, 0.0], results[1e-3, 50.0])
+
+
 def test_each_flag_and_constant_of_the_objective_changes_the_result(tmp_path, monkeypatch, teachers):
     run(tmp_path / "plain", teachers["v_prediction"], "--max_train_steps=2")
     assert Image.open(tmp_path / "plain" / "samples.png").height == 4 * 68 + 4 + 24
@@ -152,7 +181,7 @@ def test_each_flag_and_constant_of_the_objective_changes_the_result(tmp_path, mo
     assert pictures[0].height == pictures[1].height and pictures[0].tobytes() != pictures[1].tobytes()
     run(tmp_path / "solver", teachers["v_prediction"], "--max_train_steps=2", "--solver_steps=4")
     assert not equal_weights(tmp_path / "plain" / WEIGHTS, tmp_path / "solver" / WEIGHTS)
-    for name, value in dict(POINTS_PER_TRAJECTORY=2, NOISY_POINTS=1, HUBER_C=1).items():
+    for name, value in dict(POINTS_PER_TRAJECTORY=2, NOISY_POINTS=1, HUBER_C=1, MATCHING_WEIGHT=0).items():
         with monkeypatch.context() as patch:
             patch.setattr(distill_few_steps, name, value)
             run(tmp_path / name, teachers["v_prediction"], "--max_train_steps=2")
@@ -163,16 +192,21 @@ def test_classes_stay_with_their_trajectories_and_the_guidance_of_the_teacher_is
     tmp_path, monkeypatch, teachers
 ):
     flags = ["--solver_steps=2", "--class_dropout_prob=0.3"]
-    walked, (points, timesteps, labels) = calls_of(monkeypatch, tmp_path / "plain", teachers["classes"], *flags)
-    assert torch.equal(labels, walked[-1][2].repeat_interleave(4)) and len(set(labels.tolist())) > 2 and 10 in labels
-    guided, (others, _, same) = calls_of(
+    asked, (points, timesteps, labels), learning, _ = calls_of(
+        monkeypatch, tmp_path / "plain", teachers["classes"], *flags
+    )
+    assert torch.equal(labels, asked[-1][2].repeat_interleave(4)) and len(set(labels.tolist())) > 2 and 10 in labels
+    assert torch.equal(labels, learning[2])
+    guided, (others, _, same), _, (by_teacher, by_fake) = calls_of(
         monkeypatch, tmp_path / "guided", teachers["classes"], *flags, "--teacher_guidance_scale=3"
     )
+    assert torch.equal(by_fake[2], labels)
+    assert torch.equal(by_teacher[2], torch.cat([torch.full_like(labels, 10), labels]))
     assert torch.equal(labels, same) and len(guided[-1][0]) == 20 and (guided[-1][2][:10] == 10).all()
-    second, said = timesteps == 499, labels < 10
+    second, with_class = timesteps == 499, labels < 10
     assert torch.equal(points[~second], others[~second])
-    assert not torch.allclose(points[second & said], others[second & said], atol=1e-3)
-    assert torch.allclose(points[second & ~said], others[second & ~said], atol=1e-5)
+    assert not torch.allclose(points[second & with_class], others[second & with_class], atol=1e-3)
+    assert torch.allclose(points[second & ~with_class], others[second & ~with_class], atol=1e-5)
     with pytest.raises(UserError, match="--teacher_guidance_scale: the teacher has no classes"):
         run(tmp_path / "none", teachers["sample"], "--teacher_guidance_scale=3")
 
@@ -185,7 +219,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, teachers, kind):
     interrupt(tmp_path / "cut", "checkpoint-3")
     run(tmp_path / "cut", teachers[kind], *flags)
     assert equal_weights(tmp_path / "straight" / WEIGHTS, tmp_path / "cut" / WEIGHTS)
-    for name in ("model.safetensors", "optimizer.bin"):
+    for name in ("model.safetensors", "optimizer.bin", "model_1.safetensors", "optimizer_1.bin"):
         first, second = (tmp_path / run / "checkpoint-6" / "training_state" / name for run in ("straight", "cut"))
         assert first.read_bytes() == second.read_bytes()
     assert (tmp_path / "straight" / "samples.png").read_bytes() == (tmp_path / "cut" / "samples.png").read_bytes()
@@ -217,7 +251,10 @@ def test_the_grid_has_the_teacher_and_one_two_and_four_calls(finished):
     assert list(scalars(finished, "metrics/fd_digits_N130")) == [3, 6]
     assert (finished / "best" / "model_index.json").is_file()
     state = finished / "checkpoint-6" / "training_state"
-    assert [path.name for path in state.glob("*.safetensors")] == ["model.safetensors"]  # not the teacher's
+    assert sorted(path.name for path in state.glob("*.safetensors")) == [
+        "model.safetensors",
+        "model_1.safetensors",
+    ]  # not the teacher's
 
 
 def test_classes_stay(tmp_path, teachers):
