@@ -245,7 +245,10 @@ def main(args):
             by_teacher = denoise(guided_teacher, noisy_samples, sample_timesteps, inputs)
             by_fake = denoise(fake_unet, noisy_samples, sample_timesteps, inputs)
             scale = (samples - by_teacher).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=0.02)
-            matching_loss = F.mse_loss(predicted, samples + (by_teacher - by_fake) / scale)
+            differences = (predicted - samples - (by_teacher - by_fake) / scale).square()
+            # Images from points with little noise are sharp already, so they count less
+            noise_power = 1 - noise_scheduler.alphas_cumprod.to(accelerator.device)[timesteps]
+            matching_loss = (noise_power.view(-1, 1, 1, 1) * differences).mean()
 
             loss = losses.mean() + MATCHING_WEIGHT * matching_loss
             accelerator.backward(loss)
