@@ -43,7 +43,7 @@ latent: .venv/installed  ## train an autoencoder of the embedded digits, and a m
 few-steps: .venv/installed outputs/digits/model_index.json  ## distil the model of `make train` to two sampling steps instead of 25
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml distill_few_steps.py \
 	  --pretrained_model_name_or_path outputs/digits --dataset_name digits --resolution 16 \
-	  --max_train_steps 500 --output_dir outputs/few-steps
+	  --max_train_steps 300 --output_dir outputs/few-steps
 
 outputs/digits/model_index.json:
 	$(MAKE) train
