@@ -126,6 +126,7 @@ def main(args):
     guided_teacher = GuidedModel(teacher, args.teacher_guidance_scale) if conditional else teacher
 
     # Optimizer and learning rate; the schedule counts optimizer steps
+    # A beta1 of 0.5, not 0.9, because the fake model changes during training, and older gradients are outdated
     optimizer = make_optimizer(  # or any of torch.optim
         args.optimizer, unet, lr=args.learning_rate, betas=(0.5, 0.99), weight_decay=0.01, eps=1e-8
     )
@@ -240,7 +241,7 @@ def main(args):
             fake_optimizer.zero_grad()
 
             # Where both models disagree, the distributions differ. The loss moves samples by the difference
-            fractions = 0.02 + 0.96 * uniform(args.seed, "matching timesteps", sample_ids)
+            fractions = 0.02 + 0.96 * uniform(args.seed, "matching timesteps", sample_ids)  # from 0.02 to 0.98
             noisy_samples, sample_timesteps = add_noise(samples, sample_ids, "matching noise", fractions)
             by_teacher = denoise(guided_teacher, noisy_samples, sample_timesteps, inputs)
             by_fake = denoise(fake_unet, noisy_samples, sample_timesteps, inputs)
