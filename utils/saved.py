@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from . import UserError
+from . import UserError, read_record
 
 INDEX, CONFIG = "model_index.json", "config.json"
 NETS = ("unet", "transformer")  # folders of the denoiser in a pipeline
@@ -18,6 +18,15 @@ def index_file(folder: Path) -> Path:
 def is_saved(folder: Path) -> bool:
     """Return whether a folder holds a pipeline or a model."""
     return index_file(folder).is_file()
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder holds a model with its weights, and for a pipeline all parts that its index names."""
+    if not is_saved(folder) or not any(net_folder(folder).glob("*.safetensors")):
+        return False
+    index = read_record(folder / INDEX) if (folder / INDEX).is_file() else {}
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name[0] != "_"]
+    return all(any((folder / name).glob("*.json")) for name in parts)
 
 
 def net_folder(folder: Path) -> Path:

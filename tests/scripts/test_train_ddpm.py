@@ -179,6 +179,18 @@ def test_the_same_command_again_does_nothing(tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
+def test_a_finished_run_saves_again_what_is_missing_from_its_pipeline(tmp_path):
+    folder = tmp_path / "run"
+    train(folder)
+    before = (folder / WEIGHTS).read_bytes()
+    for name in ("unet", WEIGHTS, "scheduler"):
+        remove = shutil.rmtree if (folder / name).is_dir() else Path.unlink
+        remove(folder / name)
+        assert train(folder) == 0
+        assert (folder / WEIGHTS).read_bytes() == before
+        DDPMPipeline.from_pretrained(folder)
+
+
 def test_a_finished_run_draws_again_what_is_missing_or_asked_for_otherwise(tmp_path, capsys):
     train(tmp_path / "run")
     before = (tmp_path / "run" / WEIGHTS).read_bytes()

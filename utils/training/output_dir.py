@@ -19,7 +19,7 @@ import torch
 from .. import UserError, args, counted, read_record, write_record
 from ..hardware import device_name
 from ..privacy import OWN_IMAGES, public_data, redact
-from ..saved import index_file, is_saved
+from ..saved import index_file, is_complete
 from .process import on_main_process
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
     # Without a --sampler, a script chooses one
     drawn_by = {flag for flag in SAMPLING_FLAGS if flag != "sampler" or settings.get(flag)}
     redraw = any(old.get(flag) != settings.get(flag) for flag in drawn_by)
-    complete = is_saved(folder) and (folder / "samples.png").is_file()
+    complete = is_complete(folder) and (folder / "samples.png").is_file()
     if not complete or redraw or "finished_at_step" not in found:
         return None
     return max(found["finished_at_step"], found.get("max_train_steps", 0))
