@@ -12,7 +12,7 @@ train: .venv/installed  ## install, then train on the embedded digits, offline: 
 
 mnist: .venv/installed  ## train on MNIST from the Hub, for five minutes on 2 CPU cores
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \
-	  --dataset_name mnist --max_train_steps 1500 --output_dir outputs/mnist
+	  --dataset_name mnist --max_train_steps 1500 --autoguidance 0.45 --output_dir outputs/mnist
 
 faces: .venv/installed  ## train on the embedded faces, then adapt the model to pencil drawings of 30 of them
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train_ddpm.py \

@@ -233,7 +233,8 @@ def main(args):
             noisy_samples, sample_timesteps = add_noise(clipped, sample_ids, "fake noise", fractions)
             fake_output = fake_model(noisy_samples, sample_timesteps, **inputs).sample.float()
             fake_target = output_for(noise_scheduler, clipped, noisy_samples, sample_timesteps.view(-1, 1, 1, 1))
-            accelerator.backward(F.mse_loss(fake_output, fake_target))
+            fake_loss = F.mse_loss(fake_output, fake_target)
+            accelerator.backward(fake_loss)
             if accelerator.sync_gradients:  # clip_grad_norm_ of accelerate would unscale the student's gradients, too
                 accelerator.unscale_gradients(fake_optimizer)
                 torch.nn.utils.clip_grad_norm_(fake_model.parameters(), args.max_grad_norm or float("inf"))
@@ -261,6 +262,9 @@ def main(args):
         if run.end_of_step(losses, timesteps, grad_norm, batch.get("labels")):  # once per optimizer step
             lr_scheduler.step()
             ema_model.step(unet.parameters())
+        if run.every(args.logging_steps):
+            both = accelerator.reduce(torch.stack([matching_loss.detach(), fake_loss.detach()]), "mean").tolist()
+            run.log(dict(zip(("loss/matching", "loss/fake_model"), both, strict=True)))
     run.finish()
 
 

@@ -155,8 +155,8 @@ TRAINING = {path.name: path.read_text() for path in SCRIPTS if path.name not in 
 
 
 def update_block(text):
-    """Return the lines from the backward pass to the end of the loop."""
-    block = text[text.index("            accelerator.backward(loss)") : text.index("    run.finish()\n")]
+    """Return the lines from the backward pass to the update of the average."""
+    (block,) = re.findall(r"^            accelerator.backward\(loss\)\n.*?ema_model.step\(.*?\n", text, re.S | re.M)
     return block.replace("(losses, None,", "(losses, timesteps,").replace("autoencoder.parameters", "unet.parameters")
 
 

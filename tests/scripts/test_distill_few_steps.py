@@ -209,7 +209,7 @@ def test_classes_stay_with_their_trajectories_and_the_guidance_of_the_teacher_is
 
 @pytest.mark.parametrize("kind", [slow("v_prediction"), slow("epsilon"), "classes"])
 def test_resuming_equals_never_having_stopped(tmp_path, teachers, kind):
-    flags = ["--random_flip"]
+    flags = ["--random_flip", "--report_to=tensorboard"]
     for name in ("straight", "cut"):
         assert run(tmp_path / name, teachers[kind], *flags) == 0
     interrupt(tmp_path / "cut", "checkpoint-3")
@@ -218,6 +218,9 @@ def test_resuming_equals_never_having_stopped(tmp_path, teachers, kind):
     for name in ("model.safetensors", "optimizer.bin", "model_1.safetensors", "optimizer_1.bin"):
         first, second = (tmp_path / run / "checkpoint-6" / "training_state" / name for run in ("straight", "cut"))
         assert first.read_bytes() == second.read_bytes()
+    for tag in ("loss/matching", "loss/fake_model"):
+        curve = scalars(tmp_path / "straight", tag)
+        assert list(curve) == [1, 2, 3, 4, 5, 6] and curve == scalars(tmp_path / "cut", tag)
     assert (tmp_path / "straight" / "samples.png").read_bytes() == (tmp_path / "cut" / "samples.png").read_bytes()
 
 

@@ -276,7 +276,7 @@ def test_a_foreign_folder_and_changed_settings_are_refused(tmp_path):
         ["--checkpointing_steps=4", "--gradient_accumulation_steps=2", "--train_batch_size=4"],
         ["--checkpointing_steps=4", "--cache_images=never", "--dataloader_num_workers=0"],
         ["--checkpointing_steps=4", "--cache_images=never", "--dataloader_num_workers=2"],
-        ["--checkpointing_steps=4", "--mixed_precision=bf16"],
+        ["--checkpointing_steps=4", "--mixed_precision=bf16", "--autoguidance=0.4"],
     ],
 )
 def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch, flags):
@@ -406,6 +406,32 @@ def test_the_loss_falls_for_every_target(tmp_path, monkeypatch, prediction_type)
     losses = scalars(tmp_path / "run", "loss/train")
     assert losses[40] < 0.8 * losses[10]
     assert DDPMPipeline.from_pretrained(tmp_path / "run").scheduler.config.prediction_type == prediction_type
+
+
+def test_autoguidance_moves_the_target_away_from_the_output_of_the_earlier_model(tmp_path, monkeypatch):
+    seen, mse_loss, forward = {}, torch.nn.functional.mse_loss, UNet2DModel.forward
+
+    def spy_loss(output, target, **options):
+        seen[weight].append((*inputs, output.detach(), target))
+        return mse_loss(output, target, **options)
+
+    def spy_forward(self, images, timesteps, **options):
+        inputs[:] = images, timesteps
+        return forward(self, images, timesteps, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "mse_loss", spy_loss)
+    monkeypatch.setattr(UNet2DModel, "forward", spy_forward)
+    for weight in (0.0, 0.4):
+        seen[weight], inputs = [], []
+        flags = ["--max_train_steps=10", "--checkpoints_total_limit=9"]
+        train(tmp_path / str(weight), *flags, f"--autoguidance={weight}")
+    for plain, guided in zip(seen[0.0][:7], seen[0.4][:7], strict=True):
+        assert torch.equal(plain[-1], guided[-1])
+    images, timesteps, output, target = seen[0.4][7]
+    assert torch.equal(output, seen[0.0][7][2])
+    earlier = UNet2DModel.from_pretrained(tmp_path / "0.4" / "checkpoint-3" / "unet")  # averaged after 0.3 of the steps
+    moved = 0.4 * (output - earlier(images, timesteps).sample)
+    assert torch.allclose(target - seen[0.0][7][-1], moved, atol=1e-5) and moved.abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

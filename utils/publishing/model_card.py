@@ -73,6 +73,7 @@ PAPERS = {  # papers by (setting, value); Ellipsis stands for any value
     ("latent", True): ("High-resolution image synthesis with latent diffusion models", "2112.10752"),
     ("clusters", ...): ("Rethinking cluster-conditioned diffusion models", "2403.00570"),
     ("model_guidance", ...): ("Diffusion models without classifier-free guidance", "2502.12154"),
+    ("autoguidance", ...): ("Guiding a diffusion model with a bad version of itself", "2406.02507"),
     ("method", "lora"): ("LoRA", "2106.09685"),
     ("sampler", "LCMScheduler"): ("Latent consistency models", "2310.04378"),
     ("sampler", "DPMSolverMultistepScheduler"): ("DPM-Solver++", "2211.01095"),
