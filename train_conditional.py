@@ -14,7 +14,7 @@ null class. It therefore learns a prediction for each class and an unconditional
 from the unconditional one, which makes samples more recognisable. --model_guidance trains the model to predict guided
 outputs in one function evaluation.
 
-With --autoguidance, the target moves away from the output of an earlier version of the model, see docs/autoguidance.md.
+With --autoguidance, the target moves away from the output of an earlier version of the model (docs/autoguidance.md).
 
 --clusters K makes classes for images without labels, see utils/data/clusters.py. With such classes, a model learns
 faster than without classes.
@@ -33,8 +33,8 @@ TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T);
 # --weighting_scheme logit_normal: a larger mean gives more noise, a smaller deviation fewer timesteps near 0 and T
 LOGIT_MEAN, LOGIT_STD = 0.4, 1.0
 SNR_GAMMA = None  # min-SNR loss weighting (arXiv:2303.09556); the paper uses 5
-# --autoguidance: shares of all steps after which an earlier version of the model is kept, and after which it guides
-COPIED_AT, GUIDES_FROM = 0.3, 0.7
+COPIED_AT = 0.3  # --autoguidance: share of all steps after which the earlier version is kept
+GUIDES_FROM = 0.7  # share of all steps after which it guides
 
 
 # fmt: off
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="increase of the noise with t")
     group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="target: the noise, the clean image, or v (arXiv:2202.00512)")
     group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
-    group.add_argument("--autoguidance", metavar="W", type=real(0, 0.9), default=0.0, help="guidance by an earlier version of the model (arXiv:2406.02507), learnt by the weights, similar to a guidance scale of 1 / (1 - W). 0: none")
+    group.add_argument("--autoguidance", metavar="W", type=real(0, 0.9), default=0.0, help="guidance by an earlier version of the model, learnt by the weights (arXiv:2406.02507). Its scale is 1 / (1 - W). 0: none")
     group.add_argument("--sampler", choices=SAMPLERS, default="dpmsolver++", help="scheduler that draws samples")
     group.add_argument("--clusters", metavar="K", type=integer(2, 1000), help="number of clusters of similar images, used as classes in place of labels. The defaults are then --sampler sde-dpmsolver++, --model_guidance 0 and --class_dropout_prob 1 / (K + 1)")
     group.add_argument("--class_dropout_prob", type=real(0, 1), default=0.1, help="share of training samples that get the null class")
@@ -133,7 +133,7 @@ def main(args):
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=run.max_train_steps
     )
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
-    if guide:
+    if guide is not None:
         guide = accelerator.prepare_model(guide, evaluation_mode=True)  # checkpoints hold it, too
 
     # Samples
@@ -179,10 +179,6 @@ def main(args):
         timesteps = timesteps.to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
-        if guide and run.global_step <= copied_at:
-            with ema_model.averaged_weights(unet):
-                guide.load_state_dict(unet.state_dict())
-
         # The model is given the class or, at random, the null class
         keep_label = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.class_dropout_prob)
         class_labels = model_inputs(batch)["class_labels"].where(keep_label.to(accelerator.device), null_class)
@@ -199,10 +195,11 @@ def main(args):
                 with torch.no_grad():
                     unconditional = model(noisy_images, timesteps, torch.full_like(class_labels, null_class)).sample
                 target = target + args.model_guidance * (model_output.detach() - unconditional.float())
-            if guide and run.global_step >= guides_from:  # the target moves away from the output of the earlier model
+            if guide is not None and run.global_step >= guides_from:  # the target moves away from the earlier output
                 with torch.no_grad():
                     earlier_output = guide(noisy_images, timesteps, class_labels).sample.float()
-                target = target + args.autoguidance * (model_output.detach() - earlier_output)
+                weight = args.autoguidance * (1 - args.model_guidance)  # a sum of 1 or more would diverge
+                target = target + weight * (model_output.detach() - earlier_output)
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
             loss = losses.mean()
             if SNR_GAMMA is not None:
@@ -216,6 +213,9 @@ def main(args):
         if run.end_of_step(losses, timesteps, grad_norm, batch.get("labels")):  # once per optimizer step
             lr_scheduler.step()
             ema_model.step(unet.parameters())
+            if guide is not None and run.global_step <= copied_at:
+                with ema_model.averaged_weights(unet):
+                    guide.load_state_dict(unet.state_dict())
     run.finish()
 
 

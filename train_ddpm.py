@@ -9,7 +9,7 @@ This command draws digits after a few minutes on 2 CPU cores. The output folder 
 Noise is added to an image step by step, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise. A UNet that is
 conditioned on t learns to remove the noise. Sampling starts from noise and follows the predictions back to an image.
 
-With --autoguidance, the target moves away from the output of an earlier version of the model, see docs/autoguidance.md.
+With --autoguidance, the target moves away from the output of an earlier version of the model (docs/autoguidance.md).
 """
 
 from utils.args import SAMPLERS, Parser, add_common_arguments, real
@@ -25,8 +25,8 @@ TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T);
 # --weighting_scheme logit_normal: a larger mean gives more noise, a smaller deviation fewer timesteps near 0 and T
 LOGIT_MEAN, LOGIT_STD = 0.4, 1.0
 SNR_GAMMA = None  # min-SNR loss weighting (arXiv:2303.09556); the paper uses 5
-# --autoguidance: shares of all steps after which an earlier version of the model is kept, and after which it guides
-COPIED_AT, GUIDES_FROM = 0.3, 0.7
+COPIED_AT = 0.3  # --autoguidance: share of all steps after which the earlier version is kept
+GUIDES_FROM = 0.7  # share of all steps after which it guides
 
 
 # fmt: off
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"), help="increase of the noise with t")
     group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="target: the noise, the clean image, or v (arXiv:2202.00512)")
     group.add_argument("--weighting_scheme", choices=("uniform", "logit_normal"), default="logit_normal", help="density of timesteps in training: uniform, or higher in the middle (arXiv:2403.03206)")
-    group.add_argument("--autoguidance", metavar="W", type=real(0, 0.9), default=0.0, help="guidance by an earlier version of the model (arXiv:2406.02507), learnt by the weights, similar to a guidance scale of 1 / (1 - W). 0: none")
+    group.add_argument("--autoguidance", metavar="W", type=real(0, 0.9), default=0.0, help="guidance by an earlier version of the model, learnt by the weights (arXiv:2406.02507). Its scale is 1 / (1 - W). 0: none")
     group.add_argument("--sampler", choices=SAMPLERS, default="sde-dpmsolver++", help="scheduler that draws samples")
     add_common_arguments(parser)
     parser.set_defaults(output_dir="outputs/ddpm", num_inference_steps=25)
@@ -108,7 +108,7 @@ def main(args):
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=run.max_train_steps
     )
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
-    if guide:
+    if guide is not None:
         guide = accelerator.prepare_model(guide, evaluation_mode=True)  # checkpoints hold it, too
 
     # Samples
@@ -144,10 +144,6 @@ def main(args):
         timesteps = timesteps.to(accelerator.device, non_blocking=True)
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)  # Eq. 4 of the paper
 
-        if guide and run.global_step <= copied_at:
-            with ema_model.averaged_weights(unet):
-                guide.load_state_dict(unet.state_dict())
-
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps).sample.float()
             if prediction_type == "epsilon":
@@ -156,7 +152,7 @@ def main(args):
                 target = clean_images
             else:
                 target = noise_scheduler.get_velocity(clean_images, noise, timesteps)
-            if guide and run.global_step >= guides_from:  # the target moves away from the output of the earlier model
+            if guide is not None and run.global_step >= guides_from:  # the target moves away from the earlier output
                 with torch.no_grad():
                     earlier_output = guide(noisy_images, timesteps).sample.float()
                 target = target + args.autoguidance * (model_output.detach() - earlier_output)
@@ -173,6 +169,9 @@ def main(args):
         if run.end_of_step(losses, timesteps, grad_norm, batch.get("labels")):  # once per optimizer step
             lr_scheduler.step()
             ema_model.step(unet.parameters())
+            if guide is not None and run.global_step <= copied_at:
+                with ema_model.averaged_weights(unet):
+                    guide.load_state_dict(unet.state_dict())
     run.finish()
 
 

@@ -79,7 +79,13 @@ def close(first, second, tolerance=1e-4):
 
 
 def test_two_processes_equal_one_with_accumulation_and_resume_each_other(tmp_path):
-    flags = ["--report_to=tensorboard", "--random_flip", "--num_samples=5", "--learning_rate=1e-4", "--autoguidance=0.4"]
+    flags = [
+        "--report_to=tensorboard",
+        "--random_flip",
+        "--num_samples=5",
+        "--learning_rate=1e-4",
+        "--autoguidance=0.4",
+    ]
     flags += ["--dataset_split=train[:1000]", "--validation_split=train[1000:]"]
     flags += ["--validation_steps=3", "--evaluate_steps=3", "--num_evaluation_samples=33", "--features=pixels"]
     code, output = run_script(SCRIPT, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")

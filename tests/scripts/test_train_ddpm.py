@@ -23,6 +23,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, 
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_conditional
 import train_ddpm
 from utils import UserError
 from utils.args import SAMPLERS
@@ -408,29 +409,34 @@ def test_the_loss_falls_for_every_target(tmp_path, monkeypatch, prediction_type)
     assert DDPMPipeline.from_pretrained(tmp_path / "run").scheduler.config.prediction_type == prediction_type
 
 
-def test_autoguidance_moves_the_target_away_from_the_output_of_the_earlier_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "flags", "scale"),
+    [(train_ddpm, [], 1), (train_conditional, ["--unet=tiny", "--model_guidance=0.3"], 0.7)],
+)
+def test_autoguidance_moves_the_target_away_from_the_earlier_output(tmp_path, monkeypatch, script, flags, scale):
     seen, mse_loss, forward = {}, torch.nn.functional.mse_loss, UNet2DModel.forward
 
     def spy_loss(output, target, **options):
         seen[weight].append((*inputs, output.detach(), target))
         return mse_loss(output, target, **options)
 
-    def spy_forward(self, images, timesteps, **options):
-        inputs[:] = images, timesteps
-        return forward(self, images, timesteps, **options)
+    def spy_forward(self, *given, **options):
+        if self.training and torch.is_grad_enabled():
+            inputs[:] = given
+        return forward(self, *given, **options)
 
     monkeypatch.setattr(torch.nn.functional, "mse_loss", spy_loss)
     monkeypatch.setattr(UNet2DModel, "forward", spy_forward)
     for weight in (0.0, 0.4):
         seen[weight], inputs = [], []
-        flags = ["--max_train_steps=10", "--checkpoints_total_limit=9"]
-        train(tmp_path / str(weight), *flags, f"--autoguidance={weight}")
+        options = ["--max_train_steps=10", "--checkpoints_total_limit=9", f"--autoguidance={weight}"]
+        train(tmp_path / str(weight), *flags, *options, script=script)
     for plain, guided in zip(seen[0.0][:7], seen[0.4][:7], strict=True):
         assert torch.equal(plain[-1], guided[-1])
-    images, timesteps, output, target = seen[0.4][7]
-    assert torch.equal(output, seen[0.0][7][2])
+    *given, output, target = seen[0.4][7]
+    assert torch.equal(output, seen[0.0][7][-2])
     earlier = UNet2DModel.from_pretrained(tmp_path / "0.4" / "checkpoint-3" / "unet")  # averaged after 0.3 of the steps
-    moved = 0.4 * (output - earlier(images, timesteps).sample)
+    moved = scale * 0.4 * (output - earlier(*given).sample)
     assert torch.allclose(target - seen[0.0][7][-1], moved, atol=1e-5) and moved.abs().max() > 1e-2
 
 

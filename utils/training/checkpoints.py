@@ -303,13 +303,15 @@ def on_all_processes(accelerator, problem: str, action: Callable[[], None], advi
 def _space(accelerator, output_dir: Path) -> tuple[float, int]:
     """Return the bytes that a checkpoint needs and those that are free.
 
-    A checkpoint needs 10 % more than the last one or, without one, the size of weights, average and two moments.
+    A checkpoint needs 10 % more than the last one or, without one, the size of weights, average and two moments. Frozen
+    weights have neither average nor moments.
     """
     earlier = list_checkpoints(output_dir)
     if earlier:
         needed = sum(file.stat().st_size for file in earlier[-1].rglob("*") if file.is_file()) * 1.1
     else:
-        needed = 4 * sum(weight.nbytes for model in accelerator._models for weight in model.parameters())
+        weights = [weight for model in accelerator._models for weight in model.parameters()]
+        needed = sum((4 if weight.requires_grad else 1) * weight.nbytes for weight in weights)
     return needed, shutil.disk_usage(output_dir).free
 
 
