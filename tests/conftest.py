@@ -27,6 +27,7 @@ import train_autoencoder
 import train_ddpm
 import train_latent
 from utils.data.cache import Cache
+from utils.evaluation import while_training
 from utils.signals import STOP_SIGNALS
 from utils.sources import named_images, sources
 
@@ -59,6 +60,7 @@ def _decode_once(self, images, show, write):
 
 
 Cache._decode = _decode_once
+while_training.NUM_VALIDATION_IMAGES = 16  # A validation takes a quarter of the time
 named_images.QUICK = float("inf")  # decoded images stay in memory, so that they do not fill the user's cache
 
 

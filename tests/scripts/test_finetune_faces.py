@@ -112,7 +112,7 @@ def test_what_does_not_learn_stays_bit_for_bit(tmp_path, monkeypatch, base, meth
 @pytest.mark.parametrize("method", [slow("full"), slow("norm"), "lora"])
 def test_resuming_equals_never_having_stopped(tmp_path, base, method):
     flags = [f"--method={method}", "--checkpointing_steps=4", "--random_flip", "--report_to=tensorboard"]
-    flags += ["--gradient_accumulation_steps=2", "--train_batch_size=4", "--sample_steps=2", "--validation_steps=2"]
+    flags += ["--gradient_accumulation_steps=2", "--train_batch_size=4", "--sample_steps=3", "--validation_steps=3"]
     flags += ["--prior_dataset_name=faces"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     finetune(straight, base, *flags)
