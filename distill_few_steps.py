@@ -12,8 +12,8 @@ noise determines the image at the end. Here the teacher computes trajectories, a
 ends from any point. Song et al. 2023, arXiv:2303.01469, call this a consistency model. Here the target is the end that
 the teacher reaches, whereas the paper uses the student's own prediction at the next point.
 
-Such predictions are blurred where the student cannot know the end. Therefore a second loss compares the distributions of
-the student's images and of real images (DMD, Yin et al. 2023, arXiv:2311.18828). For this, a copy of the teacher, the fake
+Such predictions are blurred where the student cannot know the end. Therefore a second loss compares the distribution of
+the student's images with that of the teacher (DMD, Yin et al. 2023, arXiv:2311.18828). For this, a copy of the teacher, the fake
 model, is trained on the student's images. Where it differs from the teacher, the distributions differ.
 """
 
@@ -96,6 +96,11 @@ def main(args):
     conditional = pretrained.unet.class_embedding is not None
     if args.teacher_guidance_scale != 1 and not conditional:
         raise UserError("--teacher_guidance_scale: the teacher has no classes. Leave the flag out")
+    if accelerator.mixed_precision == "fp16" and args.gradient_accumulation_steps > 1:  # two optimizers share one scale
+        raise UserError(
+            "--mixed_precision fp16 and --gradient_accumulation_steps exclude each other here. Give --mixed_precision bf16 "
+            "or no, or --gradient_accumulation_steps 1"
+        )
     names = class_names(pretrained.unet.config)
     clusters = len(names) if has_clusters(names) else None
     train_data = load_train_data(args, accelerator, pretrained.unet.config, conditional=conditional and not clusters)
@@ -103,12 +108,12 @@ def main(args):
         return
     if clusters:
         train_data.cluster(clusters, run.output_dir, args.pretrained_model_name_or_path)
+    classes = train_data.label_names if conditional else []
 
     # Model
     unet = pretrained.unet
     unet.register_to_config(sample_size=train_data.sample_size)
     if conditional:
-        classes = train_data.label_names
         add_class_embedding(unet, classes)
     teacher = copy.deepcopy(unet).requires_grad_(False).eval().to(accelerator.device)  # not saved in checkpoints
     prepare_unet(teacher, accelerator.device, False, args.compile)
@@ -140,8 +145,6 @@ def main(args):
     fake_model, fake_optimizer = accelerator.prepare(fake_unet, fake_optimizer)
 
     # Samples
-    options = dict(model_inputs=cycle_labels(range(len(classes)), accelerator.device)) if conditional else {}
-
     def model_inputs(batch):
         if not conditional:
             return {}
@@ -158,20 +161,27 @@ def main(args):
             output = net(noisy_images, timesteps, **inputs).sample.float()
         return predicted_images(noise_scheduler, output, noisy_images, timesteps.view(-1, 1, 1, 1)).clamp(-1, 1)
 
-    def draw(count, num_inference_steps=args.num_inference_steps, drawn_by=unet, sampler=sampler):
+    all_classes, typical = range(len(classes)), train_data.typical_labels()
+
+    def draw(
+        count, num_inference_steps=args.num_inference_steps, drawn_by=unet, sampler=sampler, labels=typical
+    ):  # fmt: skip
         return sample_images(
             drawn_by, sampler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
-            args.seed, run.stop_requested, **options,
+            args.seed, run.stop_requested,
+            model_inputs=cycle_labels(labels, accelerator.device) if conditional else None,
         )  # fmt: skip
 
     teacher_steps = min(TEACHER_STEPS, num_train_timesteps)
     with accelerator.autocast():
-        teacher_samples = draw(args.num_samples, teacher_steps, guided_teacher, teacher_sampler)
+        teacher_samples = draw(args.num_samples, teacher_steps, guided_teacher, teacher_sampler, all_classes)
 
     def sample():
         shown = sorted({1, 2, 4, args.num_inference_steps} - {*range(args.solver_steps + 1, 5)}, reverse=True)
         rows = {f"teacher, {teacher_steps} steps": teacher_samples}
-        rows |= {f"{steps} step{'s' * (steps > 1)}": draw(args.num_samples, steps) for steps in shown}
+        rows |= {
+            f"{steps} step{'s' * (steps > 1)}": draw(args.num_samples, steps, labels=all_classes) for steps in shown
+        }
         return {"samples": make_grid(np.concatenate(list(rows.values())), captions=list(rows))}
 
     def save_pipeline(folder):

@@ -59,6 +59,9 @@ def parse_args(argv=None):
         args = parser.parse(argv)
     if args.clusters and vars(args).get("label_column"):
         parser.error(f"--clusters {args.clusters} takes the place of labels. Leave --label_column out, or --clusters")
+    guided = args.model_guidance or args.guidance_scale != 1
+    if guided and not args.class_dropout_prob and not args.pretrained_model_name_or_path:
+        parser.error("--class_dropout_prob 0 trains no null class. Give --model_guidance 0 and --guidance_scale 1, or a larger probability")
     return args
 # fmt: on
 
@@ -142,9 +145,9 @@ def main(args):
         return {"class_labels": labels.where(labels >= 0, null_class)}
 
     guided = GuidedModel(unet, args.guidance_scale)
-    all_classes = range(len(class_names))
+    typical = train_data.typical_labels()
 
-    def draw(count, num_inference_steps=args.num_inference_steps, labels=all_classes):
+    def draw(count, num_inference_steps=args.num_inference_steps, labels=typical):
         return sample_images(
             guided, sampler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
             args.seed, run.stop_requested, model_inputs=cycle_labels(labels, accelerator.device),
@@ -213,7 +216,8 @@ def main(args):
         if run.end_of_step(losses, timesteps, grad_norm, batch.get("labels")):  # once per optimizer step
             lr_scheduler.step()
             ema_model.step(unet.parameters())
-            if guide is not None and run.global_step <= copied_at:
+            # Earlier copies are needed only if the run resumes with a smaller --max_train_steps
+            if guide is not None and run.global_step in range(copied_at, 0, -50):
                 with ema_model.averaged_weights(unet):
                     guide.load_state_dict(unet.state_dict())
     run.finish()

@@ -44,6 +44,8 @@ def parse_args(argv=None):
     changed = [name for name in ("class_dropout_prob", "guidance_scale") if vars(args)[name] != parser.get_default(name)]
     if changed and not args.class_conditional:
         parser.error(f"--{changed[0]} needs --class_conditional. Without classes, leave it out")
+    if args.guidance_scale != 1 and not args.class_dropout_prob and not args.pretrained_model_name_or_path:
+        parser.error("--class_dropout_prob 0 trains no null class. Give --guidance_scale 1, or a larger probability")
     return args
 # fmt: on
 
@@ -125,9 +127,9 @@ def main(args):
         return {"class_labels": labels.where(labels >= 0, NULL_CLASS)}
 
     drawn_by = GuidedModel(unet, args.guidance_scale) if conditional else unet
-    all_classes = range(len(class_names))
+    typical = train_data.typical_labels()
 
-    def draw(count, num_inference_steps=args.num_inference_steps, labels=all_classes):
+    def draw(count, num_inference_steps=args.num_inference_steps, labels=typical):
         return sample_images(
             drawn_by, sampler, accelerator, count, latents.shape, num_inference_steps, args.sample_batch_size, args.seed,
             run.stop_requested, decode=latents.decode,

@@ -10,12 +10,23 @@ OWN_IMAGES = "own images"
 
 
 def basename_if_path(value):
-    """Return a flag's value, or ``--flag=value``, with a path of this machine cut to its last part."""
-    flag, equals, text = value.partition("=") if str(value).startswith("--") else ("", "", value)
-    if not isinstance(text, str) or not text or is_hub_id(text):
+    """Return a value with each path of this machine cut to its last part.
+
+    Args:
+        value: value of a flag, such as ``/home/me/model`` or ``dinov2=/home/me/model``, ``--flag=value``, or a list or
+            dictionary with such values.
+    """
+    if isinstance(value, dict):
+        return {key: basename_if_path(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [basename_if_path(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    names, text = re.fullmatch(r"((?:--)?(?:\w+=)*)(.*)", value, re.DOTALL).groups()
+    if not text or is_hub_id(text):
         return value
     is_path = text.startswith(("/", "./", "../", "~")) or (("/" in text or "\\" in text) and Path(text).exists())
-    return flag + equals + (Path(text).name if is_path else text)
+    return names + (Path(text).name if is_path else text)
 
 
 def redact(values: dict) -> dict:

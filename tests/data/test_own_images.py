@@ -130,3 +130,12 @@ def test_training_on_them_resumes_bit_for_bit(tmp_path, monkeypatch, digits, kin
     assert equal_weights(tmp_path / "straight" / weights, tmp_path / "cut" / weights)
     record = json.loads((tmp_path / "cut" / "training_args.json").read_text())
     assert record["data"] == "own images" and record["images"] == 1797
+
+
+@pytest.mark.parametrize("positions", [9, 1])
+def test_copies_are_searched_for_in_all_parts_that_fit_into_memory(accelerator, positions):
+    wide = np.broadcast_to(np.arange(16, dtype=np.uint8), (12, 8, 16))
+    data = load_train_data(parse("--resolution=8", "--train_batch_size=4"), accelerator, own_images=OwnImages(wide))
+    parts = data._prepared.all_parts(1000, limit=2 * 12 * 8 * 8 * positions)
+    starts = [0, 1, 2, 3, 4, 5, 6, 7, 8] if positions == 9 else [4]
+    assert sorted(parts[:, 0, 0, 0]) == sorted(12 * starts)

@@ -44,10 +44,14 @@ def test_the_structural_similarity_is_that_of_skimage():
     assert structural_similarity(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)).item() == 1  # smaller than a window
 
 
-def test_the_statistics_normalise_the_latents():
+def test_the_statistics_normalise_the_latents(monkeypatch):
     model = small()
     images = torch.rand(40, 1, 16, 16) * 2 - 1
-    values = latent_statistics(model, images, batch_size=7)
+    monkeypatch.setattr(autoencoders, "PIXELS_AT_ONCE", 7 * 16 * 16 + 100)
+    counts, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda images: counts.append(len(images)) or encode(images))
+    values = latent_statistics(model, images)
+    assert counts == [7] * 5 + [5]
     with torch.no_grad():
         distribution = model.encode(images).latent_dist
     drawn = distribution.mean + distribution.std * torch.randn(200, *distribution.mean.shape)

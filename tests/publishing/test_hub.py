@@ -403,6 +403,10 @@ def test_paths_are_cut_down_to_their_names(tmp_path):
     assert basename_if_path(str(tmp_path)) == tmp_path.name and basename_if_path("~/x/y") == "y"
     for kept in ("google/ddpm-celebahq-256", "train[:90%]", "--learning_rate=1e-3", 0.5, None, ["a"], "--use_ema"):
         assert basename_if_path(kept) == kept
+    assert basename_if_path(f"dinov2={tmp_path}") == f"dinov2={tmp_path.name}"
+    assert basename_if_path(f"--features=dinov2={tmp_path}") == f"--features=dinov2={tmp_path.name}"
+    nested = {"MASKS": [str(tmp_path), {"inside": f"{tmp_path}/a"}, 3]}
+    assert redact(nested) == {"MASKS": [tmp_path.name, {"inside": "a"}, 3]}
     for flag in ("train_data_dir", "condition_dir"):
         assert redact({flag: "/data/patients_smith"}) == {flag: "own images"}
 

@@ -25,6 +25,7 @@ from utils.diffusion.few_steps import make_few_step_sampler
 from utils.diffusion.pipelines import choose_sampler, load_pipeline
 from utils.diffusion.schedulers import make_sampler, output_for
 from utils.randomness import sample_noise
+from utils.training.loop import Run
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TYPES = ("epsilon", "sample", "v_prediction")
@@ -322,7 +323,7 @@ def test_a_sweep_compares_it_with_its_teacher(tmp_path, capsys, finished, teache
     assert isinstance(DDPMPipeline.from_pretrained(student).scheduler, LCMScheduler)
 
 
-def test_what_cannot_be_distilled_is_refused(tmp_path, capsys, finished, teachers):
+def test_what_cannot_be_distilled_is_refused(tmp_path, capsys, monkeypatch, finished, teachers):
     with pytest.raises(UserError, match="Expected the noise of a DDPMScheduler"):
         run(tmp_path / "flow", teachers["flow"])
     for script in (distill_few_steps, train_ddpm, finetune_faces):
@@ -330,6 +331,16 @@ def test_what_cannot_be_distilled_is_refused(tmp_path, capsys, finished, teacher
             train(tmp_path / "again", f"--pretrained_model_name_or_path={finished}", script=script)
     with pytest.raises(UserError, match="--solver_steps 7 does not divide the teacher's 1000 noise levels"):
         run(tmp_path / "seven", teachers["sample"], "--solver_steps=7")
+    with monkeypatch.context() as patch:
+        original = Run.__init__
+
+        def init(self, *arguments, **options):
+            original(self, *arguments, **options)
+            patch.setattr(type(self.accelerator), "mixed_precision", "fp16")  # as on a GPU
+
+        patch.setattr(Run, "__init__", init)
+        with pytest.raises(UserError, match="--mixed_precision fp16 and --gradient_accumulation_steps exclude each"):
+            run(tmp_path / "fp16", teachers["sample"], "--gradient_accumulation_steps=2")
     with pytest.raises(UserError, match="is a few-step model with too few noise levels"):
         sample.main(sample.parse_args([str(finished), f"--output_dir={tmp_path / 's'}", "--init_image=x.png"]))
     for flags, said in (

@@ -66,6 +66,7 @@ def test_two_machines_of_one_process_equal_one_machine_of_two(tmp_path, launch):
     assert not list((tmp_path / "two").glob(".tmp*"))
 
 
+@pytest.mark.slow
 def test_a_lost_machine_is_named_and_the_same_command_resumes(tmp_path, launch):
     flags = tiny(f"--output_dir={tmp_path / 'run'}", "--max_train_steps=200", "--checkpointing_steps=5")
     pair = launch(*flags)

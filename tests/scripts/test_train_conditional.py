@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 import evaluate
 import sample
 import train_conditional
+import train_latent
 from utils import UserError
 from utils.data.train_data import load_train_data
 from utils.diffusion.class_conditional import class_numbers, guided_output
@@ -109,6 +110,18 @@ def test_labels_are_dropped_by_sample_id_and_nothing_else_changes(tmp_path, monk
         kept = other[1] < 10
         assert torch.equal(one[1][kept], other[1][kept]) and 0.2 < 1 - kept.float().mean() < 0.4
     assert all((labels < 10).all() for _, labels in told[0.0]) and all((labels == 10).all() for _, labels in told[1.0])
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [(train_conditional, []), (train_conditional, ["--model_guidance=0", "--guidance_scale=2"]),
+     (train_latent, ["--class_conditional", "--guidance_scale=2"])],
+)  # fmt: skip
+def test_guidance_without_a_trained_null_class_is_refused(capsys, script, flags):
+    with pytest.raises(SystemExit):
+        script.parse_args([*flags, "--class_dropout_prob=0"])
+    assert "--class_dropout_prob 0 trains no null class" in capsys.readouterr().err
+    script.parse_args([*flags, "--class_dropout_prob=0", "--pretrained_model_name_or_path=x"])
 
 
 # ------------------------------------------------------------------------------------------------------------- guidance

@@ -149,6 +149,19 @@ def test_floats_are_scaled_once_for_the_data_set(accelerator, tmp_path, channels
             assert mean(data) == pytest.approx(128, abs=15)
 
 
+def test_a_held_out_split_is_scaled_like_the_training_images(accelerator, tmp_path):
+    values = RNG.random((20, 8, 8, 3)).astype(np.float32) * 100
+    values[12:] /= 200  # these images alone would be taken for values from 0 to 1
+    features = datasets.Features({"image": datasets.Array3D((8, 8, 3), "float32")})
+    datasets.Dataset.from_dict({"image": list(values)}, features=features).to_parquet(tmp_path / "x.parquet")
+    flags = [f"--dataset_name={tmp_path}/x.parquet", "--image_column=image", "--dataset_split=train[:12]"]
+    flags += ["--validation_split=train[12:]"]
+    for more, white in ([], 255), (["--image_range=0,4095"], 4095):
+        data = load(accelerator, *flags, *more)
+        shown = (data.examples(20, data.held_out)["images"] + 1) * 127.5
+        assert shown.max() == pytest.approx(values[12:].max() * 255 / white, abs=1)
+
+
 def test_integers_that_do_not_fit_are_refused(accelerator, tmp_path):
     features = datasets.Features({"image": datasets.Array2D((8, 8), "int64")})
     table = datasets.Dataset.from_dict({"image": [np.full((8, 8), 2**33)] * 9}, features=features)
@@ -175,6 +188,8 @@ def test_words_for_nothing_are_classes_in_tables(accelerator, tmp_path):
 def test_images_without_a_class_are_counted(accelerator, tmp_path, caplog):
     data = load(accelerator, *table_of(tmp_path, ["a", "", "b", "a"] * 3))
     assert classes(data) == {"a": 6, "b": 3, None: 3} and "3 of 12 images have no class in kind" in caplog.text
+    labels = data.typical_labels()  # of samples that are compared with these images
+    assert sorted(labels) == [0] * 6 + [1] * 3 and list(labels) != sorted(labels)
     data = load(accelerator, *table_of(tmp_path, [0, 1, -1, 1] * 3))
     assert classes(data) == {"0": 3, "1": 6, None: 3}
 

@@ -346,7 +346,8 @@ def test_a_run_with_the_old_name_of_a_flag_resumes(tmp_path, finished_run):
         train(tmp_path / "run", *flags, "--weighting_scheme=uniform")
 
 
-def test_a_step_that_fp16_skips_moves_neither_rate_nor_average(tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_step_that_fp16_skips_moves_neither_rate_nor_average(tmp_path, monkeypatch, optimizer):
     """With the scaler of a GPU, on a CPU: the gradient of one step and the loss of another overflow."""
     original = Run.__init__
 
@@ -361,9 +362,19 @@ def test_a_step_that_fp16_skips_moves_neither_rate_nor_average(tmp_path, monkeyp
     seen = "    seen.update(rate=lr_scheduler.scheduler.last_epoch, average=ema_model.optimization_step)\n"
     names = edited((backward, overflow + backward), (end, seen + end))
     names.update(seen={}, math=math)
-    run_edited(names, tmp_path / "run", "--max_train_steps=6")
+    run_edited(names, tmp_path / "run", "--max_train_steps=6", f"--optimizer={optimizer}")
     assert names["seen"] == {"rate": 4, "average": 4}
     assert all(torch.isfinite(weight).all() for weight in load_file(tmp_path / "run" / WEIGHTS).values())
+
+
+def test_a_finished_model_without_checkpoints_is_not_trained_again(tmp_path):
+    train(tmp_path / "run", "--max_train_steps=2")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for more in (["--max_train_steps=4"], ["--max_train_steps=2", "--num_samples=2"]):
+        with pytest.raises(UserError, match=r"holds a finished model, but no checkpoint .* use sample\.py"):
+            train(tmp_path / "run", *more)
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_losses_that_overflow_again_and_again_end_a_run_of_fp16():

@@ -1,8 +1,11 @@
 """utils/training/optimizer.py: Muon's steps are correct, and its state survives."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from conftest import scalars, train
 from diffusers import UNet2DModel
 
 import finetune_faces
@@ -126,10 +129,30 @@ def test_a_restored_state_continues_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
 
 
-def test_a_gradient_that_overflows_leaves_out_the_whole_step():
-    """GradScaler may only leave the check to optimizers that do it themselves, as fused AdamW does."""
-    assert not getattr(make_optimizer("muon", unet(), **OPTIONS), "_step_supports_amp_scaling", False)
-    assert make_optimizer("adamw", unet(), **OPTIONS)._step_supports_amp_scaling
+class TensorRate(torch.optim.AdamW):
+    """AdamW with its rate as a tensor that must not be replaced, as torchao's optimizers have."""
+
+    def __init__(self, weights, **options):
+        super().__init__(weights, **options)
+        self.rates = [torch.tensor(group["lr"]) for group in self.param_groups]
+        for group, rate in zip(self.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+
+    def step(self, closure=None):
+        assert all(isinstance(group["lr"], torch.Tensor) for group in self.param_groups)
+        return super().step(closure)
+
+
+def test_a_rate_that_is_a_tensor_is_recorded_and_resumed(tmp_path, monkeypatch):
+    make = lambda name, model, **options: TensorRate(model.parameters(), **options)  # noqa: E731
+    monkeypatch.setattr("utils.training.optimizer.make_optimizer", make)
+    flags = ["--report_to=tensorboard", "--lr_scheduler=linear"]
+    train(tmp_path / "straight", *flags)
+    train(tmp_path / "halves", *flags, "--max_train_steps=3")
+    train(tmp_path / "halves", *flags)
+    assert json.loads((tmp_path / "straight" / "training_args.json").read_text())["learning_rate"] == 1e-3
+    rates = [scalars(tmp_path / name, "optimizer/learning_rate") for name in ("straight", "halves")]
+    assert rates[0] and [rates[0][k] for k in (4, 5, 6)] == [rates[1][k] for k in (4, 5, 6)]
 
 
 def test_which_optimizer_is_chosen(monkeypatch):

@@ -25,15 +25,19 @@ CHUNK = 250  # images in a block
 PARTS_LIMIT = 2**28  # bytes of crops among which copies are searched for
 
 
+def given_range(text: str) -> tuple[float, float] | None:
+    """Return the values that become black and white by ``--image_range``, or None for full and auto."""
+    return None if text in ("auto", "full") else tuple(map(float, text.split(",")))
+
+
 def choose_range(text: str, probed: Sequence[tuple[str, np.ndarray]], say: bool = True) -> tuple[float, float] | None:
     """Return the values that become black and white by ``--image_range``, or None for the range of the format.
 
     Args:
         probed: modes and values of some images, see ``pixels.high_bit_values``.
     """
-    if text not in ("auto", "full"):
-        low, high = text.split(",")
-        return float(low), float(high)
+    if given := given_range(text):
+        return given
     used = used_range(probed) if text == "auto" else None
     if used and used != (0, 255) and say:
         given = f"{used[0]:g},{used[1]:g}"
@@ -122,6 +126,7 @@ class PreparedImages(torch.utils.data.Dataset):
 
     def all_parts(self, count: int, limit: int = PARTS_LIMIT) -> np.ndarray:
         """Return the possible training crops of random images, in at most ``limit`` bytes: uint8 (M, C, H, W)."""
+        count = min(count, self.images.length or count)
         most = max(1, limit // (2 * count * self.channels * self.size[0] * self.size[1]))
         return np.concatenate([parts for parts, _ in self.crops(count, most)])
 

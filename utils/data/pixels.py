@@ -192,14 +192,14 @@ def all_crops(image: np.ndarray, size: tuple[int, int], most: int, mirrored: boo
     Args:
         image: uint8 (C, h, w), see ``prepare_image``.
         size: (H, W).
-        most: maximum number of positions, evenly spaced.
+        most: maximum number of positions, evenly spaced. A single one is in the middle.
         mirrored: True to return each crop also mirrored.
 
     Returns:
         Array uint8 (P, C, H, W).
     """
     room = max(image.shape[1] - size[0], image.shape[2] - size[1])
-    places = sorted({round(place) for place in np.linspace(0, room, min(most, room + 1))})
+    places = sorted({round(place) for place in np.linspace(0, room, min(most, room + 1))}) if most > 1 else [room // 2]
     tall = image.shape[1] > size[0]
     parts = [image[:, p : p + size[0]] if tall else image[:, :, p : p + size[1]] for p in places]
     parts += [part[:, :, ::-1] for part in parts] if mirrored else []

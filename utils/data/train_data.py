@@ -397,6 +397,18 @@ class TrainData:
         split = vars(self.args).get("validation_split")
         return self.images.held_out(split, "--validation_split") if split else None
 
+    def typical_labels(self) -> np.ndarray:
+        """Return labels for samples, as frequent as in the training images and in random order: int64 (L,).
+
+        Clusters are equally frequent, and so are the classes of a stream.
+        """
+        labels = np.zeros(0, np.int64)
+        if self.length and self.label_names and not self._clusters:
+            labels = np.array([-1 if label is None else label for label in self.images.labels()])
+            labels = labels[randomness.shuffled_indices(self.args.seed, np.arange(self.length), self.length)]
+        labels = labels[labels >= 0]
+        return labels if len(labels) else np.arange(len(self.label_names))
+
     def crops(self, count: int) -> np.ndarray:
         """Return the possible training crops of random images, to find copies of them: uint8 (M, C, H, W)."""
         args = self.args

@@ -28,6 +28,7 @@ SIZES = {  # keyword arguments of AutoencoderKL; each halving of the images uses
 }
 KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")  # classes of diffusers that --vae accepts
 DEFAULT = "outputs/autoencoder"  # default of --vae
+PIXELS_AT_ONCE = 2**19  # pixels of images that an autoencoder encodes or decodes at once, to limit its memory
 WINDOW = 7  # pixels, side of the window of the structural similarity
 
 
@@ -185,7 +186,7 @@ def structural_similarity(images: torch.Tensor, others: torch.Tensor) -> torch.T
 
 
 @torch.no_grad()
-def latent_statistics(autoencoder, images: torch.Tensor, batch_size: int = 16) -> dict:
+def latent_statistics(autoencoder, images: torch.Tensor) -> dict:
     """Measure the latents of images, and return the entries of the autoencoder's config that normalise them.
 
     ``(latents - shift_factor) * scaling_factor`` has mean 0 and standard deviation 1 over all channels. The mean and
@@ -195,7 +196,7 @@ def latent_statistics(autoencoder, images: torch.Tensor, batch_size: int = 16) -
         images: images (N, C, H, W) in [-1, 1].
     """
     means, variances, number = 0.0, 0.0, 0
-    for batch in images.split(batch_size):
+    for batch in images.split(max(1, PIXELS_AT_ONCE // images[0, 0].numel())):
         progress("statistics")
         distribution = autoencoder.encode(batch.to(autoencoder.device)).latent_dist
         values = distribution.mean.double()

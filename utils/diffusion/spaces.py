@@ -7,10 +7,8 @@ import torch
 from diffusers import ModelMixin
 
 from .. import UserError, counted
-from .autoencoders import check_size
+from .autoencoders import PIXELS_AT_ONCE, check_size
 from .unets import weights_digest
-
-PIXELS_AT_ONCE = 2**19  # pixels of images that an autoencoder encodes or decodes at once, to limit its memory
 
 
 class Pixels:

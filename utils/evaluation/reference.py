@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import randomness
 from ..data.columns import Column, Layout
-from ..data.images import PreparedImages, choose_range
+from ..data.images import PreparedImages, choose_range, given_range
 from ..data.pixels import GREY_MODES, MODES, BadImage, high_bit_values
 from ..pictures import to_uint8
 from ..sources.columns import NoLabels
@@ -78,7 +78,9 @@ class Reference:
         if self.args.held_out_split or split not in self._source(self.args.reference_split, "").split_names:
             try:
                 images = self._open(split, "--held_out_split")
-                check_disjoint(self._sources[self.args.reference_split], images)
+                reference = self._sources[self.args.reference_split]
+                images.white = reference.white  # so that both splits are scaled alike
+                check_disjoint(reference, images)
                 self._sources[split] = images
                 return split
             except NoSuchSplit:
@@ -119,7 +121,8 @@ class Reference:
 
     def _source(self, split: str, flag: str, **options) -> ImageSource:
         flags = {"name": "--reference", "split": flag}
-        return ImageSource(self.args.reference, split, image_column=self.args.image_column, flags=flags, **options)
+        options |= dict(image_column=self.args.image_column, value_range=given_range(self.args.image_range))
+        return ImageSource(self.args.reference, split, flags=flags, **options)
 
     def preparation(self, shape: tuple[int, int, int], record: dict) -> Preparation:
         """Return the preparation of a run's images: from the flags, otherwise from its record ({} if it has none)."""

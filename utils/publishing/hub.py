@@ -25,7 +25,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from .. import UserError
 from ..exits import UPLOAD_THREAD
-from ..privacy import OWN_IMAGES, is_hub_id
+from ..privacy import OWN_IMAGES, is_hub_id, redact
 from ..saved import AUTOENCODERS, NETS, net_folder
 from ..signals import STOP_SIGNALS, progress
 from ..training.last_lines import how_to_load
@@ -221,6 +221,7 @@ class Hub:
         record = read_arguments(self.folder)
         if "public_arguments" in record:
             record["arguments"] = record.pop("public_arguments")
+            record["constants"] = record.pop("public_constants", None) or redact(record.get("constants", {}))
             (folder / ARGUMENTS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

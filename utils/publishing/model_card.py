@@ -153,14 +153,15 @@ def write_card(
     )
     if name and not license:
         logger.warning(f"{UNLICENSED} (licence of the training images: {record.get('data_license', 'not stated')})")
-    known = {"script", "arguments", "public_arguments", "public_data", "constants", "card", "ran", "versions"}
+    known = {"script", "arguments", "constants", "public_arguments", "public_constants", "public_data"}
+    known |= {"card", "ran", "versions"}
     known |= {"num_processes", "mixed_precision", "device", "finished_at_step", "fingerprint", "classes", "file"}
     found = {key: value for key, value in record.items() if key not in known and value is not None}
     settings = redact(found) | {"data": data} | record.get("ran", {})
     own = {*flags} - _common_flags() - {*settings} - SHOWN_OTHERWISE  # flags of the script itself
     own -= {"class_dropout_prob"} if not classes else set()  # an unconditional model does not use this flag
     settings |= {key: flags[key] for key in (*TRAINING_FLAGS, *sorted(own)) if flags.get(key) is not None}
-    settings |= redact(record.get("constants", {}))
+    settings |= record.get("public_constants") or redact(record.get("constants", {}))
     code = [
         f"`{path.relative_to(folder)}`" for part in ("", "scheduler", "unet") for path in (folder / part).glob("*.py")
     ]

@@ -57,10 +57,7 @@ def load(args, accelerator, conditional: bool, columns: dict):
     record = Path(args.output_dir) / "training_args.json"
     if args.max_train_samples and record.is_file():  # older runs used the first images
         source = replace(source, take_first="sample" not in read_record(record))
-    images = NamedImages(source, accelerator, args.max_bad_images)
-    if args.image_range not in ("auto", "full"):
-        images.white = tuple(map(float, args.image_range.split(",")))
-    return images
+    return NamedImages(source, accelerator, args.max_bad_images)
 
 
 def refuse_for_own_images(args) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import datasets
@@ -43,7 +43,6 @@ class NamedImages(Images):
 
     advice = "--max_bad_images N skips up to N such images"
     buffer_size = SHUFFLE_BUFFER_SIZE  # images in a stream's shuffle buffer; fewer if they are large
-    white = None  # white value in colour images of floats, see ``decoding.from_values``
 
     def __init__(self, source: ImageSource, accelerator, max_bad_images: int = 0):
         self.source, self.accelerator, self.max_bad_images = source, accelerator, max_bad_images
@@ -109,7 +108,6 @@ class NamedImages(Images):
 
     def iter_probe_images(self) -> Iterator[Image.Image | BadImage]:
         """Yield some of the images, and compute the fingerprint. Warn about content of the files that is not used."""
-        self.white = self._find_white()
         digest, stamp = self._digests_of_names()
         unused, count, encoded = {}, 0, 0
         for index, row in self._probe_rows():
@@ -139,10 +137,11 @@ class NamedImages(Images):
             stamp.update(digest.digest())
             self._stamp = stamp.hexdigest()
 
-    def _find_white(self) -> float | tuple[float, float] | None:
-        """Return the value that becomes white in all colour images of floats, or None if there are none."""
-        if isinstance(self.white, tuple):
-            return self.white
+    @cached_property
+    def white(self) -> float | tuple[float, float] | None:
+        """Value that becomes white in all colour images of floats, see ``decoding.from_values``; None without any."""
+        if self.source.value_range:
+            return self.source.value_range
         records = [row["image"] for _, row in self._probe_rows() if isinstance(row["image"], (list, np.ndarray))]
         highs = []
         for record in records:
@@ -233,6 +232,7 @@ class NamedImages(Images):
         flags = {**self.source.flags, "split": flag}
         source = replace(self.source, split=split, max_samples=None, find_labels=find, flags=flags)
         images = NamedImages(source, self.accelerator, self.max_bad_images)
+        images.white = self.white  # so that both splits are scaled alike
         check_disjoint(self, images)
         return images
 
@@ -245,5 +245,7 @@ class NamedImages(Images):
         """
         name, _, split = name.partition(":") if not Path(name).exists() else (name, "", "")
         flags = {"name": flag, "split": flag}
-        source = ImageSource(name, split or "train", columns=self.source.columns, flags=flags)
+        source = ImageSource(
+            name, split or "train", columns=self.source.columns, flags=flags, value_range=self.source.value_range
+        )
         return NamedImages(source, self.accelerator, self.max_bad_images)

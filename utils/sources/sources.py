@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from .. import UserError
 from ..data.columns import Column
+from ..data.images import given_range
 from ..data.own_images import OwnImages, content_of, embedded_digits, embedded_faces
 from .columns import add_paired_files, select_columns
 from .folders import SPLITS, has_tables, load_folder
@@ -62,6 +63,7 @@ class ImageSource:
         find_labels: True to use the only column of type ClassLabel if ``label_column`` is None. Data are refused unless
             they have exactly one such column.
         columns: additional tensors of each row, by name.
+        value_range: values that become black and white in colour arrays; None chooses them by the images.
         flags: names of the flags for ``name`` and ``split``.
     """
 
@@ -77,6 +79,7 @@ class ImageSource:
     streaming: bool = False
     find_labels: bool = False
     columns: dict[str, Column] = field(default_factory=dict)
+    value_range: tuple[float, float] | None = None
     flags: dict[str, str] = field(default_factory=lambda: {"name": "--dataset_name", "split": "--dataset_split"})
 
     @classmethod
@@ -85,7 +88,7 @@ class ImageSource:
         source = cls(
             args.train_data_dir or args.dataset_name, args.dataset_split, args.train_data_dir is not None,
             args.dataset_config_name, args.image_column, args.label_column, args.max_train_samples,
-            seed=args.seed, streaming=args.streaming,
+            seed=args.seed, streaming=args.streaming, value_range=given_range(args.image_range),
         )  # fmt: skip
         return replace(source, flags={**source.flags, "name": "--train_data_dir"}) if source.is_folder else source
 

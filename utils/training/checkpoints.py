@@ -229,7 +229,10 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
             base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         ]
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+            if isinstance(group["lr"], torch.Tensor):  # torchao's optimizers refuse another object
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         before, schedule._last_lr = schedule.get_last_lr()[0], rates
         if abs(before - rates[0]) > 1e-3 * max(before, rates[0]):
             logger.info(

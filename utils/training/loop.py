@@ -31,7 +31,7 @@ from .. import UserError, counted, exits, optional, randomness
 from ..args import defaults_of
 from ..hardware import device_name
 from ..pictures import with_caption
-from ..saved import AUTOENCODERS, index_file
+from ..saved import AUTOENCODERS, index_file, is_complete
 from ..signals import Interrupted, StopSignal, progress
 from . import checkpoints, output_dir
 from .ema import EMA
@@ -162,6 +162,8 @@ class Run:
         data = self.train_data
         group = self.accelerator._optimizers[0].param_groups[0]
         learning_rate = group.get("initial_lr", group["lr"])  # The value of the flag, or the default for the model
+        if isinstance(learning_rate, torch.Tensor):  # torchao stores it as float32
+            learning_rate = float(f"{learning_rate.item():.6g}")
         noise = output_dir.describe_noise(noise_scheduler) if noise_scheduler else {}
         self.facts = {
             **noise, "learning_rate": learning_rate, **facts, **data.settings,
@@ -224,7 +226,7 @@ class Run:
         if not self.accelerator.sync_gradients:
             return False
         self.losses.step(grad_norm)
-        self.learning_rate = self.accelerator._optimizers[0].param_groups[0]["lr"]
+        self.learning_rate = float(self.accelerator._optimizers[0].param_groups[0]["lr"])
         self.global_step += 1
         self._step_is_open = True
         # After an overflow in fp16, weights, learning rate and average stay unchanged
@@ -313,7 +315,18 @@ class Run:
                 )
             self.tell("load_state", state)
             logger.info(f"Resuming from {path}, {counted(self.global_step, 'optimizer step')} done.")
+        else:
+            on_main_process(self.accelerator, self._refuse_to_overwrite)
         self.repeats = Repeats(self.accelerator, self.output_dir, self.global_step)
+
+    def _refuse_to_overwrite(self) -> None:
+        """Refuse to train from the start in the folder of a finished model, which would be lost."""
+        folder = self.output_dir
+        if "finished_at_step" in output_dir.read_arguments(folder) and is_complete(folder):
+            raise UserError(
+                f"--output_dir {folder} holds a finished model, but no checkpoint from which to train it further. "
+                "Choose another --output_dir for a new run. To draw other samples of this model, use sample.py"
+            )
 
     def _start(self) -> None:
         """Record the settings, and test saving and drawing, so that errors appear before hours of training."""
@@ -354,7 +367,7 @@ class Run:
                         "the script denoises latents, but saves a pipeline without their autoencoder. Expected "
                         "LDMPipeline(autoencoder, unet, scheduler)"
                     )
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # The script, diffusers and the file system raise errors of many classes
             problem = f"the pipeline of a {type(self.unet).__name__} cannot be saved: {type(error).__name__}: {error}"

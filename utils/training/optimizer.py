@@ -28,7 +28,9 @@ def make_optimizer(name: str, model: torch.nn.Module, **options) -> torch.optim.
     """
     weights = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
     if name == "adamw":
-        return torch.optim.AdamW(weights.values(), fused=True, **options)
+        optimizer = torch.optim.AdamW(weights.values(), fused=True, **options)
+        optimizer._step_supports_amp_scaling = False  # Then GradScaler skips and counts a step if a gradient overflows
+        return optimizer
     if name == "muon":
         matrices = [weight for key, weight in weights.items() if is_hidden_matrix(key, weight)]
         others = [weight for key, weight in weights.items() if not is_hidden_matrix(key, weight)]

@@ -362,6 +362,7 @@ def write_arguments(accelerator, flags: dict, script: str, constants: dict, **su
         "constants": constants,
         # Paths are redacted now, because they can be recognised only while they exist
         "public_arguments": redact(flags),
+        "public_constants": redact(constants),
         "public_data": OWN_IMAGES if flags.get("train_data_dir") else public_data(summary.get("data")),
         **redact(summary),
         "ran": _describe_prepared(accelerator),
