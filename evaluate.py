@@ -137,6 +137,8 @@ def main(args):
             for name, steps in plan.settings:
                 choose_sampler(own, name, steps)
             plan.classes, plan.condition = check_classes(unet.config, reference), Condition.of_model(unet.config)
+            for scale in args.guidance_scale if plan.classes else ():
+                GuidedModel(unet, scale)
             if plan.condition and space.fingerprint:
                 raise UserError(
                     f"{model} draws latents from a condition. Expected a model in pixels. Draw from this one with sample.py"

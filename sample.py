@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add_guidance_arguments(parser, group)
     args = parser.parse(argv)
     if given := args.condition_image or args.true_image:
-        names = os.listdir(given) if os.path.isdir(given) else [given]
+        names = [name for name in os.listdir(given) if name[0] != "."] if os.path.isdir(given) else [given]
         inputs = sum(str(mimetypes.guess_type(name, strict=False)[0]).startswith("image/") for name in names)
         parser.set_defaults(num_samples=4 * max(1, inputs))
     if args.interpolate:
@@ -225,9 +225,9 @@ def main(args):
             images, captions = arrange(given.shown[:count], images, true)
         else:
             images, captions = images_folder.load(range(64)), ()
-        if args.interpolate and len(images) <= 16:
+        if args.interpolate and not given and len(images) <= 16:
             captions = [""]  # one row
-        elif classes and len(classes) <= min(len(images), MOST_ROWS):
+        elif classes and not args.interpolate and len(classes) <= min(len(images), MOST_ROWS):
             images, captions = group_by_class(images, [names[k] for k in classes])
         make_grid(images, captions=captions).save(images_folder.folder / "grid.png")
         if args.format != "png":

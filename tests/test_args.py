@@ -22,6 +22,7 @@ import train_flow
 import train_latent
 import train_paired
 import train_unet2d
+from utils import write_record
 from utils.args import Parser
 
 ROOT = Path(train_ddpm.__file__).parent
@@ -173,10 +174,21 @@ def test_config_file_sets_defaults_and_the_command_line_wins(tmp_path, capsys):
         assert message in refused(capsys, f"--config={config}")
     config.write_text("sweep: ['ddim:10,50', ddpm:10]\nreference: digits\n")
     assert evaluate.parse_args(["x", f"--config={config}"]).sweep == ["ddim:10,50", "ddpm:10"]
+    config.write_text("reference: digits\nsweep: ['ddim:10,50', ddpm:10]\n")
+    args = evaluate.parse_args([f"--config={config}", "x"])
+    assert args.models == ["x"] and args.sweep == ["ddim:10,50", "ddpm:10"]
+    config.write_text("gif: true\n")
+    args = sample.parse_args(["outputs/x", "--config", str(config)])
+    assert args.gif and args.model == "outputs/x" and args.config == str(config)
     config.write_text("models: [x]\nreference: digits\n")
     with pytest.raises(SystemExit):
         evaluate.parse_args(["x", f"--config={config}"])
     assert "there is no flag --models" in capsys.readouterr().err
+
+
+def test_a_record_is_a_config_file_with_any_name(tmp_path):
+    write_record(tmp_path / "run.json", {"script": "train_ddpm", "arguments": {"train_data_dir": "/data/\U0001f600 é"}})
+    assert train_ddpm.parse_args([f"--config={tmp_path / 'run.json'}"]).train_data_dir == "/data/\U0001f600 é"
 
 
 @pytest.mark.parametrize(

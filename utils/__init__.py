@@ -57,7 +57,8 @@ def read_record(path: Path) -> dict:
 def write_record(path: Path, content) -> None:
     """Write JSON atomically."""
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False)  # YAML reads escaped characters beyond 16 bits wrongly
+    temporary.write_text(text + "\n", encoding="utf-8")
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)

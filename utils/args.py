@@ -179,7 +179,11 @@ class Parser(argparse.ArgumentParser):
         known, rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False), None
         known.add_argument("--config")
         config, rest = known.parse_known_args(argv)
-        values = self.parse_args(self._read_config(config.config) + rest)
+        if (
+            config.config is not None
+        ):  # It stands between both, so that a list in the file takes no argument from behind it
+            rest = [*self._read_config(config.config), f"--config={config.config}", *rest]
+        values = self.parse_args(rest)
         values.config = config.config
         if vars(values).get("optimizer", "") is None:  # resolved, so that the run's record holds a value
             values.optimizer = "adamw" if vars(values).get("pretrained_model_name_or_path") else "muon"

@@ -24,7 +24,8 @@ import train_conditional
 import train_ddpm
 import train_paired
 from utils.privacy import basename_if_path, redact
-from utils.publishing.hub import PUSH_FAILED
+from utils.publishing import hub as publishing_hub
+from utils.publishing.hub import PUSH_FAILED, Hub
 from utils.publishing.model_card import write_card
 from utils.training.checkpoints import verify_checkpoint
 
@@ -409,6 +410,21 @@ def test_paths_are_cut_down_to_their_names(tmp_path):
     assert redact(nested) == {"MASKS": [tmp_path.name, {"inside": "a"}, 3]}
     for flag in ("train_data_dir", "condition_dir"):
         assert redact({flag: "/data/patients_smith"}) == {flag: "own images"}
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_the_name_of_a_data_set_that_is_not_public_stays_here(finished, tmp_path, monkeypatch, caplog, public):
+    record = json.loads((finished / "training_args.json").read_text())
+    record["arguments"]["dataset_name"] = record["public_arguments"]["dataset_name"] = "me/patients"
+    record |= {"public_data": "me/patients", "data": "me/patients"}
+    record["card"]["reproduce"] += " --dataset_name me/patients"
+    (finished / "training_args.json").write_text(json.dumps(record))
+    monkeypatch.setattr(publishing_hub, "_is_public", lambda name: public)
+    (tmp_path / "sent").mkdir()
+    Hub(finished, "me/model")._fill(tmp_path / "sent")
+    for name in ("README.md", "training_args.json"):
+        assert ("me/patients" in (tmp_path / "sent" / name).read_text()) is public, name
+    assert ("me/patients is not public on the Hub" in caplog.text) is not public
 
 
 @pytest.mark.parametrize("kind", ["nowhere", "a checkpoint", "a wrong evaluation"])

@@ -243,6 +243,7 @@ def test_the_output_is_a_pipeline_of_diffusers_at_one_two_and_four_calls(finishe
     assert "ignored" not in capfd.readouterr().err  # parameters of another scheduler
     card = (finished / "README.md").read_text()
     assert "num_inference_steps=2" in card and "`LCMScheduler`" in card and str(finished) not in card
+    assert "## People" not in card  # neither the teacher nor the student saw other images than digits
 
 
 def test_the_grid_has_the_teacher_and_one_two_and_four_calls(finished):

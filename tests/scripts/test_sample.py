@@ -91,6 +91,8 @@ def test_an_interrupted_run_resumes_where_it_stopped(tmp_path, finished_run, mon
     stop_at = None
     assert draw(finished_run, tmp_path / "run", "--sample_batch_size=2") == 0
     assert len(calls) == 2 * 3  # two batches, the three images that were missing
+    with pytest.raises(UserError, match="mixed_precision was 'no', is 'bf16'"):
+        draw(finished_run, tmp_path / "run", "--mixed_precision=bf16")
     draw(finished_run, tmp_path / "straight")
     assert np.abs(images(tmp_path / "run") - images(tmp_path / "straight")).max() <= 1
     assert draw(finished_run, tmp_path / "run", "--num_samples=7") == 0  # more images of the same run

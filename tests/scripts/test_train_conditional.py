@@ -1,6 +1,7 @@
 """train_conditional.py and its tools: classes, guidance, two ways to load the result, labels of many kinds."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -22,6 +23,8 @@ from utils.diffusion.class_conditional import class_numbers, guided_output
 from utils.diffusion.classes import GuidedModel, add_class_embedding, cycle_labels, group_by_class
 from utils.diffusion.sampling import sample_images
 from utils.diffusion.schedulers import make_sampler
+from utils.evaluation.class_statistics import asked_classes
+from utils.pictures import make_grid
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 NAMES = [str(k) for k in range(10)]
@@ -309,6 +312,8 @@ def test_classes_are_interpolated_at_fixed_noise(finished, tmp_path):
     assert np.array_equal(walk[2], eight[0]) and np.array_equal(eight[0], eight[1])
     guided = ["--num_samples=2", "--class_labels=3,8", "--interpolate", "0", "1", "--guidance_scale=2"]
     assert drawn(finished, tmp_path / "guided", *guided)[0] == 0
+    _, many = drawn(finished, tmp_path / "many", "--num_samples=20", "--interpolate", "0", "1")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "many" / "grid.png")), np.asarray(make_grid(many[:, None])))
 
 
 @pytest.mark.parametrize("label", ["eleven", "10", "-1"])
@@ -320,6 +325,13 @@ def test_a_class_that_is_not_there_is_refused_with_those_that_are(finished, tmp_
 def test_classes_of_an_unconditional_model_are_refused(finished_run, tmp_path):
     with pytest.raises(UserError, match=r"this model is unconditional\. Leave the flag out"):
         sample.main(sample.parse_args([str(finished_run), f"--output_dir={tmp_path}", "--class_labels=7"]))
+
+
+def test_a_reference_with_hidden_labels_asks_for_all_classes_equally():
+    labelled = (np.zeros((5, 2)), np.full(5, -1), NAMES)
+    real = SimpleNamespace(labels=lambda: (None, NAMES), labelled=lambda *given: labelled, images=lambda split: [0] * 5)
+    real.args = SimpleNamespace(reference_split="test")
+    assert np.bincount(asked_classes(NAMES, real, None, None, 25).labels).tolist() == [3] * 5 + [2] * 5
 
 
 def test_evaluate_asks_for_the_classes_of_the_reference(finished, tmp_path):

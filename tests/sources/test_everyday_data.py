@@ -49,6 +49,24 @@ def mean(data, count=3):
 # ------------------------------------------------------------------------------------------------- slices and samples
 
 
+@pytest.mark.parametrize("parts", [("train[:100]", "train[50:]"), ("train[:40%]", "train[20%:]")])
+@pytest.mark.parametrize("streaming", [[], ["--streaming", "--max_train_steps=3"]])
+def test_slices_that_overlap_are_not_held_out(accelerator, tmp_path, parts, streaming):
+    flags = [f"--train_data_dir={write(tmp_path / 'many', 110)}", f"--dataset_split={parts[0]}", *streaming]
+    data = load(accelerator, *flags, f"--validation_split={parts[1]}")
+    with pytest.raises(UserError, match="so it would not be held out"):
+        _ = data.held_out
+    assert load(accelerator, *flags, "--validation_split=train[100:]").held_out is not None
+
+
+@pytest.mark.parametrize("first", [0, 20])
+def test_a_bad_image_of_a_stream_counts_once_in_all_epochs(accelerator, tmp_path, caplog, first):
+    (write(tmp_path / "many", 8) / "003.png").write_bytes(b"no image")
+    flags = [f"--train_data_dir={tmp_path}/many", "--streaming", "--max_train_steps=60", "--max_bad_images=1"]
+    assert len(list(load(accelerator, *flags).batches(range(first, 60)))) == 60 - first
+    assert caplog.text.count("skipped (1 so far)") == 1
+
+
 @pytest.fixture
 def three(tmp_path):
     for name, count in (("a", 30), ("b", 15), ("c", 15)):

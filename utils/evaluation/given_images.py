@@ -173,7 +173,7 @@ def _files(flag: str, args) -> list[Path]:
     path = Path(vars(args)[flag[2:]]).expanduser()
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.glob("*") if file.suffix.lower() in image_extensions())
+    found = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in image_extensions())
     if not found:
         problem = "holds no pictures" if path.is_dir() else "does not exist"
         raise UserError(f"{flag} {path} {problem}. Expected a picture, or a folder of pictures")

@@ -1,6 +1,5 @@
 """Numbered images in a folder, drawn by all processes; an interrupted run resumes with the missing images."""
 
-import json
 import logging
 import os
 import zipfile
@@ -12,7 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from .. import UserError, read_record
+from .. import UserError, randomness, read_record, write_record
 from ..data.images import PreparedImages
 from ..data.pixels import GREY_MODES, prepare_image
 from ..diffusion.unets import weights_digest
@@ -67,6 +66,7 @@ class ImageFolder:
     def _prepare(self, num_inference_steps, model, sampler, space, given) -> None:
         settings = {flag: value for flag, value in vars(self.args).items() if flag not in MAY_CHANGE}
         settings["num_inference_steps"] = num_inference_steps
+        settings["mixed_precision"], settings["randomness"] = self.accelerator.mixed_precision, randomness.VERSION
         settings["weights"] = weights_digest(model)[:12]
         settings["scheduler"] = f"{type(sampler).__name__} {digest_of(settings_of(sampler))[:12]}"
         if space.fingerprint:
@@ -81,6 +81,8 @@ class ImageFolder:
         path = self.folder / SETTINGS
         if path.is_file():
             found = read_record(path)
+            # Older folders do not name them
+            found |= {n: settings[n] for n in ("mixed_precision", "randomness") if found.get(n) is None}
             names = sorted({*found, *settings})
             changed = [
                 f"{n} was {found.get(n)!r}, is {settings.get(n)!r}" for n in names if found.get(n) != settings.get(n)
@@ -95,7 +97,8 @@ class ImageFolder:
                 f"--output_dir {self.folder} is not empty, and is not the output of sample.py. Choose another folder"
             )
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if not path.is_file():
+            write_record(path, settings)
 
     def _path(self, sample_id: int) -> Path:
         return self.folder / "images" / f"{sample_id:06}.png"

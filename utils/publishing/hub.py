@@ -23,9 +23,9 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars
 
-from .. import UserError
+from .. import UserError, write_record
 from ..exits import UPLOAD_THREAD
-from ..privacy import OWN_IMAGES, is_hub_id, redact
+from ..privacy import DATA, OWN_IMAGES, is_hub_id, redact
 from ..saved import AUTOENCODERS, NETS, net_folder
 from ..signals import STOP_SIGNALS, progress
 from ..training.last_lines import how_to_load
@@ -187,7 +187,7 @@ class Hub:
         if not any(path.suffix == ".safetensors" for path in files):
             raise ValueError(f"{net_folder(self.folder)} has no weights (.safetensors)")
         pictures = {*PICTURES}
-        record = read_arguments(self.folder)
+        record = self._public_record()
         push_logs = self.logs
         shows_images = record.get("condition") or how_to_load(self.folder, self.folder).is_autoencoder
         if shows_images and not _is_public(record.get("public_data", OWN_IMAGES)):
@@ -213,16 +213,24 @@ class Hub:
                 continue
             (staging / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, staging / place)
-        self._write_arguments(staging)
-        write_card(staging, self.folder, final=True, name=self.repo_id, **self.card)
-
-    def _write_arguments(self, folder: Path) -> None:
-        """Write ``training_args.json`` without paths of this machine."""
-        record = read_arguments(self.folder)
+        write_card(staging, self.folder, final=True, name=self.repo_id, record=record, **self.card)
         if "public_arguments" in record:
             record["arguments"] = record.pop("public_arguments")
             record["constants"] = record.pop("public_constants", None) or redact(record.get("constants", {}))
-            (folder / ARGUMENTS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            write_record(staging / ARGUMENTS, record)
+
+    def _public_record(self) -> dict:
+        """Return the record of the run, without the names of data sets of the Hub that are not public."""
+        record = read_arguments(self.folder)
+        flags, text = record.get("public_arguments", {}), json.dumps(record)
+        for name in {flags.get(flag) for flag in DATA} - {None, self.card.get("dataset_name")}:
+            if is_hub_id(name) and not _is_public(name):
+                text = text.replace(name, OWN_IMAGES)
+                logger.warning(
+                    f"{name} is not public on the Hub, or the Hub did not answer, so the pushed files call it "
+                    f"{OWN_IMAGES}. --hub_dataset_name names it on the model's page"
+                )
+        return json.loads(text)
 
 
 def _is_public(data: str) -> bool:

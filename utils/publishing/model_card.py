@@ -100,12 +100,14 @@ def add_to_record(folder: Path, args, title: str, caption: str, state) -> None:
     shown = record["public_arguments"]
     if cut := [flag for flag, value in record["arguments"].items() if flag in shown and shown[flag] != value]:
         text += f". The command leaves out the paths on that machine in --{', --'.join(cut)}"
-    write_record(folder / ARGUMENTS, {**record, "card": {"title": title, "caption": caption, "reproduce": text}})
+    people = _shows_people(record["arguments"].get("pretrained_model_name_or_path"))
+    card = {"title": title, "caption": caption, "reproduce": text, "base_shows_people": people}
+    write_record(folder / ARGUMENTS, {**record, "card": card})
 
 
 def write_card(
     folder: Path, run_folder: Path, final: bool | None = None, name: str | None = None, license: str | None = None,
-    dataset_name: str | None = None, evaluation: dict | None = None,
+    dataset_name: str | None = None, evaluation: dict | None = None, record: dict | None = None,
 ) -> None:  # fmt: skip
     """Write ``README.md``: metadata, samples, code that loads the model, and the command that reproduces it.
 
@@ -120,11 +122,12 @@ def write_card(
         license: licence of the model; by default ``unknown``, with a warning if ``name`` is given.
         dataset_name: name of the training images.
         evaluation: content of ``results.json`` of evaluate.py.
+        record: record of the run; by default that in ``run_folder``.
 
     Raises:
         ValueError: see ``describe_results``.
     """
-    record = read_arguments(run_folder)
+    record = record or read_arguments(run_folder)
     if "card" not in record:
         return
     final = folder.resolve() == run_folder.resolve() if final is None else final
@@ -135,7 +138,7 @@ def write_card(
     classes = class_names(net_config(folder))
     flags, base, kind = record["public_arguments"], record.get("base"), record.get("condition")
     data = record.get("public_data", OWN_IMAGES)
-    people = data not in DATA_WITHOUT_PEOPLE or _shows_people(base)
+    people = data not in DATA_WITHOUT_PEOPLE or record["card"].get("base_shows_people", bool(base))
     if data == OWN_IMAGES:
         data = f"{record.get('images') or 'a stream of'} {OWN_IMAGES}"
     data = dataset_name or data

@@ -173,12 +173,12 @@ def _check_slices(trained_on: ImageSource, held_out: ImageSource, accelerator) -
     names = [source.split_names for source in pair]
     if not names[0] & names[1]:
         return
-    ranges = []
+    ranges, sliced = [], any("[" in source.split for source in pair)  # only folders allow slices of streams
     for source, wholes in zip(pair, names, strict=True):
         lengths = {}
         for whole in wholes:
-            entire = replace(source, split=whole, label_column=None, max_samples=None)
-            lengths[whole] = 1 if source.streaming else len(load_source(entire, accelerator)[0])
+            entire = replace(source, split=whole, label_column=None, max_samples=None, streaming=False)
+            lengths[whole] = 1 if source.streaming and not sliced else len(load_source(entire, accelerator)[0])
         parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
         left = (source.take_first and source.max_samples) or math.inf  # a random sample may contain any rows
         ranges.append([])

@@ -1,6 +1,7 @@
 """Training images from a stream, for sets that do not fit on the disk."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,19 +42,20 @@ class Stream:
         self.number = 0 if first is None else int(first[0]) // self.global_batch_size  # number of the global batch
         self.used = self.number * images_per_step
 
-    def _rows(self) -> Iterator[tuple[int, dict]]:
+    def _rows(self) -> Iterator[tuple[int, bool, dict]]:
+        """Yield the position of each row in the stream, whether it has been read before, and the row."""
         shard = self.shard.shuffle(seed=self.prepared.seed, buffer_size=self.prepared.images.buffer_size)
-        count, epoch = 0, 0
+        count, epoch, length = 0, 0, math.inf
         while True:
             shard.set_epoch(epoch)
             before = count
             for row in shard:
                 if count >= self.used:
-                    yield count, self.prepared.images.add_decoders(row, count)
+                    yield count, count >= self.used + length, self.prepared.images.add_decoders(row, count)
                 count += 1
             if count == before:
                 raise UserError(f"{self.prepared.images.name}: the stream holds no images for this process")
-            epoch += 1
+            epoch, length = epoch + 1, count - before
 
     def __iter__(self) -> Iterator[list[dict]]:
         rows, bad, bad_count, prepared = self._rows(), [], 0, self.prepared
@@ -64,8 +66,11 @@ class Stream:
                     next(rows)
                 items = []
                 while len(items) < len(sample_ids):
-                    indices, chosen = zip(*[next(rows) for _ in range(len(sample_ids) - len(items))], strict=True)
-                    for index, found in zip(indices, pool.map(prepared.attempt, chosen), strict=True):
+                    wanted = [next(rows) for _ in range(len(sample_ids) - len(items))]
+                    indices, repeated, chosen = zip(*wanted, strict=True)
+                    for index, again, found in zip(indices, repeated, pool.map(prepared.attempt, chosen), strict=True):
+                        if isinstance(found, BadImage) and again:  # It was reported in an earlier epoch
+                            continue
                         if isinstance(found, BadImage):
                             bad.append((index, str(found)))
                             bad_count += 1
