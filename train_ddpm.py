@@ -169,8 +169,8 @@ def main(args):
         if run.end_of_step(losses, timesteps, grad_norm, batch.get("labels")):  # once per optimizer step
             lr_scheduler.step()
             ema_model.step(unet.parameters())
-            # Earlier copies are needed only if the run resumes with a smaller --max_train_steps
-            if guide is not None and run.global_step in range(copied_at, 0, -50):
+            # Copied every 10 steps, because fp16 may skip a step, and --max_train_steps may become smaller
+            if guide is not None and run.global_step in range(copied_at, 0, -10):
                 with ema_model.averaged_weights(unet):
                     guide.load_state_dict(unet.state_dict())
     run.finish()

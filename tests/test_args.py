@@ -180,6 +180,8 @@ def test_config_file_sets_defaults_and_the_command_line_wins(tmp_path, capsys):
     config.write_text("gif: true\n")
     args = sample.parse_args(["outputs/x", "--config", str(config)])
     assert args.gif and args.model == "outputs/x" and args.config == str(config)
+    args = sample.parse_args(["--gif", f"--config={config}", "outputs/x"])
+    assert args.gif and args.model == "outputs/x" and args.config == str(config)
     config.write_text("models: [x]\nreference: digits\n")
     with pytest.raises(SystemExit):
         evaluate.parse_args(["x", f"--config={config}"])

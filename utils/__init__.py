@@ -58,7 +58,7 @@ def write_record(path: Path, content) -> None:
     """Write JSON atomically."""
     temporary = path.with_name(f".tmp-{path.name}")
     text = json.dumps(content, indent=2, ensure_ascii=False)  # YAML reads escaped characters beyond 16 bits wrongly
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # file names may be other bytes
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)

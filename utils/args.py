@@ -176,15 +176,14 @@ class Parser(argparse.ArgumentParser):
         Args:
             learning_rate: default of ``--learning_rate`` from random weights.
         """
-        known, rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False), None
+        known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         known.add_argument("--config")
-        config, rest = known.parse_known_args(argv)
-        if (
-            config.config is not None
-        ):  # It stands between both, so that a list in the file takes no argument from behind it
-            rest = [*self._read_config(config.config), f"--config={config.config}", *rest]
-        values = self.parse_args(rest)
-        values.config = config.config
+        argv = sys.argv[1:] if argv is None else argv
+        config = known.parse_known_args(argv)[0].config
+        if config is not None:
+            # With --config in between, a list at the end of the file does not take the next argument
+            argv = [*self._read_config(config), f"--config={config}", *argv]
+        values = self.parse_args(argv)
         if vars(values).get("optimizer", "") is None:  # resolved, so that the run's record holds a value
             values.optimizer = "adamw" if vars(values).get("pretrained_model_name_or_path") else "muon"
         if vars(values).get("learning_rate", "") is None and not vars(values).get("pretrained_model_name_or_path"):

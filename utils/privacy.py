@@ -1,5 +1,6 @@
 """Redaction of a run's settings before publication: no paths of this machine, no names of a user's own images."""
 
+import os
 import re
 from pathlib import Path
 
@@ -17,15 +18,15 @@ def basename_if_path(value):
             dictionary with such values.
     """
     if isinstance(value, dict):
-        return {key: basename_if_path(entry) for key, entry in value.items()}
+        return {basename_if_path(key): basename_if_path(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [basename_if_path(entry) for entry in value]
     if not isinstance(value, str):
         return value
-    names, text = re.fullmatch(r"((?:--)?(?:\w+=)*)(.*)", value, re.DOTALL).groups()
+    names, text = re.fullmatch(r"((?:--)?(?:[\w-]+=)*)(.*)", value, re.DOTALL).groups()
     if not text or is_hub_id(text):
         return value
-    is_path = text.startswith(("/", "./", "../", "~")) or (("/" in text or "\\" in text) and Path(text).exists())
+    is_path = text.startswith(("/", "./", "../", "~")) or (("/" in text or "\\" in text) and os.path.exists(text))
     return names + (Path(text).name if is_path else text)
 
 
@@ -42,9 +43,9 @@ def public_data(name):
     A path is recognised only where it exists, so this must be called where the images were loaded.
     """
     local = name and name not in ("digits", "faces", "mnist") and not is_hub_id(name)
-    return OWN_IMAGES if local and (Path(name).exists() or not re.fullmatch(r"[\w.-]+", name)) else name
+    return OWN_IMAGES if local and (os.path.exists(name) or not re.fullmatch(r"[\w.-]+", name)) else name
 
 
 def is_hub_id(name: str) -> bool:
     """Return whether a name has the form user/name and is not an existing path."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists()
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not os.path.exists(name)

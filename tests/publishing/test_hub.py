@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -27,7 +28,7 @@ from utils.privacy import basename_if_path, redact
 from utils.publishing import hub as publishing_hub
 from utils.publishing.hub import PUSH_FAILED, Hub
 from utils.publishing.model_card import write_card
-from utils.training.checkpoints import verify_checkpoint
+from utils.training.checkpoints import file_hash, verify_checkpoint
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -406,8 +407,8 @@ def test_paths_are_cut_down_to_their_names(tmp_path):
         assert basename_if_path(kept) == kept
     assert basename_if_path(f"dinov2={tmp_path}") == f"dinov2={tmp_path.name}"
     assert basename_if_path(f"--features=dinov2={tmp_path}") == f"--features=dinov2={tmp_path.name}"
-    nested = {"MASKS": [str(tmp_path), {"inside": f"{tmp_path}/a"}, 3]}
-    assert redact(nested) == {"MASKS": [tmp_path.name, {"inside": "a"}, 3]}
+    nested = {"MASKS": [str(tmp_path), {f"{tmp_path}/b": f"data-dir={tmp_path}/a"}, 3], "LONG": "a/" + 300 * "b"}
+    assert redact(nested) == {"MASKS": [tmp_path.name, {"b": "data-dir=a"}, 3], "LONG": "a/" + 300 * "b"}
     for flag in ("train_data_dir", "condition_dir"):
         assert redact({flag: "/data/patients_smith"}) == {flag: "own images"}
 
@@ -417,13 +418,17 @@ def test_the_name_of_a_data_set_that_is_not_public_stays_here(finished, tmp_path
     record = json.loads((finished / "training_args.json").read_text())
     record["arguments"]["dataset_name"] = record["public_arguments"]["dataset_name"] = "me/patients"
     record |= {"public_data": "me/patients", "data": "me/patients"}
-    record["card"]["reproduce"] += " --dataset_name me/patients"
+    record["card"]["reproduce"] += " --dataset_name me/patients --x me/patients-net"
     (finished / "training_args.json").write_text(json.dumps(record))
-    monkeypatch.setattr(publishing_hub, "_is_public", lambda name: public)
+    monkeypatch.setattr(publishing_hub, "_is_public", lambda name, gated: public)
     (tmp_path / "sent").mkdir()
-    Hub(finished, "me/model")._fill(tmp_path / "sent")
+    row = {"model": "run", "weights": file_hash(finished / WEIGHTS)[:12], "N": 10, "fd_digits": 1.0}
+    evaluation = {"public_reference": "me/more-patients", "reference_split": "train", "results": [row]}
+    Hub(finished, "me/model", logs=True, evaluation=evaluation)._fill(tmp_path / "sent")
     for name in ("README.md", "training_args.json"):
-        assert ("me/patients" in (tmp_path / "sent" / name).read_text()) is public, name
+        text = (tmp_path / "sent" / name).read_text()
+        assert "me/patients-net" in text
+        assert bool(re.search(r"me/(more-)?patients\b(?!-)", text)) is public, name
     assert ("me/patients is not public on the Hub" in caplog.text) is not public
 
 

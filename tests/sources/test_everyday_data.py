@@ -12,6 +12,7 @@ from conftest import parse
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
+import evaluate
 import train_ddpm
 from utils import UserError
 from utils.data.own_images import OwnImages
@@ -20,6 +21,7 @@ from utils.diffusion.class_conditional import ClassConditionalPipeline
 from utils.diffusion.classes import add_class_embedding, choose_classes
 from utils.diffusion.pretrained import load_pretrained
 from utils.diffusion.unets import UNETS
+from utils.evaluation.reference import Reference
 from utils.sources.sources import shared_rows
 
 RNG = np.random.default_rng(0)
@@ -65,6 +67,19 @@ def test_a_bad_image_of_a_stream_counts_once_in_all_epochs(accelerator, tmp_path
     flags = [f"--train_data_dir={tmp_path}/many", "--streaming", "--max_train_steps=60", "--max_bad_images=1"]
     assert len(list(load(accelerator, *flags).batches(range(first, 60)))) == 60 - first
     assert caplog.text.count("skipped (1 so far)") == 1
+
+
+@pytest.mark.parametrize("allowed, message", [(0, "bad image|cannot be|No such file"), (8, "can be read any more")])
+def test_images_of_a_stream_that_disappear_end_the_run(accelerator, tmp_path, allowed, message):
+    folder = write(tmp_path / "many", 8)
+    flags = [f"--train_data_dir={folder}", "--streaming", "--max_train_steps=60", f"--max_bad_images={allowed}"]
+    batches = load(accelerator, *flags).batches(range(60))
+    for _ in range(8):  # two epochs
+        next(batches)
+    for path in folder.glob("*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match=message):
+        list(batches)
 
 
 @pytest.fixture
@@ -178,6 +193,16 @@ def test_a_held_out_split_is_scaled_like_the_training_images(accelerator, tmp_pa
         data = load(accelerator, *flags, *more)
         shown = (data.examples(20, data.held_out)["images"] + 1) * 127.5
         assert shown.max() == pytest.approx(values[12:].max() * 255 / white, abs=1)
+
+
+def test_the_parts_of_a_reference_are_scaled_alike(accelerator, tmp_path):
+    values = RNG.random((200, 8, 8, 3)).astype(np.float32)
+    values[0] *= 100  # only one of the parts has this image
+    features = datasets.Features({"image": datasets.Array3D((8, 8, 3), "float32")})
+    datasets.Dataset.from_dict({"image": list(values)}, features=features).to_parquet(tmp_path / "x.parquet")
+    flags = [f"--reference={tmp_path}/x.parquet", "--image_column=image", "--num_samples=60"]
+    reference = Reference(evaluate.parse_args(["x", *flags]), accelerator)
+    assert {reference.images(part).white for part in ("train", reference.held_out_split)} == {255.0}
 
 
 def test_integers_that_do_not_fit_are_refused(accelerator, tmp_path):

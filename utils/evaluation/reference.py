@@ -63,6 +63,7 @@ class Reference:
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self._parts, self._features = args, accelerator, {}, {}
         self._copies, self._labels = {}, {}
+        self._sources = {}
         self._sources = {args.reference_split: self._open(args.reference_split, "--reference_split")}
         self.held_out_split = self._find_held_out()
         for split, images in self._sources.items():
@@ -78,9 +79,7 @@ class Reference:
         if self.args.held_out_split or split not in self._source(self.args.reference_split, "").split_names:
             try:
                 images = self._open(split, "--held_out_split")
-                reference = self._sources[self.args.reference_split]
-                images.white = reference.white  # so that both splits are scaled alike
-                check_disjoint(reference, images)
+                check_disjoint(self._sources[self.args.reference_split], images)
                 self._sources[split] = images
                 return split
             except NoSuchSplit:
@@ -91,6 +90,8 @@ class Reference:
     def _open(self, split: str, flag: str, **options) -> NamedImages:
         whole, indices = self._parts.get(split, (split, None))
         images = NamedImages(self._source(whole, flag, **options), self.accelerator)
+        if self.args.reference_split in self._sources:
+            images.white = self._sources[self.args.reference_split].white  # so that all splits are scaled alike
         return images if indices is None else images.select(indices, split)
 
     def _hold_out(self, split: str) -> str | None:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import huggingface_hub
@@ -136,7 +137,7 @@ class Hub:
         """Upload in this thread, and keep an error in ``failure``."""
         try:
             _retry(self._create, self.timeout)
-            self._snapshot()
+            _retry(self._snapshot, self.timeout)
             upload = lambda: HfApi().upload_folder(  # noqa: E731
                 repo_id=self.repo_id, repo_type=self.kind, folder_path=self.folder / self.sent,
                 revision=self.revision, commit_message=f"Upload {self.kind}",
@@ -187,8 +188,8 @@ class Hub:
         if not any(path.suffix == ".safetensors" for path in files):
             raise ValueError(f"{net_folder(self.folder)} has no weights (.safetensors)")
         pictures = {*PICTURES}
-        record = self._public_record()
-        push_logs = self.logs
+        record = self._hide_private_names(read_arguments(self.folder))
+        push_logs = self.logs and not self._private_names
         shows_images = record.get("condition") or how_to_load(self.folder, self.folder).is_autoencoder
         if shows_images and not _is_public(record.get("public_data", OWN_IMAGES)):
             pictures -= SHOWN_IMAGES
@@ -213,35 +214,51 @@ class Hub:
                 continue
             (staging / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, staging / place)
-        write_card(staging, self.folder, final=True, name=self.repo_id, record=record, **self.card)
+        card = self.card | {"evaluation": self._hide_private_names(self.card.get("evaluation"))}
+        write_card(staging, self.folder, final=True, name=self.repo_id, record=record, **card)
         if "public_arguments" in record:
             record["arguments"] = record.pop("public_arguments")
             record["constants"] = record.pop("public_constants", None) or redact(record.get("constants", {}))
             write_record(staging / ARGUMENTS, record)
 
-    def _public_record(self) -> dict:
-        """Return the record of the run, without the names of data sets of the Hub that are not public."""
-        record = read_arguments(self.folder)
-        flags, text = record.get("public_arguments", {}), json.dumps(record)
-        for name in {flags.get(flag) for flag in DATA} - {None, self.card.get("dataset_name")}:
-            if is_hub_id(name) and not _is_public(name):
-                text = text.replace(name, OWN_IMAGES)
-                logger.warning(
-                    f"{name} is not public on the Hub, or the Hub did not answer, so the pushed files call it "
-                    f"{OWN_IMAGES}. --hub_dataset_name names it on the model's page"
-                )
+    def _hide_private_names(self, values):
+        """Return JSON values without the names of data sets of the Hub that are not public."""
+        text = json.dumps(values)
+        for name in self._private_names:
+            text = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w./-])", OWN_IMAGES, text)
         return json.loads(text)
 
+    @cached_property
+    def _private_names(self) -> list[str]:
+        """Return the names of data sets of this run that are not public on the Hub."""
+        flags = read_arguments(self.folder).get("public_arguments", {})
+        names = {flags.get(flag) for flag in DATA} | {(self.card.get("evaluation") or {}).get("public_reference")}
+        names -= {None, self.card.get("dataset_name")}
+        private = [name for name in sorted(names) if is_hub_id(name) and not _is_public(name, gated=True)]
+        for name in private:
+            logger.warning(
+                f"{name} is not public on the Hub, so the pushed files call it {OWN_IMAGES}, and TensorBoard's files "
+                "are not pushed. --hub_dataset_name names it on the model's page"
+            )
+        return private
 
-def _is_public(data: str) -> bool:
-    """Return whether a data set is public: one that these scripts know by name, or a public one of the Hub."""
+
+def _is_public(data: str, gated: bool = False) -> bool:
+    """Return whether a data set is public: one that these scripts know by name, or a public one of the Hub.
+
+    Args:
+        data: name of the data set.
+        gated: whether gated data sets count, too. Their names are public, but not their images.
+    """
     if data in DATA_TITLES:
         return True
     try:
         found = HfApi().dataset_info(data) if is_hub_id(data) else None
-    except (HfHubHTTPError, OSError, ValueError):  # a private data set of others is not found
+    except (HfHubHTTPError, OSError, ValueError) as error:  # a private data set of others is not found
+        if _is_temporary(error):
+            raise
         return False
-    return bool(found) and not (found.private or found.gated)
+    return bool(found) and not found.private and (gated or not found.gated)
 
 
 def _with_timeout(seconds: float):

@@ -59,7 +59,12 @@ class NamedImages(Images):
     def select(self, indices, name: str) -> "NamedImages":
         """Return a copy with only these rows, and with ``name`` as the name of its split."""
         images = object.__new__(NamedImages)
-        images.__dict__ |= {**self.__dict__, "dataset": self.dataset.select(indices), "length": len(indices)}
+        images.__dict__ |= {
+            **self.__dict__,
+            "white": self.white,
+            "dataset": self.dataset.select(indices),
+            "length": len(indices),
+        }
         images.source = replace(self.source, split=name)
         return images
 

@@ -207,11 +207,11 @@ def shared_rows(trained_on, held_out) -> int | None:
         return None
     if any(dataset.data.nbytes > LARGE for dataset in (trained_on, held_out)):
         return None
-    known = {_row_key(record) for record in trained_on["image"]}
-    return sum(_row_key(record) in known for record in held_out["image"])
+    known = {row_key(record) for record in trained_on["image"]}
+    return sum(row_key(record) in known for record in held_out["image"])
 
 
-def _row_key(record) -> str | bytes:
+def row_key(record) -> str | bytes:
     """Return a key that identifies an image: its file, or a hash of its content."""
     if isinstance(record, dict):
         record = record.get("bytes") or record.get("path") or b""

@@ -11,6 +11,7 @@ from datasets.distributed import split_dataset_by_node
 from .. import UserError
 from ..data.images import PreparedImages
 from ..data.pixels import BadImage
+from .sources import row_key
 
 SHUFFLE_BUFFER_SIZE, SHUFFLE_BUFFER_BYTES = 10_000, 2**30  # at most this many images, and this many bytes
 
@@ -41,24 +42,25 @@ class Stream:
         self.global_batch_size = images_per_step * num_processes
         self.number = 0 if first is None else int(first[0]) // self.global_batch_size  # number of the global batch
         self.used = self.number * images_per_step
+        self.length = math.inf  # number of images of this process, known after the first epoch
 
-    def _rows(self) -> Iterator[tuple[int, bool, dict]]:
-        """Yield the position of each row in the stream, whether it has been read before, and the row."""
+    def _rows(self) -> Iterator[tuple[dict, object]]:
+        """Yield rows with functions that decode them, and the encoded images."""
         shard = self.shard.shuffle(seed=self.prepared.seed, buffer_size=self.prepared.images.buffer_size)
-        count, epoch, length = 0, 0, math.inf
+        count, epoch = 0, 0
         while True:
             shard.set_epoch(epoch)
             before = count
             for row in shard:
                 if count >= self.used:
-                    yield count, count >= self.used + length, self.prepared.images.add_decoders(row, count)
+                    yield self.prepared.images.add_decoders(row, count), row["image"]
                 count += 1
             if count == before:
                 raise UserError(f"{self.prepared.images.name}: the stream holds no images for this process")
-            epoch, length = epoch + 1, count - before
+            epoch, self.length = epoch + 1, count - before
 
     def __iter__(self) -> Iterator[list[dict]]:
-        rows, bad, bad_count, prepared = self._rows(), [], 0, self.prepared
+        rows, bad, known, unreadable, prepared = self._rows(), [], set(), 0, self.prepared
         with ThreadPoolExecutor(self.threads) as pool:
             for sample_ids in self.batches:
                 before, self.number = self.number, int(sample_ids[0]) // self.global_batch_size
@@ -67,14 +69,16 @@ class Stream:
                 items = []
                 while len(items) < len(sample_ids):
                     wanted = [next(rows) for _ in range(len(sample_ids) - len(items))]
-                    indices, repeated, chosen = zip(*wanted, strict=True)
-                    for index, again, found in zip(indices, repeated, pool.map(prepared.attempt, chosen), strict=True):
-                        if isinstance(found, BadImage) and again:  # It was reported in an earlier epoch
-                            continue
-                        if isinstance(found, BadImage):
-                            bad.append((index, str(found)))
-                            bad_count += 1
-                            if bad_count > prepared.images.max_bad_images:
+                    chosen, encoded = zip(*wanted, strict=True)
+                    for record, found in zip(encoded, pool.map(prepared.attempt, chosen), strict=True):
+                        unreadable = unreadable + 1 if isinstance(found, BadImage) else 0
+                        if unreadable > self.length:
+                            raise UserError(f"no image of the stream can be read any more. The last one: {found}")
+                        if unreadable:
+                            key = row_key(record)  # Positions differ between epochs
+                            bad += [(key, str(found))] if key not in known else []
+                            known.add(key)
+                            if len(known) > prepared.images.max_bad_images:
                                 yield [prepared.blank(bad)]
                                 return
                             continue
