@@ -63,6 +63,7 @@ def test_the_run_goes_around_what_is_not_finite_and_ends_as_if_it_had_never_been
     # A run that skips these batches from the start, and so has no bad step
     assert train(tmp_path / "known", *FLAGS, "--max_train_steps=1") == 0
     shutil.rmtree(tmp_path / "known" / "checkpoint-1")
+    (tmp_path / "known" / "model_index.json").unlink()  # as if the run had not finished
     (tmp_path / "known" / RECORD).write_text(json.dumps(record))
     assert train_again(tmp_path / "known", *FLAGS) == 0
     assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "known" / WEIGHTS)
@@ -124,6 +125,7 @@ def test_a_stream_reads_past_what_is_left_out(tmp_path, poisoned):
     shutil.copy(run / RECORD, tmp_path / RECORD)
     assert train(known, *flags, "--max_train_steps=1") == 0
     shutil.rmtree(known / "checkpoint-1")
+    (known / "model_index.json").unlink()
     shutil.move(tmp_path / RECORD, known / RECORD)
     assert train_again(known, *flags) == 0
     assert equal_weights(known / WEIGHTS, weights)

@@ -135,7 +135,7 @@ def photos(tmp_path):
 
 def test_the_card_names_no_private_folder(tmp_path, photos, monkeypatch):
     flags = [f"--dataset_name={photos}", "--max_train_steps=1"]
-    monkeypatch.setattr(train_ddpm, "MASKS", str(photos), raising=False)  # a constant of a copied script
+    monkeypatch.setattr(train_ddpm, "MASKS", str(photos / "0.png"), raising=False)  # a constant of a copied script
     train(tmp_path / "run", *flags)
     card = (tmp_path / "run" / "README.md").read_text()
     record = json.loads((tmp_path / "run" / "training_args.json").read_text())
