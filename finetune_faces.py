@@ -164,14 +164,17 @@ def main(args):
 
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps).sample.float()
-            if prediction_type == "epsilon":
+            if flow:
+                target = noise - clean_images
+            elif prediction_type == "epsilon":
                 target = noise
             elif prediction_type == "sample":
                 target = clean_images
-            elif flow:
-                target = noise - clean_images
             else:
                 target = noise_scheduler.get_velocity(clean_images, noise, timesteps)
+            if flow and prediction_type == "sample":  # as in train_flow.py
+                levels = (timesteps / num_train_timesteps).clamp(min=0.05).view(-1, 1, 1, 1)
+                model_output, target = ((noisy_images - images) / levels for images in (model_output, clean_images))
             losses = F.mse_loss(model_output, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
             loss = losses.mean()
             accelerator.backward(loss)

@@ -4,6 +4,7 @@ A request to stop leads to a checkpoint, and then to an exit code that names the
 so that a watchdog can tell a slow run from one that hangs.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -86,7 +87,8 @@ class StopSignal:
             if self.accelerator.is_main_process:
                 name = signal.Signals(number).name
                 # os.write, because a handler must not call print while print is running
-                os.write(2, f"\n{name}: {self.promise}. Send the signal again after 2 s to stop at once\n".encode())
+                with contextlib.suppress(OSError):  # the terminal is closed, or tee has ended first
+                    os.write(2, f"\n{name}: {self.promise}. Send the signal again after 2 s to stop at once\n".encode())
         elif time.monotonic() - self.at > self.GRACE * (1 if number == self.received else 5):
             if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
                 raise KeyboardInterrupt

@@ -1,12 +1,19 @@
 """utils/diffusion/schedulers.py against diffusers, the papers and closed forms."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.optimization import get_scheduler
 
+from utils import UserError
+from utils.diffusion.flow import FlowScheduler
+from utils.diffusion.flow import make_sampler as make_flow_sampler
 from utils.diffusion.linear_mix import LinearMixScheduler
+from utils.diffusion.pretrained import check_noise_scheduler, leave_out_variance
 from utils.diffusion.sampling import sample_batch, sample_images
 from utils.diffusion.schedulers import (
     SAMPLER_CLASSES,
@@ -154,9 +161,66 @@ def test_more_steps_do_not_make_an_error_worse(name, prediction_type):
     assert len(noise) == 100 and max(noise) < 4.5
 
 
+class Gaussian(torch.nn.Module):
+    """The exact model of normal values with a standard deviation of 0.3, which predicts noise."""
+
+    def __init__(self, noise_scheduler, channels=1):
+        super().__init__()
+        self.noise_scheduler, self.channels = noise_scheduler, channels
+
+    def forward(self, noisy, timesteps):
+        signal, noise = (value.view(-1, 1, 1, 1) for value in signal_and_noise(self.noise_scheduler, timesteps, noisy))
+        output = noise * noisy / (0.09 * signal**2 + noise**2)
+        if self.noise_scheduler.config.prediction_type == "flow_prediction":
+            output = output - 0.09 * signal * noisy / (0.09 * signal**2 + noise**2)
+        return UNet2DOutput(sample=output.repeat(1, self.channels, 1, 1))
+
+
+def deviation_of(model, sampler, steps):
+    drawn = sample_batch(model, sampler, np.arange(8), (1, 16, 16), steps, 0, torch.device("cpu"))
+    return drawn.std().item()
+
+
+@pytest.mark.parametrize("steps", [60, 150])
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "unipc"])
+def test_samplers_reach_the_distribution_with_any_number_of_steps(name, steps):
+    noise_scheduler = DDPMScheduler()
+    deviation = deviation_of(Gaussian(noise_scheduler), make_sampler(name, noise_scheduler), steps)
+    assert deviation == pytest.approx(0.3, abs=0.025)
+
+
+def test_numbers_of_steps_for_which_rounding_adds_one_are_refused():
+    for levels in (100, 1000):
+        noise_scheduler, refused = DDPMScheduler(num_train_timesteps=levels), set()
+        samplers = [make_sampler(name, noise_scheduler) for name in SAMPLER_CLASSES]
+        for steps, sampler in itertools.product(range(1, 101), samplers):
+            sampler.set_timesteps(steps)
+            if sampler.timesteps.min() < 0 or len(sampler.timesteps) > steps:
+                refused.add(steps)
+        for steps in refused:
+            with pytest.raises(UserError, match=f"--num_inference_steps {steps}: rounding in diffusers"):
+                check_noise_scheduler(noise_scheduler, steps)
+        for steps in {*range(1, 101)} - refused:
+            check_noise_scheduler(noise_scheduler, steps)
+        assert refused == ({29, 31, 58, 62, 97} if levels == 100 else {61})
+
+
+def test_a_flow_with_a_shift_takes_more_steps_than_there_are_whole_timesteps():
+    path = FlowScheduler(1000, "flow_prediction", 4.0)
+    assert deviation_of(Gaussian(path), make_flow_sampler("dpmsolver++", path), 400) == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_model_that_also_predicts_a_variance_draws_with_its_own_scheduler():
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    unet = UNet2DModel(8, 1, 2, block_out_channels=(8,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"],
+                       norm_num_groups=4)  # fmt: skip
+    leave_out_variance(unet, scheduler, "--x y")
+    assert deviation_of(Gaussian(scheduler), scheduler, 250) == pytest.approx(0.3, abs=0.03)
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_the_saved_ddim_draws_what_the_grids_show(prediction_type):
-    """The loop of the pipeline cannot make DDIM derive the noise again. Images are too bright, as above."""
+    """Images are too bright, as above."""
     noise_scheduler = DDPMScheduler(prediction_type=prediction_type)
     model = Oracle(noise_scheduler, 1.5 * torch.linspace(-1, 1, 16).view(1, 1, 4, 4))
     given = {"grid": [], "pipeline": []}

@@ -107,7 +107,7 @@ def test_samplers_clip_pixels_and_no_latents():
         scheduler = DDPMScheduler(prediction_type="epsilon", clip_sample=clips)
         for name in ("ddpm", "ddim", "dpmsolver++", "unipc"):
             config = make_sampler(name, scheduler).config
-            assert config.get("thresholding" if name in ("dpmsolver++", "unipc") else "clip_sample") == clips, name
+            assert config.get("clip_sample" if name == "ddpm" else "thresholding") == clips, name
 
 
 def test_sample_draws_interpolates_starts_from_pictures_and_is_steered(tmp_path, pipeline_folder):

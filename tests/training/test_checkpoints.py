@@ -165,6 +165,21 @@ def test_old_checkpoints_go_after_the_new_one_is_there(save, tmp_path):
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
 
 
+@pytest.mark.parametrize("start", ["the beginning", "elsewhere", "itself"])
+def test_a_run_keeps_its_checkpoints_apart_from_newer_ones(save, tmp_path, start):
+    """Otherwise the new checkpoint, with the lower number, is the first that is removed."""
+    for step in (300, 500, 700):
+        save(step)
+    path, step = {"the beginning": (None, 0), "itself": (tmp_path / "checkpoint-500", 500)}.get(
+        start, (tmp_path / "backup" / "checkpoint-400", 400)
+    )
+    checkpoints.archive_newer(tmp_path, path, step)
+    kept = {"the beginning": [], "itself": ["checkpoint-300", "checkpoint-500"]}.get(start, ["checkpoint-300"])
+    assert [found.name for found in checkpoints.list_checkpoints(tmp_path)] == kept
+    save(step + 100, total_limit=1)
+    assert [found.name for found in checkpoints.list_checkpoints(tmp_path)] == [f"checkpoint-{step + 100}"]
+
+
 def test_a_failing_removal_is_a_warning(save, tmp_path, monkeypatch, caplog):
     save(1)
     monkeypatch.setattr(checkpoints.os, "rename", refuse_removal(checkpoints.os.rename))

@@ -257,6 +257,21 @@ def test_a_signal_at_any_moment_saves_and_the_same_command_resumes(tmp_path, mon
     assert equal_weights(tmp_path / "run" / WEIGHTS, tmp_path / "straight" / WEIGHTS)
 
 
+def test_a_closed_terminal_or_pipe_costs_no_checkpoint(tmp_path):
+    """Protection: ``process.Lasting``, and ``suppress`` in ``StopSignal``. ``2>&1 | tee log`` closes it so."""
+    flags = tiny(f"--output_dir={tmp_path / 'run'}", "--max_train_steps=2000", "--checkpointing_steps=2000")
+    command = [sys.executable, train_ddpm.__file__, *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+        while b"Training:" not in child.stdout.read1(4096):
+            assert child.poll() is None
+        child.stdout.close()
+        time.sleep(0.5)
+        child.send_signal(signal.SIGHUP)
+        assert child.wait(60) == 128 + signal.SIGHUP
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    verify_checkpoint(checkpoint)
+
+
 DEAF = f"""
 import sys, time, types
 from pathlib import Path

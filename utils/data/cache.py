@@ -111,7 +111,7 @@ class Cache:
 
     def _write(self, images: PreparedImages, folder: Path) -> dict[str, np.ndarray]:
         staging = folder.with_name(f".tmp-{folder.name}")
-        lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
+        lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"), fallback_to_soft=False)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:

@@ -31,11 +31,13 @@ def make_few_step_sampler(noise_scheduler: DDPMScheduler, solver_steps: int) -> 
             f"--solver_steps {solver_steps} does not divide the teacher's {levels} noise levels. Expected one "
             f"of {', '.join(map(str, fitting))}"
         )
-    config = make_sampler("ddim", noise_scheduler).config  # It has explicit betas where other samplers need them
+    config = make_sampler("ddim", noise_scheduler).config  # It has explicit betas where LCMScheduler needs them
     known = inspect.signature(LCMScheduler).parameters  # Unknown entries cause a warning at every loading
     config = {name: value for name, value in config.items() if name in known}
     config["prediction_type"] = "v_prediction" if prediction_type == "epsilon" else prediction_type
-    return LCMScheduler(**config | {"original_inference_steps": solver_steps, "clip_sample": True})
+    return LCMScheduler(
+        **config | {"original_inference_steps": solver_steps, "clip_sample": True, "thresholding": False}
+    )
 
 
 def is_few_step(scheduler: SchedulerMixin) -> bool:

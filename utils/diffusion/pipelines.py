@@ -90,8 +90,12 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
         space = Pixels(image_shape(unet.config))
         for part in AUTOENCODERS:
             if kind := index.get(part, [None, None])[1]:
-                autoencoder = getattr(diffusers, kind).from_pretrained(folder / part)
+                autoencoder = getattr(diffusers, kind).from_pretrained(folder / part, variant=variant_of(folder / part))
                 space = space if is_identity(autoencoder) else Latents.of_shape(autoencoder, space.shape)
+        if index.get("_class_name") == "LDMSuperResolutionPipeline":
+            space.scale = 1.0  # This pipeline does not scale latents
+        if not space.in_unit_range and "clip_sample" not in scheduler.config:
+            scheduler.register_to_config(clip_sample=False)  # Otherwise other samplers would clip latents
         return unet, scheduler, space
     except UserError:
         raise
@@ -149,7 +153,8 @@ def choose_sampler(
                 f"the model's {kind} does not have the noise of a DDPMScheduler. Guidance, --init_image and --gif need "
                 "it. Give a --sampler, or leave these flags out"
             )
-    check_noise_scheduler(own, num_inference_steps)
+    trailing = bool(name) or own.config.get("timestep_spacing") == "trailing"
+    check_noise_scheduler(own, num_inference_steps, trailing)
     sampler = own if name in (None, "lcm") else (flow if path else schedulers).make_sampler(name, own)
     try:
         sampler.set_timesteps(num_inference_steps)

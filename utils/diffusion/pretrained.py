@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DDPMPipeline, LCMScheduler, SchedulerMixin, UNet2DModel
 
@@ -60,7 +61,11 @@ def load_pretrained(
                 f"{flag}: its net is code that is saved with the model. In a script that has the class, start from its "
                 "weights with as_diffusers_model(Net).from_pretrained(FOLDER/unet), see docs/extending.md"
             )
-        known = ["unet", "scheduler", *(["vqvae"] if condition else [])]
+        known = ["unet", "scheduler"]
+        if condition and index["_class_name"] == "LDMSuperResolutionPipeline":
+            if not diffusers.AutoencoderKL.load_config(name_or_path, subfolder="vqvae").get("_identity"):
+                raise UserError(f"{flag}: this pipeline denoises latents. Expected the output of train_paired.py")
+            known.append("vqvae")
         if latent:
             known += ["transformer", *AUTOENCODERS]
         others = other_parts(index, known)
@@ -161,6 +166,8 @@ def leave_out_variance(unet: UNet2DModel, scheduler: SchedulerMixin, flag_label:
         unet.conv_out.load_state_dict({"weight": last.weight[:channels], "bias": last.bias[:channels]})
         unet.register_to_config(out_channels=channels)
         scheduler.register_to_config(variance_type="fixed_small")
+        if hasattr(scheduler, "variance_type"):  # DDPMScheduler.step reads the attribute
+            scheduler.variance_type = "fixed_small"
     elif unet.config.out_channels != channels:
         raise UserError(
             f"{flag_label}: {channels} channels in, {unet.config.out_channels} out. Expected the same "
@@ -327,8 +334,11 @@ def check_fit(
         )
 
 
-def check_noise_scheduler(noise_scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Refuse a noise schedule unsuited to the prediction type, and more sampling steps than noise levels.
+def check_noise_scheduler(noise_scheduler: SchedulerMixin, num_inference_steps: int, trailing: bool = True) -> None:
+    """Refuse a noise schedule unsuited to the prediction type, and numbers of sampling steps that do not fit it.
+
+    Args:
+        trailing: whether samples are drawn with timesteps of "trailing" spacing, as ``schedulers.make_sampler`` does.
 
     Raises:
         UserError: they do not fit. The message names the setting to change.
@@ -344,3 +354,12 @@ def check_noise_scheduler(noise_scheduler: SchedulerMixin, num_inference_steps: 
             f"--num_inference_steps {num_inference_steps}: there are only {config.num_train_timesteps} noise levels. "
             "Give at most that many"
         )
+    levels = config.num_train_timesteps
+    if trailing and "beta_schedule" in config and not config.get("use_flow_sigmas"):
+        # diffusers computes timesteps in this way. For some numbers, rounding adds one below zero, which means noise
+        fits = lambda n: len(np.arange(levels, 0, -levels / n)) == n  # noqa: E731
+        if not fits(num_inference_steps):
+            near = min(filter(fits, range(1, levels + 1)), key=lambda n: abs(n - num_inference_steps))
+            raise UserError(
+                f"--num_inference_steps {num_inference_steps}: rounding in diffusers would add a step. Give {near}"
+            )

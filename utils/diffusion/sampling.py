@@ -115,8 +115,9 @@ def sample_batch(
     first_step = 0
     if init_images is not None:
         first_step = min(num_inference_steps - 1, round(num_inference_steps * (1 - strength)))
-        if hasattr(sampler, "set_begin_index"):
-            sampler.set_begin_index(first_step)
+    if hasattr(sampler, "set_begin_index"):  # Otherwise equal timesteps, as of a flow with a shift, are confused
+        sampler.set_begin_index(first_step)
+    if init_images is not None:
         chosen = init_images[torch.from_numpy(sample_ids) % len(init_images)].to(device)
         sample = sampler.add_noise(chosen, sample, sampler.timesteps[first_step].expand(len(sample_ids)))
     inputs = model_inputs(sample_ids) if model_inputs else {}

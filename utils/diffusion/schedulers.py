@@ -3,12 +3,12 @@
 import itertools
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 NOISE_LEVELS = 4  # equal ranges of timesteps, each with its own loss curve
 SAMPLER_CLASSES = {
     "ddpm": DDPMScheduler,  # ancestral sampling, Ho et al. 2020, Algorithm 2. It needs hundreds of steps
-    "ddim": DDIMScheduler,  # deterministic, Song et al. 2021, arXiv:2010.02502
+    "ddim": DPMSolverMultistepScheduler,  # of the first order: deterministic, Song et al. 2021, arXiv:2010.02502
     "dpmsolver++": DPMSolverMultistepScheduler,  # second-order multistep, Lu et al. 2022, arXiv:2211.01095
     "sde-dpmsolver++": DPMSolverMultistepScheduler,  # The same with new noise in every step, which corrects errors
     "unipc": UniPCMultistepScheduler,  # predictor-corrector, Zhao et al. 2023, arXiv:2302.04867
@@ -41,9 +41,12 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     Timesteps have "trailing" spacing: sampling starts at the last training timestep. With diffusers' default "leading"
     and 25 steps it would start at t=960 of 1000, where pure noise is not a valid input (arXiv:2305.08891, Sec. 3.3).
     Predicted clean images are clipped to [-1, 1] where the model predicts noise, because near t=T an error in the noise
-    becomes an error in the image that is more than a hundred times as large. DDIM must then recompute the noise from
-    the clipped image, see ``sampling.sample_batch``. Otherwise the two are inconsistent, and the error grows with every
-    step. Latents may exceed [-1, 1]. For latents, ``clip_sample=False`` in the noise scheduler turns clipping off.
+    becomes an error in the image that is more than a hundred times as large. Latents may exceed [-1, 1]. For latents,
+    ``clip_sample=False`` in the noise scheduler turns clipping off.
+
+    DDIM is DPM-Solver++ of the first order (Lu et al. 2022, arXiv:2211.01095, Sec. 4). diffusers' ``DDIMScheduler``
+    leaves noise if the steps do not divide the noise levels. In a ``DDPMPipeline``, it also combines a clipped image
+    with the noise of the unclipped one, and this error grows with every step.
 
     Args:
         name: key of ``SAMPLER_CLASSES``.
@@ -52,13 +55,12 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     config = noise_scheduler.config
     clips = config.prediction_type == "epsilon" and config.get("clip_sample", True)
     overrides = {"timestep_spacing": "trailing"}
-    if name == "ddim":
-        overrides |= {"clip_sample": clips, "thresholding": False}
-    elif name != "ddpm":  # DDPM clips on its own
-        overrides["thresholding"] = clips
-    if name.endswith("dpmsolver++"):  # The config may come from a pipeline with other settings
+    if name != "ddpm":  # DDPM clips on its own. The config may come from a pipeline with other settings
         overrides |= {key: False for key in config if key.startswith("use_")}
-        overrides |= dict(algorithm_type=name, solver_order=2, lambda_min_clipped=-torch.inf, final_sigmas_type="zero")
+        overrides |= dict(thresholding=clips, solver_order=1 if name == "ddim" else 2, final_sigmas_type="zero")
+    if SAMPLER_CLASSES[name] is DPMSolverMultistepScheduler:
+        kind = name if name.endswith("dpmsolver++") else "dpmsolver++"
+        overrides |= dict(algorithm_type=kind, lambda_min_clipped=-torch.inf)
     # Only DDPMScheduler has this schedule, so its betas are passed on
     if config.beta_schedule == "sigmoid" and name != "ddpm":
         plain = DDPMScheduler.from_config(config, rescale_betas_zero_snr=False)
@@ -70,13 +72,8 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
 def pipeline_scheduler(name: str, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     """Return the scheduler to save in a ``DDPMPipeline``: the sampler, or a replacement that this pipeline can use.
 
-    DDPM replaces UniPC, because ``DDPMPipeline`` passes a generator to ``step``, and UniPC takes none. DPM-Solver++ of
-    the first order replaces DDIM, because ``DDPMPipeline`` does not make DDIM recompute the noise after clipping. Apart
-    from clipping, the two are equal (Lu et al. 2022, arXiv:2211.01095, Sec. 4).
+    DDPM replaces UniPC, because ``DDPMPipeline`` passes a generator to ``step``, and UniPC takes none.
     """
-    if name == "ddim" and noise_scheduler.config.prediction_type == "epsilon":
-        solver = make_sampler("dpmsolver++", noise_scheduler)
-        return type(solver).from_config(solver.config, solver_order=1)
     return make_sampler("ddpm" if name == "unipc" else name, noise_scheduler)
 
 

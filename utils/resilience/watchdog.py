@@ -87,6 +87,13 @@ class Watchdog:
                 return
 
     def _abort(self) -> None:
+        try:
+            self._report()
+        finally:  # also if the terminal is closed
+            os._exit(EXIT_PEER_LOST)
+
+    def _report(self) -> None:
+        """Print the state of this process, and kill stopped processes of this run on this machine."""
         silent = "".join(f" Process {rank} does not answer." for rank in self.silent)
         where = f"process {self.rank} of {self.world_size} on {platform.node()}"
         print(
@@ -101,4 +108,3 @@ class Watchdog:
                 parent = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
                 if machine == platform.node() and int(parent) == os.getppid():  # it belongs to this run
                     os.kill(int(pid), signal.SIGKILL)  # a stopped process ends only by this signal
-        os._exit(EXIT_PEER_LOST)

@@ -111,7 +111,7 @@ def find_checkpoint(accelerator, output_dir: Path, request: str | None, prefer_n
 
 def _find(output_dir: Path, request: str | None, prefer_newest: bool) -> Path | None:
     if request not in (None, "latest"):
-        steps = re.fullmatch(r"checkpoint-(\d+)", Path(request).name)
+        steps = re.search(r"checkpoint-(\d+)", Path(request).name)
         newest = _find(output_dir, None, False) if prefer_newest else None
         if newest and (not steps or int(newest.name.split("-")[1]) > int(steps[1])):
             return newest
@@ -242,21 +242,22 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
     accelerator.step = 0  # Count of micro-steps, which is 0 at the end of an optimizer step
 
 
-def archive_newer(output_dir: Path, path: Path) -> None:
-    """Rename checkpoints newer than ``path``, so that a run that resumes there does not take them for its own."""
-    checkpoints = list_checkpoints(output_dir)
-    if path.resolve() not in [checkpoint.resolve() for checkpoint in checkpoints]:
-        return
-    for newer in checkpoints:
-        if int(newer.name.split("-")[1]) > int(path.name.split("-")[1]):
+def archive_newer(output_dir: Path, path: Path | None, step: int) -> None:
+    """Rename checkpoints that are not older than a run that starts, so that it does not take them for its own.
+
+    Args:
+        path: checkpoint from which the run resumes, which keeps its name, or None.
+        step: number of optimizer steps that are done.
+    """
+    for newer in list_checkpoints(output_dir):
+        if int(newer.name.split("-")[1]) >= step and not (path and newer.resolve() == path.resolve()):
             number, target = 0, newer.with_name(f"abandoned-{newer.name}")
             while target.exists():
                 number += 1
                 target = newer.with_name(f"abandoned-{newer.name}-{number}")
             os.rename(newer, target)
-            logger.warning(
-                f"{newer} is newer than {path.name}, from which this run resumes, so it is renamed to {target.name}."
-            )
+            start = f"resumes from {path}" if path else "starts from the beginning"
+            logger.warning(f"{newer} is renamed to {target.name}, because this run {start}.")
 
 
 def prepare_to_resume(accelerator, output_dir: Path, request: str | None, prefer_newest: bool) -> Path | None:

@@ -302,11 +302,12 @@ class Run:
             state = checkpoints.read_state(path)
             output_dir.check_settings(str(path), state["settings"], self.settings, defaults_of(self.args))
             if self.accelerator.is_main_process:
-                checkpoints.archive_newer(self.output_dir, path)
+                checkpoints.archive_newer(self.output_dir, path, state["global_step"])
             checkpoints.load_checkpoint(self.accelerator, path, state)
             self.ema_model.load(checkpoints.averaged_weights(path), state["ema_step"])
             self.global_step = state["global_step"]
-            self._saved_at = self.global_step if path.parent.resolve() == self.output_dir.resolve() else None
+            own = self.output_dir / f"checkpoint-{self.global_step}"
+            self._saved_at = self.global_step if path.resolve() == own.resolve() else None
             self.losses.load_state(state)
             code = str(state["settings"].get("net_code"))
             if code.startswith("own_net_") and code != self.settings["net_code"]:
@@ -317,6 +318,8 @@ class Run:
             logger.info(f"Resuming from {path}, {counted(self.global_step, 'optimizer step')} done.")
         else:
             on_main_process(self.accelerator, self._refuse_to_overwrite)
+            if self.accelerator.is_main_process:
+                checkpoints.archive_newer(self.output_dir, None, 0)
         self.repeats = Repeats(self.accelerator, self.output_dir, self.global_step)
 
     def _refuse_to_overwrite(self) -> None:

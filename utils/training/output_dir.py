@@ -162,7 +162,7 @@ def _lock(folder: Path) -> None:
     folder = folder.resolve()
     if folder in _locks:
         return
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
     try:
         try:
             lock.acquire(timeout=0)

@@ -35,6 +35,7 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
         UserError: fp16 on a CPU, several processes without a process group, TPUs, or an engine that shards weights.
     """
     set_up_process()
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     command = Path(f"/proc/{os.getppid()}/cmdline")  # On a CPU, accelerate does not pass on these settings
     launched = command.read_bytes().decode(errors="replace").split("\0") if os.access(command, os.R_OK) else []
     for engine in ("FSDP", "DeepSpeed", "Megatron_LM", "parallelism_config"):
@@ -101,6 +102,25 @@ def _rendezvous(url: str, timeout: timedelta, **options):
 if torch.distributed.is_available():
     with contextlib.suppress(RuntimeError):  # This module was imported before in the same process
         torch.distributed.register_rendezvous_handler("attempt", _rendezvous)
+
+
+class Lasting:
+    """A text stream without errors, because a closed terminal or pipe must not end a run before its checkpoint."""
+
+    def __init__(self, stream):
+        self.stream = stream.stream if isinstance(stream, Lasting) else stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
 class _AboveTheBar(logging.Handler):
