@@ -142,7 +142,7 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path, finished_run):
     weights["conv_out.bias"] += 1
     draw(on, tmp_path / "on")
     save_file(weights, on / "unet" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(UserError, match="holds images drawn with other settings: weights was"):
+    with pytest.raises(UserError, match="holds images drawn with other settings: weights of the model changed"):
         draw(on, tmp_path / "on")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("two years of work")

@@ -263,7 +263,9 @@ def test_a_foreign_folder_and_changed_settings_are_refused(tmp_path):
         train(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     train(tmp_path / "run", "--max_train_steps=1")
-    with pytest.raises(UserError, match=r"learning_rate was 0\.001, is 0\.5; prediction_type was None, is 'sample'"):
+    with pytest.raises(
+        UserError, match=r"learning_rate was 0\.001, is 0\.5; prediction_type was not given, is 'sample'"
+    ):
         train(tmp_path / "run", "--learning_rate=0.5", "--prediction_type=sample")
 
 

@@ -376,10 +376,10 @@ def test_missing_state_is_loud(tmp_path, gone):
     "flags, difference",
     [
         (["--train_batch_size=16"], "global_batch_size was 8, is 16"),
-        (["--resolution=12"], "resolution was None, is 12"),
-        (["--prediction_type=epsilon"], "prediction_type was None, is 'epsilon'"),
+        (["--resolution=12"], "resolution was not given, is 12"),
+        (["--prediction_type=epsilon"], "prediction_type was not given, is 'epsilon'"),
         (["--dataset_name=faces"], "the images differ from those of digits"),
-        (["--max_train_samples=50"], "max_train_samples was None, is 50"),
+        (["--max_train_samples=50"], "max_train_samples was not given, is 50"),
         (["--unet=small"], "unet was 'tiny', is 'small'"),
         (["--seed=1"], "seed was 0, is 1"),
     ],

@@ -77,7 +77,10 @@ def load_pipeline(name_or_path: str, trust_remote_code: bool = False) -> tuple[M
         elif unet_class not in (UNet2DModel, BasicUNet):
             unet_class = None
         if unet_class is None or (classes[1] and scheduler_class is None):
-            raise UserError(f"{name_or_path}: its parts are {' and '.join(map(str, classes))}. {expected}")
+            kinds = " and ".join(str(kind) for kind in classes if kind)
+            latent = ". For an autoencoder, train a model of its latents: train_latent.py --vae FOLDER"
+            advice = latent if str(classes[0]).startswith("Autoencoder") else ""
+            raise UserError(f"{name_or_path}: its parts are {kinds}. {expected}{advice}")
         # As in DiffusionPipeline, a part without a folder is beside model_index.json
         places = [folder / part if (folder / part).is_dir() else folder for part in parts]
         unet = unet_class.from_pretrained(places[0], variant=variant_of(places[0]))

@@ -135,8 +135,11 @@ def open_picture(path: str | Path, flag: str) -> Image.Image:
 def check_same_size(mask: Image.Image, picture: Image.Image) -> None:
     """Refuse a mask with a size that differs from that of its picture."""
     if mask.size != picture.size:
-        sizes = " and ".join("{} x {}".format(*image.size) for image in (mask, picture))
-        raise UserError(f"--mask: mask and picture have {sizes} pixels. Expected the same size")
+        sizes = ["{} x {}".format(*image.size[::-1]) for image in (mask, picture)]
+        raise UserError(
+            f"--mask: the mask has {sizes[0]} pixels (height x width), and the picture {sizes[1]}. Expected a "
+            "mask in the size of the picture"
+        )
 
 
 def read_picture(
@@ -175,7 +178,9 @@ def _files(flag: str, args) -> list[Path]:
         return [path]
     found = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in image_extensions())
     if not found:
+        inside = {file.parent for file in path.rglob("*") if file.suffix.lower() in image_extensions()}
         problem = "holds no pictures" if path.is_dir() else "does not exist"
+        problem += f" except in sub-folders, such as {min(inside)}" if inside else ""
         raise UserError(f"{flag} {path} {problem}. Expected a picture, or a folder of pictures")
     return found
 

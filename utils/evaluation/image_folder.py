@@ -85,8 +85,9 @@ class ImageFolder:
             found |= {n: settings[n] for n in ("mixed_precision", "randomness") if found.get(n) is None}
             names = sorted({*found, *settings})
             changed = [
+                f"{n} of the model changed" if n in ("weights", "scheduler") else
                 f"{n} was {found.get(n)!r}, is {settings.get(n)!r}" for n in names if found.get(n) != settings.get(n)
-            ]
+            ]  # fmt: skip
             if changed:
                 raise UserError(
                     f"--output_dir {self.folder} holds images drawn with other settings: {', '.join(changed)}. Give "
@@ -224,6 +225,7 @@ class SampleFolder:
         splits = "+".join(folders.load_folder(Path(folder))) or "train"
         source = ImageSource(folder, splits, is_folder=True, flags={"name": "folder", "split": "split"})
         self.images = NamedImages(source, accelerator)
+        self.images.advice = "Repair or remove the file"
         check_count(len(self.images), folder)
         sizes, modes = set(), set()
         for index, row in enumerate(self.images.dataset):

@@ -90,6 +90,7 @@ class Reference:
     def _open(self, split: str, flag: str, **options) -> NamedImages:
         whole, indices = self._parts.get(split, (split, None))
         images = NamedImages(self._source(whole, flag, **options), self.accelerator)
+        images.advice = "Repair or remove the file"
         if self.args.reference_split in self._sources:
             images.white = self._sources[self.args.reference_split].white  # so that all splits are scaled alike
         return images if indices is None else images.select(indices, split)
@@ -223,5 +224,5 @@ def _probe_images(images: NamedImages):
     """Yield some of the images, evenly spread and decoded one after the other; raise if one is damaged."""
     for image in images.iter_probe_images():
         if isinstance(image, BadImage):
-            raise image
+            raise BadImage(f"{image}. {images.advice}")
         yield image

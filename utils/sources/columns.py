@@ -107,7 +107,8 @@ def _warn_of_lacking_classes(classes: dict, dataset, source) -> None:
         if lacking and len(lacking) < len(kind.names):
             logger.warning(
                 f"{source.flag_label('split')}: no image for {len(lacking)} of the {len(kind.names)} classes in {key}: "
-                f"{', '.join(lacking[:5])}. The data may be sorted. Choose other parts"
+                f"{', '.join(lacking[:5])}. The data may be sorted. Choose parts that have all classes. "
+                "In a folder, make the sub-folders train/CLASS and test/CLASS"
             )
 
 

@@ -279,7 +279,8 @@ def _differences(name: str, old, new) -> list[str]:
         return [line for pair in zip(old, new, strict=True) for line in _differences("optimizer", *pair)]
     if repr(old) == repr(new) or old == new:  # NaN does not equal NaN, but its text does
         return []
-    shown = [text if len(text) <= 200 else f"{text[:200]} ..." for text in map(repr, (old, new))]
+    texts = ["not given" if value is None else repr(value) for value in (old, new)]
+    shown = [text if len(text) <= 200 else f"{text[:200]} ..." for text in texts]
     return [f"{name} was {shown[0]}, is {shown[1]}"]
 
 
