@@ -13,8 +13,8 @@ ends from any point. Song et al. 2023, arXiv:2303.01469, call this a consistency
 the teacher reaches, whereas the paper uses the student's own prediction at the next point.
 
 Such predictions are blurred where the student cannot know the end. Therefore a second loss compares the distribution of
-the student's images with that of the teacher (DMD, Yin et al. 2023, arXiv:2311.18828). For this, a copy of the teacher, the fake
-model, is trained on the student's images. Where it differs from the teacher, the distributions differ.
+the student's images with that of the teacher (DMD, Yin et al. 2023, arXiv:2311.18828). For this, a copy of the teacher,
+the fake model, is trained on the student's images. Where it differs from the teacher, the distributions differ.
 """
 
 from utils.args import Parser, add_common_arguments, integer, real
@@ -98,8 +98,8 @@ def main(args):
         raise UserError("--teacher_guidance_scale: the teacher has no classes. Leave the flag out")
     if accelerator.mixed_precision == "fp16" and args.gradient_accumulation_steps > 1:  # two optimizers share one scale
         raise UserError(
-            "--mixed_precision fp16 and --gradient_accumulation_steps exclude each other here. Give --mixed_precision bf16 "
-            "or no, or --gradient_accumulation_steps 1"
+            "--mixed_precision fp16 and --gradient_accumulation_steps exclude each other here. Give --mixed_precision "
+            "bf16 or no, or --gradient_accumulation_steps 1"
         )
     names = class_names(pretrained.unet.config)
     clusters = len(names) if has_clusters(names) else None

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import exit_code, train
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    LDMPipeline,
+    UNet2DModel,
+    VQModel,
+)  # fmt: skip
 from PIL import Image
 
 import evaluate
@@ -99,6 +108,22 @@ def test_a_public_kind_of_latent_pipeline_is_adapted(tmp_path, pipeline_folder):
     for sampler in ("ddpm", "sde-dpmsolver++"):
         with pytest.raises(UserError, match=f"--sampler {re.escape(sampler)} adds noise at each step"):
             train(tmp_path / sampler, *flags, f"--sampler={sampler}", script=finetune_faces)
+
+
+def test_other_samplers_of_a_loaded_pipeline_do_not_clip_latents(tmp_path):
+    """DPMSolverMultistepScheduler has no clip_sample. The autoencoder has only weights of half precision."""
+    scheduler = DPMSolverMultistepScheduler(prediction_type="epsilon")
+    LDMPipeline(autoencoder(VQModel), unet((2, 8, 8)), scheduler).save_pretrained(tmp_path / "x", variant="fp16")
+    _, own, space = load_pipeline(str(tmp_path / "x"))
+    assert space.shape == (2, 8, 8)
+    for name in ("ddpm", "ddim", "dpmsolver++", "unipc"):
+        config = make_sampler(name, own).config
+        assert not config.get("thresholding") and not (name == "ddpm" and config.clip_sample), name
+
+
+def test_a_model_of_latents_is_no_model_of_pixels_for_train_paired(pipeline_folder):
+    with pytest.raises(UserError, match=r"this pipeline also has vqvae"):
+        load_pretrained(str(pipeline_folder), condition=True)
 
 
 def test_samplers_clip_pixels_and_no_latents():

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
+import finetune_faces
 import sample
 import train_flow
 from utils import UserError
@@ -270,3 +271,17 @@ def test_the_best_of_a_sweep_is_written(tmp_path, finished):
     assert exit_code(evaluate.main, evaluate.parse_args(flags)) == 0
     saved = DDPMPipeline.from_pretrained(tmp_path / "run").scheduler.config
     assert saved.solver_order == 1 and saved.use_flow_sigmas
+
+
+def test_a_model_that_predicts_the_image_is_adapted_with_the_loss_it_was_trained_with(tmp_path, monkeypatch):
+    base, seen, mse_loss = tmp_path / "base", [], torch.nn.functional.mse_loss
+    train(base, "--unet=tiny", "--max_train_steps=1", "--prediction_type=sample", script=train_flow)
+
+    def spy_loss(output, target, **options):
+        seen.append(target)
+        return mse_loss(output, target, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "mse_loss", spy_loss)
+    flags = [f"--pretrained_model_name_or_path={base}", "--train_batch_size=32", "--max_train_steps=1"]
+    train(tmp_path / "run", *flags, script=finetune_faces)
+    assert seen[0].std() > 1.1  # noise - image, and not the image, which is within [-1, 1]

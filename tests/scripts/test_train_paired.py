@@ -22,6 +22,7 @@ import train_paired
 from utils import UserError
 from utils.diffusion.conditions import Condition
 from utils.diffusion.pipelines import load_pipeline
+from utils.diffusion.pretrained import load_pretrained
 from utils.diffusion.sampling import sample_batch
 from utils.diffusion.spaces import Pixels
 from utils.evaluation.given_images import GivenImages
@@ -414,6 +415,9 @@ def test_a_public_super_resolution_model_draws(tmp_path, pictures):
     Image.new("RGB", (8, 6), (90, 30, 200)).save(tmp_path / "small.png")
     drawn = draw(tmp_path / "public", tmp_path / "out", f"--condition_image={tmp_path / 'small.png'}")
     assert len(drawn) == 4 and drawn[0].shape == (12, 16, 3) and not np.array_equal(drawn[0], drawn[1])
+    assert load_pipeline(str(tmp_path / "public"))[2].scale == 1  # this pipeline decodes latents as they are
+    with pytest.raises(UserError, match="this pipeline denoises latents"):
+        load_pretrained(str(tmp_path / "public"), condition=True)
     with pytest.raises(UserError, match="draws latents from a condition"):
         evaluate.main(
             evaluate.parse_args([str(tmp_path / "public"), "--reference=digits", f"--output_dir={tmp_path / 'e'}"])

@@ -110,14 +110,13 @@ def sample_batch(
     progress("sampling")
     sample = noise(sample_ids).to(device) if noise else starting_noise(sampler, seed, sample_ids, shape, device)
     sampler.set_timesteps(num_inference_steps, device=device)
-    if init_images is None:
-        sample = sample * sampler.init_noise_sigma
-    first_step = 0
-    if init_images is not None:
-        first_step = min(num_inference_steps - 1, round(num_inference_steps * (1 - strength)))
+    steps_left_out = 0 if init_images is None else round(num_inference_steps * (1 - strength))
+    first_step = min(num_inference_steps - 1, steps_left_out)
     if hasattr(sampler, "set_begin_index"):  # Otherwise equal timesteps, as of a flow with a shift, are confused
         sampler.set_begin_index(first_step)
-    if init_images is not None:
+    if init_images is None:
+        sample = sample * sampler.init_noise_sigma
+    else:
         chosen = init_images[torch.from_numpy(sample_ids) % len(init_images)].to(device)
         sample = sampler.add_noise(chosen, sample, sampler.timesteps[first_step].expand(len(sample_ids)))
     inputs = model_inputs(sample_ids) if model_inputs else {}

@@ -62,9 +62,8 @@ class Reference:
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self._parts, self._features = args, accelerator, {}, {}
-        self._copies, self._labels = {}, {}
-        self._sources = {}
-        self._sources = {args.reference_split: self._open(args.reference_split, "--reference_split")}
+        self._copies, self._labels, self._sources = {}, {}, {}
+        self._sources[args.reference_split] = self._open(args.reference_split, "--reference_split")
         self.held_out_split = self._find_held_out()
         for split, images in self._sources.items():
             check_count(len(images), f"{args.reference}, {split}")

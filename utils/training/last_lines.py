@@ -111,30 +111,30 @@ def last_lines(
     if load.takes_condition and os.path.isfile(script):  # a copied script may be alone
         python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
         lines["draw"] = (
-            f"{quote(python)} {quote(script)} {quote(folder)} --condition_image {quote(folder / 'condition.png')}"
+            f"{_quote(python)} {_quote(script)} {_quote(folder)} --condition_image {_quote(folder / 'condition.png')}"
         )
     if any(folder.glob("logs/**/events.out.*")):
-        lines["curves"] = f"{_command('tensorboard')} --logdir {quote(folder)}"
+        lines["curves"] = f"{_command('tensorboard')} --logdir {_quote(folder)}"
     lines["train longer"] = "the same command with a larger --max_train_steps"
     if "ipykernel" not in sys.modules:
         script = os.path.relpath(sys.argv[0])
         config = os.path.join(os.path.dirname(script), "accelerate_config.yaml")
-        options = f" --quiet --config_file {quote(config)}" if os.path.isfile(config) else ""
+        options = f" --quiet --config_file {_quote(config)}" if os.path.isfile(config) else ""
         launch = f"{_command('accelerate')} launch{options}"
         latent = os.path.join(os.path.dirname(script), "train_latent.py")
         if load.is_autoencoder and os.path.isfile(latent):
-            lines["next"] = f"{launch} {quote(latent)} --vae {quote(folder)}  # with the flags of your images"
+            lines["next"] = f"{launch} {_quote(latent)} --vae {_quote(folder)}  # with the flags of your images"
         if continued:
-            lines["your images"] = f"{launch} {quote(script)} {continued}"
+            lines["your images"] = f"{launch} {_quote(script)} {continued}"
     return [f"  {name:12} {text}" for name, text in lines.items()]
 
 
 def _command(name: str) -> str:
     """Return the command of a program: its name, or its path in an environment that is not activated."""
     beside = Path(sys.executable).parent / name
-    return name if shutil.which(name) or not beside.exists() else quote(os.path.relpath(beside))
+    return name if shutil.which(name) or not beside.exists() else _quote(os.path.relpath(beside))
 
 
-def quote(path: str | Path) -> str:
+def _quote(path: str | Path) -> str:
     """Return a path as a shell takes it."""
     return shlex.quote(str(path))

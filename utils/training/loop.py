@@ -160,6 +160,8 @@ class Run:
         self.noise_scheduler = noise_scheduler
         self.num_train_timesteps = noise_scheduler.config.num_train_timesteps if noise_scheduler else None
         data = self.train_data
+        for wrapped in self.accelerator._optimizers:  # Fused ones would skip steps that overflow in fp16 on their own
+            wrapped.optimizer._step_supports_amp_scaling = False  # Now GradScaler skips them, and accelerate knows
         group = self.accelerator._optimizers[0].param_groups[0]
         learning_rate = group.get("initial_lr", group["lr"])  # The value of the flag, or the default for the model
         if isinstance(learning_rate, torch.Tensor):  # torchao stores it as float32

@@ -28,9 +28,7 @@ def make_optimizer(name: str, model: torch.nn.Module, **options) -> torch.optim.
     """
     weights = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
     if name == "adamw":
-        optimizer = torch.optim.AdamW(weights.values(), fused=True, **options)
-        optimizer._step_supports_amp_scaling = False  # Then GradScaler skips and counts a step if a gradient overflows
-        return optimizer
+        return torch.optim.AdamW(weights.values(), fused=True, **options)
     if name == "muon":
         matrices = [weight for key, weight in weights.items() if is_hidden_matrix(key, weight)]
         others = [weight for key, weight in weights.items() if not is_hidden_matrix(key, weight)]
@@ -85,7 +83,6 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, matrices, others, momentum: float = 0.95, **options):
         super().__init__([dict(params=others), dict(params=matrices, momentum=momentum)], **options)
-        self._step_supports_amp_scaling = False  # Then GradScaler skips the whole step if a gradient overflows
 
     @torch.no_grad()
     def step(self, closure=None):
