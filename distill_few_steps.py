@@ -26,6 +26,8 @@ FAKE_LEARNING_RATE = 1e-3  # of the fake model, higher than the student's, becau
 POINTS_PER_TRAJECTORY = 4  # images per trajectory in a batch; fewer: more varied batches, but more teacher steps
 # Exponent of a uniform position on the trajectory, from noise to image; larger: more points near noise
 NOISY_POINTS = 2.0
+LOGIT_MEAN, LOGIT_STD = 0.4, 1.0  # timesteps of the fake model, as in train_ddpm.py
+MATCHING_TIMESTEPS = 0.02, 0.98  # range of timesteps at which teacher and fake model are compared, as fractions of T
 HUBER_C = 0.03  # c of the pseudo-Huber loss sqrt(d^2 + c^2) - c, quadratic for d below about c; d: RMS error
 TEACHER_STEPS = 25  # sampling steps of the teacher's samples, for comparison
 
@@ -79,7 +81,6 @@ def main(args):
     from utils.diffusion.classes import GuidedModel, add_class_embedding, cycle_labels
     from utils.diffusion.few_steps import make_few_step_sampler
     from utils.diffusion.pretrained import check_fit, load_pretrained
-    from utils.diffusion.sampling import sample_images
     from utils.diffusion.schedulers import make_noise_scheduler, make_sampler, output_for, predicted_images
     from utils.diffusion.unets import prepare_unet, weights_digest
     from utils.pictures import make_grid
@@ -166,9 +167,8 @@ def main(args):
     def draw(
         count, num_inference_steps=args.num_inference_steps, drawn_by=unet, sampler=sampler, labels=typical
     ):  # fmt: skip
-        return sample_images(
-            drawn_by, sampler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
-            args.seed, run.stop_requested,
+        return run.sample_images(
+            drawn_by, sampler, count, train_data.image_shape, num_inference_steps,
             model_inputs=cycle_labels(labels, accelerator.device) if conditional else None,
         )  # fmt: skip
 
@@ -239,7 +239,7 @@ def main(args):
             # The fake model learns to remove noise from the student's images, as the teacher does from real images
             samples = predicted.detach()
             clipped = samples.clamp(-1, 1)
-            fractions = logit_normal(uniform(args.seed, "fake timesteps", sample_ids), 0.4, 1.0)  # as in train_ddpm.py
+            fractions = logit_normal(uniform(args.seed, "fake timesteps", sample_ids), LOGIT_MEAN, LOGIT_STD)
             noisy_samples, sample_timesteps = add_noise(clipped, sample_ids, "fake noise", fractions)
             fake_output = fake_model(noisy_samples, sample_timesteps, **inputs).sample.float()
             fake_target = output_for(noise_scheduler, clipped, noisy_samples, sample_timesteps.view(-1, 1, 1, 1))
@@ -252,7 +252,8 @@ def main(args):
             fake_optimizer.zero_grad()
 
             # Where both models disagree, the distributions differ. The loss moves samples by the difference
-            fractions = 0.02 + 0.96 * uniform(args.seed, "matching timesteps", sample_ids)  # from 0.02 to 0.98
+            low, high = MATCHING_TIMESTEPS
+            fractions = low + (high - low) * uniform(args.seed, "matching timesteps", sample_ids)
             noisy_samples, sample_timesteps = add_noise(samples, sample_ids, "matching noise", fractions)
             by_teacher = denoise(guided_teacher, noisy_samples, sample_timesteps, inputs)
             by_fake = denoise(fake_unet, noisy_samples, sample_timesteps, inputs)

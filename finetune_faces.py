@@ -56,7 +56,6 @@ def main(args):
     from utils.diffusion.guidance import make_guidance
     from utils.diffusion.pipelines import choose_sampler, is_flow, saved_scheduler, training_scheduler
     from utils.diffusion.pretrained import check_fit, load_pretrained
-    from utils.diffusion.sampling import sample_images
     from utils.diffusion.spaces import Latents, Pixels
     from utils.diffusion.unets import prepare_unet
     from utils.pictures import make_grid
@@ -113,10 +112,9 @@ def main(args):
 
     # Samples
     def draw(count, num_inference_steps=args.num_inference_steps, guidance=None):
-        return sample_images(
-            unet, sampler, accelerator, count, space.shape, num_inference_steps, args.sample_batch_size, args.seed,
-            run.stop_requested, guidance=guidance, decode=space.decode,
-        )  # fmt: skip
+        return run.sample_images(
+            unet, sampler, count, space.shape, num_inference_steps, guidance=guidance, decode=space.decode
+        )
 
     base_samples = draw(min(8, args.num_samples))  # samples of the pretrained model, for comparison
     training_parts = train_data.crops(1000)

@@ -34,7 +34,6 @@ def main(args):
     from utils.diffusion.illustrations import show_denoising, show_walk
     from utils.diffusion.linear_mix import LinearMixPipeline, LinearMixScheduler
     from utils.diffusion.pretrained import check_fit
-    from utils.diffusion.sampling import sample_images
     from utils.pictures import make_grid
     from utils.randomness import sample_noise, uniform
     from utils.training.ema import EMA
@@ -72,10 +71,7 @@ def main(args):
     examples = train_data.examples(8)["images"].to(accelerator.device)
 
     def draw(count, num_inference_steps=args.num_inference_steps):
-        return sample_images(
-            unet, noise_scheduler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
-            args.seed, run.stop_requested,
-        )  # fmt: skip
+        return run.sample_images(unet, noise_scheduler, count, train_data.image_shape, num_inference_steps)
 
     def sample():
         return {

@@ -57,7 +57,6 @@ def main(args):
 
     from utils.data.train_data import load_train_data
     from utils.diffusion.pretrained import check_fit, load_pretrained
-    from utils.diffusion.sampling import sample_images
     from utils.diffusion.schedulers import make_noise_scheduler, make_sampler, min_snr_weights, pipeline_scheduler
     from utils.diffusion.unets import make_unet, prepare_unet
     from utils.pictures import make_grid
@@ -113,10 +112,7 @@ def main(args):
 
     # Samples
     def draw(count, num_inference_steps=args.num_inference_steps):
-        return sample_images(
-            unet, sampler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
-            args.seed, run.stop_requested,
-        )  # fmt: skip
+        return run.sample_images(unet, sampler, count, train_data.image_shape, num_inference_steps)
 
     def sample():
         return {"samples": make_grid(draw(args.num_samples))}

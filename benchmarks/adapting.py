@@ -85,7 +85,7 @@ def write_drawings(options):
     if (options.keep / "test").is_dir():
         return
     if options.data == "faces":
-        faces = [row()[0] for row in embedded_faces()[:]["image"]]
+        faces = [row["image"]()[0] for row in embedded_faces()]
         parts, others = {30: faces[:30]}, faces[30:]
     else:
         import datasets

@@ -39,7 +39,7 @@ TINY = [
 
 
 # Digits are made once and not for each run, because encoding 1,797 PNG files takes a quarter of the time of a tiny run
-sources._embedded_digits = functools.cache(sources._embedded_digits)
+sources._embedded = functools.cache(sources._embedded)
 # TensorBoard sorts files by name: second, process, number. Tests make several a second, so numbers have four digits
 event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
 _decode, _decoded = Cache._decode, {}

@@ -145,14 +145,6 @@ def test_a_new_flag_is_a_decision():
     assert lines == (ROOT / "tests" / "frozen_flags.txt").read_text().splitlines()
 
 
-def test_an_old_name_of_a_flag_is_answered_with_the_new_one(tmp_path, capsys):
-    (tmp_path / "run.yaml").write_text("time_density: uniform\n")
-    for given in (["--time_density=uniform"], [f"--config={tmp_path / 'run.yaml'}"]):
-        with pytest.raises(SystemExit):
-            train_ddpm.parse_args(given)
-        assert "weighting_scheme" in capsys.readouterr().err
-
-
 def test_config_file_sets_defaults_and_the_command_line_wins(tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(

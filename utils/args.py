@@ -18,7 +18,6 @@ from . import optional
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc")
 SOLVERS = ("dpmsolver++", "euler")  # for models of train_flow.py
-RENAMED = {"label_dropout": "class_dropout_prob", "time_density": "weighting_scheme"}  # old names of flags
 ALL_SAMPLERS = (*SAMPLERS, "euler", "lcm")  # lcm is for models of distill_few_steps.py
 
 
@@ -152,8 +151,6 @@ class Parser(argparse.ArgumentParser):
         hint = "--help lists the flags"
         if message.startswith("unrecognized arguments: --"):
             given = message.split(": ")[1].split()[0].split("=")[0]
-            if new := RENAMED.get(given.removeprefix("--").removeprefix("no-")):
-                given = f"{given}, which is now called --{new}"
             close = difflib.get_close_matches(given, self._option_string_actions, n=1, cutoff=0.8)
             hint = f"there is no flag {given}. {f'Did you mean {close[0]}?' if close else hint}"
         self._print_message(f"error: {message} ({hint})\n", sys.stderr)
@@ -219,9 +216,7 @@ class Parser(argparse.ArgumentParser):
         argv = []
         for name, node in entries.items():
             if name not in actions or name in ("help", "config") or not actions[name].option_strings:
-                close = (
-                    [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, actions, n=1, cutoff=0.8)
-                )
+                close = difflib.get_close_matches(name, actions, n=1, cutoff=0.8)
                 hint = f". Did you mean {close[0]}?" if close else ""
                 self.error(f"--config {path}: there is no flag --{name}{hint}")
             argv += self._typed(path, name, node, actions[name])

@@ -40,7 +40,6 @@ class Parts:
     * ``global_batches(run)``: return the number of the global batch of each optimizer step of the whole run;
     * ``measured(run, losses, timesteps, labels)``: a micro-step has ended, see ``Run.end_of_step``;
     * ``stepped(run)``: an optimizer step has ended;
-    * ``checked(run, step, loss, norm)``: a loss was checked and is finite;
     * ``diverged(run, problem, entry)``: a step diverged, see ``Run.diverged``;
     * ``logged(run, losses, norms)``: there is a new point of the curves;
     * ``pictured(run, name, picture, caption)``: there is a new picture;

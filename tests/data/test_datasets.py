@@ -115,9 +115,9 @@ def test_colour_and_grey(accelerator, folder, tmp_path_factory):
 
 
 def test_local_parquet_arrow_and_saved_sets(accelerator, tmp_path):
-    from utils.sources.sources import _embedded_digits
+    from utils.sources.sources import _embedded
 
-    digits = _embedded_digits().select(range(64))
+    digits = _embedded("digits").select(range(64))
     digits.to_parquet(tmp_path / "digits.parquet")
     digits.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": digits, "test": digits.select(range(16))}).save_to_disk(tmp_path / "splits")
@@ -432,11 +432,11 @@ def test_images_that_do_not_fit_in_memory_are_decoded_as_they_come(accelerator, 
 
 def test_configurations_of_a_data_set(accelerator, tmp_path):
     """A folder with two configurations in its card, as on the Hub."""
-    from utils.sources.sources import _embedded_digits
+    from utils.sources.sources import _embedded
 
     for name, count in (("few", 16), ("many", 32)):
         (tmp_path / name).mkdir()
-        _embedded_digits().select(range(count)).to_parquet(tmp_path / name / "train.parquet")
+        _embedded("digits").select(range(count)).to_parquet(tmp_path / name / "train.parquet")
     entries = "".join(f"- config_name: {name}\n  data_files: {name}/train.parquet\n" for name in ("few", "many"))
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
     with pytest.raises(UserError, match="Config name is missing"):

@@ -11,7 +11,6 @@ from PIL import Image
 
 from utils import UserError, exits
 from utils.data.train_data import TrainData
-from utils.resilience import guard
 from utils.resilience.rollbacks import RECORD, global_batches, read
 from utils.signals import StopSignal
 
@@ -83,28 +82,6 @@ def test_rollbacks_come_to_an_end(tmp_path, poisoned):
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     with pytest.raises(UserError, match=r"step 2: loss nan.*skip the images of such steps with --max_rollbacks"):
         train(tmp_path / "other", "--logging_steps=2")  # by default, the run stops
-
-
-def test_a_gradient_that_is_much_larger_than_those_before_is_left_out(tmp_path, monkeypatch, poisoned):
-    """The norms for the comparison are in the checkpoint, so a resumed run decides like an uninterrupted one."""
-    monkeypatch.setattr(guard, "GRAD_NORM_DEVIATIONS", 8)
-    window = 30
-    monkeypatch.setattr(guard, "WINDOW", window)
-    steps, bad = window + 12, window + 8
-    flags = [*FLAGS, f"--max_train_steps={steps}", "--train_batch_size=2", "--resolution=4"]
-    # The checkpoint is between two points of the curves
-    flags += ["--logging_steps=10", "--gradient_accumulation_steps=2"]
-    flags += [f"--checkpointing_steps={window + 4}", "--checkpoints_total_limit=9", "--lr_scheduler=constant"]
-    poisoned(bad, factor=5000)
-    assert train_again(tmp_path / "run", *flags) == 1
-    (entry,) = json.loads((tmp_path / "run" / RECORD).read_text())
-    assert entry["global_batch"] == bad and entry["step"] == bad + 1 and "a norm of at most" in entry["expected"]
-    interrupt(tmp_path / "run", f"checkpoint-{window + 4}")
-    weights = (tmp_path / "run" / WEIGHTS).rename(tmp_path / "weights.safetensors")
-    (tmp_path / "run" / RECORD).rename(tmp_path / RECORD)  # as if the run was killed before the rollback
-    assert train_again(tmp_path / "run", *flags) == 1
-    assert (tmp_path / "run" / RECORD).read_text() == (tmp_path / RECORD).read_text()
-    assert equal_weights(tmp_path / "run" / WEIGHTS, weights)
 
 
 @pytest.mark.slow

@@ -149,9 +149,10 @@ UNET = "        unet = make_unet(args.unet, args.model_config_name_or_path, trai
 LABELS = [
     ("model(noisy_images, timesteps).sample", 'model(noisy_images, timesteps, class_labels=batch["labels"]).sample'),
     (
-        "args.seed, run.stop_requested,\n",
-        "args.seed, run.stop_requested,\n"
-        "            model_inputs=lambda sample_ids: dict(class_labels=torch.from_numpy(sample_ids % 10)),\n",
+        "return run.sample_images(unet, sampler, count, train_data.image_shape, num_inference_steps)",
+        "inputs = lambda sample_ids: dict(class_labels=torch.from_numpy(sample_ids % 10))\n"
+        "        shape = train_data.image_shape\n"
+        "        return run.sample_images(unet, sampler, count, shape, num_inference_steps, model_inputs=inputs)",
     ),
 ]
 OWN_EVERYTHING = [  # an array, a transformer, SGD, a schedule of torch's, and another loss
@@ -213,7 +214,7 @@ def test_a_model_that_cannot_draw_is_found_out_before_the_first_step(tmp_path, m
 
 
 def forget(folder, *flags, **added):
-    """Change an interrupted run into one of an older script with other flags."""
+    """Change an interrupted run into one of a script with other flags."""
     interrupt(folder, "checkpoint-3")
     for path, key in ((folder / "training_args.json", "arguments"), (folder / "checkpoint-3" / STATE, "settings")):
         record = json.loads(path.read_text())
@@ -225,13 +226,13 @@ def forget(folder, *flags, **added):
     _write_manifest(folder / "checkpoint-3")
 
 
-def test_a_new_flag_at_its_default_resumes_an_old_run(tmp_path, capsys):
+def test_a_flag_added_with_its_default_resumes_the_run(tmp_path, capsys):
     train(tmp_path / "run")
-    forget(tmp_path / "run", "weighting_scheme", "lr_scheduler", bygone=7, weighting_scheme="logit_normal")
+    forget(tmp_path / "run", "lr_scheduler", removed=7)
     assert train(tmp_path / "run") == 0
     said = capsys.readouterr().err
-    assert "the run was started before lr_scheduler existed. The old behaviour is kept" in said
-    assert "holds a run with bygone 7, which is not a flag of this script" in said
+    assert "the run was started without lr_scheduler. The defaults count as its values" in said
+    assert "holds a run with removed 7, which is not a flag of this script" in said
     assert "Resuming from" in said
 
 
@@ -240,25 +241,6 @@ def test_a_new_flag_at_another_value_is_refused(tmp_path):
     forget(tmp_path / "run", "lr_scheduler")
     with pytest.raises(UserError, match=r"lr_scheduler was 'linear', is 'cosine'"):
         train(tmp_path / "run", "--lr_scheduler=cosine")
-
-
-def test_a_flag_that_became_a_constant_is_compared_with_it(tmp_path, monkeypatch, capsys):
-    """A run of an earlier version, with --snr_gamma 5 and --adam_beta1 0.8."""
-    with monkeypatch.context() as patch:
-        patch.setattr(train_ddpm, "SNR_GAMMA", 5.0)
-        train(tmp_path / "run")
-    forget(tmp_path / "run", snr_gamma=5.0, adam_beta1=0.8, logit_std=1.0, logit_mean=0.4)
-    for path in (tmp_path / "run" / "training_args.json", tmp_path / "run" / "checkpoint-3" / STATE):
-        record = json.loads(path.read_text())
-        record.get("settings", record).pop("constants")
-        path.write_text(json.dumps(record))
-    (tmp_path / "run" / "checkpoint-3" / "manifest.json").unlink()
-    _write_manifest(tmp_path / "run" / "checkpoint-3")
-    with pytest.raises(UserError, match=r"snr_gamma was 5\.0, is None \(a constant of the script\)"):
-        train(tmp_path / "run")
-    monkeypatch.setattr(train_ddpm, "SNR_GAMMA", 5.0)
-    assert train(tmp_path / "run") == 0
-    assert "holds a run with adam_beta1 0.8, which is not a flag of this script" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- the output folder

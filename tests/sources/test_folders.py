@@ -23,7 +23,6 @@ from utils.evaluation.features import load_extractor
 from utils.evaluation.image_folder import SampleFolder, load_image
 from utils.evaluation.reference import Reference
 from utils.sources.sources import ImageSource, load_source
-from utils.training import checkpoints
 
 
 def draw(*paths, size=(16, 16), **options):
@@ -424,25 +423,6 @@ def test_a_run_resumes_with_the_same_images_from_another_place_and_with_no_other
     interrupt(run, "checkpoint-6")
     with pytest.raises(UserError, match="the images differ from those of"):
         go(tmp_path / "a", "--max_train_steps=9")
-
-
-def test_a_checkpoint_without_a_fingerprint_resumes_with_a_line(accelerator, tmp_path, capsys):
-    draw(*(tmp_path / "a" / f"{k}.png" for k in range(12)))
-    flags = ["--train_data_dir", tmp_path / "a", "--resolution=8", "--unet=tiny"]
-    flags += ["--optimizer=adamw", "--weighting_scheme=uniform"]
-    assert train_script(tmp_path / "run", *flags) == 0
-    interrupt(tmp_path / "run", "checkpoint-3")
-    for file in (tmp_path / "run" / "training_args.json", tmp_path / "run" / "checkpoint-3" / "trainer_state.json"):
-        record = json.loads(file.read_text())
-        for settings in (record, record.get("settings", {}), record.get("arguments", {})):
-            for name in ("fingerprint", "scaled_from", "image_range", "weighting_scheme", "optimizer"):
-                settings.pop(name, None)
-        file.write_text(json.dumps(record))
-    (tmp_path / "run" / "checkpoint-3" / "manifest.json").unlink()
-    checkpoints._write_manifest(tmp_path / "run" / "checkpoint-3")
-    assert train_script(tmp_path / "run", *flags) == 0
-    said = capsys.readouterr().err
-    assert "has no record of its images" in said and "3 optimizer steps done" in said
 
 
 def test_another_range_is_refused_when_a_run_resumes(accelerator, tmp_path):

@@ -256,7 +256,7 @@ def test_steps_of_ones_own_come_once_for_each_optimizer_step(tmp_path):
 
 def test_a_pause_within_a_pause_counts_once():
     run = object.__new__(Run)
-    run.tell, run._logged_at = lambda event: [], time.perf_counter()
+    run.tell, run._logged_at, run.args = lambda event: [], time.perf_counter(), SimpleNamespace()
     before = run._logged_at
     with run.untimed(), run.untimed():
         time.sleep(0.2)
@@ -334,16 +334,6 @@ def test_another_number_of_processes_is_told_the_flags_that_fit(size, processes,
     new = {"train_batch_size": 4, "gradient_accumulation_steps": 1, "global_batch_size": 4 * processes}
     with pytest.raises(UserError, match=advice):
         check_settings("the folder", {"global_batch_size": size}, new, {})
-
-
-def test_a_run_with_the_old_name_of_a_flag_resumes(tmp_path, finished_run):
-    flags = ["--report_to=tensorboard", "--sample_steps=2", "--label_column=label", "--logging_steps=2"]
-    shutil.copytree(finished_run, tmp_path / "run")
-    path = tmp_path / "run" / "training_args.json"
-    path.write_text(path.read_text().replace('"weighting_scheme"', '"time_density"'))
-    assert train(tmp_path / "run", *flags) == 0
-    with pytest.raises(UserError, match="weighting_scheme was 'logit_normal', is 'uniform'"):
-        train(tmp_path / "run", *flags, "--weighting_scheme=uniform")
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -81,9 +81,8 @@ class Cache:
         progress = tqdm(total=total, desc=self.doing, unit="image", delay=2, disable=not show)
         with ThreadPoolExecutor() as pool, progress:
             for first in range(0, total, ROWS):
-                rows = images.images[first : first + ROWS]
-                jobs = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
-                results = list(pool.map(images.attempt, jobs))
+                rows = images.images.rows(range(first, min(first + ROWS, total)))
+                results = list(pool.map(images.attempt, rows))
                 stored = iter(self._stored([found[0] for found in results if not isinstance(found, BadImage)]))
                 for k, found in enumerate(results):
                     starts.append(position)
@@ -98,7 +97,7 @@ class Cache:
                         write(data)
                         shapes.append(image.shape[1:])
                         position += data.size
-                progress.update(len(jobs))
+                progress.update(len(rows))
         table = dict(starts=np.array(starts), shapes=np.array(shapes), labels=np.array([v["label"] for v in values]))
         table |= {f"vector {name}": np.array([entry[name] for entry in values]) for name in images.layout.shapes}
         good = table["shapes"][:, 0] > 0

@@ -11,7 +11,7 @@ from .sampling import evaluating, sample_batch, starting_noise
 
 @torch.no_grad()
 def show_denoising(
-    model: torch.nn.Module, noise_scheduler: SchedulerMixin, clean_images: torch.Tensor, seed: int, decode=None
+    model: torch.nn.Module, noise_scheduler: SchedulerMixin, clean_images: torch.Tensor, seed: int
 ) -> Image.Image:
     """Draw three rows: clean images, the same images at rising noise levels, and the model's predictions.
 
@@ -20,7 +20,6 @@ def show_denoising(
         noise_scheduler: scheduler that adds the noise, none in the first column and pure noise in the last.
         clean_images: (B, C, H, W) in [-1, 1], on the model's device.
         seed: seed of the noise.
-        decode: function from the model's space to pixels, see ``spaces``. ``clean_images`` are in the model's space.
     """
     count, *shape = clean_images.shape
     timesteps = torch.linspace(0, noise_scheduler.config.num_train_timesteps, count, device=clean_images.device)
@@ -29,7 +28,7 @@ def show_denoising(
     with evaluating(model):
         predicted = model(noisy_images, timesteps).sample.float()
     rows = torch.cat([clean_images, noisy_images, predicted])
-    return make_grid(to_uint8(decode(rows) if decode else rows), captions=["image", "mixed with noise", "predicted"])
+    return make_grid(to_uint8(rows), captions=["image", "mixed with noise", "predicted"])
 
 
 def show_walk(
@@ -40,7 +39,6 @@ def show_walk(
     num_inference_steps: int,
     seed: int,
     device: torch.device,
-    decode=None,
 ) -> Image.Image:
     """Draw two rows for each sampling step: the model's input, and its prediction of the clean images.
 
@@ -48,7 +46,6 @@ def show_walk(
         model, sampler, shape, seed: see ``sample_images``. The pictured samples are its first ones.
         count: number of images.
         num_inference_steps: number of sampling steps.
-        decode: function from the model's space to pixels, see ``spaces``.
     """
     rows = []
     sample_batch(
@@ -57,7 +54,4 @@ def show_walk(
     )  # fmt: skip
     steps = range(1, num_inference_steps + 1)
     captions = [caption for step in steps for caption in (f"step {step}: given", "predicted")]
-    rows = torch.cat(rows)
-    with torch.no_grad():
-        rows = decode(rows) if decode else rows
-    return make_grid(to_uint8(rows), captions=captions)
+    return make_grid(to_uint8(torch.cat(rows)), captions=captions)

@@ -44,7 +44,7 @@ def add_speed_arguments(parser: Parser) -> None:
     """Add the flags for the memory and speed of a UNet or an autoencoder."""
     group = parser.group("model")
     parser.switch(group, "--gradient_checkpointing", False, "recomputation of activations, which saves memory and makes steps slower")
-    parser.switch(group, "--compile", False, "compilation of the model with torch.compile, for GPUs. It takes minutes at first, and again for each other batch size of samples")
+    parser.switch(group, "--compile", False, "compilation of the model with torch.compile, for GPUs. It takes minutes at first. Samples are drawn without it")
 # fmt: on
 
 
@@ -98,7 +98,7 @@ def concatenate_condition(unet):
         if options.get("condition") is None:
             raise TypeError(
                 "condition= is missing. Expected a tensor (B, K, H, W). In training call model(..., **model_inputs(batch)), in "
-                "sampling sample_images(..., model_inputs=...), and in validation run.steps(..., model_inputs=...)"
+                "sampling run.sample_images(..., model_inputs=...), and in validation run.steps(..., model_inputs=...)"
             )
         noisy, *others = inputs
         condition = options["condition"].to(noisy)

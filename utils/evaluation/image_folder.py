@@ -21,9 +21,9 @@ from ..sources.decoding import open_row, size_and_mode
 from ..sources.named_images import NamedImages
 from ..sources.sources import ImageSource
 from ..training.checkpoints import file_hash
-from ..training.output_dir import inspect_together, read_arguments
+from ..training.output_dir import config_of, inspect_together, read_arguments
 from .given_images import check_same_size, open_picture, read_picture
-from .kept_samples import digest_of, settings_of
+from .kept_samples import digest_of
 from .metrics import check_count
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class ImageFolder:
         settings["num_inference_steps"] = num_inference_steps
         settings["mixed_precision"], settings["randomness"] = self.accelerator.mixed_precision, randomness.VERSION
         settings["weights"] = weights_digest(model)[:12]
-        settings["scheduler"] = f"{type(sampler).__name__} {digest_of(settings_of(sampler))[:12]}"
+        settings["scheduler"] = f"{type(sampler).__name__} {digest_of(config_of(sampler))[:12]}"
         if space.fingerprint:
             settings["autoencoder"] = space.fingerprint
         if self.args.init_image:
@@ -81,8 +81,6 @@ class ImageFolder:
         path = self.folder / SETTINGS
         if path.is_file():
             found = read_record(path)
-            # Older folders do not name them
-            found |= {n: settings[n] for n in ("mixed_precision", "randomness") if found.get(n) is None}
             names = sorted({*found, *settings})
             changed = [
                 f"{n} of the model changed" if n in ("weights", "scheduler") else

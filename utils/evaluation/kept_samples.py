@@ -85,8 +85,3 @@ class KeptSamples:
 def digest_of(facts) -> str:
     """Return the SHA-256 of the JSON text of ``facts``: 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def settings_of(configured) -> list:
-    """Return the class and settings of a model or scheduler of diffusers, without private settings."""
-    return [type(configured).__name__, {key: v for key, v in configured.config.items() if not key.startswith("_")}]

@@ -1,10 +1,10 @@
 """The results of evaluate.py, as a table for people and as JSON for programs."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from .. import write_record
 from ..pictures import make_grid
 from .sweep import plot_guidance, plot_sweep
 
@@ -113,7 +113,7 @@ def write_report(
     print(f"\nWrote {', '.join(files)} to {folder}. All columns are in results.md")
     (folder / "results.md").write_text(text, encoding="utf-8")
     record = {**facts, "results": rows, "denoising_losses": losses, "by_class": by_class}
-    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(folder / "results.json", record)
     _strip(grids).save(folder / "samples.png")
     both = {}
     for name, (images, trained_on) in pairs.items():

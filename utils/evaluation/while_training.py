@@ -1,6 +1,5 @@
 """Evaluation during training: loss on held-out images, quality of samples, and the best model so far."""
 
-import json
 import logging
 import os
 import shutil
@@ -8,7 +7,7 @@ import time
 
 import numpy as np
 
-from .. import sync, write_record
+from .. import read_record, sync, write_record
 from ..diffusion.spaces import Pixels, encode_in_batches
 from ..training.checkpoints import on_all_processes
 from .denoising_loss import DenoisingLoss
@@ -65,7 +64,7 @@ class Validation:
 
                 self.losses[name] = Reconstruction(batch["images"])
                 continue
-            images = encode_in_batches(space, batch["images"], run.accelerator.device)
+            images = encode_in_batches(space, batch["images"], run.accelerator.device, run.args.seed)
             inputs = run.model_inputs(batch)
             self.losses[name] = DenoisingLoss(images, run.noise_scheduler, run.args.seed, inputs)
 
@@ -113,7 +112,7 @@ class SampleQuality:
             os.rename(self.previous, self.folder)  # a run was killed between the two renames of ``_keep``
         self.best = np.inf
         if (self.folder / RECORD).is_file():
-            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+            record = read_record(self.folder / RECORD)
             if record["step"] <= run.global_step:
                 self.best = record.get(self._distance, np.inf)
         dimensions = self.reference.shape[1]
@@ -158,7 +157,7 @@ class SampleQuality:
             shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir()
         self.run.save(staging)
-        (staging / RECORD).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_record(staging / RECORD, values)
         for path in [*staging.rglob("*"), staging]:
             sync(path)
         if self.folder.exists():

@@ -26,7 +26,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from .. import UserError, write_record
 from ..exits import UPLOAD_THREAD
-from ..privacy import DATA, OWN_IMAGES, is_hub_id, redact
+from ..privacy import DATA, OWN_IMAGES, is_hub_id
 from ..saved import AUTOENCODERS, NETS, net_folder
 from ..signals import STOP_SIGNALS, progress
 from ..training.last_lines import how_to_load
@@ -218,7 +218,7 @@ class Hub:
         write_card(staging, self.folder, final=True, name=self.repo_id, record=record, **card)
         if "public_arguments" in record:
             record["arguments"] = record.pop("public_arguments")
-            record["constants"] = record.pop("public_constants", None) or redact(record.get("constants", {}))
+            record["constants"] = record.pop("public_constants", {})
             write_record(staging / ARGUMENTS, record)
 
     def _hide_private_names(self, values):

@@ -2,9 +2,7 @@
 
 import itertools
 import logging
-import math
 import platform
-import statistics
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,9 +17,6 @@ from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 100  # number of optimizer steps that a gradient norm is compared with
-GRAD_NORM_DEVIATIONS = None  # K: also roll back for a norm more than K standard deviations above the mean
-
 
 class Guard:
     """Part of a training run that guards it, see ``training.loop.Run``.
@@ -33,21 +28,18 @@ class Guard:
 
     def __init__(self, max_rollbacks: int, hang_timeout: float):
         self.max_rollbacks, self.hang_timeout = max_rollbacks, hang_timeout
-        self.watchdog, self.norms = None, []
+        self.watchdog = None
 
     def claimed(self, run) -> None:
         if run.accelerator.num_processes > 1:
             check_shared(run.accelerator, run.output_dir)
 
     def state(self, run) -> dict:
-        return {"rollbacks": rollbacks.read(run.output_dir), "last_grad_norms": self.norms}
+        return {"rollbacks": rollbacks.read(run.output_dir)}
 
     def load_state(self, run, state: dict) -> None:
         if run.accelerator.is_main_process:
             rollbacks.add(run.output_dir, state.get("rollbacks", []))  # the checkpoint may come from another folder
-        self.norms = state.get("last_grad_norms", [])
-        for optimizer in run.accelerator._optimizers:  # earlier versions kept the norms there
-            self.norms = optimizer.param_groups[0].pop("grad_norms", self.norms)
 
     def started(self, run) -> None:
         self.watchdog = Watchdog(run.accelerator, self.hang_timeout)
@@ -58,20 +50,6 @@ class Guard:
 
     def stepped(self, run) -> None:
         self.watchdog.heartbeat(run.global_step)
-
-    def checked(self, run, step: int, loss: float, norm: float) -> None:
-        """Roll back if a gradient norm is much larger than those of the last steps.
-
-        Raises:
-            UserError, RestartFromCheckpoint: see ``Run.diverged``.
-        """
-        if not GRAD_NORM_DEVIATIONS or not self.max_rollbacks or not math.isfinite(norm):
-            return
-        if len(self.norms) == WINDOW:
-            limit = statistics.fmean(self.norms) + GRAD_NORM_DEVIATIONS * statistics.stdev(self.norms)
-            if norm > limit:
-                run.diverged(step, loss, norm, f"expected a norm of at most {limit:g}")
-        self.norms = [*self.norms, norm][-WINDOW:]
 
     def diverged(self, run, problem: str, entry: dict) -> tuple[str, str]:
         """Roll back, unless the run has used up its rollbacks.

@@ -47,16 +47,11 @@ def load(args, accelerator, conditional: bool, columns: dict):
         UserError: see ``sources.load_source``.
     """
     from dataclasses import replace
-    from pathlib import Path
 
-    from .. import read_record
     from .named_images import NamedImages
     from .sources import ImageSource
 
     source = replace(ImageSource.from_args(args), find_labels=conditional, columns=columns)
-    record = Path(args.output_dir) / "training_args.json"
-    if args.max_train_samples and record.is_file():  # older runs used the first images
-        source = replace(source, take_first="sample" not in read_record(record))
     return NamedImages(source, accelerator, args.max_bad_images)
 
 

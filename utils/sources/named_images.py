@@ -50,7 +50,7 @@ class NamedImages(Images):
         label = self.dataset.features.get("label")
         self.label_names, self.columns = label.names if label else [], source.columns
         check_columns(self.columns)
-        if source.max_samples and not (source.take_first or source.streaming):
+        if source.max_samples and not source.streaming:
             self.sample = f"at random, seed {source.seed}"
         self.length = None if source.streaming else len(self.dataset)
         self.license = data_license(self.dataset, "" if source.is_folder else self.name)
@@ -99,14 +99,12 @@ class NamedImages(Images):
         source, where = open_row({"image": record}, self.name, index, self.white)
         return decode_image(source, where), where
 
-    def __getitem__(self, key: int | slice) -> dict:
-        rows = self.dataset[key]
-        if not isinstance(key, slice):
-            return self.add_decoders(rows, key)
-        numbers = range(*key.indices(self.length))
-        records = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
-        decoders = [self.add_decoders(row, k) for k, row in zip(numbers, records, strict=True)]
-        return {name: [row[name] for row in decoders] for name in rows}
+    def __getitem__(self, index: int) -> dict:
+        return self.add_decoders(self.dataset[index], index)
+
+    def rows(self, indices: range) -> list[dict]:
+        rows = self.dataset.__getitems__(list(indices))
+        return [self.add_decoders(row, index) for index, row in zip(indices, rows, strict=True)]
 
     def labels(self) -> list[int | None]:
         return self.dataset["label"][:]

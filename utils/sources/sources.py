@@ -7,7 +7,6 @@ import errno
 import glob
 import hashlib
 import logging
-import math
 import os
 import platform
 import re
@@ -24,13 +23,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 from .. import UserError
 from ..data.columns import Column
 from ..data.images import given_range
-from ..data.own_images import OwnImages, content_of, embedded_digits, embedded_faces
+from ..data.own_images import content_of, embedded_digits, embedded_faces
 from .columns import add_paired_files, select_columns
 from .folders import SPLITS, has_tables, load_folder
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_DATASET = "ylecun/mnist"
+EMBEDDED = {"digits": embedded_digits, "faces": embedded_faces}
 FILES = {  # builders of ``datasets``, by file extension
     ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json", ".tar": "webdataset",
 }  # fmt: skip
@@ -57,8 +57,7 @@ class ImageSource:
         image_column: name of the column of images; None for the only one of type Image.
         label_column: name of a column to keep as ``label``, of type ClassLabel, or of integers or strings, which become
             classes in sorted order.
-        max_samples: number of images: a random sample by ``seed``, or the first images with ``take_first`` or
-            ``streaming``.
+        max_samples: number of images: a random sample by ``seed``, or the first images with ``streaming``.
         streaming: True to read images only when they are needed.
         find_labels: True to use the only column of type ClassLabel if ``label_column`` is None. Data are refused unless
             they have exactly one such column.
@@ -75,7 +74,6 @@ class ImageSource:
     label_column: str | None = None
     max_samples: int | None = None
     seed: int = 0
-    take_first: bool = False
     streaming: bool = False
     find_labels: bool = False
     columns: dict[str, Column] = field(default_factory=dict)
@@ -112,7 +110,7 @@ def load_source(source: ImageSource, accelerator) -> tuple[datasets.Dataset | da
         UserError: the data set, split or column is not found, there are no images, or the columns are ambiguous.
     """
     if not source.name:  # one process decides, so that all processes train on the same data
-        choice = [_default_source(source) if accelerator.is_main_process else None]
+        choice = [_default_source() if accelerator.is_main_process else None]
         source = replace(source, name=broadcast_object_list(choice)[0])
     failure = None
     with accelerator.main_process_first():
@@ -180,11 +178,7 @@ def _check_slices(trained_on: ImageSource, held_out: ImageSource, accelerator) -
             entire = replace(source, split=whole, label_column=None, max_samples=None, streaming=False)
             lengths[whole] = 1 if source.streaming and not sliced else len(load_source(entire, accelerator)[0])
         parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
-        left = (source.take_first and source.max_samples) or math.inf  # a random sample may contain any rows
-        ranges.append([])
-        for part in parts:
-            ranges[-1].append((part.splitname, part.from_, min(part.to, part.from_ + left)))
-            left -= part.to - part.from_
+        ranges.append([(part.splitname, part.from_, part.to) for part in parts])
     pairs = [(first, second) for first in ranges[0] for second in ranges[1] if first[0] == second[0]]
     if any(max(first[1], second[1]) < min(first[2], second[2]) for first, second in pairs):
         raise UserError(
@@ -228,7 +222,7 @@ def data_license(dataset, name: str) -> str:
     return known.get(name) or (info.license if info else None) or "not stated"
 
 
-def _default_source(source: ImageSource) -> str:
+def _default_source() -> str:
     hub_logger = logging.getLogger("huggingface_hub")
     level = hub_logger.level
     hub_logger.setLevel(logging.CRITICAL)  # its retries log twenty lines in twenty seconds
@@ -248,12 +242,11 @@ def _default_source(source: ImageSource) -> str:
 
 
 def _open_source(source: ImageSource):
-    embedded = {"digits": _embedded_digits, "faces": _embedded_faces}
     name = source.name
-    if not source.is_folder and name in embedded:
+    if not source.is_folder and name in EMBEDDED:
         if source.streaming:
             raise UserError(f"--streaming: {name} is an embedded set, which is already in memory. Leave the flag out")
-        return _choose({"train": embedded[name]()}, source)
+        return _choose({"train": _embedded(name)}, source)
     path = Path(name).expanduser()
     load = partial(datasets.load_dataset, split=source.split, streaming=source.streaming)
     try:
@@ -351,15 +344,8 @@ def _split_called(name: str, parts: Mapping) -> str:
     return SPLITS[name] if name not in parts and SPLITS.get(name) in parts else name
 
 
-def _embedded_digits() -> datasets.Dataset:
-    return _from_own(embedded_digits())
-
-
-def _embedded_faces() -> datasets.Dataset:
-    return _from_own(embedded_faces())
-
-
-def _from_own(images: OwnImages) -> datasets.Dataset:
+def _embedded(name: str) -> datasets.Dataset:
+    images = EMBEDDED[name]()
     columns = {"image": [images[k]["image"]()[0] for k in range(len(images))], "label": images.labels()}
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=images.label_names)}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -93,7 +93,7 @@ def save_checkpoint(
 
 
 def find_checkpoint(accelerator, output_dir: Path, request: str | None, prefer_newest: bool = False) -> Path | None:
-    """Return the checkpoint to resume from, the same on every process.
+    """Remove the leftovers of a killed run, and return the checkpoint to resume from, the same on every process.
 
     Args:
         request: path of a checkpoint. ``latest`` or None selects the newest complete one, if there is one.
@@ -106,7 +106,12 @@ def find_checkpoint(accelerator, output_dir: Path, request: str | None, prefer_n
     Raises:
         CheckpointError: the given checkpoint does not exist or is not complete.
     """
-    return on_main_process(accelerator, lambda: _find(output_dir, request, prefer_newest))
+    if accelerator.is_main_process:
+        remove_leftovers(output_dir)
+    path = on_main_process(accelerator, lambda: _find(output_dir, request, prefer_newest))
+    if path is None:
+        logger.info(f"Starting a new run in {output_dir}.")
+    return path
 
 
 def _find(output_dir: Path, request: str | None, prefer_newest: bool) -> Path | None:
@@ -183,9 +188,9 @@ def load_checkpoint(accelerator, path: Path, state: dict) -> None:
     Raises:
         CheckpointError: the checkpoint does not fit the model or cannot be loaded.
     """
-    if state.get("randomness", 1) != randomness.VERSION:
+    if state["randomness"] != randomness.VERSION:
         logger.warning(
-            f"{path} was saved by an earlier version, which drew other noise. The run resumes, but its result differs "
+            f"{path} was saved by a version that drew other noise. The run resumes, but its result differs "
             "from that of an uninterrupted run."
         )
     if state["num_processes"] != accelerator.num_processes:
@@ -258,16 +263,6 @@ def archive_newer(output_dir: Path, path: Path | None, step: int) -> None:
             os.rename(newer, target)
             start = f"resumes from {path}" if path else "starts from the beginning"
             logger.warning(f"{newer} is renamed to {target.name}, because this run {start}.")
-
-
-def prepare_to_resume(accelerator, output_dir: Path, request: str | None, prefer_newest: bool) -> Path | None:
-    """Remove the leftovers of a killed run, and find the checkpoint to resume from, see ``find_checkpoint``."""
-    if accelerator.is_main_process:
-        remove_leftovers(output_dir)
-    path = find_checkpoint(accelerator, output_dir, request, prefer_newest)
-    if path is None:
-        logger.info(f"Starting a new run in {output_dir}.")
-    return path
 
 
 def averaged_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from .. import UserError, counted, exits, optional, randomness
 from ..args import defaults_of
+from ..diffusion.sampling import sample_images
 from ..hardware import device_name
 from ..pictures import with_caption
 from ..saved import AUTOENCODERS, index_file, is_complete
@@ -77,9 +78,6 @@ class Run:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             step_scheduler_with_optimizer=False,
         )
-        if self.accelerator.device.type == "cuda":
-            # The newer fp32_precision is not used: with it, torch 2.13 raises an error when code reads these attributes
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.tell = optional.Parts(self).ask
         self.output_dir, self._finished_at = output_dir.prepare_output_dir(
             self.accelerator, self.flags, defaults_of(args), name, self.constants
@@ -177,8 +175,8 @@ class Run:
         if space:
             self.facts["denoises"] = f"{type(space).__name__}, {' x '.join(map(str, space.shape))}"
         self.settings = {
-            **self.flags, "learning_rate": learning_rate, **data.settings, **(compare or {}),
-            "constants": self.constants, "autoencoder": space and space.fingerprint,
+            **self.flags, "learning_rate": learning_rate, "autoencoder": space and space.fingerprint,
+            **data.settings, **(compare or {}), "constants": self.constants,
             "net_code": type(self.unet).__module__,
             "noise_scheduler": output_dir.config_of(noise_scheduler), "model_config": output_dir.config_of(self.unet),
             "optimizer_settings": output_dir.describe_optimizers(self.accelerator),
@@ -232,7 +230,7 @@ class Run:
         self.global_step += 1
         self._step_is_open = True
         # After an overflow in fp16, weights, learning rate and average stay unchanged
-        return not self.accelerator.optimizer_step_was_skipped
+        return not self.accelerator._optimizers[0].step_was_skipped
 
     def every(self, steps: int) -> bool:
         """Return whether an optimizer step was just made and its number is a multiple of ``steps``.
@@ -257,6 +255,22 @@ class Run:
         """
         self.repeats.add(name, every, action, at_start, at_end)
 
+    def sample_images(
+        self, model, sampler, count: int, shape: tuple[int, int, int], num_inference_steps: int, **options
+    ):  # fmt: skip
+        """Return ``sampling.sample_images`` with the seed and batch size of the run. A signal ends it early."""
+        args = self.args
+        with self._uncompiled():
+            return sample_images(
+                model, sampler, self.accelerator, count, shape, num_inference_steps, args.sample_batch_size, args.seed,
+                self.stop_requested, **options,
+            )  # fmt: skip
+
+    def _uncompiled(self):
+        """Return a context without ``--compile``, because other batch sizes would make the compiled step slower."""
+        compiled = vars(self.args).get("compile")
+        return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
     def stop_requested(self) -> bool:
         """Return whether a signal asks this process to stop, so that long actions can end early.
 
@@ -266,10 +280,11 @@ class Run:
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
-        """Exclude the time of the block from the training speed. Blocks may be nested."""
+        """Exclude the time of the block from the training speed, and leave it uncompiled. Blocks may be nested."""
         since_point = time.perf_counter() - self._logged_at
         try:
-            yield
+            with self._uncompiled():
+                yield
         finally:
             self._logged_at = time.perf_counter() - since_point
             self.tell("paused")
@@ -297,7 +312,7 @@ class Run:
 
     def _resume(self) -> None:
         """Load the checkpoint that the flags ask for. An automatic restart loads the newest."""
-        path = checkpoints.prepare_to_resume(
+        path = checkpoints.find_checkpoint(
             self.accelerator, self.output_dir, self.args.resume_from_checkpoint, exits.restarted()
         )
         if path:
@@ -421,23 +436,21 @@ class Run:
         """
         for step, loss, norm, finite in self.losses.unseen(self.global_step):
             if not finite:
-                self.diverged(step, loss, norm, "expected finite numbers")
-            self.tell("checked", step, loss, norm)
+                self.diverged(step, loss, norm)
 
-    def diverged(self, step: int, loss: float, norm: float, expected: str) -> NoReturn:
+    def diverged(self, step: int, loss: float, norm: float) -> NoReturn:
         """End the run because of the loss or gradient norm of a step, unless an optional folder can roll the run back.
 
         Args:
             step: optimizer step.
             loss, norm: loss and gradient norm of that step.
-            expected: expected values, for example "expected finite numbers".
 
         Raises:
             UserError: the run ends.
             RestartFromCheckpoint: the run rolls back, so ``main`` has to be called again.
         """
-        problem = f"step {step}: loss {loss:g}, gradient norm {norm:g} ({expected})"
-        entry = dict(step=step, loss=str(loss), grad_norm=str(norm), expected=expected)
+        problem = f"step {step}: loss {loss:g}, gradient norm {norm:g} (expected finite numbers)"
+        entry = dict(step=step, loss=str(loss), grad_norm=str(norm))
         used_up, instead = next(iter(self.tell("diverged", problem, entry)), ("", ""))
         raise UserError(
             f"{problem}. This step was not saved{used_up}. The same command resumes from the last checkpoint. "

@@ -62,8 +62,8 @@ class RecentLosses:
         return {"recent_losses": losses.tolist(), "recent_grad_norms": norms.tolist()}
 
     def load_state(self, state: dict) -> None:
-        """Restore the result of ``state``. Checkpoints of earlier versions have none."""
-        losses, norms = (state.get(name, []) for name in ("recent_losses", "recent_grad_norms"))
+        """Restore the result of ``state``."""
+        losses, norms = (state[name] for name in ("recent_losses", "recent_grad_norms"))
         self.losses, self.norms = (
             [torch.tensor(v, device=self.accelerator.device) for v in vs] for vs in (losses, norms)
         )

@@ -46,21 +46,6 @@ MAY_CHANGE_ON_RESUME = {
     "resume_from_checkpoint", "sample_batch_size", "sample_steps", "train_batch_size", "train_data_dir", "vae",
     "validation_split", "validation_steps", *SAMPLING_FLAGS,
 }  # fmt: skip
-# Values of runs that are older than the flag, if they differ from its default
-LEGACY_DEFAULTS = {"model_guidance": 0.0, "optimizer": "adamw", "weighting_scheme": "uniform", "logit_mean": 0.0}
-# Flags of earlier versions with their defaults. If an old run had another value, the script needs the same constant
-FORMER_FLAGS = {
-    "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_weight_decay": 0.01, "adam_epsilon": 1e-8, "ema_inv_gamma": 1.0,
-    "ema_power": 0.75, "dropout": 0.0, "interpolation": "bicubic", "shuffle_buffer_size": 10_000,
-    "noise_candidates": 1, "num_train_timesteps": 1000, "rescale_betas_zero_snr": False, "dataset_split": "train",
-    "streaming": False, "points_per_way": 4,
-}  # fmt: skip
-FORMER_FLAGS_THAT_MAY_CHANGE = {
-    "allow_tf32", "bad_images", "features_model_name_or_path", "grad_norm_deviations", "hub_dataset_name",
-    "hub_license", "hub_logs", "hub_revision", "hub_strategy", "hub_timeout", "image_cache_dir", "keep_best",
-    "logging_dir", "num_validation_images", "prior_dataset_split", "push_required", "teacher_steps",
-    "tracker_project_name",
-}  # fmt: skip
 IMPLEMENTATION_OPTIONS = {
     "lr",
     "foreach",
@@ -209,8 +194,7 @@ def _refuse(where: str, changed: list[str]) -> None:
 def setting_changes(where: str, old: dict, new: dict, defaults: dict) -> list[str]:
     """Return the differences between the settings of two runs, as texts for a message.
 
-    A flag that the old run did not have counts with its value in ``LEGACY_DEFAULTS``, or else its default. A flag that
-    no longer exists is compared with the script's constant of its name, or else with ``FORMER_FLAGS``.
+    A flag that the old run did not have counts with its default. A warning names flags that no longer exist.
 
     Args:
         where: folder, for messages.
@@ -218,28 +202,19 @@ def setting_changes(where: str, old: dict, new: dict, defaults: dict) -> list[st
         defaults: defaults of the current flags, by name.
     """
     constants = new.get("constants", {})
-    old = {args.RENAMED.get(name, name): value for name, value in old.items()}
-    if new.get("fingerprint") and not old.get("fingerprint"):
-        logger.info(f"{where} has no record of its images. The run resumes with {new.get('data')}.")
-        old = {**old, "fingerprint": new["fingerprint"]}
-    flags = {*new} - {*old} - MAY_CHANGE_ON_RESUME - {"noise_scheduler", "optimizer_settings"}
-    if flags:
+    added = {*new} - {*old} - MAY_CHANGE_ON_RESUME - {"noise_scheduler", "optimizer_settings"}
+    if added:
         logger.info(
-            f"{where}: the run was started before {', '.join(sorted(flags))} existed. The old behaviour is kept."
+            f"{where}: the run was started without {', '.join(sorted(added))}. The defaults count as its values."
         )
-    changed = []
-    if not old.get("constants"):  # An earlier version did not record constants
-        old = {**{name: value for name, value in LEGACY_DEFAULTS.items() if name.upper() in constants}, **old}
-    for name in sorted({*old} - {*new} - MAY_CHANGE_ON_RESUME - FORMER_FLAGS_THAT_MAY_CHANGE):
-        if name.upper() in constants:
-            if (old[name] or 0) != (constants[name.upper()] or 0):  # Some flags had None for zero
-                changed.append(f"{name} was {old[name]!r}, is {constants[name.upper()]!r} (a constant of the script)")
-        elif old[name] not in (None, FORMER_FLAGS.get(name)):
+    for name in sorted({*old} - {*new} - MAY_CHANGE_ON_RESUME):
+        if old[name] is not None:
             logger.warning(
                 f"{where} holds a run with {name} {old[name]!r}, which is not a flag of this script. If the script has "
                 "this setting in its code, the values must be equal."
             )
-    old = {**{name: LEGACY_DEFAULTS.get(name, defaults.get(name)) for name in flags}, **old}
+    old = {**{name: defaults.get(name) for name in added}, **old}
+    changed = []
     for name in sorted({*new} - MAY_CHANGE_ON_RESUME):
         if name == "scaled_from" and old.get(name) != new[name]:
             ranges = [",".join(f"{value:g}" for value in values.get(name) or ()) or "full" for values in (old, new)]
@@ -248,6 +223,8 @@ def setting_changes(where: str, old: dict, new: dict, defaults: dict) -> list[st
             changed += _differences(name, old[name], new[name])
             if name == "global_batch_size" and old[name] != new[name]:
                 changed[-1] += _batch_advice(old[name], new)
+            if name == "autoencoder" and old[name] != new[name] and "vae" in new:
+                changed[-1] += " (--vae CHECKPOINT takes the autoencoder of a checkpoint)"
     before = old.get("constants", {})
     for name in sorted({*before} & {*constants}):
         changed += _differences(name, before[name], constants[name])
@@ -346,7 +323,7 @@ def check_finished(folder: Path, data_settings: dict) -> None:
         UserError: the images differ, see ``check_settings``.
     """
     found = read_arguments(folder)
-    names = [name for name in ("data", "images", "fingerprint", "scaled_from", "vae_digest") if name in found]
+    names = [name for name in ("data", "images", "fingerprint", "scaled_from", "autoencoder") if name in found]
     old, new = ({name: values[name] for name in names} for values in (found, data_settings))
     given = found.get("arguments", {})
     old["data"] = given.get("train_data_dir") or given.get("dataset_name") or found.get("data")

@@ -1,12 +1,11 @@
 """Actions that a run repeats at regular steps, and a record of them that survives a stop."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from .. import write_record
+from .. import read_record, write_record
 
 DONE = "done.json"  # file in the output folder with the last step of each action
 
@@ -15,7 +14,7 @@ class Repeats:
     """Actions to repeat, and a record of the step at which each was last done.
 
     The record is written after each action. A run that resumes at a checkpoint does the actions that are due at that
-    step and not in the record. Actions that the record of an earlier version does not contain count as done.
+    step and not in the record. Actions that the record does not contain count as done.
 
     Args:
         accelerator: accelerator of this process.
@@ -27,7 +26,7 @@ class Repeats:
         self.accelerator, self.file, self.global_step = accelerator, folder / DONE, global_step
         record = {}
         if accelerator.is_main_process and self.file.is_file():
-            record = json.loads(self.file.read_text(encoding="utf-8"))
+            record = read_record(self.file)
         self.record = broadcast_object_list([record])[0]
         self.all, self.done = {}, {}
 
