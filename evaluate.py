@@ -99,7 +99,6 @@ def main(args):
     from utils.evaluation.denoising_loss import DenoisingLoss
     from utils.evaluation.features import choose_features, load_extractor
     from utils.evaluation.image_folder import SampleFolder
-    from utils.evaluation.kept_samples import settings_of
     from utils.evaluation.reference import Reference
     from utils.evaluation.report import write_report
     from utils.evaluation.restoration import Restoration
@@ -109,7 +108,7 @@ def main(args):
     from utils.privacy import public_data
     from utils.saved import net_folder
     from utils.training.checkpoints import file_hash
-    from utils.training.output_dir import read_arguments
+    from utils.training.output_dir import config_of, read_arguments
     from utils.training.process import start_process
 
     if args.write_best:
@@ -229,7 +228,7 @@ def main(args):
         unet, own, space = load_pipeline(model, args.trust_remote_code)
         ema = plan.record.get("arguments", {}).get("use_ema")
         files = sorted(net_folder(Path(model)).glob("*.safetensors"))
-        weights, kind = file_hash(*files)[:12] if files else None, settings_of(unet)
+        weights, kind = file_hash(*files)[:12] if files else None, config_of(unet)
         digest = weights or weights_digest(unet)
         unet = accelerator.prepare_model(unet, evaluation_mode=True)
         space.to(accelerator.device)
@@ -249,7 +248,7 @@ def main(args):
             for flag, split in ((flag, split) for flag, split in splits.items() if split):
                 found = [*reference.blocks(plan.how, args.num_validation_images, split)]
                 images, numbers = (np.concatenate([block[k] for block in found]) for k in (0, 1))
-                images, inputs = encode_in_batches(space, from_uint8(images), accelerator.device), {}
+                images, inputs = encode_in_batches(space, from_uint8(images), accelerator.device, args.seed), {}
                 if clusters:
                     inputs["class_labels"] = clusters.assign(images)
                 elif plan.classes:  # matched by name, because string labels are numbered separately in each split
@@ -294,7 +293,7 @@ def main(args):
                 if "algorithm_type" in sampler.config:
                     facts["algorithm"] = sampler.config.algorithm_type
                 depends_on = dict(
-                    weights=digest, model=kind, sampler=settings_of(sampler), steps=steps, guidance=scale,
+                    weights=digest, model=kind, sampler=config_of(sampler), steps=steps, guidance=scale,
                     labels=asked and asked.labels.tolist(), seed=args.seed, precision=accelerator.mixed_precision,
                     randomness=randomness.VERSION, **({"autoencoder": space.fingerprint} if space.fingerprint else {}),
                 )  # fmt: skip
@@ -312,7 +311,7 @@ def main(args):
                     tried.append((name, [row]))
         if args.write_best and accelerator.is_main_process:
             name, steps = best_setting(tried)
-            sampler = saved_scheduler(name, own)
+            sampler = saved_scheduler(name, own, latent=not space.in_unit_range)
             write_scheduler(Path(model), sampler, steps)
             if publishing := optional.find("publishing"):
                 publishing.update_card(Path(model))
@@ -343,7 +342,8 @@ def partner_columns(args, plan):
     if not any(given.values()):
         given = {name: plan.record.get("arguments", {}).get(name) for name in given}
     columns = condition_columns(SimpleNamespace(**given))
-    return {name: replace(column, value_range=plan.condition.value_range) for name, column in columns.items()}
+    known = dict(value_range=plan.condition.value_range, channels=plan.condition.picture_channels)
+    return {name: replace(column, **known) for name, column in columns.items()}
 
 
 def describe(how):

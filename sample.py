@@ -6,9 +6,6 @@ Image k depends only on the seed and k, not on the batch size or the number of p
 an interruption, the same command resumes. Code that comes with a model runs only with --trust_remote_code.
 """
 
-import mimetypes
-import os
-
 from utils.args import ALL_SAMPLERS, Parser, integer, real
 from utils.diffusion.guidance_args import add_guidance_arguments
 from utils.exits import run_script
@@ -45,9 +42,9 @@ def parse_args(argv=None):
     add_guidance_arguments(parser, group)
     args = parser.parse(argv)
     if given := args.condition_image or args.true_image:
-        names = [name for name in os.listdir(given) if name[0] != "."] if os.path.isdir(given) else [given]
-        inputs = sum(str(mimetypes.guess_type(name, strict=False)[0]).startswith("image/") for name in names)
-        parser.set_defaults(num_samples=4 * max(1, inputs))
+        from utils.evaluation.given_images import files_of  # its imports take seconds
+
+        parser.set_defaults(num_samples=4 * len(files_of(given, "--condition_image" if args.condition_image else "--true_image")))
     if args.interpolate:
         parser.set_defaults(num_samples=8)  # with more images, neighbours look nearly equal
     args = parser.parse(argv)

@@ -8,7 +8,7 @@ This command trains an autoencoder of digits in a minute on 2 CPU cores. The out
 
 The encoder reduces an image 2, 4 or 8 times in each direction, and returns the mean and the variance of normal latents
 (arXiv:1312.6114, arXiv:2112.10752). The decoder reconstructs the image from latents that are drawn from them. The loss
-is the mean absolute error, a structural term, and a small Kullback-Leibler divergence from standard normal latents.
+is the mean absolute error, a structural term, and the Kullback-Leibler divergence from standard normal latents.
 """
 
 from utils.args import Parser, add_common_arguments, integer
@@ -54,7 +54,7 @@ def main(args):
         structural_similarity,
     )
     from utils.diffusion.unets import prepare_unet
-    from utils.pictures import make_grid, to_uint8
+    from utils.pictures import from_uint8, make_grid, to_uint8
     from utils.randomness import sample_noise
     from utils.training.ema import EMA
     from utils.training.loop import Run
@@ -96,7 +96,7 @@ def main(args):
     how = accelerator.device, args.sample_batch_size, run.stop_requested
 
     def draw(count):
-        return to_uint8(reconstruct(autoencoder, train_data.examples(count)["images"], *how))
+        return to_uint8(reconstruct(autoencoder, from_uint8(train_data.shown(count)), *how))
 
     def sample():
         reconstructions = reconstruct(autoencoder, shown, *how)

@@ -79,7 +79,6 @@ def main(args):
     from utils.diffusion.class_conditional import ClassConditionalPipeline
     from utils.diffusion.classes import GuidedModel, add_class_embedding, classes_to_show, cycle_labels, group_by_class
     from utils.diffusion.pretrained import check_fit, load_pretrained
-    from utils.diffusion.sampling import sample_images
     from utils.diffusion.schedulers import make_noise_scheduler, make_sampler, min_snr_weights, pipeline_scheduler
     from utils.diffusion.unets import make_unet, prepare_unet
     from utils.pictures import make_grid
@@ -148,9 +147,9 @@ def main(args):
     typical = train_data.typical_labels()
 
     def draw(count, num_inference_steps=args.num_inference_steps, labels=typical):
-        return sample_images(
-            guided, sampler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
-            args.seed, run.stop_requested, model_inputs=cycle_labels(labels, accelerator.device),
+        return run.sample_images(
+            guided, sampler, count, train_data.image_shape, num_inference_steps,
+            model_inputs=cycle_labels(labels, accelerator.device),
         )  # fmt: skip
 
     def sample():
@@ -184,7 +183,9 @@ def main(args):
 
         # The model is given the class or, at random, the null class
         keep_label = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.class_dropout_prob)
-        class_labels = model_inputs(batch)["class_labels"].where(keep_label.to(accelerator.device), null_class)
+        class_labels = model_inputs(batch)["class_labels"].where(
+            keep_label.to(accelerator.device, non_blocking=True), null_class
+        )
 
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps, class_labels).sample.float()

@@ -63,7 +63,6 @@ def main(args):
     from utils.diffusion.classes import GuidedModel, add_class_embedding, classes_to_show, cycle_labels, group_by_class
     from utils.diffusion.flow import make_flow, make_sampler, shifted
     from utils.diffusion.pretrained import check_fit, load_pretrained
-    from utils.diffusion.sampling import sample_images
     from utils.diffusion.spaces import Latents
     from utils.diffusion.unets import make_unet, prepare_unet
     from utils.pictures import make_grid
@@ -130,9 +129,8 @@ def main(args):
     typical = train_data.typical_labels()
 
     def draw(count, num_inference_steps=args.num_inference_steps, labels=typical):
-        return sample_images(
-            drawn_by, sampler, accelerator, count, latents.shape, num_inference_steps, args.sample_batch_size, args.seed,
-            run.stop_requested, decode=latents.decode,
+        return run.sample_images(
+            drawn_by, sampler, count, latents.shape, num_inference_steps, decode=latents.decode,
             model_inputs=cycle_labels(labels, accelerator.device) if conditional else None,
         )  # fmt: skip
 
@@ -174,7 +172,9 @@ def main(args):
         inputs = model_inputs(batch)
         if conditional:
             keep_label = torch.from_numpy(uniform(args.seed, "label dropout", sample_ids) >= args.class_dropout_prob)
-            inputs["class_labels"] = inputs["class_labels"].where(keep_label.to(accelerator.device), NULL_CLASS)
+            inputs["class_labels"] = inputs["class_labels"].where(
+                keep_label.to(accelerator.device, non_blocking=True), NULL_CLASS
+            )
 
         with accelerator.accumulate(model):
             model_output = model(noisy_latents, timesteps, **inputs).sample.float()

@@ -59,7 +59,7 @@ def main(args):
     from utils.diffusion.flow import make_flow, make_sampler, shifted
     from utils.diffusion.identity import identity_autoencoder
     from utils.diffusion.pretrained import add_input_channels, check_fit, load_pretrained
-    from utils.diffusion.sampling import cycle_rows, sample_images
+    from utils.diffusion.sampling import cycle_rows
     from utils.diffusion.unets import concatenate_condition, make_unet, prepare_unet
     from utils.pictures import make_grid
     from utils.randomness import logit_normal, sample_noise, uniform
@@ -119,9 +119,9 @@ def main(args):
 
     def draw(count, num_inference_steps=args.num_inference_steps, examples=None):
         inputs = condition.model_inputs(examples or train_data.examples_to_show(count))
-        samples = sample_images(
-            guided, sampler, accelerator, count, train_data.image_shape, num_inference_steps, args.sample_batch_size,
-            args.seed, run.stop_requested, model_inputs=cycle_rows(inputs, accelerator.device),
+        samples = run.sample_images(
+            guided, sampler, count, train_data.image_shape, num_inference_steps,
+            model_inputs=cycle_rows(inputs, accelerator.device),
         )  # fmt: skip
         return condition.keep_known(samples, inputs["condition"])
 
@@ -156,7 +156,7 @@ def main(args):
         # The model is given the condition or, at random, the null condition
         keep = torch.from_numpy(uniform(args.seed, "condition dropout", sample_ids) >= args.condition_dropout_prob)
         given = condition.model_inputs(batch)["condition"]
-        given = given.where(keep.view(-1, 1, 1, 1).to(accelerator.device), condition.null(given))
+        given = given.where(keep.view(-1, 1, 1, 1).to(accelerator.device, non_blocking=True), condition.null(given))
 
         with accelerator.accumulate(model):
             model_output = model(noisy_images, timesteps, condition=given).sample.float()

@@ -17,7 +17,7 @@ import torch
 # products wrap around as unsigned ones do, and only shifts must be masked.
 _GOLDEN, _FIRST, _SECOND = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
-VERSION = 2  # version of the numbers that a seed gives; 1 took the noise of a sample from torch's generators
+VERSION = 2  # version of the numbers that a seed gives. Increase it if they change
 
 
 def _mix(z):
@@ -103,7 +103,7 @@ def sample_noise(
     """
     count = math.prod(shape)
     samples = _as_int64(random_bits(seed, purpose, sample_ids), device)
-    places = _as_int64(random_bits(0, "place", np.arange(-(-count // 2))), device)
+    places = _places(-(-count // 2), torch.device(device))
     bits = _mix(samples[:, None] + places)  # 64 bits give two numbers of 32 bits
     high, low = (bits >> 32) & 0xFFFFFFFF, bits & 0xFFFFFFFF
     if distribution == "uniform":
@@ -114,6 +114,11 @@ def sample_noise(
         angle = low.float() * (2 * math.pi * 2.0**-32)
         noise = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return noise[:, :count].reshape(-1, *shape)
+
+
+@lru_cache(maxsize=8)
+def _places(count: int, device: torch.device) -> torch.Tensor:
+    return _as_int64(random_bits(0, "place", np.arange(count)), device)
 
 
 def _as_int64(bits: np.ndarray, device) -> torch.Tensor:

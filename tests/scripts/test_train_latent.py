@@ -280,7 +280,7 @@ def test_a_run_does_not_resume_with_another_autoencoder(tmp_path, latent_run, fi
     model.save_pretrained(other)
     for steps in (22, 24):  # a finished run, and one to resume
         flags[2] = f"--max_train_steps={steps}"
-        with pytest.raises(UserError, match=r"vae_digest was '.*', is '"):
+        with pytest.raises(UserError, match=r"autoencoder was '.*', is '"):
             train(tmp_path / "run", f"--vae={other}", *flags, script=train_latent)
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,8 +176,6 @@ def test_partners_keep_their_range_and_their_channels(tmp_path, capsys):
     assert run(tmp_path / "run", *flags) == 0
     condition = Condition.of_model(load_pipeline(str(tmp_path / "run"))[0].config)
     assert condition.value_range == (0, 4095) and condition.picture_channels == 1
-    from types import SimpleNamespace
-
     args = SimpleNamespace(condition_image=str(tmp_path / "depth" / "07.png"), true_image=None, mask=None)
     args.model = str(tmp_path / "run")
     given = GivenImages(args, condition, (8, 12))
@@ -191,9 +190,71 @@ def test_partners_keep_their_range_and_their_channels(tmp_path, capsys):
     assert run(tmp_path / "run", *flags[:2], "--max_train_steps=2") == 0  # the same pictures in another place
 
 
-def test_a_hole_in_a_picture_of_16_bits_keeps_its_grey_levels(tmp_path):
-    from types import SimpleNamespace
+@pytest.mark.parametrize(("white", "dtype"), [(65535, np.uint16), (255, np.float32), (1, np.float32), (255, np.uint8)])
+def test_second_pictures_have_a_range_of_their_own(tmp_path, white, dtype):
+    """Those of 16 bits that use the full range, of floats, and of 8 bits, beside images that use a part of 16 bits."""
+    steps = np.linspace(0, 1, 96).reshape(8, 12)
+    for k in range(8):
+        for name, values in (("images", steps * 4000), ("pairs", steps * white * (1 - k / 10))):
+            (tmp_path / name).mkdir(exist_ok=True)
+            array = values.astype(np.uint16 if name == "images" else dtype)
+            Image.fromarray(array).save(tmp_path / name / f"{k}.tif")
+    flags = [f"--train_data_dir={tmp_path / 'images'}", f"--condition_dir={tmp_path / 'pairs'}", "--max_train_steps=1"]
+    assert run(tmp_path / "run", *flags) == 0
+    condition = Condition.of_model(load_pipeline(str(tmp_path / "run"))[0].config)
+    given = SimpleNamespace(
+        condition_image=str(tmp_path / "pairs" / "5.tif"), true_image=None, mask=None, model=str(tmp_path / "run")
+    )
+    inputs = GivenImages(given, condition, (8, 12)).inputs[0, 0].numpy()
+    assert np.abs(inputs - (steps - 1)).max() < 0.02  # half of the range
+    columns = evaluate.partner_columns(
+        SimpleNamespace(condition_dir=str(tmp_path / "pairs"), condition_column=None),
+        SimpleNamespace(condition=condition),
+    )
+    assert columns["condition"].value_range == condition.value_range
+    assert condition.value_range == (None if dtype == np.uint8 else (0, white))
 
+
+def test_small_second_pictures_are_enlarged_as_in_training(tmp_path, monkeypatch):
+    """Their sides are rounded, so that their aspect ratios differ a little. Folders may be links."""
+    colour_folder(tmp_path / "elsewhere" / "images" / "a", size=(100, 67))
+    for picture in (tmp_path / "elsewhere" / "images" / "a").glob("*.png"):
+        (tmp_path / "elsewhere" / "pairs" / "a").mkdir(exist_ok=True, parents=True)
+        Image.open(picture).resize((13, 8)).save(tmp_path / "elsewhere" / "pairs" / "a" / picture.name)
+    for name in ("images", "pairs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").symlink_to(tmp_path / "elsewhere" / name / "a")
+    flags = [f"--train_data_dir={tmp_path / 'images'}", f"--condition_dir={tmp_path / 'pairs'}", "--max_train_steps=1"]
+    flags += ["--resolution=16x24", "--center_crop"]
+    seen = []
+    train_paired_input(monkeypatch)(seen)
+    assert run(tmp_path / "run", *flags) == 0
+    condition = Condition.of_model(load_pipeline(str(tmp_path / "run"))[0].config)
+    picture = tmp_path / "pairs" / "a" / "03.png"
+    given = SimpleNamespace(condition_image=str(picture), true_image=None, mask=None, model=str(tmp_path / "run"))
+    inputs = GivenImages(given, condition, (16, 24)).inputs
+    assert inputs.shape == (1, 3, 16, 26)  # no narrower than in training, and not cropped
+    expected = np.asarray(Image.open(picture).resize((26, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(np.rint((inputs[0].numpy() + 1) * 127.5), expected)
+
+
+def test_one_second_picture_for_images_of_two_splits_is_refused(tmp_path):
+    for split in ("train", "test"):
+        colour_folder(tmp_path / "images" / split, 8)
+    colour_folder(tmp_path / "pairs", 8)
+    flags = [f"--train_data_dir={tmp_path / 'images'}", f"--condition_dir={tmp_path / 'pairs'}", "--max_train_steps=1"]
+    with pytest.raises(
+        UserError, match=r"8 images of test have the names of other images, such as 00\. Expected .*test"
+    ):
+        run(tmp_path / "run", *flags, "--validation_split=test")
+    for number, picture in enumerate(sorted((tmp_path / "images" / "test").glob("*.png"))):
+        picture.rename(picture.with_name(f"{number + 50}.png"))
+    for number, picture in enumerate(colour_folder(tmp_path / "other", 8)):
+        (tmp_path / "other" / picture).rename(tmp_path / "pairs" / f"{number + 50}.png")
+    assert run(tmp_path / "run", *flags, "--validation_split=test") == 0
+
+
+def test_a_hole_in_a_picture_of_16_bits_keeps_its_grey_levels(tmp_path):
     Image.fromarray(np.full((8, 8), 20000, np.uint16)).save(tmp_path / "deep.png")
     mask = np.zeros((8, 8), np.uint8)
     mask[:, 4:] = 255
@@ -370,6 +431,7 @@ def test_a_hole_is_filled_and_the_rest_stays(tmp_path, finished_run, pictures):
         (["--true_image={root}/tiny.png"], "fewer than 2 pixels on a side"),
         (["--condition_image={root}/mixed"], "a.png and b.png differ in size: 4 x 4 and 5 x 4"),
         (["--condition_image={small}", "--true_image={root}/mixed"], "no file for 2 of 2 inputs: 0.png, 1.png"),
+        (["--condition_image={small}", "--true_image={root}/twice"], "1 names belong to several files, such as 0"),
     ],
 )
 def test_pictures_that_do_not_fit_are_refused(tmp_path, finished, pictures, flags, said):
@@ -377,6 +439,9 @@ def test_pictures_that_do_not_fit_are_refused(tmp_path, finished, pictures, flag
     Image.new("L", (4, 4)).save(pictures / "mixed" / "a.png")
     Image.new("L", (5, 4)).save(pictures / "mixed" / "b.png")
     Image.new("L", (8, 1)).save(pictures / "tiny.png")
+    (pictures / "twice").mkdir(exist_ok=True)
+    for name in ("0.png", "0.bmp"):
+        Image.new("L", (8, 8)).save(pictures / "twice" / name)
     flags = [flag.format(small=pictures / "small", root=pictures) for flag in flags]
     with pytest.raises(UserError, match=said):
         draw(finished, tmp_path / "out", *flags)
@@ -453,8 +518,6 @@ def test_two_processes_evaluate_like_one(tmp_path, finished):
 
 
 def test_psnr_and_ssim_are_those_of_scikit_image():
-    from types import SimpleNamespace
-
     from utils.evaluation.restoration import REPEATS, Restoration
 
     rng = np.random.default_rng(0)
@@ -501,7 +564,8 @@ def test_pairs_are_evaluated_with_their_folder(tmp_path):
         colour_folder(tmp_path / "images" / split, count)
         for picture in (tmp_path / "images" / split).glob("*.png"):
             (tmp_path / "pairs" / split).mkdir(exist_ok=True, parents=True)
-            Image.open(picture).rotate(180).save(tmp_path / "pairs" / split / picture.name)
+            mode = "RGB" if split == "train" else "L"  # all that are held out happen to be grey
+            Image.open(picture).rotate(180).convert(mode).save(tmp_path / "pairs" / split / picture.name)
     flags = [f"--train_data_dir={tmp_path / 'images'}", f"--condition_dir={tmp_path / 'pairs'}", "--max_train_steps=1"]
     assert run(tmp_path / "run", *flags, "--validation_split=test") == 0
     flags = [str(tmp_path / "run"), f"--reference={tmp_path / 'images'}", "--num_samples=12", "--features=pixels"]
@@ -510,7 +574,7 @@ def test_pairs_are_evaluated_with_their_folder(tmp_path):
     rows = json.loads((tmp_path / "e" / "results.json").read_text())["results"]
     psnr = []
     for name in sorted((tmp_path / "images" / "test").glob("*.png")):
-        true, given = np.asarray(Image.open(name)), np.asarray(Image.open(name).rotate(180))
+        true, given = np.asarray(Image.open(name)), np.asarray(Image.open(name).rotate(180).convert("L").convert("RGB"))
         psnr.append(peak_signal_noise_ratio(true, given, data_range=255))
     assert rows[1]["psnr"] == pytest.approx(np.mean(psnr), abs=0.01)
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .. import UserError
 from ..pictures import from_uint8
-from .pixels import GREY_MODES, MODES, BadImage, high_bit_values, to_eight_bits, used_range
+from .pixels import GREY_MODES, MODES, BadImage, full_range, high_bit_values, to_eight_bits, used_range
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,13 @@ class Column:
             with 8 bits per value.
         value_range: values that become -1 and 1, for images with more than 8 bits per value. The default is (0, 1) for
             arrays of floats. For files it is the range of some of them.
+        channels: number of channels of images. The default is that of some of them. With 3, grey files are converted.
     """
 
     source: str | Path | np.ndarray | torch.Tensor | torch.utils.data.Dataset | Callable
     kind: str = "image"
     value_range: tuple[float, float] | None = None
+    channels: int | None = None
 
     @property
     def resample(self) -> Image.Resampling:
@@ -107,11 +109,12 @@ class Layout:
                     raise UserError(
                         f"{values[0][1]}: {name} has {sorted(found)} channels. Expected the same number in each row"
                     )
-                self.channels[name] = max(found)
+                self.channels[name] = column.channels or max(found)
                 probed = high_bit_values(v for v, _ in values if isinstance(v, Image.Image))
-                self.ranges[name] = column.value_range or used_range(probed)
-                if probed and self.ranges[name] and not column.value_range:
-                    low, high = self.ranges[name]
+                used = used_range(probed)
+                self.ranges[name] = column.value_range or used or full_range(probed)
+                if used and not column.value_range:
+                    low, high = used
                     logger.warning(
                         f"{name}: values from {low:g} to {high:g} become -1 and 1. Column(..., value_range=({low:g}, "
                         f"{high:g})) sets the same range"
@@ -139,7 +142,8 @@ class Layout:
             if len(array) != channels:
                 raise BadImage(f"{where} has {len(array)} channels. Expected {channels}, as in the other rows")
             height, width = array.shape[1:]
-            if abs(round(width * size[1] / height) - size[0]) > 1:
+            enlarged, reduced = round(width * size[1] / height), round(size[0] * height / size[1])
+            if abs(enlarged - size[0]) > 1 and abs(reduced - width) > 1:  # sides of small pictures are rounded more
                 raise BadImage(
                     f"{where} has {width} x {height} pixels beside an image of {size[0]} x {size[1]}. Expected the "
                     "same aspect ratio, so that both can be cropped alike (arrays are (C, H, W) or (H, W))"

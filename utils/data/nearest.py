@@ -33,7 +33,10 @@ def nearest_distances(
 def shrink(images: torch.Tensor, side: int) -> torch.Tensor:
     """Average float images (N, C, H, W) down to at most ``side`` pixels in height and width."""
     size = [min(pixels, side) for pixels in images.shape[-2:]]
-    return images if size == [*images.shape[-2:]] else F.interpolate(images, size, mode="area")
+    if size == [*images.shape[-2:]]:
+        return images
+    computed_on = "cpu" if images.device.type == "mps" else images.device  # MPS needs divisible sizes
+    return F.interpolate(images.to(computed_on), size, mode="area").to(images.device)
 
 
 def show_nearest(samples: np.ndarray, training_images: np.ndarray) -> Image.Image:

@@ -92,16 +92,27 @@ def high_bit_values(images: Iterable[Image.Image]) -> list[tuple[str, np.ndarray
     return found
 
 
+def full_range(probed: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:
+    """Return the range of the format of images with more than 8 bits.
+
+    Args:
+        probed: modes and values of images, see ``high_bit_values``.
+
+    Returns:
+        None if no image has more than 8 bits, or if negative values are among them.
+    """
+    probed = [(mode, values) for mode, values in probed if values.size]
+    if not probed or min(values.min() for _, values in probed) < 0:
+        return None
+    return 0.0, float(max(_full_range(mode, values.max())[1] for mode, values in probed))
+
+
 def float_range(probed: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:
     """Return the range of the format of float images: [0, 1] or [0, 255].
 
     None is returned if there are none, or if images of other modes or negative values are among them.
     """
-    values = [values for mode, values in probed if mode == "F" and values.size]
-    if len(values) < len(probed) or not values or min(map(np.min, values)) < 0:
-        return None
-    low, high = _full_range("F", max(map(np.max, values)))
-    return float(low), float(high)
+    return full_range(probed) if all(mode == "F" and values.size for mode, values in probed) else None
 
 
 def used_range(probed: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] | None:

@@ -224,7 +224,7 @@ class TrainData:
             encoder: encoder, on its device.
         """
         self._encoder = encoder
-        self.settings["vae_digest"] = f"{encoder.fingerprint} x {encoder.scale:g}"
+        self.settings["autoencoder"] = f"{encoder.fingerprint} x {encoder.scale:g}"
 
     def cluster(self, count: int, folder: Path, pretrained: str | None = None) -> None:
         """Make clusters of the images, and give each image its cluster as its class, see ``clusters``.
@@ -411,17 +411,7 @@ class TrainData:
 
     def crops(self, count: int) -> np.ndarray:
         """Return the possible training crops of random images, to find copies of them: uint8 (M, C, H, W)."""
-        args = self.args
-        prepared = PreparedImages(
-            self.images,
-            self.mode,
-            self.size,
-            args.center_crop,
-            args.random_flip,
-            args.seed,
-            image_range=self.image_range,
-        )
-        return prepared.all_parts(count)
+        return self._prepared.all_parts(count)[:, : self.channels]
 
     def shown(self, count: int) -> np.ndarray:
         """Return random images as training shows them, cropped and mirrored at random: uint8 (N, C, H, W)."""

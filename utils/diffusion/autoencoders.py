@@ -199,10 +199,10 @@ def latent_statistics(autoencoder, images: torch.Tensor) -> dict:
     for batch in images.split(max(1, PIXELS_AT_ONCE // images[0, 0].numel())):
         progress("statistics")
         distribution = autoencoder.encode(batch.to(autoencoder.device)).latent_dist
-        values = distribution.mean.double()
+        values, variance = (part.float().cpu().double() for part in (distribution.mean, distribution.var))
         count = values[:, 0].numel()
         means = means + values.sum(dim=(0, 2, 3))
-        variances = variances + (values.square() + distribution.var.double()).sum(dim=(0, 2, 3))
+        variances = variances + (values.square() + variance).sum(dim=(0, 2, 3))
         number += count
     means, squares = means / number, variances / number
     deviations = (squares - means.square()).clamp(min=1e-8).sqrt()

@@ -124,8 +124,8 @@ class Condition:
         if self.kind == PAIRED:
             return batch[COLUMN]
         if self.kind == "inpaint":
-            hole = _boxes(self.seed, batch.get("sample_ids", np.arange(len(images))), images.shape[2:])
-            hole = hole.to(images.device)
+            sample_ids = batch.get("sample_ids", np.arange(len(images)))
+            hole = _boxes(self.seed, sample_ids, images.shape[2:], images.device)
             return torch.cat([images.where(hole == 0, 0.0), hole], dim=1)
         if self.factor > 1:
             size = [side // self.factor for side in images.shape[2:]]
@@ -262,12 +262,13 @@ def _outline(grey: torch.Tensor) -> torch.Tensor:
     return (slope > limit).float() * 2 - 1
 
 
-def _boxes(seed: int, sample_ids: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+def _boxes(seed: int, sample_ids: np.ndarray, size: tuple[int, int], device="cpu") -> torch.Tensor:
     """Return a box for each image, each side 1/4 to 3/4 of the image's: float32 (B, 1, H, W), 1 inside."""
     inside = []
     for axis, side in zip(("vertical", "horizontal"), size, strict=True):
         length = np.rint(side * (0.25 + 0.5 * uniform(seed, f"{axis} length of the box", sample_ids)))
         start = np.floor((side - length + 1) * uniform(seed, f"{axis} start of the box", sample_ids))
         positions = np.arange(side)
-        inside.append((positions >= start[:, None]) & (positions < (start + length)[:, None]))
-    return torch.from_numpy(inside[0][:, None, :, None] & inside[1][:, None, None, :]).float()
+        found = torch.from_numpy((positions >= start[:, None]) & (positions < (start + length)[:, None]))
+        inside.append(found.to(device, non_blocking=True))
+    return (inside[0][:, None, :, None] & inside[1][:, None, None, :]).float()

@@ -152,7 +152,8 @@ def clip_loss(prompt: str, model_name_or_path: str, device: torch.device, num_cu
             side = round(min(height, width) * (0.5 + share / 2))
             y, x = round(top * (height - side)), round(left * (width - side))
             cutout = images[:, :, y : y + side, x : x + side]
-            cutouts.append(F.interpolate(cutout, (size, size), mode="bilinear", antialias=True))
+            smooth = images.device.type != "mps"  # MPS has no gradient of it
+            cutouts.append(F.interpolate(cutout, (size, size), mode="bilinear", antialias=smooth))
         chords = (features(clip.get_image_features(torch.cat(cutouts))) - text).norm(dim=-1)
         return (2 * chords.div(2).arcsin().square()).view(num_cutouts, -1).mean(0)
 

@@ -7,6 +7,7 @@ import torch
 from diffusers import ModelMixin
 
 from .. import UserError, counted
+from ..randomness import sample_noise
 from .autoencoders import PIXELS_AT_ONCE, check_size
 from .unets import weights_digest
 
@@ -128,6 +129,15 @@ class Latents(Pixels):
         return torch.cat([self.autoencoder.decode(part / self.scale).sample.float() for part in parts])
 
 
-def encode_in_batches(space: Pixels, images: torch.Tensor, device: torch.device, batch_size: int = 8) -> torch.Tensor:
-    """Convert images (N, C, H, W) to the model's space, (N, *shape), on the CPU."""
-    return torch.cat([space.encode(batch.to(device)).cpu() for batch in images.split(batch_size)])
+def encode_in_batches(space: Pixels, images: torch.Tensor, device: torch.device, seed: int) -> torch.Tensor:
+    """Convert images (N, C, H, W) to the model's space as in training, (N, *shape), on the CPU.
+
+    Latents are drawn from the encoder's distribution, with noise that depends on the seed and the image's position.
+    """
+    encoded = []
+    for numbers in torch.arange(len(images)).split(8):
+        mean, deviation = space.distribution(images[numbers].to(device))
+        if deviation is not None:
+            mean = mean + deviation * sample_noise(seed, "validation latents", numbers.numpy(), space.shape, device)
+        encoded.append(mean.cpu())
+    return torch.cat(encoded)

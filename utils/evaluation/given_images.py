@@ -1,6 +1,7 @@
 """The pictures that a user gives to a model with a condition: inputs, or finished images to make inputs from."""
 
 import logging
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from .. import UserError
 from ..data.images import choose_range
-from ..data.pixels import high_bit_values, to_eight_bits
+from ..data.pixels import cover_size, high_bit_values, to_eight_bits
 from ..diffusion.conditions import PAIRED, Condition
 from ..pictures import from_uint8
 from ..sources.decoding import decode_image
@@ -27,7 +28,8 @@ class GivenImages:
     Args:
         args: flags ``condition_image``, ``true_image``, ``mask`` and ``model``.
         condition: condition of the model.
-        window: (H, W) that the model was trained on. Smaller inputs are extended to it.
+        window: (H, W) that the model was trained on. Smaller inputs are extended to it, and smaller second pictures
+            enlarged.
         scale: ratio of the sides of a drawn image to those of its input, for models in a latent space.
 
     Attributes:
@@ -43,7 +45,7 @@ class GivenImages:
     """
 
     def __init__(self, args, condition: Condition, window: tuple[int, int], scale: int = 1):
-        self.args, self.condition, self.true = args, condition, None
+        self.args, self.condition, self.window, self.scale, self.true = args, condition, window, scale, None
         if not (args.condition_image or args.true_image):
             also = "" if condition.kind == PAIRED else ", or --true_image with finished images to make inputs from"
             raise UserError(f"{args.model} draws from a picture. Give --condition_image FILE or a folder{also}")
@@ -54,7 +56,8 @@ class GivenImages:
             )
         if condition.kind == PAIRED and not args.condition_image:
             raise UserError(f"--true_image: {args.model} was trained on pairs. Also give --condition_image")
-        self.names = _files("--condition_image" if args.condition_image else "--true_image", args)
+        flag = "--condition_image" if args.condition_image else "--true_image"
+        self.names = files_of(args.condition_image or args.true_image, flag)
         files = [*self.names]
         if args.condition_image:
             pictures = [self._picture(path) for path in self.names]
@@ -89,9 +92,16 @@ class GivenImages:
 
     def _picture(self, path: Path) -> torch.Tensor:
         condition, flag = self.condition, "--condition_image"
-        if condition.kind != "inpaint":
-            image = read_picture(path, flag, condition.mode, self.args.model, condition.value_range)
+        if condition.kind == PAIRED:
+            image = open_picture(path, flag)
+            own_range = choose_range("auto", high_bit_values([image]), say=False)
+            image = to_eight_bits(image, condition.mode, str(path), condition.value_range or own_range, logger.warning)
+            covered = cover_size(image.size, self.window)
+            if self.scale == 1 and covered[0] > image.width:  # training enlarges small pictures, too
+                image = image.resize(covered, Image.Resampling.BICUBIC)
             return condition.picture_from(image)[0]
+        if condition.kind != "inpaint":
+            return condition.picture_from(read_picture(path, flag, condition.mode, self.args.model))[0]
         image = open_picture(path, flag)
         if image.mode not in ("LA", "La", "PA", "P", "RGBA"):  # other modes are opaque, and may have more than 8 bits
             image = read_picture(path, flag, condition.mode, self.args.model)
@@ -142,9 +152,7 @@ def check_same_size(mask: Image.Image, picture: Image.Image) -> None:
         )
 
 
-def read_picture(
-    path: str | Path, flag: str, mode: str, model: str, value_range: tuple[float, float] | None = None
-) -> Image.Image:  # fmt: skip
+def read_picture(path: str | Path, flag: str, mode: str, model: str) -> Image.Image:
     """Return a picture in ``L`` or ``RGB``. A picture of high bit depth is scaled like the model's training images.
 
     Args:
@@ -153,7 +161,6 @@ def read_picture(
         mode: ``L`` or ``RGB``.
         model: folder or Hub id of the model. If the range of its training images is not known, the picture's own range
             is used.
-        value_range: values that become black and white, instead of the range of the training images.
 
     Raises:
         UserError: the file does not exist or is not an image.
@@ -161,7 +168,6 @@ def read_picture(
     image = open_picture(path, flag)
     known, image_range = scaled_from(model)
     image_range = image_range if known else choose_range("auto", high_bit_values([image]), say=False)
-    image_range = value_range or image_range
     return to_eight_bits(image, mode, str(path), image_range, logger.warning)
 
 
@@ -171,9 +177,13 @@ def scaled_from(model: str) -> tuple[bool, tuple[float, float] | None]:
     return "scaled_from" in found, found.get("scaled_from") and tuple(found["scaled_from"])
 
 
-def _files(flag: str, args) -> list[Path]:
-    """Return the file that a flag names, or the pictures of the folder, sorted by name."""
-    path = Path(vars(args)[flag[2:]]).expanduser()
+def files_of(name: str, flag: str) -> list[Path]:
+    """Return the file that a flag names, or the pictures of the folder, sorted by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(name).expanduser()
     if path.is_file():
         return [path]
     found = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in image_extensions())
@@ -187,9 +197,14 @@ def _files(flag: str, args) -> list[Path]:
 
 def _partners(files: list[Path], args) -> list[Path]:
     """Return the true image of each file: the only one, or the one with the same name."""
-    others = _files("--true_image", args)
+    others = files_of(args.true_image, "--true_image")
     if len(files) == len(others) == 1:
         return others
+    if several := [name for name, count in Counter(other.stem for other in others).items() if count > 1]:
+        raise UserError(
+            f"--true_image {args.true_image}: {len(several)} names belong to several files, such as {several[0]}. "
+            "Expected one file of each name"
+        )
     by_name = {other.stem: other for other in others}
     if missing := [file.name for file in files if file.stem not in by_name]:
         raise UserError(

@@ -39,7 +39,7 @@ class Restoration:
         digest: hash of images and inputs.
 
     Raises:
-        UserError: nothing is held out, or the pairs are missing or have another number of channels.
+        UserError: nothing is held out, or the pairs are missing.
     """
 
     def __init__(
@@ -60,11 +60,6 @@ class Restoration:
                 break
         stacked, self.indices = (np.concatenate(part) for part in zip(*blocks, strict=True))
         self.true, self.paired = np.split(stacked, [preparation.shape[0]], axis=1)
-        if columns and self.paired.shape[1] != condition.picture_channels:
-            raise UserError(
-                f"the second pictures have {self.paired.shape[1]} channels, but those of training had "
-                f"{condition.picture_channels}. Expected the same"
-            )
         self.mean_count = min(len(self.true), MEAN_INPUTS, count)
         self.total = count + (REPEATS - 1) * self.mean_count
         content = hashlib.sha256(condition.kind.encode())

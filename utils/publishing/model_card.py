@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib.metadata
 import io
-import json
 import logging
 import os
 import platform
@@ -48,11 +47,12 @@ PEOPLE = """
 
 The training images may show real people. To train or publish such a model, you need their consent, or a licence that
 covers it. A model that was adapted to few images repeats them. Compare samples with the training images before showing
-them. `nearest.png`, written by the run, shows the training images with the most similar pixels. This finds copies, but
-not likenesses. Use the model for studying and illustrating generative models. Do not use it to depict an identifiable
+them.{nearest} Use the model for studying and illustrating generative models. Do not use it to depict an identifiable
 person without consent, to deceive anyone, or to recognise or judge people. Its images are not evidence about any real
 person.
 """
+NEAREST = """ `nearest.png`, written by the run, shows the training images with the most
+similar pixels. This finds copies, but not likenesses."""
 DATA_WITHOUT_PEOPLE = {"digits", "mnist", "ylecun/mnist"}  # images that show no people
 CONDITIONS = {
     "gray": "It colours grey images.", "inpaint": "It fills the transparent part of an image.",
@@ -139,6 +139,7 @@ def write_card(
     flags, base, kind = record["public_arguments"], record.get("base"), record.get("condition")
     data = record.get("public_data", OWN_IMAGES)
     people = data not in DATA_WITHOUT_PEOPLE or record["card"].get("base_shows_people", bool(base))
+    people = PEOPLE.format(nearest=NEAREST * (run_folder / "nearest.png").is_file()) if people else ""
     if data == OWN_IMAGES:
         data = f"{record.get('images') or 'a stream of'} {OWN_IMAGES}"
     data = dataset_name or data
@@ -150,7 +151,7 @@ def write_card(
         pipeline_tag="image-to-image" if kind or autoencoder else "unconditional-image-generation",
         tags=_tags(index, scheduler, classes, kind),
         datasets=[data] if is_hub_id(data) else None,
-        base_model=base if is_hub_id(base) else None,
+        base_model=next((model for model in (base, flags.get("vae")) if is_hub_id(model)), None),
         model_name=run_folder.resolve().name if results else None,
         eval_results=results,
     )
@@ -164,7 +165,7 @@ def write_card(
     own = {*flags} - _common_flags() - {*settings} - SHOWN_OTHERWISE  # flags of the script itself
     own -= {"class_dropout_prob"} if not classes else set()  # an unconditional model does not use this flag
     settings |= {key: flags[key] for key in (*TRAINING_FLAGS, *sorted(own)) if flags.get(key) is not None}
-    settings |= record.get("public_constants") or redact(record.get("constants", {}))
+    settings |= record.get("public_constants", {})
     code = [
         f"`{path.relative_to(folder)}`" for part in ("", "scheduler", "unet") for path in (folder / part).glob("*.py")
     ]
@@ -208,7 +209,7 @@ def write_card(
 {record["card"]["reproduce"]}
 
 {_table(settings)}
-{_section("Papers", links)}{INTENDED_USE}{PEOPLE if people else ""}"""
+{_section("Papers", links)}{INTENDED_USE}{people}"""
     ModelCard(text).save(folder / "README.md")
 
 
@@ -287,7 +288,7 @@ def _metrics(output_dir: Path) -> str:
     file = output_dir / "evaluation.json"
     if not file.is_file():
         return ""
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_record(file)
     shown = {name: f"{value:.4g}" for name, value in values.items() if name != "step"}
     heading = f"After {values['step']} optimizer steps, from N samples and N training images. Lower is better."
     return f"{heading}\n\n{_table(shown)}"
@@ -388,7 +389,8 @@ def _snippet_with_condition(folder: Path, name: str, steps: int, final: bool, re
             "pixels = np.concatenate([np.where(hole, 0, pixels[..., :-1] * 2 - 1), hole], axis=2)",
         ]
     else:
-        mode = "L" if kind in ("gray", "outline") or grey else "RGB"
+        known = net_config(folder).get("_condition", {})
+        mode = "L" if kind in ("gray", "outline") or grey or known.get("picture_channels") == 1 else "RGB"
         back = '.convert("RGB")' if mode == "L" and not grey else ""
         prepare = [f'picture = picture.convert("{mode}"){back}{resize}', "pixels = np.asarray(picture) / 127.5 - 1"]
     reshape = "[None, None]" if grey and kind != "inpaint" else ".permute(2, 0, 1)[None]"

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import UserError, randomness
 from ..data.own_images import MAX_CLASSES
-from .folders import SPLITS, image_extensions
+from .folders import SPLITS, walk
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,8 @@ def select_columns(dataset, source):
 
 
 def _sample(dataset, source):
-    """Return ``max_samples`` random rows in order, or the first rows for a stream or with ``take_first``."""
-    if source.streaming or source.take_first or source.max_samples >= len(dataset):
+    """Return ``max_samples`` random rows in order, or the first rows for a stream."""
+    if source.streaming or source.max_samples >= len(dataset):
         return dataset.take(source.max_samples)
     chosen = randomness.shuffled_indices(source.seed, np.arange(source.max_samples), len(dataset))
     return dataset.select(np.sort(chosen))
@@ -140,10 +140,9 @@ def add_paired_files(dataset, source):
         label = f"columns: the folder {column.source} of {name}"
         if not column.source.is_dir():
             raise UserError(f"{label} is missing. Expected files with the names of the images")
-        known, files = image_extensions(), {}
-        for path in sorted(column.source.rglob("*.*")):
-            if path.suffix.lower() in known:
-                files.setdefault(path.relative_to(column.source).with_suffix(""), []).append(path)
+        files = {}
+        for path in walk(column.source)[0]:
+            files.setdefault(Path(path).relative_to(column.source).with_suffix(""), []).append(path)
         key = source.image_column or "image"
         if source.streaming or key not in dataset.features:
             raise UserError(f"{label} needs images in a folder, not streamed. Name a column of the data set instead")
@@ -155,7 +154,17 @@ def add_paired_files(dataset, source):
         root = Path(source.name).expanduser()
         names = [Path(os.path.relpath(record, root)).with_suffix("") for record in records]
         if {*names} & {*files} == set():  # the folder may have no folders for the splits
-            names = [Path(*name.parts[1:]) if name.parts[0].lower() in SPLITS else name for name in names]
+            splits = {name.parts[0] for name in names if name.parts[0].lower() in SPLITS}
+            names = [Path(*name.parts[1:]) if name.parts[0] in splits else name for name in names]
+            for other in sorted(root.iterdir() if splits else ()):
+                if other.name.lower() not in SPLITS or other.name in splits:
+                    continue
+                taken = {Path(os.path.relpath(path, other)).with_suffix("") for path in walk(other)[0]}
+                if twice := [name for name in names if name in taken]:
+                    raise UserError(
+                        f"{label} has no folders for the splits, but {len(twice)} images of {other.name} have the "
+                        f"names of other images, such as {twice[0]}. Expected {column.source / other.name}"
+                    )
         if several := [name for name, count in Counter(names).items() if count > 1 or len(files.get(name, [])) > 1]:
             raise UserError(
                 f"{label}: several files have the same name, such as {several[0]} ({len(several)} in all). Expected "

@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import counted, read_record
 from ..data.clusters import has_clusters
 from ..saved import index_file, net_config, net_folder
+from .output_dir import read_arguments
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ def last_lines(
         launch = f"{_command('accelerate')} launch{options}"
         latent = os.path.join(os.path.dirname(script), "train_latent.py")
         if load.is_autoencoder and os.path.isfile(latent):
-            lines["next"] = f"{launch} {_quote(latent)} --vae {_quote(folder)}  # with the flags of your images"
+            resolution = "x".join(map(str, read_arguments(folder)["image_shape"][1:]))
+            command = f"{launch} {_quote(latent)} --vae {_quote(folder)} --resolution {resolution}"
+            lines["next"] = f"{command}  # with the flags of your images"
         if continued:
             lines["your images"] = f"{launch} {_quote(script)} {continued}"
     return [f"  {name:12} {text}" for name, text in lines.items()]

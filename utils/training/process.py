@@ -51,6 +51,9 @@ def start_process(mixed_precision: str | None, **options) -> Accelerator:
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group], **options)
     _set_up_logging(accelerator)
     use_all_cores(accelerator.device)
+    if accelerator.device.type == "cuda":
+        # The newer fp32_precision is not used: with it, torch 2.13 raises an error when code reads these attributes
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if accelerator.distributed_type == DistributedType.XLA:
         raise UserError("TPUs are not supported, because they are untested. Use GPUs or CPUs")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
