@@ -21,7 +21,6 @@ NOISE = dict(
     rescale_betas_zero_snr=False,  # True makes the last noise level pure noise (arXiv:2305.08891)
 )  # fmt: skip
 DROPOUT = 0.0  # in the residual blocks of --unet
-TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); "uniform": independent timesteps
 # --weighting_scheme logit_normal: a larger mean gives more noise, a smaller deviation fewer timesteps near 0 and T
 LOGIT_MEAN, LOGIT_STD = 0.4, 1.0
 SNR_GAMMA = None  # min-SNR loss weighting (arXiv:2303.09556); the paper uses 5
@@ -132,8 +131,8 @@ def main(args):
         # Noise and timesteps are float32, whatever the precision of the UNet
         noise = sample_noise(args.seed, "noise", sample_ids, train_data.image_shape, accelerator.device)
         fractions = uniform(args.seed, "timesteps", sample_ids)  # fractions of T, in [0, 1)
-        if TIMESTEP_SAMPLING == "stratified":
-            fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
+        positions = sample_ids % train_data.global_batch_size
+        fractions = (positions + fractions) / train_data.global_batch_size  # one from each equal part of [0, 1)
         if args.weighting_scheme == "logit_normal":
             fractions = logit_normal(fractions, LOGIT_MEAN, LOGIT_STD)
         timesteps = torch.from_numpy(discretize(fractions, num_train_timesteps))

@@ -16,7 +16,6 @@ from utils.diffusion.unets import add_unet_arguments
 from utils.exits import run_script, training_script
 
 DROPOUT = 0.0  # in the residual blocks of --unet
-TIMESTEP_SAMPLING = "stratified"  # one timestep from each equal part of [0, T); "uniform": independent timesteps
 # --weighting_scheme logit_normal: a larger mean gives more noise, a smaller deviation fewer timesteps near 0 and T
 LOGIT_MEAN, LOGIT_STD = 0.4, 1.0
 
@@ -113,8 +112,8 @@ def main(args):
         # Noise and timesteps are float32, whatever the precision of the UNet
         noise = sample_noise(args.seed, "noise", sample_ids, train_data.image_shape, accelerator.device)
         fractions = uniform(args.seed, "timesteps", sample_ids)  # fractions of T, in [0, 1)
-        if TIMESTEP_SAMPLING == "stratified":
-            fractions = (sample_ids % train_data.global_batch_size + fractions) / train_data.global_batch_size
+        positions = sample_ids % train_data.global_batch_size
+        fractions = (positions + fractions) / train_data.global_batch_size  # one from each equal part of [0, 1)
         if args.weighting_scheme == "logit_normal":
             fractions = logit_normal(fractions, LOGIT_MEAN, LOGIT_STD)
         fractions = shifted(fractions, noise_scheduler.config.flow_shift)

@@ -68,21 +68,18 @@ def test_the_table_ranks_models_between_floor_and_ceiling(tmp_path, finished_run
 
 def test_samples_survive_a_stop_and_a_mistake(tmp_path, finished_run, capsys, monkeypatch):
     """Samples are saved in blocks, and do not depend on the process that draws them."""
-    import utils.diffusion.sampling
-    from utils.evaluation import kept_samples
+    from utils.evaluation import kept_samples, models
 
     monkeypatch.setattr(kept_samples, "BLOCK", 10)
-    original, drawn = utils.diffusion.sampling.sample_images, []
+    original, drawn = models.sample_images, []
 
-    def stopped(*arguments, first=None, **options):
-        if first is None:  # the estimate of the time
-            return original(*arguments, **options)
+    def stopped(*arguments, first, **options):
         if first == 20 and len(drawn) == 2:
             raise KeyboardInterrupt
         drawn.append(first)
         return original(*arguments, first=first, **options)
 
-    monkeypatch.setattr(utils.diffusion.sampling, "sample_images", stopped)
+    monkeypatch.setattr(models, "sample_images", stopped)
     flags = [finished_run, "--num_inference_steps=1", "--num_samples=30", "--sample_batch_size=10", "--features=pixels"]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", *flags)
@@ -213,7 +210,7 @@ def test_a_pipeline_that_must_stay_is_not_written_to(tmp_path, finished_run, kin
 
 def test_the_best_setting_is_the_cheapest_within_the_error():
     def row(steps, fd):
-        return [dict(steps=steps, fd_digits=fd, fd_digits_error=0.5)]
+        return dict(steps=steps, fd_digits=fd, fd_digits_error=0.5)
 
     tried = [("a", row(100, 3.0)), ("b", row(20, 3.4)), ("c", row(10, 3.6))]
     assert best_setting(tried) == ("b", 20)

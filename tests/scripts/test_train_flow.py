@@ -186,7 +186,7 @@ def test_each_flag_and_constant_of_the_objective_changes_the_result(tmp_path, mo
         folder = tmp_path / flag.strip("-").split("=")[0]
         run(folder, "--max_train_steps=3", flag)
         assert not equal_weights(tmp_path / "plain" / WEIGHTS, folder / WEIGHTS), flag
-    for name, value in dict(LOGIT_MEAN=1, LOGIT_STD=0.5, TIMESTEP_SAMPLING="uniform").items():
+    for name, value in dict(LOGIT_MEAN=1, LOGIT_STD=0.5).items():
         with monkeypatch.context() as patch:
             patch.setattr(train_flow, name, value)
             run(tmp_path / name, "--max_train_steps=3")

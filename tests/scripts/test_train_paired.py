@@ -27,6 +27,7 @@ from utils.diffusion.pretrained import load_pretrained
 from utils.diffusion.sampling import sample_batch
 from utils.diffusion.spaces import Pixels
 from utils.evaluation.given_images import GivenImages
+from utils.evaluation.models import partner_columns
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # A user without this repository runs this code, in a process of its own
@@ -207,7 +208,7 @@ def test_second_pictures_have_a_range_of_their_own(tmp_path, white, dtype):
     )
     inputs = GivenImages(given, condition, (8, 12)).inputs[0, 0].numpy()
     assert np.abs(inputs - (steps - 1)).max() < 0.02  # half of the range
-    columns = evaluate.partner_columns(
+    columns = partner_columns(
         SimpleNamespace(condition_dir=str(tmp_path / "pairs"), condition_column=None),
         SimpleNamespace(condition=condition),
     )

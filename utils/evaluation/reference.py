@@ -38,6 +38,11 @@ class Preparation:
     random_flip: bool | None = None
     image_range: tuple[float, float] | None = None
 
+    def __str__(self):
+        channels, height, width = self.shape
+        grey, centre, mirrored = " grey" * (channels == 1), ", centre" * self.center_crop, ", mirrored"
+        return f"{height}x{width}{grey}{centre}{mirrored * bool(self.random_flip)}"
+
 
 class Reference:
     """The reference split and the held-out split, prepared like the images that a model was trained on.

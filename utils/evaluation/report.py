@@ -1,11 +1,15 @@
 """The results of evaluate.py, as a table for people and as JSON for programs."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from .. import write_record
 from ..pictures import make_grid
+from .class_statistics import AskedClasses, digit_probabilities, digit_statistics
+from .comparison import compare
+from .reference import Preparation, Reference
 from .sweep import plot_guidance, plot_sweep
 
 NOTE = """
@@ -78,47 +82,118 @@ def _show(value) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write_report(
-    folder: Path, rows: list[dict], losses: list[dict], grids: dict, pairs: dict, by_class: dict, sweep: bool, **facts
-) -> None:
-    """Write ``results.json``, ``results.md``, ``samples.png`` and ``nearest.png``, and print the tables.
-
-    If samplers are compared, also write ``sweep.png``.
+class Report:
+    """The results of an evaluation, as tables and pictures.
 
     Args:
-        folder: folder to write to.
-        rows: results, each with its name as ``model``; the floor is the first, if there is one.
-        losses: denoising losses for a second table; may be empty.
+        accelerator: accelerator of this process.
+        reference: real images that samples are compared with.
+        extract: extractor of features.
+        seed: seed of bootstrap.
+
+    Attributes:
+        rows: results, each with its name as ``model``.
+        losses: denoising losses for a second table.
         grids: samples to show by name, uint8 (N, C, H, W).
         pairs: pairs of such arrays by name: the samples most similar to training images, and those training images.
         by_class: results for each class by name, only for results.json.
-        sweep: True if there are rows for several numbers of steps.
-        facts: values that hold for all rows.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    heading = ", ".join(f"{key} {value}" for key, value in facts.items())
-    text = f"{heading}\n\n{table_of(rows)}\n{NOTE}"
-    if losses:
-        text += f"{LOSS_NOTE}\n{table_of(losses)}\n"
-    files = ["results.json", "results.md", "samples.png", "nearest.png"]
-    if sweep:
-        plot_sweep(rows).savefig(folder / "sweep.png")
-        files.append("sweep.png")
-    if len({row.get("guidance_scale") for row in rows} - {None}) > 1:
-        plot_guidance(rows).savefig(folder / "guidance.png")
-        files.append("guidance.png")
-    print(f"\n{heading}\n\n{table_of([_short(row) for row in rows])}\n{SHORT}")
-    if losses:
-        print(table_of(losses))
-    print(f"\nWrote {', '.join(files)} to {folder}. All columns are in results.md")
-    (folder / "results.md").write_text(text, encoding="utf-8")
-    record = {**facts, "results": rows, "denoising_losses": losses, "by_class": by_class}
-    write_record(folder / "results.json", record)
-    _strip(grids).save(folder / "samples.png")
-    both = {}
-    for name, (images, trained_on) in pairs.items():
-        both |= {name: images, f"{name}: nearest": trained_on}
-    _strip(both).save(folder / "nearest.png")
+
+    def __init__(self, accelerator, reference: Reference, extract, seed: int):
+        self.accelerator, self.reference, self.extract, self.seed = accelerator, reference, extract, seed
+        self.rows, self.losses, self.grids, self.pairs, self.by_class = [], [], {}, {}, {}
+
+    def measure(
+        self, name: str, blocks: Iterable, how: Preparation, scores: dict | None = None,
+        asked: AskedClasses | None = None, labels: np.ndarray | None = None, **facts,
+    ) -> dict | None:  # fmt: skip
+        """Compare images with the reference, and add a row. Call it on all processes.
+
+        Args:
+            name: name of the row.
+            blocks: blocks of images, uint8 (B, C, H, W), or pairs of held-out images and their indices.
+            how: preparation of the real images.
+            scores: further values of the row, which may be computed while the blocks are read.
+            asked: requested classes of the images.
+            labels: digits that the images should show, or None if they are not digits.
+            facts: values of the row about the model.
+
+        Returns:
+            The row on the main process, and None on the others.
+        """
+        main, features, probabilities, shown = self.accelerator.is_main_process, [], [], []
+        copies = self.reference.copies(how) if main else None
+        for block in blocks:  # the other processes only take part in drawing
+            if not main:
+                continue
+            images, indices = block if isinstance(block, tuple) else (block, None)
+            features.append(self.extract(images))
+            if self.extract.name == "digits":
+                probabilities.append(digit_probabilities(images, self.accelerator.device))
+            copies.add(images, indices)
+            shown = images[:8].copy() if not len(shown) else shown
+        if not main:
+            return None
+        features = np.concatenate(features)
+        row = dict(model=name, N=len(features), **facts)
+        if len(features) < 2 * features.shape[1]:
+            print(
+                f"warning: {name}: {len(features)} images for {features.shape[1]} features. fd and kid are reliable "
+                "only with at least twice as many images as features",
+                flush=True,
+            )
+        real = self.reference.features(self.extract, how, len(features))
+        row |= compare(features, real, self.extract.name, self.seed)
+        probabilities = np.concatenate(probabilities) if probabilities else None
+        if probabilities is not None:
+            row |= digit_statistics(probabilities)
+        if asked:
+            self.by_class[name] = asked.by_class(features, probabilities)
+            if "class_accuracy" in self.by_class[name]:
+                row["class_accuracy"] = self.by_class[name]["class_accuracy"]
+        if labels is not None and probabilities is not None:
+            row["class_accuracy"] = float(np.mean(probabilities.argmax(1) == labels))
+        rate, self.pairs[name] = copies.result()
+        row |= {} if rate is None else {"copies": rate}
+        row |= scores or {}
+        self.rows.append(row)
+        self.grids[name] = shown
+        return row
+
+    def write(self, folder: Path, sweep: bool, **facts) -> None:
+        """Write ``results.json``, ``results.md``, ``samples.png`` and ``nearest.png``, and print the tables.
+
+        If samplers are compared, also write ``sweep.png``.
+
+        Args:
+            folder: folder to write to.
+            sweep: whether there are rows for several numbers of steps.
+            facts: values that hold for all rows.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        heading = ", ".join(f"{key} {value}" for key, value in facts.items())
+        text = f"{heading}\n\n{table_of(self.rows)}\n{NOTE}"
+        if self.losses:
+            text += f"{LOSS_NOTE}\n{table_of(self.losses)}\n"
+        files = ["results.json", "results.md", "samples.png", "nearest.png"]
+        if sweep:
+            plot_sweep(self.rows).savefig(folder / "sweep.png")
+            files.append("sweep.png")
+        if len({row.get("guidance_scale") for row in self.rows} - {None}) > 1:
+            plot_guidance(self.rows).savefig(folder / "guidance.png")
+            files.append("guidance.png")
+        print(f"\n{heading}\n\n{table_of([_short(row) for row in self.rows])}\n{SHORT}")
+        if self.losses:
+            print(table_of(self.losses))
+        print(f"\nWrote {', '.join(files)} to {folder}. All columns are in results.md")
+        (folder / "results.md").write_text(text, encoding="utf-8")
+        record = {**facts, "results": self.rows, "denoising_losses": self.losses, "by_class": self.by_class}
+        write_record(folder / "results.json", record)
+        _strip(self.grids).save(folder / "samples.png")
+        both = {}
+        for name, (images, trained_on) in self.pairs.items():
+            both |= {name: images, f"{name}: nearest": trained_on}
+        _strip(both).save(folder / "nearest.png")
 
 
 def _strip(groups: dict):

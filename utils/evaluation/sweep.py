@@ -16,9 +16,9 @@ def best_setting(tried: list[tuple]) -> tuple:
     """Return the sampler and the fewest steps that reach the lowest distance, within its standard error.
 
     Args:
-        tried: pairs of a sampler, or its name, and a list with its one row.
+        tried: pairs of a sampler, or its name, and its row.
     """
-    rows = [(sampler, row, _distance(row)) for sampler, (row,) in tried]
+    rows = [(sampler, row, _distance(row)) for sampler, row in tried]
     lowest = min(rows, key=lambda entry: entry[2])
     limit = lowest[2] + _distance(lowest[1], "_error")
     near = [entry for entry in rows if entry[2] <= limit]
