@@ -51,13 +51,13 @@ def main(args):
     from utils.diffusion import pipelines
     from utils.diffusion.class_conditional import class_names
     from utils.diffusion.classes import GuidedModel, cycle_labels
-    from utils.diffusion.conditions import Condition, GuidedByCondition
+    from utils.diffusion.conditions import PAIRED, Condition, GuidedByCondition
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import Guidance, color_loss
     from utils.diffusion.linear_mix import LinearMixScheduler
     from utils.diffusion.sampling import cycle_rows, sample_batch, starting_noise
     from utils.diffusion.windows import Windows
-    from utils.evaluation.given_images import extend, scaled_from
+    from utils.evaluation.given_images import enlarge, extend, scaled_from
     from utils.pictures import make_grid, to_uint8
     from utils.sources.named_images import NamedImages
     from utils.sources.sources import ImageSource
@@ -139,6 +139,8 @@ def main(args):
             for layer in layers:
                 known.paste(0, mask=layer.getchannel("A").point(lambda value: 255 if value else 0))
             given.putalpha(known)
+        elif condition.kind == PAIRED and shape == space.shape:
+            given = enlarge(given, shape[1:])
         return condition.input_of(condition.picture_from(given))
 
     # Actions of the page

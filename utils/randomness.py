@@ -122,4 +122,5 @@ def _places(count: int, device: torch.device) -> torch.Tensor:
 
 
 def _as_int64(bits: np.ndarray, device) -> torch.Tensor:
-    return torch.from_numpy(bits.view(np.int64)).to(device, non_blocking=True)
+    on_cuda = torch.device(device).type == "cuda"  # On MPS, the copy may read memory that is already free
+    return torch.from_numpy(bits.view(np.int64)).to(device, non_blocking=on_cuda)

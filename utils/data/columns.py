@@ -64,6 +64,8 @@ def check_columns(columns: dict[str, Column]) -> None:
             raise UserError(f"columns: every batch already has the name {name!r}. Choose another name")
         if column.kind not in KINDS:
             raise UserError(f"columns: {name!r} has the kind {column.kind!r}. Expected {', '.join(KINDS)}")
+        if column.channels not in (None, 1, 3):
+            raise UserError(f"columns: {name!r} has channels={column.channels}. Expected 1 or 3")
         if column.kind == "vector" and isinstance(column.source, Path):
             raise UserError(f"columns: {name!r} is a vector from a folder. Expected a column of numbers, or an array")
 
@@ -205,7 +207,7 @@ def _eight_bits(value, where: str, column: Column, channels: int, image_range, o
         return array.astype(np.uint8)[None]
     if isinstance(value, Image.Image):
         if channels == 1 and value.mode not in GREY_MODES:
-            raise BadImage(f"{where} has colour (mode {value.mode}), but all images inspected before training are grey")
+            raise BadImage(f"{where} has colour (mode {value.mode}), but the second pictures of training are grey")
         array = np.asarray(to_eight_bits(value, MODES[channels], where, image_range, on_clip))
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
     array = np.asarray(value)

@@ -99,10 +99,10 @@ def full_range(probed: Sequence[tuple[str, np.ndarray]]) -> tuple[float, float] 
         probed: modes and values of images, see ``high_bit_values``.
 
     Returns:
-        None if no image has more than 8 bits, or if negative values are among them.
+        None if no image has more than 8 bits, or if floats and integers, or negative values, are among them.
     """
     probed = [(mode, values) for mode, values in probed if values.size]
-    if not probed or min(values.min() for _, values in probed) < 0:
+    if len({mode == "F" for mode, _ in probed}) != 1 or min(values.min() for _, values in probed) < 0:
         return None
     return 0.0, float(max(_full_range(mode, values.max())[1] for mode, values in probed))
 

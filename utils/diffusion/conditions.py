@@ -269,6 +269,6 @@ def _boxes(seed: int, sample_ids: np.ndarray, size: tuple[int, int], device="cpu
         length = np.rint(side * (0.25 + 0.5 * uniform(seed, f"{axis} length of the box", sample_ids)))
         start = np.floor((side - length + 1) * uniform(seed, f"{axis} start of the box", sample_ids))
         positions = np.arange(side)
-        found = torch.from_numpy((positions >= start[:, None]) & (positions < (start + length)[:, None]))
-        inside.append(found.to(device, non_blocking=True))
+        found = (positions >= start[:, None]) & (positions < (start + length)[:, None])
+        inside.append(torch.from_numpy(found).to(device))
     return (inside[0][:, None, :, None] & inside[1][:, None, None, :]).float()

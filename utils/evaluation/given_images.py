@@ -88,7 +88,11 @@ class GivenImages:
 
     def _image(self, path: Path, flag: str) -> torch.Tensor:
         mode = "L" if self.condition.image_channels == 1 else "RGB"
-        return from_uint8(np.atleast_3d(read_picture(path, flag, mode, self.args.model)).transpose(2, 0, 1).copy())
+        image = self._enlarged(read_picture(path, flag, mode, self.args.model))
+        return from_uint8(np.atleast_3d(image).transpose(2, 0, 1).copy())
+
+    def _enlarged(self, image: Image.Image) -> Image.Image:
+        return enlarge(image, self.window) if self.condition.kind == PAIRED and self.scale == 1 else image
 
     def _picture(self, path: Path) -> torch.Tensor:
         condition, flag = self.condition, "--condition_image"
@@ -96,10 +100,7 @@ class GivenImages:
             image = open_picture(path, flag)
             own_range = choose_range("auto", high_bit_values([image]), say=False)
             image = to_eight_bits(image, condition.mode, str(path), condition.value_range or own_range, logger.warning)
-            covered = cover_size(image.size, self.window)
-            if self.scale == 1 and covered[0] > image.width:  # training enlarges small pictures, too
-                image = image.resize(covered, Image.Resampling.BICUBIC)
-            return condition.picture_from(image)[0]
+            return condition.picture_from(self._enlarged(image))[0]
         if condition.kind != "inpaint":
             return condition.picture_from(read_picture(path, flag, condition.mode, self.args.model))[0]
         image = open_picture(path, flag)
@@ -123,6 +124,12 @@ class GivenImages:
         """Remove the extension from samples, uint8 (B, C, H, W), and restore the known pixels of ``inpaint``."""
         images = self.condition.keep_known(images, self.inputs[sample_ids % len(self.inputs)])
         return images[..., : self.size[0], : self.size[1]]
+
+
+def enlarge(picture: Image.Image, window: tuple[int, int]) -> Image.Image:
+    """Return a picture of a pair that covers a window of (H, W), as training enlarges it."""
+    covered = cover_size(picture.size, window)
+    return picture.resize(covered, Image.Resampling.BICUBIC) if covered[0] > picture.width else picture
 
 
 def extend(inputs: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
@@ -200,10 +207,11 @@ def _partners(files: list[Path], args) -> list[Path]:
     others = files_of(args.true_image, "--true_image")
     if len(files) == len(others) == 1:
         return others
-    if several := [name for name, count in Counter(other.stem for other in others).items() if count > 1]:
+    counts = Counter(other.stem for other in others)
+    if several := [file.stem for file in files if counts[file.stem] > 1]:
         raise UserError(
-            f"--true_image {args.true_image}: {len(several)} names belong to several files, such as {several[0]}. "
-            "Expected one file of each name"
+            f"--true_image {args.true_image}: several files have the name {several[0]} ({len(several)} such names). "
+            "Expected one file for each input"
         )
     by_name = {other.stem: other for other in others}
     if missing := [file.name for file in files if file.stem not in by_name]:

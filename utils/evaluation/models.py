@@ -48,7 +48,7 @@ class Plan:
 
     Attributes:
         model: folder or Hub id.
-        name: name in the tables.
+        name: name in the tables. A folder of images has that of ``model``.
         record: record of its run, {} if it has none.
         how: preparation of the real images that its samples are compared with.
         folder: its images, if it is a folder of images.
@@ -224,7 +224,7 @@ def evaluate_model(args, accelerator, plan: Plan, reference: Reference, report: 
             tried.append((name, row))
     if args.write_best and accelerator.is_main_process:
         name, steps = best_setting(tried)
-        sampler = saved_scheduler(name, own, latent=not space.in_unit_range)
+        sampler = saved_scheduler(name, own)
         write_scheduler(Path(model), sampler, steps)
         if publishing := optional.find("publishing"):
             publishing.update_card(Path(model))

@@ -138,7 +138,7 @@ def write_card(
     classes = class_names(net_config(folder))
     flags, base, kind = record["public_arguments"], record.get("base"), record.get("condition")
     data = record.get("public_data", OWN_IMAGES)
-    people = data not in DATA_WITHOUT_PEOPLE or record["card"].get("base_shows_people", bool(base))
+    people = data not in DATA_WITHOUT_PEOPLE or record["card"]["base_shows_people"]
     people = PEOPLE.format(nearest=NEAREST * (run_folder / "nearest.png").is_file()) if people else ""
     if data == OWN_IMAGES:
         data = f"{record.get('images') or 'a stream of'} {OWN_IMAGES}"
@@ -165,7 +165,7 @@ def write_card(
     own = {*flags} - _common_flags() - {*settings} - SHOWN_OTHERWISE  # flags of the script itself
     own -= {"class_dropout_prob"} if not classes else set()  # an unconditional model does not use this flag
     settings |= {key: flags[key] for key in (*TRAINING_FLAGS, *sorted(own)) if flags.get(key) is not None}
-    settings |= record.get("public_constants", {})
+    settings |= record["public_constants"]
     code = [
         f"`{path.relative_to(folder)}`" for part in ("", "scheduler", "unet") for path in (folder / part).glob("*.py")
     ]

@@ -54,7 +54,7 @@ def memory(error: Exception, flags: dict) -> str | None:
     if sampled > 1:
         advice.append(f"--sample_batch_size {sampled // 2} if it happened while samples were drawn")
     if isinstance(error, torch.OutOfMemoryError) and flags.get("cache_images", "never") != "never":
-        advice.append("--cache_images never, which keeps no images in the memory of the GPU")
+        advice.append("--cache_images never if the images are cached in the memory of the GPU")
     advice.append("a smaller --resolution" if "resolution" in flags else "a smaller model")
     first_line = _first_line(error) if str(error) else "Out of memory."
     return f"{first_line} Repeat the command with {', or '.join(advice)}"

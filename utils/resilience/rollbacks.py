@@ -17,7 +17,7 @@ RECORD = "rollbacks.json"  # in the output folder, with an entry for each rollba
 
 
 def read(output_dir: Path) -> list[dict]:
-    """Read the rollbacks of the run in this folder: ``global_batch``, ``step`` and the reason for each.
+    """Read the rollbacks of the run in this folder: ``global_batch``, ``step``, ``loss`` and ``grad_norm`` of each.
 
     Raises:
         UserError: the record is damaged.

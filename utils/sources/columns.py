@@ -157,13 +157,14 @@ def add_paired_files(dataset, source):
             splits = {name.parts[0] for name in names if name.parts[0].lower() in SPLITS}
             names = [Path(*name.parts[1:]) if name.parts[0] in splits else name for name in names]
             for other in sorted(root.iterdir() if splits else ()):
-                if other.name.lower() not in SPLITS or other.name in splits:
+                if other.name.lower() not in SPLITS or other.name in splits or not other.is_dir():
                     continue
                 taken = {Path(os.path.relpath(path, other)).with_suffix("") for path in walk(other)[0]}
-                if twice := [name for name in names if name in taken]:
+                if shared := [name for name in names if name in taken and name in files]:
                     raise UserError(
-                        f"{label} has no folders for the splits, but {len(twice)} images of {other.name} have the "
-                        f"names of other images, such as {twice[0]}. Expected {column.source / other.name}"
+                        f"{label}: {shared[0]} is the partner of an image in {min(splits)} and of one in {other.name} "
+                        f"({len(shared)} partners in all). Expected a folder for each split, such as "
+                        f"{column.source / min(splits)} and {column.source / other.name}"
                     )
         if several := [name for name, count in Counter(names).items() if count > 1 or len(files.get(name, [])) > 1]:
             raise UserError(

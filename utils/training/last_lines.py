@@ -124,7 +124,7 @@ def last_lines(
         launch = f"{_command('accelerate')} launch{options}"
         latent = os.path.join(os.path.dirname(script), "train_latent.py")
         if load.is_autoencoder and os.path.isfile(latent):
-            resolution = "x".join(map(str, read_arguments(folder)["image_shape"][1:]))
+            resolution = min(read_arguments(folder)["image_shape"][1:])  # latent models draw squares
             command = f"{launch} {_quote(latent)} --vae {_quote(folder)} --resolution {resolution}"
             lines["next"] = f"{command}  # with the flags of your images"
         if continued:

@@ -496,7 +496,7 @@ class Run:
 
     def _save_samples(self, path: Path) -> None:
         """Write the script's pictures: ``samples`` to this path, the others beside the model."""
-        with self.ema_model.averaged_weights(self.unet):
+        with self._uncompiled(), self.ema_model.averaged_weights(self.unet):
             pictures = self._sample()
         if "samples" not in (pictures or {}):
             raise UserError(

@@ -112,11 +112,11 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
     if not (folder / ARGUMENTS).is_file():
         return None
     found = read_arguments(folder)
-    if found.get("script", script) != script:
+    if found["script"] != script:
         raise UserError(
             f"--output_dir {folder} holds a run of another script, {found['script']}. Choose another --output_dir"
         )
-    old = {**found["arguments"], "constants": found.get("constants", {})}
+    old = {**found["arguments"], "constants": found["constants"]}
     if settings.get("learning_rate", "") is None:  # The model's default, which is compared with the checkpoint's later
         old, settings = ({key: values[key] for key in values if key != "learning_rate"} for values in (old, settings))
     where = f"--output_dir {folder}"
