@@ -3,8 +3,9 @@
     pip install -r requirements-demo.txt
     python demo.py outputs/digits
 
-This command prints the address of the page, which only this machine can open. It takes the same models as sample.py.
-Code that comes with a model runs only with --trust_remote_code. `push.py --space` publishes the page as a Space.
+This command prints the address of the page, which only users of this machine can open. It takes the same models as
+sample.py. Code that comes with a model runs only with --trust_remote_code. `push.py --space` publishes the page as a
+Space.
 """
 
 from utils.args import SAMPLERS, SOLVERS, Parser, integer
@@ -33,12 +34,19 @@ def main(args):
     import itertools
     import os
     import queue
+    import signal
+    import sys
+    import tempfile
     from concurrent.futures import ThreadPoolExecutor
     from functools import partial
     from pathlib import Path
     from types import SimpleNamespace
 
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page works offline
+    # Pictures of the page are in a folder that other users cannot read, and that is removed at the end
+    pictures = tempfile.TemporaryDirectory(prefix="demo-")
+    os.environ.setdefault("GRADIO_TEMP_DIR", pictures.name)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     import numpy as np
     import torch
     from huggingface_hub import hf_hub_download
@@ -276,7 +284,12 @@ def main(args):
             page.load(draw, inputs, **one)
     try:
         _, here, public = page.launch(
-            server_name=host, server_port=args.port, share=args.share, quiet=True, prevent_thread_lock=True
+            server_name=host,
+            server_port=args.port,
+            share=args.share,
+            quiet=True,
+            prevent_thread_lock=True,
+            run_history=False,
         )
     except OSError as error:
         raise UserError(f"--port {args.port}: {error}. Without the flag, a free port is found") from error

@@ -23,7 +23,6 @@ def parse_args(argv=None):
     group.add_argument("--hub_license", metavar="LICENSE", help="the model's licence, for its card: apache-2.0, cc-by-4.0, openrail, other ... (default: unknown)")
     group.add_argument("--hub_dataset_name", metavar="NAME", help="name of the training images on the model's page (default: their name on the Hub, or none for own images)")
     group.add_argument("--hub_timeout", type=real(4), default=1800.0, help="seconds of failed attempts before a push is given up")
-    parser.set_defaults(hub_private_repo=None)
     return parser.parse(argv)
 # fmt: on
 
@@ -48,7 +47,7 @@ def main(args):
     if args.space is not None and not (folder / INDEX).is_file():
         raise UserError(f"--space: {folder} is an autoencoder, which draws nothing. Leave the flag out")
     recorded = read_arguments(folder).get("arguments", {})
-    private = args.hub_private_repo if args.hub_private_repo is not None else recorded.get("hub_private_repo", False)
+    private = args.hub_private_repo if args.hub_private_repo is not None else recorded.get("hub_private_repo")
     card = dict(license=args.hub_license, dataset_name=args.hub_dataset_name)
     if args.evaluation:
         try:

@@ -1,4 +1,4 @@
-"""Redaction of a run's settings before publication: no paths of this machine, no names of a user's own images."""
+"""Redaction of a run's settings before publication: paths of this machine, names of own images, passwords."""
 
 import os
 import re
@@ -8,6 +8,9 @@ from pathlib import Path
 PRIVATE = {"output_dir", "cache_images", "config", "resume_from_checkpoint", "report_to"}
 DATA = {"dataset_name", "prior_dataset_name", "data"}  # flags and results that may name own images
 OWN_IMAGES = "own images"
+SECRET = re.compile(r"token|secret|passw|credential|api_?key|private_?key", re.IGNORECASE)  # in names of values
+SECRET_VALUE = re.compile(r"hf_\w{10,}|sk-\w{10,}|gh[pousr]_\w{10,}|-----BEGIN")
+HIDDEN = "hidden"
 
 
 def basename_if_path(value):
@@ -18,11 +21,14 @@ def basename_if_path(value):
             dictionary with such values.
     """
     if isinstance(value, dict):
-        return {basename_if_path(key): basename_if_path(entry) for key, entry in value.items()}
+        entries = {key: HIDDEN if SECRET.search(str(key)) else entry for key, entry in value.items()}
+        return {basename_if_path(key): basename_if_path(entry) for key, entry in entries.items()}
     if isinstance(value, list):
         return [basename_if_path(entry) for entry in value]
     if not isinstance(value, str):
         return value
+    if SECRET_VALUE.search(value):
+        return HIDDEN
     names, text = re.fullmatch(r"((?:--)?(?:[\w-]+=)*)(.*)", value, re.DOTALL).groups()
     if not text or is_hub_id(text):
         return value
@@ -31,8 +37,11 @@ def basename_if_path(value):
 
 
 def redact(values: dict) -> dict:
-    """Return the flags and results that may be published: paths cut to their last part, own images not named."""
-    shown = {name: basename_if_path(value) for name, value in values.items() if name not in PRIVATE}
+    """Return the flags, constants and results that may be published.
+
+    Paths are cut to their last part, own images are not named, and what looks like a password is hidden.
+    """
+    shown = basename_if_path({name: value for name, value in values.items() if name not in PRIVATE})
     shown |= {name: public_data(values[name]) for name in DATA & {*shown}}
     return shown | {name: OWN_IMAGES for name in ("train_data_dir", "condition_dir") if shown.get(name)}
 

@@ -14,7 +14,7 @@ import children
 import numpy as np
 import pytest
 import yaml
-from conftest import TINY, count_files, interrupt, parse, slow
+from conftest import TINY, count_files, interrupt, parse, slow, train
 from fake_hub import TOKEN, FakeHub
 from PIL import Image
 from safetensors.numpy import load
@@ -298,6 +298,59 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, tmp_path):
     hub.create("me/digits", private=False)
     code, said = run(hub, tmp_path / "digits", "--hub_private_repo")
     assert code == 1 and "me/digits exists and is public" in said, said
+
+
+def test_a_model_of_own_images_is_private_unless_the_user_asks(hub, tmp_path):
+    images = tmp_path / "patients"
+    for name in ("anna", "bernd"):
+        (images / name).mkdir(parents=True)
+        for k in range(8):
+            Image.new("L", (8, 8), 30 * k).save(images / name / f"{k}.png")
+    code, said = run(hub, tmp_path / "own", f"--dataset_name={images}")
+    assert code == 0 and hub.repos["me/own"]["private"], said
+    assert "fingerprint" not in json.loads(hub.files("me/own")["training_args.json"])
+    hub.create("me/there", private=False)
+    code, said = run(hub, tmp_path / "own", "--hub_model_id=there", script="push.py")
+    assert code == 1 and "the training images (own images) are not public" in said, said
+    assert "give --no-hub_private_repo" in said
+    code, said = run(hub, tmp_path / "own", "--hub_model_id=there", "--no-hub_private_repo", script="push.py")
+    assert code == 0 and "model_index.json" in hub.files("me/there"), said
+
+
+def test_pushing_runs_no_code_of_the_folder(hub, tmp_path):
+    """Someone else may have written the folder."""
+    assert train(tmp_path / "basic", script=train_basic) == 0
+    with open(tmp_path / "basic" / "pipeline.py", "a") as file:
+        file.write(f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    code, said = run(hub, tmp_path / "basic", script="push.py")
+    assert code == 0 and not (tmp_path / "ran").exists(), said
+    assert "trust_remote_code=True" in hub.files("me/basic")["README.md"].decode()
+    path = tmp_path / "basic" / "training_args.json"
+    record = json.loads(path.read_text())
+    record["image_shape"] = ["1", "8", f"8) + print(open({str(tmp_path / 'ran')!r}, 'w'))"]
+    path.write_text(json.dumps(record))
+    code, said = run(hub, tmp_path / "basic", script="push.py")
+    assert code == PUSH_FAILED and "invalid literal for int()" in said and not (tmp_path / "ran").exists(), said
+
+
+def test_faces_are_named_but_their_pictures_are_not_public():
+    assert publishing_hub._is_public("digits") and not publishing_hub._is_public("faces")
+    assert publishing_hub._is_public("faces", gated=True)
+
+
+def test_what_looks_like_a_password_is_hidden():
+    given = {"HF_TOKEN": "x", "SMTP": {"password": "y", "port": 25}, "NOTE": "hf_" + "a" * 20, "TOKENS": [7]}
+    assert redact(given) == {
+        "HF_TOKEN": "hidden",
+        "SMTP": {"password": "hidden", "port": 25},
+        "NOTE": "hidden",
+        "TOKENS": "hidden",
+    }
+    assert redact({"MONKEY": 1, "KEYS": [2], "lr_scheduler": "linear"}) == {
+        "MONKEY": 1,
+        "KEYS": [2],
+        "lr_scheduler": "linear",
+    }
 
 
 FAULTS = [  # where, what, how often; whether the push succeeds

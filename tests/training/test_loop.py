@@ -16,6 +16,7 @@ import filelock
 import pytest
 import torch
 from conftest import equal_weights, exit_code, parse, reset_accelerate, scalars, slow, tiny, train
+from PIL import Image
 from safetensors.torch import load_file
 
 import distill_few_steps
@@ -418,3 +419,26 @@ def test_a_run_in_a_thread_goes_without_signals(tmp_path):
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+def test_pictures_of_other_images_do_not_stay_in_the_folder(tmp_path, capsys):
+    """A run that had no checkpoint leaves pictures and curves, and the next run in its folder may be published."""
+    for name, level in (("private", 20), ("public", 200)):
+        (tmp_path / name).mkdir()
+        for k in range(8):
+            Image.new("L", (8, 8), level + k).save(tmp_path / name / f"{k}.png")
+    flags = ["--sample_steps=1", "--report_to=tensorboard", "--max_train_steps=2"]
+    train(tmp_path / "run", f"--train_data_dir={tmp_path / 'private'}", *flags)
+    for name in ("checkpoint-2", "unet", "scheduler"):  # as if it was killed before
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "model_index.json").unlink()
+    record = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    del record["finished_at_step"]
+    (tmp_path / "run" / "training_args.json").write_text(json.dumps(record))
+    curves = [*(tmp_path / "run").rglob("events.out.*")]
+    shown = [tmp_path / "run" / "samples" / "step-000099.png", tmp_path / "run" / "nearest.png"]
+    for path in shown:
+        shutil.copyfile(tmp_path / "run" / "samples.png", path)
+    train(tmp_path / "run", f"--train_data_dir={tmp_path / 'public'}", *flags)
+    assert "of an earlier run with other images" in capsys.readouterr().err
+    assert curves and not any(path.exists() for path in curves + shown)

@@ -73,9 +73,11 @@ class ImageFolder:
             settings["autoencoder"] = space.fingerprint
         if self.args.init_image:
             files = [Path(name) for name in (self.args.init_image, self.args.mask) if name]
-            settings["init_image"] += f" {file_hash(*files)[:12]}"
+            settings["init_image"] = file_hash(*files)[:12]
         if given:
             settings["given_images"] = given
+        for flag in ("mask", "condition_image", "true_image"):  # names of files may be private, and this file be shared
+            settings[flag] = bool(settings[flag])
         if self.args.interpolate:
             settings["interpolate"] = [*self.args.interpolate, f"in {self.args.num_samples} images"]
         path = self.folder / SETTINGS

@@ -85,7 +85,7 @@ def start_trackers(run, names: list[str], logs: Path) -> None:
                 tracker.writer.file_writer.add_summary(session)
                 tracker.writer.add_custom_scalars(LAYOUT)
             else:
-                tracker.store_init_configuration(_plain({**flags, **redact(run.facts), "output_dir": str(folder)}))
+                tracker.store_init_configuration(_plain({**flags, **redact(run.facts)}))
                 if not hasattr(tracker, "log_images") and tracker.name != "trackio":
                     logger.warning(f"--report_to {tracker.name} does not show pictures. They are in {args.output_dir}")
     except Exception as error:  # each tracker raises errors of its own: no login, no network, no folder

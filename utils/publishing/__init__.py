@@ -15,12 +15,12 @@ def add_arguments(parser: Parser) -> None:
 def add_hub_arguments(parser: Parser, group) -> None:
     """Add the flags for the repository of a model on the Hub."""
     group.add_argument("--hub_model_id", metavar="ID", help="repository on the Hub: USER/NAME, or NAME in the user's own account (default: the name of the output folder)")
-    parser.switch(group, "--hub_private_repo", False, "a private repository. An existing public one is refused")
+    parser.switch(group, "--hub_private_repo", None, "a private repository. An existing public one is refused. --no-hub_private_repo: the account's visibility, mostly public (default: private unless the training images are public)")
 
 
 def _check(parser: Parser, args) -> None:
     for flag in ("hub_model_id", "hub_private_repo"):
-        if vars(args)[flag] and not args.push_to_hub:
+        if vars(args)[flag] not in (None, False) and not args.push_to_hub:
             parser.error(f"--{flag} needs --push_to_hub")
 # fmt: on
 

@@ -31,7 +31,7 @@ from ..saved import AUTOENCODERS, NETS, net_folder
 from ..signals import STOP_SIGNALS, progress
 from ..training.last_lines import how_to_load
 from ..training.output_dir import ARGUMENTS, read_arguments
-from .model_card import DATA_TITLES, write_card
+from .model_card import DATA_TITLES, DATA_WITHOUT_PEOPLE, write_card
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,11 @@ class Hub:
     Args:
         folder: output folder of the run.
         repo_id: USER/NAME, or NAME; by default the folder's name in the user's account.
-        private: True to create a private repository, and to refuse a public one.
+        private: True to create a private repository, and to refuse a public one. None: True unless ``data`` are public.
         revision: branch to push to.
         logs: True to push TensorBoard's files, too.
         timeout: seconds of failing requests after which the push is given up.
+        data: name of the training images, or ``OWN_IMAGES``; by default that in the run's record.
         card: further arguments of ``model_card.write_card``.
     """
 
@@ -65,11 +66,13 @@ class Hub:
     kind, sent, flag, options = "model", "hub", "--hub_model_id", {}
 
     def __init__(
-        self, folder: Path, repo_id: str | None = None, private: bool = False, revision: str | None = None,
-        logs: bool = False, timeout: float = 1800.0, **card,
+        self, folder: Path, repo_id: str | None = None, private: bool | None = None, revision: str | None = None,
+        logs: bool = False, timeout: float = 1800.0, data: str | None = None, **card,
     ):  # fmt: skip
         self.folder, self.repo_id, self.private, self.revision = Path(folder), repo_id, private, revision
         self.logs, self.timeout, self.card, self.failure = logs, timeout, card, None
+        self.data = data or read_arguments(self.folder).get("public_data", OWN_IMAGES)
+        self.asked_for_private = private
         huggingface_hub.set_client_factory(lambda: _with_timeout(min(REQUEST_TIMEOUT, timeout / 4)))
         constants.HF_HUB_DISABLE_XET = True  # Xet's client has no time limit for its requests
         disable_progress_bars()
@@ -95,12 +98,18 @@ class Hub:
         if not self.repo_id or "/" not in self.repo_id:
             name = self.repo_id or re.sub(r"[^\w.-]+", "-", self.folder.resolve().name).strip("-.") or "model"
             self.repo_id = f"{api.whoami()['name']}/{name}"
+        if self.private is None:
+            self.private = not _is_public(self.data)
         api.create_repo(self.repo_id, repo_type=self.kind, private=self.private or None, exist_ok=True, **self.options)
         api.auth_check(self.repo_id, repo_type=self.kind, write=True)
         if self.private and not api.repo_info(self.repo_id, repo_type=self.kind).private:
+            why, instead = "--hub_private_repo", ""
+            if not self.asked_for_private:
+                why = f"the training images ({self.data}) are not public"
+                instead = ". If the model may be published, give --no-hub_private_repo"
             raise UserError(
-                f"--hub_private_repo: the {self.kind} {self.repo_id} exists and is public. Make it private in its "
-                f"settings on the Hub, or choose another {self.flag}"
+                f"{why}: the {self.kind} {self.repo_id} exists and is public. Make it private in its settings on the "
+                f"Hub, or choose another {self.flag}{instead}"
             )
         if self.revision:
             api.create_branch(self.repo_id, repo_type=self.kind, branch=self.revision, exist_ok=True)
@@ -153,7 +162,8 @@ class Hub:
         script = os.path.relpath(Path(__file__).parents[2] / "push.py")
         parts = ["python", script, str(self.folder)]
         parts += ["--hub_model_id", self.repo_id] if self.repo_id else []
-        parts += ["--hub_private_repo"] if self.private else []
+        asked = {True: ["--hub_private_repo"], False: ["--no-hub_private_repo"], None: []}
+        parts += asked[self.asked_for_private]
         parts += ["--hub_revision", self.revision] if self.revision else []
         parts += ["--hub_logs"] if self.logs else []
         for flag, value in (
@@ -219,6 +229,7 @@ class Hub:
         if "public_arguments" in record:
             record["arguments"] = record.pop("public_arguments")
             record["constants"] = record.pop("public_constants", {})
+            record.pop("fingerprint", None)  # someone who has the images could recognise them by it
             write_record(staging / ARGUMENTS, record)
 
     def _hide_private_names(self, values):
@@ -251,7 +262,7 @@ def _is_public(data: str, gated: bool = False) -> bool:
         gated: whether gated data sets count, too. Their names are public, but not their images.
     """
     if data in DATA_TITLES:
-        return True
+        return gated or data in DATA_WITHOUT_PEOPLE  # faces are photographs from the news
     try:
         found = HfApi().dataset_info(data) if is_hub_id(data) else None
     except (HfHubHTTPError, OSError, ValueError) as error:  # a private data set of others is not found

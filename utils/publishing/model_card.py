@@ -107,7 +107,7 @@ def add_to_record(folder: Path, args, title: str, caption: str, state) -> None:
 
 def write_card(
     folder: Path, run_folder: Path, final: bool | None = None, name: str | None = None, license: str | None = None,
-    dataset_name: str | None = None, evaluation: dict | None = None, record: dict | None = None,
+    dataset_name: str | None = None, evaluation: dict | None = None, record: dict | None = None, trust: bool = False,
 ) -> None:  # fmt: skip
     """Write ``README.md``: metadata, samples, code that loads the model, and the command that reproduces it.
 
@@ -123,9 +123,10 @@ def write_card(
         dataset_name: name of the training images.
         evaluation: content of ``results.json`` of evaluate.py.
         record: record of the run; by default that in ``run_folder``.
+        trust: True to run the code in ``folder``, to test the code of the card. The run that wrote it does so.
 
     Raises:
-        ValueError: see ``describe_results``.
+        ValueError: see ``describe_results``, or the record holds a shape of images that is no shape.
     """
     record = record or read_arguments(run_folder)
     if "card" not in record:
@@ -182,7 +183,7 @@ def write_card(
     links = "\n".join(f"* [{name}](https://arxiv.org/abs/{number})" for name, number in sorted(papers))
     steps = record.get("num_inference_steps", flags.get("num_inference_steps"))
     named, given = name or _loading_name(run_folder), record.get("model_inputs")
-    snippet = _snippet(folder, named, steps, classes, flags.get("guidance_scale"), final, given, record)
+    snippet = _snippet(folder, named, steps, classes, flags.get("guidance_scale"), final, given, record, trust)
     pictured = "![samples](samples.png)" if (folder / "samples.png").is_file() else ""
     described = _describe_samples(kind_of_scheduler, record) if final and pictured else ""
     does = f"draws {_shape(record)}images like those of {_escape(subject)} with a {net}"
@@ -313,10 +314,12 @@ def _describe_condition(kind: str | None) -> str:
 
 def _snippet(
     folder: Path, name: str, steps: int, classes: list[str], guidance_scale: float | None, final: bool,
-    given: str | None, record: dict,
+    given: str | None, record: dict, trust: bool,
 ) -> str:  # fmt: skip
     """Return code that loads the model and draws, as Markdown; nothing if the code of a finished model fails."""
     load = how_to_load(folder, name)
+    # The record may come from someone else, and the code of the card is run to test it
+    record = record | {"image_shape": [int(side) for side in record["image_shape"]]}
     if load.is_autoencoder:
         return _snippet_of_autoencoder(folder, load, name, final, record)
     if beside := inputs_beside(folder, given):
@@ -348,7 +351,7 @@ def _snippet(
             if load.own_pipeline
             else f"{code}\n\n# With guidance: two function evaluations per step. Classes are given by name\n{more}"
         )
-    if final:
+    if final and (trust or not (load.runs_code or load.own_pipeline or guided)):
         try:
             _try(folder, load, guided, classes)
         except Exception as error:  # the model is already saved, and a card without code is better than none

@@ -2,6 +2,7 @@
 
 import accelerate
 
+from ..privacy import OWN_IMAGES, public_data
 from ..training.process import on_main_process
 from .hub import Hub
 from .model_card import add_to_record, write_card
@@ -21,7 +22,9 @@ class PublishedRun:
         if not run.args.push_to_hub:
             return
         if run.accelerator.is_main_process:
-            self.hub = Hub(run.output_dir, run.args.hub_model_id, run.args.hub_private_repo)
+            named = vars(run.args).get("dataset_name") and not vars(run.args).get("train_data_dir")
+            data = public_data(run.args.dataset_name) if named else OWN_IMAGES  # they are not loaded yet
+            self.hub = Hub(run.output_dir, run.args.hub_model_id, run.args.hub_private_repo, data=data)
         on_main_process(run.accelerator, lambda: self.hub.check())  # other processes have no hub
 
     def started(self, run) -> None:
@@ -35,7 +38,7 @@ class PublishedRun:
 
     def finished(self, run) -> None:
         if run.accelerator.is_main_process:
-            write_card(run.output_dir, run.output_dir)
+            write_card(run.output_dir, run.output_dir, trust=True)
 
     def released(self, run) -> None:
         if self.hub:

@@ -20,6 +20,7 @@ MEASURED = (
     "recall",
     "coverage",
     "class_accuracy",
+    "copies",
 )  # columns of evaluate.py
 
 

@@ -34,10 +34,10 @@ class Space(Hub):
         if model.revision:
             raise UserError("--space: a Space loads the model from main, so leave --hub_revision out")
         self.model, self.given_id = model, repo_id
-        super().__init__(model.folder, repo_id or model.repo_id, model.private, timeout=model.timeout)
+        super().__init__(model.folder, repo_id or model.repo_id, model.private or None, timeout=model.timeout)
 
     def _create(self) -> None:
-        self.private = self.private or HfApi().repo_info(self.model.repo_id).private
+        self.private = HfApi().repo_info(self.model.repo_id).private
         super()._create()
 
     def _command(self) -> str:

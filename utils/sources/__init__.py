@@ -4,8 +4,11 @@ Without this folder, a script can only train on images that its own Python code 
 """
 
 import logging
+import os
 
 from ..args import Parser, integer
+
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # or datasets asks a server for each table, even a local one
 
 
 # fmt: off

@@ -337,6 +337,7 @@ class Run:
             on_main_process(self.accelerator, self._refuse_to_overwrite)
             if self.accelerator.is_main_process:
                 checkpoints.archive_newer(self.output_dir, None, 0)
+                output_dir.remove_pictures_of_others(self.output_dir, self.train_data.settings)
         self.repeats = Repeats(self.accelerator, self.output_dir, self.global_step)
 
     def _refuse_to_overwrite(self) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ logger = logging.getLogger(__name__)
 ARGUMENTS = "training_args.json"
 # An output folder may hold these before its first run: a lock, and the log of the command (`... | tee DIR/log`)
 ALLOWED_FILES = re.compile(r"\.lock|\.tmp-.*|log|nohup\.out|.*\.(log|out|err)")
-# Records of a run, removed before another run starts in its folder
+# Records of a run, and what shows its images. They are removed before another run starts in its folder
 RUN_RECORDS = (ARGUMENTS, "done.json", "rollbacks.json", "evaluation.json", "clusters.npz")
+SHOWN = ("samples", "logs", "hub", "*.png")
 LOCK_SECONDS = 120  # NFSv4 releases the locks of a lost machine after 90 s
 SAMPLING_FLAGS = {  # if they change, a finished run draws again and rewrites its page
     "num_samples", "sampler", "num_inference_steps", "guidance_color", "guidance_prompt", "guidance_scale",
@@ -124,10 +126,12 @@ def _inspect(folder: Path, settings: dict, defaults: dict, script: str) -> int |
     changed = setting_changes(where, old, settings, defaults)
     if changed and not any(path.exists() for path in models):
         logger.warning(
-            f"{where} holds a run without a checkpoint. This run starts from scratch, because {'; '.join(changed)}"
+            f"{where} holds a run without a checkpoint. This run starts from scratch, because {'; '.join(changed)}. "
+            "The samples and curves of that run are removed"
         )
         for name in RUN_RECORDS:
             (folder / name).unlink(missing_ok=True)
+        _remove_shown(folder)
         return None
     _refuse(where, changed)
     # Without a --sampler, a script chooses one
@@ -314,6 +318,30 @@ def read_arguments(folder: str | Path) -> dict:
     """Return the record that ``write_arguments`` wrote in this folder, or {} if there is none."""
     path = Path(folder) / ARGUMENTS
     return read_record(path) if path.is_file() else {}
+
+
+def remove_pictures_of_others(folder: Path, data_settings: dict) -> None:
+    """Remove pictures and curves of an earlier run with other images from the folder of a run that starts.
+
+    They may show images that must not be published with this run.
+    """
+    found = read_arguments(folder)
+    if found.get("fingerprint") != data_settings.get("fingerprint") and _remove_shown(folder):
+        logger.warning(
+            f"--output_dir {folder}: pictures and curves of an earlier run with other images ({found.get('data')}) are "
+            "removed. That run had no checkpoint"
+        )
+
+
+def _remove_shown(folder: Path) -> bool:
+    """Remove what shows a run's images, and return whether there was anything."""
+    paths = [path for pattern in SHOWN for path in folder.glob(pattern)]
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return bool(paths)
 
 
 def check_finished(folder: Path, data_settings: dict) -> None:
