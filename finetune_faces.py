@@ -81,10 +81,8 @@ def main(args):
     # Model
     unet = pretrained.unet
     unet.register_to_config(sample_size=space.model_shape["sample_size"])
-    lora = args.lora_rank, LORA_TARGETS.split(",")
-    adapters.log_trainable_counts(unet, args.method, *lora, args.optimizer)
     parameters, base = unet.num_parameters(), adapters.base_weights(unet)
-    adapters.choose_trainable(unet, args.method, *lora, args.seed)
+    adapters.choose_trainable(unet, args.method, args.lora_rank, LORA_TARGETS.split(","), args.seed)
     prepare_unet(unet, accelerator.device, args.gradient_checkpointing, args.compile)
     ema_model = EMA(unet, args.ema_max_decay, inv_gamma=1.0, power=0.75, enabled=args.use_ema)
 

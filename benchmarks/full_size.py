@@ -59,8 +59,9 @@ def main():
             command += [f"--train_batch_size={options.train_batch_size}", f"--output_dir={folder}/{method}"]
             command += [f"--pretrained_model_name_or_path={folder}/base"]
             log, peak, seconds = run(command, Path(folder, method), options.train_batch_size)
-            found = re.search(r"-> .*: ([\d,]+) trainable weights.* keeps ([\d.]+) MiB", log)
-            print(f"| {method} | {found[1]} | {found[2]} | {peak:.1f} | {seconds:.1f} |", flush=True)
+            trainable = re.search(r": ([\d,]+) trainable weights", log)[1]
+            moments = int(trainable.replace(",", "")) * 8 / 2**20  # two of AdamW, of 4 bytes
+            print(f"| {method} | {trainable} | {moments:.1f} | {peak:.1f} | {seconds:.1f} |", flush=True)
 
 
 def measure_latents(options):

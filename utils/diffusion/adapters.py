@@ -20,7 +20,7 @@ PEFT_PREFIX = "base_model.model."  # prefix of the names of a PeftModel's weight
 
 
 def choose_trainable(unet: UNet2DModel, method: str, lora_rank: int, lora_targets: list[str], seed: int) -> None:
-    """Set ``requires_grad`` of each weight. For ``lora``, add adapters to the UNet.
+    """Set ``requires_grad`` of each weight, and log their number. For ``lora``, add adapters to the UNet.
 
     Args:
         lora_rank: rank of the adapters' matrices.
@@ -30,9 +30,16 @@ def choose_trainable(unet: UNet2DModel, method: str, lora_rank: int, lora_target
     Raises:
         UserError: the UNet has no such layers, or peft is not installed.
     """
+    total = unet.num_parameters()
     if method == "lora":
         _add_adapters(unet, lora_rank, lora_targets, seed)
-        return
+    else:
+        _choose_layers(unet, method)
+    trainable = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    logger.info(f"--method {method}: {trainable:,} trainable weights, and {total:,} weights of the pretrained UNet")
+
+
+def _choose_layers(unet: UNet2DModel, method: str) -> None:
     chosen = set()
     for name, module in unet.named_modules():
         kind = type(module).__name__
@@ -59,7 +66,7 @@ def _add_adapters(unet, rank: int, targets: list[str], seed: int) -> None:
     names = ", ".join(_short_names(layers))
     if not known:
         raise UserError(f"LORA_TARGETS {','.join(targets)}: this UNet has no such layers. It has {names}")
-    if known != set(targets) and unet.device.type != "meta":  # On the meta device, weights are only counted
+    if known != set(targets):
         missing = ", ".join(sorted(set(targets) - known))
         logger.info(f"LORA_TARGETS: this UNet has no layers called {missing}. It has {names}")
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(known), init_lora_weights=True)
@@ -73,36 +80,6 @@ def _short_names(layers: set[str]) -> list[str]:
     """Return the last parts of layer names, with the part before a number: conv1, to_q, to_out.0."""
     parts = [name.split(".") for name in layers]
     return sorted({".".join(p[-2:]) if p[-1].isdigit() else p[-1] for p in parts})
-
-
-def log_trainable_counts(
-    unet: UNet2DModel, chosen: str, lora_rank: int, lora_targets: list[str], optimizer: str
-) -> None:
-    """Log the number of trainable weights and the optimizer's memory for each method.
-
-    Args:
-        chosen: method of this run.
-        lora_rank, lora_targets: see ``choose_trainable``.
-        optimizer: value of ``--optimizer``.
-    """
-    total = sum(parameter.numel() for parameter in unet.parameters())
-    for method in ("full", "attention", "norm", "lora"):
-        with torch.device("meta"):
-            copy = UNet2DModel.from_config(unet.config)
-        try:
-            choose_trainable(copy, method, lora_rank, lora_targets, 0)
-        except UserError:
-            continue  # This UNet has no such layers. For the chosen method, the same error ends the script
-        sizes = [parameter.numel() for parameter in copy.parameters() if parameter.requires_grad]
-        # AdamW keeps two moments of 4 bytes. With adamw8bit, they take 1 byte in tensors of at least 4096 values that
-        # divide into blocks of 256
-        small = [optimizer == "adamw8bit" and size >= 4096 and size % 256 == 0 for size in sizes]
-        memory = sum(size * (2 if eight_bit else 8) for size, eight_bit in zip(sizes, small, strict=True))
-        logger.info(
-            f"{'->' if method == chosen else '  '} --method {method}: {sum(sizes):,} trainable weights"
-            f"{' in addition to' if method == 'lora' else ' of'} {total:,}. "
-            f"The optimizer keeps {'at most ' * (optimizer == 'muon')}{memory / 2**20:.1f} MiB"
-        )
 
 
 def merged(unet: UNet2DModel) -> UNet2DModel:
