@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train mnist faces conditional paired few-steps test test-slow test-all lint benchmark clean
+.PHONY: help train mnist faces conditional paired latent few-steps test test-slow test-all lint benchmark clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12

@@ -21,9 +21,7 @@ from utils.args import Parser, add_common_arguments, integer, real
 from utils.diffusion.unets import add_speed_arguments
 from utils.exits import run_script, training_script
 
-# Weight of the second loss, relative to that of the trajectories. 0: trajectories only. 2 is better with labels as
-# classes, and for four sampling steps (docs/few_steps.md)
-MATCHING_WEIGHT = 5.0
+MATCHING_WEIGHT = 2.0  # weight of the second loss, relative to that of the trajectories; 0: trajectories only
 FAKE_LEARNING_RATE = 1e-3  # of the fake model, higher than the student's, because it must keep up with the student
 POINTS_PER_TRAJECTORY = 4  # images per trajectory in a batch; fewer: more varied batches, but more teacher steps
 # Exponent of a uniform position on the trajectory, from noise to image; larger: more points near noise

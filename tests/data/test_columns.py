@@ -149,7 +149,7 @@ def test_held_out_images_bring_their_columns(tmp_path, accelerator, table):
         ({"twin": Column("copy", kind="picture")}, "has the kind 'picture'. Expected image, mask, vector"),
         ({"twin": Column("nothing")}, "has no 'nothing' for twin. Its columns are image"),
         ({"twin": Column("image")}, "'image' of .* is already image"),
-        ({"twin": Column(Path("nowhere"))}, "the folder nowhere of twin is missing"),
+        ({"twin": Column(Path("nowhere"))}, "the folder of twin, nowhere is missing"),
     ],
 )
 def test_columns_that_are_not_there_are_refused(accelerator, table, columns, said):

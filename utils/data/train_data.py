@@ -21,7 +21,7 @@ import psutil
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from .. import UserError, optional, randomness
+from .. import UserError, counted, optional, randomness
 from ..args import size_of
 from ..signals import STOP_SIGNALS
 from .cache import Cache
@@ -85,6 +85,9 @@ def load_train_data(
                 raise UserError(f"{process} has other images than {found[0][0]}: {settings} instead of {found[0][1]}")
     if conditional:
         _check_classes(own_images)
+        names = train_data.label_names
+        shown = ", ".join(names[:10]) + " ..." * (len(names) > 10)
+        logger.info(f"{counted(len(names), 'class')}: {shown}")
     return train_data
 
 

@@ -138,8 +138,8 @@ class Report:
         row = dict(model=name, N=len(features), **facts)
         if len(features) < 2 * features.shape[1]:
             print(
-                f"warning: {name}: {len(features)} images for {features.shape[1]} features. fd and kid are reliable "
-                "only with at least twice as many images as features",
+                f"warning: {name}: {len(features)} images for {features.shape[1]} features. fd is reliable only with "
+                "at least twice as many images as features. For fewer images, look at kid",
                 flush=True,
             )
         real = self.reference.features(self.extract, how, len(features))
@@ -171,6 +171,8 @@ class Report:
             facts: values that hold for all rows.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "results.json").is_file():
+            print(f"The results of an earlier evaluation in {folder} are replaced. --output_dir sets another folder")
         heading = ", ".join(f"{key} {value}" for key, value in facts.items())
         text = f"{heading}\n\n{table_of(self.rows)}\n{NOTE}"
         if self.losses:

@@ -137,7 +137,8 @@ def add_paired_files(dataset, source):
     for name, column in source.columns.items():
         if not isinstance(column.source, Path):
             continue
-        label = f"columns: the folder {column.source} of {name}"
+        label = "--condition_dir" if name == "condition" else f"columns: the folder of {name},"
+        label = f"{label} {column.source}"
         if not column.source.is_dir():
             raise UserError(f"{label} is missing. Expected files with the names of the images")
         files = {}

@@ -113,6 +113,7 @@ def last_lines(
         python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
         lines["draw"] = (
             f"{_quote(python)} {_quote(script)} {_quote(folder)} --condition_image {_quote(folder / 'condition.png')}"
+            f" --output_dir {_quote(f'{folder}-drawn')}"
         )
     if any(folder.glob("logs/**/events.out.*")):
         lines["curves"] = f"{_command('tensorboard')} --logdir {_quote(folder)}"
@@ -125,8 +126,12 @@ def last_lines(
         latent = os.path.join(os.path.dirname(script), "train_latent.py")
         if load.is_autoencoder and os.path.isfile(latent):
             resolution = min(read_arguments(folder)["image_shape"][1:])  # latent models draw squares
-            command = f"{launch} {_quote(latent)} --vae {_quote(folder)} --resolution {resolution}"
-            lines["next"] = f"{command}  # with the flags of your images"
+            given = read_arguments(folder)["arguments"]
+            names = ("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column")
+            data = [f"--{name} {_quote(given[name])}" for name in names if given.get(name) not in (None, "train")]
+            lines["next"] = " ".join(
+                [launch, _quote(latent), f"--vae {_quote(folder)}", *data, f"--resolution {resolution}"]
+            )
         if continued:
             lines["your images"] = f"{launch} {_quote(script)} {continued}"
     return [f"  {name:12} {text}" for name, text in lines.items()]

@@ -544,8 +544,8 @@ class Run:
         self.close()
         if self.accelerator.is_main_process:
             args, continued, record = self.args, None, output_dir.read_arguments(self.output_dir)
-            # Other images need another autoencoder first
-            if record.get("public_data") in ("mnist", "ylecun/mnist", "digits", "faces") and "vae" not in vars(args):
+            needs_another = {"vae", "solver_steps"} & {*vars(args)}  # first another autoencoder or teacher
+            if record.get("public_data") in ("mnist", "ylecun/mnist", "digits", "faces") and not needs_another:
                 continued = "--train_data_dir DIR --output_dir outputs/mine"
                 continued += f" --clusters {args.clusters}" if vars(args).get("clusters") else ""
                 if base := vars(args).get("pretrained_model_name_or_path"):
