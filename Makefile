@@ -70,6 +70,7 @@ clean:  ## remove the environment (not the outputs)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, but $(PYTHON) is older. Try: make PYTHON=python3.12 train"; exit 1; }
 	$(PYTHON) -m venv .venv
+	@echo "Installing the packages. On Linux, torch comes with CUDA, a download of several GB (without it: see README)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 

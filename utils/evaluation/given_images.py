@@ -227,5 +227,5 @@ def _stack(images: list[torch.Tensor], files: list[Path]) -> torch.Tensor:
     for image, file in zip(images, files, strict=True):
         if image.shape != images[0].shape:
             sizes = " and ".join(f"{image.shape[2]} x {image.shape[1]}" for image in (images[0], image))
-            raise UserError(f"{files[0].name} and {file.name} differ in size: {sizes}. Expected one size for all")
+            raise UserError(f"{files[0].name} and {file.name} differ in size: {sizes}. Resize them, or give one file")
     return torch.stack(images)
