@@ -16,6 +16,7 @@ from .sampling import cycle_rows
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 40  # of a grid with a row for each class; with more classes, some of them have rows of 8 images
+MOST_COLUMNS = 16  # images in each row
 
 
 def add_class_embedding(unet: UNet2DModel, names: Sequence[str], null_class: int | None = None) -> UNet2DModel:
@@ -162,9 +163,9 @@ def group_by_class(images: np.ndarray, class_names: Sequence[str]) -> tuple[np.n
     """Reorder images of cycled classes so that ``make_grid`` shows one row for each class.
 
     Returns:
-        uint8 (N, C, H, W), with N cut to a multiple of the number of rows, and the captions of the rows.
+        uint8 (N, C, H, W), with N cut to at most ``MOST_COLUMNS`` images for each row, and the captions of the rows.
     """
     rows = min(len(class_names), len(images))
-    columns = len(images) // len(class_names) or 1
+    columns = min(MOST_COLUMNS, len(images) // len(class_names)) or 1
     order = [row + column * len(class_names) for row in range(rows) for column in range(columns)]
     return images[order], list(class_names[:rows])
