@@ -59,7 +59,7 @@ def main(args):
     from utils.diffusion import pipelines
     from utils.diffusion.class_conditional import class_names
     from utils.diffusion.classes import GuidedModel, cycle_labels
-    from utils.diffusion.conditions import PAIRED, Condition, GuidedByCondition
+    from utils.diffusion.conditions import Condition, GuidedByCondition
     from utils.diffusion.few_steps import is_few_step
     from utils.diffusion.guidance import Guidance, color_loss
     from utils.diffusion.linear_mix import LinearMixScheduler
@@ -147,8 +147,7 @@ def main(args):
             for layer in layers:
                 known.paste(0, mask=layer.getchannel("A").point(lambda value: 255 if value else 0))
             given.putalpha(known)
-        elif condition.kind == PAIRED and shape == space.shape:
-            given = enlarge(given, shape[1:])
+        given = enlarge(given, condition, space.shape[1:], shape[1] // space.shape[1])
         return condition.input_of(condition.picture_from(given))
 
     # Actions of the page

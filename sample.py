@@ -42,9 +42,9 @@ def parse_args(argv=None):
     add_guidance_arguments(parser, group)
     args = parser.parse(argv)
     if given := args.condition_image or args.true_image:
-        from utils.evaluation.given_images import files_of  # its imports take seconds
+        from utils.evaluation.given_images import given_files  # its imports take seconds
 
-        parser.set_defaults(num_samples=4 * len(files_of(given, "--condition_image" if args.condition_image else "--true_image")))
+        parser.set_defaults(num_samples=4 * len(given_files(args)))
     if args.interpolate:
         parser.set_defaults(num_samples=8)  # with more images, neighbours look nearly equal
     args = parser.parse(argv)

@@ -160,12 +160,14 @@ def classes_to_show(classes: int, images: int) -> list[int]:
 
 
 def group_by_class(images: np.ndarray, class_names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Reorder images of cycled classes so that ``make_grid`` shows one row for each class.
+    """Reorder images of cycled classes so that ``make_grid`` shows one row for each class, or several for long ones.
 
     Returns:
-        uint8 (N, C, H, W), with N cut to at most ``MOST_COLUMNS`` images for each row, and the captions of the rows.
+        uint8 (N, C, H, W), with N cut to a multiple of the number of rows, and the captions of the rows.
     """
-    rows = min(len(class_names), len(images))
-    columns = min(MOST_COLUMNS, len(images) // len(class_names)) or 1
-    order = [row + column * len(class_names) for row in range(rows) for column in range(columns)]
-    return images[order], list(class_names[:rows])
+    classes = min(len(class_names), len(images))
+    images_each = len(images) // len(class_names) or 1
+    lines = -(-images_each // MOST_COLUMNS)  # rows of a class; all rows are equally long
+    shown = images_each // lines * lines
+    order = [number + k * len(class_names) for number in range(classes) for k in range(shown)]
+    return images[order], [text for name in class_names[:classes] for text in (name, *[""] * (lines - 1))]

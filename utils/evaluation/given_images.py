@@ -56,8 +56,7 @@ class GivenImages:
             )
         if condition.kind == PAIRED and not args.condition_image:
             raise UserError(f"--true_image: {args.model} was trained on pairs. Also give --condition_image")
-        flag = "--condition_image" if args.condition_image else "--true_image"
-        self.names = files_of(args.condition_image or args.true_image, flag)
+        self.names = given_files(args)
         files = [*self.names]
         if args.condition_image:
             pictures = [self._picture(path) for path in self.names]
@@ -88,11 +87,11 @@ class GivenImages:
 
     def _image(self, path: Path, flag: str) -> torch.Tensor:
         mode = "L" if self.condition.image_channels == 1 else "RGB"
-        image = self._enlarged(read_picture(path, flag, mode, self.args.model))
+        image = self._enlarge(read_picture(path, flag, mode, self.args.model))
         return from_uint8(np.atleast_3d(image).transpose(2, 0, 1).copy())
 
-    def _enlarged(self, image: Image.Image) -> Image.Image:
-        return enlarge(image, self.window) if self.condition.kind == PAIRED and self.scale == 1 else image
+    def _enlarge(self, image: Image.Image) -> Image.Image:
+        return enlarge(image, self.condition, self.window, self.scale)
 
     def _picture(self, path: Path) -> torch.Tensor:
         condition, flag = self.condition, "--condition_image"
@@ -100,7 +99,7 @@ class GivenImages:
             image = open_picture(path, flag)
             own_range = choose_range("auto", high_bit_values([image]), say=False)
             image = to_eight_bits(image, condition.mode, str(path), condition.value_range or own_range, logger.warning)
-            return condition.picture_from(self._enlarged(image))[0]
+            return condition.picture_from(self._enlarge(image))[0]
         if condition.kind != "inpaint":
             return condition.picture_from(read_picture(path, flag, condition.mode, self.args.model))[0]
         image = open_picture(path, flag)
@@ -126,10 +125,15 @@ class GivenImages:
         return images[..., : self.size[0], : self.size[1]]
 
 
-def enlarge(picture: Image.Image, window: tuple[int, int]) -> Image.Image:
-    """Return a picture of a pair that covers a window of (H, W), as training enlarges it."""
+def enlarge(picture: Image.Image, condition: Condition, window: tuple[int, int], scale: int) -> Image.Image:
+    """Return a picture of a pair that covers a window of (H, W), as training enlarges it. Others stay as they are.
+
+    Args:
+        scale: see ``GivenImages``. If a drawn image is larger than its input, small inputs are the usual ones.
+    """
     covered = cover_size(picture.size, window)
-    return picture.resize(covered, Image.Resampling.BICUBIC) if covered[0] > picture.width else picture
+    too_small = condition.kind == PAIRED and scale == 1 and covered[0] > picture.width
+    return picture.resize(covered, Image.Resampling.BICUBIC) if too_small else picture
 
 
 def extend(inputs: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
@@ -184,13 +188,18 @@ def scaled_from(model: str) -> tuple[bool, tuple[float, float] | None]:
     return "scaled_from" in found, found.get("scaled_from") and tuple(found["scaled_from"])
 
 
-def files_of(name: str, flag: str) -> list[Path]:
-    """Return the file that a flag names, or the pictures of the folder, sorted by name.
+def given_files(args) -> list[Path]:
+    """Return the files of ``--condition_image`` or, without it, of ``--true_image``, sorted by name.
 
     Raises:
         UserError: there is none.
     """
-    path = Path(name).expanduser()
+    return _files("--condition_image" if args.condition_image else "--true_image", args)
+
+
+def _files(flag: str, args) -> list[Path]:
+    """Return the file that a flag names, or the pictures of the folder, sorted by name."""
+    path = Path(vars(args)[flag[2:]]).expanduser()
     if path.is_file():
         return [path]
     found = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in image_extensions())
@@ -204,7 +213,7 @@ def files_of(name: str, flag: str) -> list[Path]:
 
 def _partners(files: list[Path], args) -> list[Path]:
     """Return the true image of each file: the only one, or the one with the same name."""
-    others = files_of(args.true_image, "--true_image")
+    others = _files("--true_image", args)
     if len(files) == len(others) == 1:
         return others
     counts = Counter(other.stem for other in others)

@@ -20,7 +20,7 @@ def add_hub_arguments(parser: Parser, group) -> None:
 
 def _check(parser: Parser, args) -> None:
     for flag in ("hub_model_id", "hub_private_repo"):
-        if vars(args)[flag] not in (None, False) and not args.push_to_hub:
+        if vars(args)[flag] is not None and not args.push_to_hub:
             parser.error(f"--{flag} needs --push_to_hub")
 # fmt: on
 

@@ -34,7 +34,7 @@ class Space(Hub):
         if model.revision:
             raise UserError("--space: a Space loads the model from main, so leave --hub_revision out")
         self.model, self.given_id = model, repo_id
-        super().__init__(model.folder, repo_id or model.repo_id, model.private or None, timeout=model.timeout)
+        super().__init__(model.folder, repo_id or model.repo_id, model.asked_for_private, timeout=model.timeout)
 
     def _create(self) -> None:
         self.private = HfApi().repo_info(self.model.repo_id).private

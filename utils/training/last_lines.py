@@ -128,7 +128,7 @@ def last_lines(
             resolution = min(read_arguments(folder)["image_shape"][1:])  # latent models draw squares
             given = read_arguments(folder)["arguments"]
             names = ("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column")
-            data = [f"--{name} {_quote(given[name])}" for name in names if given.get(name) not in (None, "train")]
+            data = [f"--{name} {_quote(given[name])}" for name in names if given.get(name) is not None]
             lines["next"] = " ".join(
                 [launch, _quote(latent), f"--vae {_quote(folder)}", *data, f"--resolution {resolution}"]
             )
